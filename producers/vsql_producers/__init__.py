@@ -1,0 +1,1 @@
+"""The source side: decodes WAL, batches, seals, publishes. Never imports the consumer or syncctl."""

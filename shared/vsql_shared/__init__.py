@@ -1,0 +1,1 @@
+"""What source, target and operator share: formats, keys, audit, Kafka and PostgreSQL access, settings."""

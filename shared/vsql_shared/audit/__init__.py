@@ -1,0 +1,1 @@
+"""Merkle trees, signed entries, hash chains, and their store in PostgreSQL."""

@@ -1,0 +1,1 @@
+"""The one configuration file: typed settings, where it is found, what is refused."""

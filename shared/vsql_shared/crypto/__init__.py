@@ -1,0 +1,1 @@
+"""Data keys, sealing and signing. Pure: no I/O beyond reading key files."""

@@ -1,0 +1,1 @@
+"""Access to Kafka: client settings, topics, producers and consumers."""

@@ -1,0 +1,1 @@
+"""Byte formats of the data topics. Pure: bytes in, values out."""
