@@ -194,7 +194,7 @@ def decode_tuples(message: bytes, offset: int, digest: bytes) -> list[SealedTupl
             raise DecodeError(f"truncated tuple at byte {pos}")
         # Lengths up to 8191 take one or two bytes: the common case without a call.
         size = message[body]
-        if size < 0x80:
+        if size < 0x80 and not size & 1:
             size, start = size >> 1, body + 1
         else:
             size, start = _read_varint(message, body)
