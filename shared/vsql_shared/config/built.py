@@ -1,0 +1,118 @@
+"""What a valid configuration may ask for that this version does not do yet, and what is unwise in it.
+
+Rules: a control that is configured and not enforced would be a lie, so services refuse to start
+(`require_built`); `syncctl config check` shows the same list as notes. When a section is built, its
+entry here goes.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+
+from ..errors import NotBuiltError
+from .governance import AuditSettings
+from .settings import Settings
+
+_BUILT_PROVIDERS = ("file", "pkcs11")
+_BUILT_ROTATIONS = ("per-session", "per-batch")
+
+
+def not_built(settings: Settings) -> list[str]:
+    """One line per key that asks for something this version does not have, naming key and value."""
+    return [f"{key}: not built yet; {way}" for key, way in _missing(settings)]
+
+
+def require_built(settings: Settings) -> None:
+    """Refuse to run with a configuration that promises what this version does not do."""
+    found = not_built(settings)
+    if found:
+        name = settings.source or "environment"
+        head = f"{name}: {found[0]}" if len(found) == 1 else "\n  ".join([f"{name}: not built yet", *found])
+        raise NotBuiltError(head, hint="services do not start with a control configured that is not enforced")
+
+
+def _missing(settings: Settings) -> Iterator[tuple[str, str]]:
+    """(key = value, what to write instead)."""
+    kms, dek = settings.encryption.kms, settings.encryption.dek
+    if kms.provider not in _BUILT_PROVIDERS:
+        yield f'encryption.kms.provider = "{kms.provider}"', 'use "pkcs11", or "file" in dev mode'
+    if dek.rotation not in _BUILT_ROTATIONS:
+        yield f'encryption.dek.rotation = "{dek.rotation}"', 'use "per-session" or "per-batch"'
+    yield from _missing_many_writers(settings)
+    yield from _missing_control(settings)
+
+
+def _missing_many_writers(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Bidirectional streams and what settles their conflicts."""
+    for index, peer in enumerate(settings.peers):
+        if peer.mode == "bidirectional":
+            yield f'peers[{index}].mode = "bidirectional"', 'use "uni-directional"'
+    for index, publication in enumerate(settings.publications):
+        if publication.mode == "bidirectional":
+            yield f'publications[{index}].mode = "bidirectional"', 'use "uni-directional"'
+        for number, table in enumerate(publication.tables):
+            if table.where is not None:
+                yield f"publications[{index}].tables[{number}].where", "remove the row filter"
+    conflict = settings.conflict
+    if conflict.default_strategy != "last_write_wins":
+        yield f'conflict.default_strategy = "{conflict.default_strategy}"', 'use "last_write_wins"'
+    if conflict.pci_write_policy != "reject":
+        yield f'conflict.pci_write_policy = "{conflict.pci_write_policy}"', 'use "reject"'
+    if conflict.pci_write_primary is not None:
+        yield f'conflict.pci_write_primary = "{conflict.pci_write_primary}"', "remove it"
+    if conflict.crdt.columns:
+        yield "conflict.crdt.columns", "remove the entries"
+
+
+def _missing_control(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Synchronous commit, schema changes, key governance."""
+    if settings.consistency.pci_sync_mode != "async":
+        yield f'consistency.pci_sync_mode = "{settings.consistency.pci_sync_mode}"', 'use "async"'
+    for key in ("enforce_governed_ddl", "audit_ddl"):
+        if getattr(settings.ddl, key):
+            yield f"ddl.{key} = true", "use false"
+    if settings.cryptaply.enabled:
+        yield "cryptaply.enabled = true", "use false"
+    table = AuditSettings.model_fields["audit_table"].default
+    if settings.audit.audit_table != table:
+        yield f'audit.audit_table = "{settings.audit.audit_table}"', f'use "{table}"'
+
+
+def advice(settings: Settings) -> list[str]:
+    """What is allowed and unwise: shown by `config check`, logged by services at start."""
+    return [f"{key}: {why}" for key, why in _unwise(settings)]
+
+
+def _unwise(settings: Settings) -> Iterator[tuple[str, str]]:
+    if not settings.is_prod:
+        yield 'server.mode = "dev"', "for trials only; nothing insists on TLS or signatures"
+        if settings.audit.signing_key_path is None:
+            yield "audit.signing_key_path", "no signing key: entries of the chain are not signed"
+        return
+    kafka = settings.kafka
+    if kafka.min_insync_replicas < 2:
+        yield (
+            f"kafka.min_insync_replicas = {kafka.min_insync_replicas}",
+            "one broker's disk can lose what was acknowledged; use replication_factor 3, min_insync_replicas 2",
+        )
+    if not kafka.security.uses_tls:
+        yield (
+            f'kafka.security.protocol = "{kafka.security.protocol}"',
+            "records are sealed, but anybody on the network can write to the topics; use SASL_SSL or SSL",
+        )
+    if settings.connection.sslmode != "verify-full" and not _is_local(settings.connection.host):
+        yield (
+            f'connection.sslmode = "{settings.connection.sslmode}"',
+            'rows cross the network to the database unprotected or to an unproven server; use "verify-full"',
+        )
+
+
+def _is_local(host: str) -> bool:
+    """Whether the host is this machine: a socket folder, localhost, or a loopback address."""
+    if host.startswith(("/", "@")) or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

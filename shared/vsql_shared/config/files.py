@@ -1,0 +1,117 @@
+"""The files a configuration names: that they are there, are files, and that keys are for their owner only.
+
+A step of its own after loading, because a configuration may be checked on another machine than the one
+that has its keys. Rules: a missing file is an error; a private key others can read is an error in prod
+and a warning in dev. "Others can read" is PostgreSQL's rule for its own key: mode 0600, or 0640 when root
+owns the file and we are another user (as orchestrators mount secrets).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ConfigError
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class NamedFile:
+    """A path of the configuration; `private` when what it holds is a secret."""
+
+    key: str
+    path: Path
+    private: bool
+
+
+def named_files(settings: Settings) -> Iterator[NamedFile]:
+    """Every file the configuration names, that must exist before a service starts."""
+    pkcs11 = settings.encryption.kms.pkcs11
+    candidates: list[tuple[str, Path | None, bool]] = [
+        ("connection.sslrootcert", settings.connection.sslrootcert, False),
+        ("connection.sslcert", settings.connection.sslcert, False),
+        ("connection.sslkey", settings.connection.sslkey, True),
+        ("connection.password_file", settings.connection.password_file, True),
+        ("server.tls.cert_path", settings.server.tls.cert_path, False),
+        ("server.tls.key_path", settings.server.tls.key_path, True),
+        ("kafka.security.ca_path", settings.kafka.security.ca_path, False),
+        ("kafka.security.cert_path", settings.kafka.security.cert_path, False),
+        ("kafka.security.key_path", settings.kafka.security.key_path, True),
+        ("kafka.security.password_file", settings.kafka.security.password_file, True),
+        ("audit.signing_key_path", settings.audit.signing_key_path, True),
+    ]
+    if settings.encryption.kms.provider == "file":
+        candidates.append(("encryption.kms.file.path", settings.encryption.kms.file.path, True))
+    if settings.encryption.kms.provider == "pkcs11":
+        candidates.append(("encryption.kms.pkcs11.module", pkcs11.module, False))
+        candidates.append(("encryption.kms.pkcs11.pin_file", pkcs11.pin_file, True))
+    return (NamedFile(key, path, private) for key, path, private in candidates if path is not None)
+
+
+def check_files(settings: Settings) -> list[str]:
+    """Look at every named file; returns warnings, raises one ConfigError that lists all errors."""
+    errors: list[str] = []
+    warnings: list[str] = []
+    if settings.encryption.kms.provider == "file" and settings.encryption.kms.file.path is None:
+        errors.append('encryption.kms.file.path: missing; provider "file" needs the path of its key')
+    for file in named_files(settings):
+        try:
+            found = file.path.stat()
+        except OSError as error:
+            errors.append(f"{file.key} = {file.path}: {error.strerror}; make the file, or mend the path")
+            continue
+        if not stat.S_ISREG(found.st_mode):
+            errors.append(f"{file.key} = {file.path}: is no file; give the path of a file")
+        elif not os.access(file.path, os.R_OK):
+            errors.append(f"{file.key} = {file.path}: this user may not read it; change its owner or mode")
+        elif file.private and open_to_others(found):
+            (errors if settings.is_prod else warnings).append(_exposed(file.key, file.path))
+    warnings += _own_file(settings)
+    if errors:
+        raise ConfigError(_listed(settings, errors))
+    return warnings
+
+
+def open_to_others(found: os.stat_result) -> bool:
+    """Whether somebody else than its owner can read or change the file."""
+    if found.st_uid == 0 and os.geteuid() != 0:
+        return bool(found.st_mode & (stat.S_IWGRP | stat.S_IXGRP | stat.S_IRWXO))
+    return bool(found.st_mode & (stat.S_IRWXG | stat.S_IRWXO))
+
+
+def _exposed(key: str, path: Path) -> str:
+    return f"{key} = {path}: others can read it; run `chmod 600 {path}`"
+
+
+def _own_file(settings: Settings) -> list[str]:
+    """Warn of a configuration that holds a secret and is open to others."""
+    if settings.source is None or not holds_secret(settings):
+        return []
+    try:
+        found = settings.source.stat()
+    except OSError:
+        return []
+    return (
+        [_exposed("a password stands in the configuration", settings.source)] if open_to_others(found) else []
+    )
+
+
+def holds_secret(settings: Settings) -> bool:
+    """Whether a password or PIN is given by value; a peer's connection string counts when it has one."""
+    direct = (
+        settings.connection.password,
+        settings.kafka.security.password,
+        settings.encryption.kms.pkcs11.pin,
+    )
+    peers = (str(peer.connection) != peer.connection.get_secret_value() for peer in settings.peers)
+    return any(secret is not None for secret in direct) or any(peers)
+
+
+def _listed(settings: Settings, errors: list[str]) -> str:
+    name = settings.source or "environment"
+    if len(errors) == 1:
+        return f"{name}: {errors[0]}"
+    return "\n  ".join([f"{name}: {len(errors)} errors", *errors])

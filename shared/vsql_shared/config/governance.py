@@ -1,0 +1,135 @@
+"""[audit], [conflict], [consistency], [ddl], [apply], [cryptaply], [air_gap]: what is decided about the data."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from .section import Section
+from .values import ConfigPath, Duration, Identifier, NodeName, Size, TableName, Whole, refusal
+
+_WHY_AUDIT = (
+    "must be true: the signed, chained manifest is what makes a batch exist, nothing is applied without"
+)
+
+
+def _part_of_commit(value: bool) -> bool:
+    if not value:
+        raise refusal(_WHY_AUDIT)
+    return value
+
+
+def _signature(value: str) -> str:
+    if value != "ed25519":
+        raise refusal('must be "ed25519": entries of the chain have no other signature')
+    return value
+
+
+CommitRecord = Annotated[bool, AfterValidator(_part_of_commit)]
+
+
+class AuditSettings(Section):
+    """[audit]: the signed trail of every batch."""
+
+    enabled: CommitRecord = True
+    """Always true."""
+    hash_chain: CommitRecord = True
+    """Always true."""
+    merkle_roots: CommitRecord = True
+    """Always true."""
+    signature_algorithm: Annotated[str, AfterValidator(_signature)] = "ed25519"
+    """Always ed25519."""
+    signing_key_path: ConfigPath | None = None
+    """Ed25519 private key of this node; required in prod, readable by this user only."""
+    audit_table: Identifier = "vsql_sync_audit"
+    """Table of the entries, in schema vsql_sync."""
+    leaf_retention: Annotated[Duration, Field(ge=timedelta(0), le=timedelta(days=366))] = timedelta(days=7)
+    """How long each side keeps the leaf hashes (32 bytes a tuple) by which a divergent tuple is found."""
+
+
+class CrdtColumn(Section):
+    """[[conflict.crdt.columns]]: a column whose concurrent changes add up."""
+
+    table: TableName
+    """Table, with its schema if not public."""
+    column: Identifier
+    """Numeric column."""
+    function: Annotated[str, Field(min_length=1)]
+    """Delta function, such as "spock_delta_apply_float8"."""
+
+
+class CrdtSettings(Section):
+    """[conflict.crdt]: columns that merge without conflict."""
+
+    columns: list[CrdtColumn] = Field(default_factory=list)
+    """One entry per column."""
+
+
+class ConflictSettings(Section):
+    """[conflict]: what happens when two nodes change the same row."""
+
+    default_strategy: Literal[
+        "last_write_wins", "first_write_wins", "node_priority", "keep_local", "apply_remote", "manual"
+    ] = "last_write_wins"
+    """Strategy of tables without their own."""
+    pci_write_primary: NodeName | None = None
+    """Node that alone writes PCI tables."""
+    pci_write_policy: Literal["reject", "forward", "accept_lww"] = "reject"
+    """What happens to a write to a PCI table on another node."""
+    max_clock_skew_ms: Annotated[Whole, Field(ge=1, le=60_000)] = 100
+    """Milliseconds two clocks may differ before PCI replication pauses."""
+    crdt: CrdtSettings = CrdtSettings()
+    """Columns that merge without conflict."""
+
+
+class ConsistencySettings(Section):
+    """[consistency]: whether a commit waits for the other node."""
+
+    pci_sync_mode: Literal["async", "remote_apply"] = "async"
+    """For PCI tables."""
+    non_pci_sync_mode: Literal["async"] = "async"
+    """For all others."""
+
+
+class DdlSettings(Section):
+    """[ddl]: replication of schema changes."""
+
+    enforce_governed_ddl: bool = False
+    """Schema changes only through the governed path."""
+    audit_ddl: bool = False
+    """Schema changes become entries of the chain."""
+
+
+class ApplySettings(Section):
+    """[apply]: how the consumer treats what does not fit."""
+
+    on_anomaly: Literal["continue", "stop"] = "continue"
+    """A row to update or delete is not there: log, count and go on, or stop the stream."""
+
+
+class CryptaplySettings(Section):
+    """[cryptaply]: the bridge to a key governance authority."""
+
+    enabled: bool = False
+    """Whether the bridge runs."""
+    endpoint: Annotated[str, Field(pattern=r"^https://\S+$")] | None = None
+    """Address of the authority, https only."""
+    report_interval: Annotated[Duration, Field(ge=timedelta(seconds=1))] = timedelta(minutes=5)
+    """Time between reports."""
+    accept_directives: bool = True
+    """Whether signed directives are carried out."""
+    stale_max: Annotated[Duration, Field(ge=timedelta(seconds=1))] = timedelta(hours=24)
+    """How old the last directive may be."""
+
+
+class AirGapSettings(Section):
+    """[air_gap]: changesets carried by hand."""
+
+    export_dir: ConfigPath | None = None
+    """Folder for exported changesets."""
+    changeset_format: Literal["vsql-changeset-v1"] = "vsql-changeset-v1"
+    """Format of a changeset."""
+    max_changeset_size: Annotated[Size, Field(ge=2**20)] = 10 * 10**9
+    """Bytes of one changeset file; larger exports are split."""

@@ -1,0 +1,156 @@
+"""The whole configuration as one value: every section, and the rules that span sections.
+
+Not the loader (`load.py`), not the look at files (`files.py`), not the list of what this version can
+do (`built.py`). Rule: what validates here is consistent in itself, on any machine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import Field, PrivateAttr, model_validator
+from pydantic_core import PydanticCustomError
+
+from .connection import ConnectionSettings
+from .encryption import EncryptionSettings
+from .governance import (
+    AirGapSettings,
+    ApplySettings,
+    AuditSettings,
+    ConflictSettings,
+    ConsistencySettings,
+    CryptaplySettings,
+    DdlSettings,
+)
+from .kafka import KafkaSettings
+from .limits import LimitsSettings
+from .section import Section
+from .service import ClusterSettings, LogSettings, MetricsSettings, ServerSettings
+from .topology import PciSettings, PeerSettings, PublicationSettings
+
+_T = TypeVar("_T")
+
+_PROD = "prod mode requires it"
+_DEV_WAY = '(for a trial: server.mode = "dev")'
+
+
+class Settings(Section):
+    """vsql-sync.toml, validated."""
+
+    cluster: ClusterSettings
+    """This node's place among the others."""
+    connection: ConnectionSettings
+    """This node's own database."""
+    server: ServerSettings = ServerSettings()
+    """How the services run."""
+    peers: list[PeerSettings] = Field(default_factory=list)
+    """Other nodes, for `config apply`."""
+    kafka: KafkaSettings = KafkaSettings()
+    """The brokers."""
+    encryption: EncryptionSettings = EncryptionSettings()
+    """How tuples are sealed."""
+    audit: AuditSettings = AuditSettings()
+    """The signed trail."""
+    publications: list[PublicationSettings] = Field(default_factory=list)
+    """Sets of tables, for `config apply`."""
+    pci: PciSettings = PciSettings()
+    """Columns with cardholder data, for `config apply`."""
+    conflict: ConflictSettings = ConflictSettings()
+    """Two nodes change one row."""
+    consistency: ConsistencySettings = ConsistencySettings()
+    """Which commits wait."""
+    apply: ApplySettings = ApplySettings()
+    """What does not fit at the target."""
+    ddl: DdlSettings = DdlSettings()
+    """Schema changes."""
+    cryptaply: CryptaplySettings = CryptaplySettings()
+    """Key governance."""
+    air_gap: AirGapSettings = AirGapSettings()
+    """Changesets by hand."""
+    limits: LimitsSettings = LimitsSettings()
+    """Bounds on memory, size and time."""
+    metrics: MetricsSettings = MetricsSettings()
+    """Health and metrics over HTTP."""
+    log: LogSettings = LogSettings()
+    """Logs."""
+
+    _source: Path | None = PrivateAttr(default=None)
+
+    @property
+    def source(self) -> Path | None:
+        """The file these settings came from; None when they came from the environment alone."""
+        return self._source
+
+    @property
+    def is_prod(self) -> bool:
+        """Whether every control is enforced."""
+        return self.server.mode == "prod"
+
+    def state_dir(self, env: Mapping[str, str] | None = None) -> Path:
+        """Where the daemon keeps its pid file and logs."""
+        if self.server.state_dir is not None:
+            return self.server.state_dir
+        values = os.environ if env is None else env
+        node = f"{self.cluster.name}-{self.cluster.node_name}"
+        given = values.get("XDG_STATE_HOME")
+        if given:
+            return Path(given) / "vsql-sync" / node
+        if os.geteuid() == 0:
+            return Path("/var/lib/vsql-sync") / node
+        return Path.home() / ".local" / "state" / "vsql-sync" / node
+
+    @model_validator(mode="after")
+    def _across_sections(self) -> Settings:
+        problems = [*_prod_problems(self), *_name_problems(self)]
+        if problems:
+            text = "; ".join(f"{key}: {why}" for key, why in problems)
+            raise PydanticCustomError("across", "{text}", {"text": text, "problems": problems})
+        return self
+
+
+def _prod_problems(settings: Settings) -> Iterator[tuple[str, str]]:
+    """What prod mode insists on that the sections alone cannot know."""
+    if not settings.is_prod:
+        return
+    if settings.server.tls.cert_path is None:
+        yield "server.tls.cert_path", f"missing; {_PROD} {_DEV_WAY}"
+    if settings.server.tls.key_path is None:
+        yield "server.tls.key_path", f"missing; {_PROD} {_DEV_WAY}"
+    if settings.audit.signing_key_path is None:
+        yield (
+            "audit.signing_key_path",
+            f"missing; {_PROD}: make a key with `syncctl key generate` {_DEV_WAY}",
+        )
+    if settings.encryption.kms.provider == "file":
+        yield (
+            "encryption.kms.provider",
+            f'"file" keeps the key on this disk; prod mode needs a key management system, "pkcs11" {_DEV_WAY}',
+        )
+
+
+def _name_problems(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Names and numbers that must be unique."""
+    ids = [settings.cluster.node_id, *(peer.node_id for peer in settings.peers)]
+    names = [settings.cluster.node_name, *(peer.node_name for peer in settings.peers)]
+    for number in _repeated(ids):
+        yield "peers", f"node_id {number} is used twice; each node of the cluster (this one too) has its own"
+    for name in _repeated(names):
+        yield (
+            "peers",
+            f'node_name "{name}" is used twice; each node of the cluster (this one too) has its own',
+        )
+    for name in _repeated([publication.name for publication in settings.publications]):
+        yield "publications", f'name "{name}" is used twice; write its tables in one entry'
+    for index, publication in enumerate(settings.publications):
+        for name in _repeated([table.name for table in publication.tables]):
+            yield f"publications[{index}].tables", f'table "{name}" is named twice; write it once'
+    for name in _repeated([entry.table for entry in settings.pci.columns]):
+        yield "pci.columns", f'table "{name}" is named twice; write its columns in one entry'
+
+
+def _repeated(values: list[_T]) -> list[_T]:
+    return [value for value, times in Counter(values).items() if times > 1]

@@ -1,0 +1,93 @@
+"""[[peers]], [[publications]], [[pci.columns]]: what `config apply` brings into the database.
+
+The database holds the truth about these; here is only what a file wishes for.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from .secrets import ConnectionString
+from .section import Section
+from .service import NodeId
+from .values import Identifier, NodeName, TableName, refusal
+
+StreamMode = Literal["uni-directional", "bidirectional"]
+
+
+def _table_entry(value: object) -> object:
+    """A table given by its name alone is that table with all columns."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _columns(value: object) -> object:
+    """ "all" is the same as leaving the list out; a list names what is replicated."""
+    if value == "all":
+        return None
+    if isinstance(value, str):
+        raise refusal('write "all" or a list of column names')
+    if isinstance(value, list) and not value:
+        raise refusal('a publication of no columns is not possible; write "all" or name some')
+    return value
+
+
+class PeerSettings(Section):
+    """[[peers]]: another node of the cluster."""
+
+    node_id: NodeId
+    """Its number."""
+    node_name: NodeName
+    """Its name."""
+    connection: ConnectionString
+    """How to reach its database (libpq connection string); a password in it is never shown."""
+    mode: StreamMode = "uni-directional"
+    """Whether it only receives, or both nodes write."""
+
+
+class PublicationTable(Section):
+    """[[publications.tables]]: one table of a publication."""
+
+    name: TableName
+    """Table, with its schema if not public; "*" is every table."""
+    columns: Annotated[list[Identifier] | None, BeforeValidator(_columns)] = None
+    """Columns that are replicated; "all" (the default) is every one."""
+    exclude_pci: bool = False
+    """Leave out the columns marked as PCI, and keep them out of the WAL stream."""
+    where: str | None = None
+    """Row filter."""
+
+    @model_validator(mode="after")
+    def _no_repeats(self) -> PublicationTable:
+        for column in self.columns or []:
+            if (self.columns or []).count(column) > 1:
+                raise refusal("a column is named twice")
+        return self
+
+
+class PublicationSettings(Section):
+    """[[publications]]: a set of tables that travels as one stream."""
+
+    name: Identifier
+    """Name, unique in the database."""
+    mode: StreamMode = "uni-directional"
+    """Whether only this node writes these tables."""
+    tables: list[Annotated[PublicationTable, BeforeValidator(_table_entry)]] = Field(default_factory=list)
+    """Tables, by name or as [[publications.tables]]."""
+
+
+class PciColumns(Section):
+    """[[pci.columns]]: columns that hold cardholder data."""
+
+    table: TableName
+    """Table, with its schema if not public."""
+    columns: Annotated[list[Identifier], Field(min_length=1)]
+    """Columns."""
+
+
+class PciSettings(Section):
+    """[pci]: what is cardholder data."""
+
+    columns: list[PciColumns] = Field(default_factory=list)
+    """One entry per table."""
