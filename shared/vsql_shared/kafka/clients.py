@@ -1,0 +1,97 @@
+"""Kafka clients, made from the settings in one place, and Kafka's errors in our words.
+
+Not here: what is sent and read. Rules: a client's own chatter goes to our log, never to the terminal; an
+error that Kafka calls retriable, or that means a broker is away, is a TransientError, the rest a BrokerError.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
+from confluent_kafka.admin import AdminClient
+
+from vsql_shared.errors import BrokerError, TransientError, VsqlSyncError
+
+if TYPE_CHECKING:
+    from vsql_shared.config import Settings
+
+_log = logging.getLogger("vsql.kafka")
+
+# Codes that mean "a broker is not there (yet)" although librdkafka does not flag them retriable.
+_AWAY = frozenset(
+    {
+        KafkaError._TRANSPORT,
+        KafkaError._ALL_BROKERS_DOWN,
+        KafkaError._TIMED_OUT,
+        KafkaError._MSG_TIMED_OUT,
+        KafkaError._TIMED_OUT_QUEUE,
+        KafkaError._RESOLVE,
+        KafkaError._DESTROY,
+        KafkaError._UNKNOWN_BROKER,
+        KafkaError.LEADER_NOT_AVAILABLE,
+        KafkaError.NOT_LEADER_FOR_PARTITION,
+        KafkaError.BROKER_NOT_AVAILABLE,
+        KafkaError.NOT_ENOUGH_REPLICAS,
+        KafkaError.NOT_ENOUGH_REPLICAS_AFTER_APPEND,
+        KafkaError.REQUEST_TIMED_OUT,
+        KafkaError.COORDINATOR_NOT_AVAILABLE,
+        KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+        KafkaError.NOT_COORDINATOR,
+    }
+)
+
+
+def kafka_error(error: KafkaError, doing: str) -> VsqlSyncError:
+    """Kafka's error as ours; `doing` says what was tried, e.g. "create topic x"."""
+    text = f"Kafka: cannot {doing}: {error.str()} ({error.name()})"
+    if error.code() in _AWAY or error.retriable():
+        return TransientError(text, hint="vsql-sync goes on by itself when the brokers answer")
+    if error.code() in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED):
+        return BrokerError(text, hint="grant this principal the operation on that topic or group")
+    if error.code() in (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError._MSG_TIMED_OUT):
+        return BrokerError(
+            text, hint="lower limits.message_max_bytes, or raise the broker's message.max.bytes"
+        )
+    return BrokerError(text)
+
+
+def from_exception(exception: KafkaException, doing: str) -> VsqlSyncError:
+    """The same for an exception of the client."""
+    error = exception.args[0] if exception.args else None
+    if isinstance(error, KafkaError):
+        return kafka_error(error, doing)
+    return BrokerError(f"Kafka: cannot {doing}: {exception}")
+
+
+def _on_error(error: KafkaError) -> None:
+    # Informational by librdkafka's contract: what needs an answer reaches us through the calls themselves.
+    _log.warning("kafka client: %s", error.str(), extra={"code": error.name()})
+
+
+def make_producer(settings: Settings, client_id: str) -> Producer:
+    """An idempotent producer (acks=all)."""
+    config = dict(settings.kafka.client_config("producer", settings.limits))
+    config["client.id"] = client_id
+    # Packs are large already: waiting for more of them only adds latency.
+    config.setdefault("linger.ms", 1)
+    config.setdefault("queue.buffering.max.messages", 100_000)
+    config.setdefault("message.timeout.ms", 60_000)
+    return Producer({**config, "error_cb": _on_error, "logger": _log})
+
+
+def make_consumer(settings: Settings, client_id: str, group_id: str) -> Consumer:
+    """A consumer that is assigned partitions by hand; offsets are committed by us."""
+    config = dict(settings.kafka.client_config("consumer", settings.limits))
+    config |= {"client.id": client_id, "group.id": group_id}
+    config.setdefault("fetch.wait.max.ms", 50)
+    config.setdefault("fetch.error.backoff.ms", 50)
+    config.setdefault("topic.metadata.refresh.interval.ms", 30_000)
+    return Consumer({**config, "error_cb": _on_error, "logger": _log})
+
+
+def make_admin(settings: Settings) -> AdminClient:
+    """A client that creates and describes topics."""
+    config = dict(settings.kafka.client_config("admin", settings.limits))
+    return AdminClient({**config, "error_cb": _on_error, "logger": _log})

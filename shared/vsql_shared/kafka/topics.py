@@ -1,0 +1,96 @@
+"""Topics: created by us with a fixed shape, and refused when somebody else gave them another.
+
+Three kinds. `audit` and `keys` are compacted and keep everything; `data` keeps records until every target has
+acknowledged them (the producer deletes below that), so its retention is a lower bound and not a timer of Kafka's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
+
+from vsql_shared.errors import BrokerError
+from vsql_shared.kafka.clients import from_exception
+
+if TYPE_CHECKING:
+    from vsql_shared.config import Settings
+
+Kind = Literal["data", "audit", "keys"]
+TIMEOUT_SECONDS = 30.0
+
+
+def _wanted(kind: Kind, settings: Settings) -> dict[str, str]:
+    shape = {
+        "min.insync.replicas": str(settings.kafka.min_insync_replicas),
+        "max.message.bytes": str(max(settings.limits.message_max_bytes, 1_048_588)),
+        "unclean.leader.election.enable": "false",
+    }
+    if kind == "data":
+        return {**shape, "cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"}
+    return {**shape, "cleanup.policy": "compact"}
+
+
+def _partitions(kind: Kind, settings: Settings) -> int:
+    return settings.kafka.partitions if kind == "data" else 1
+
+
+def ensure_topic(admin: AdminClient, name: str, kind: Kind, settings: Settings) -> None:
+    """Create the topic, or check the one that is there.
+
+    Raises BrokerError when the topic exists in another shape (partitions, cleanup policy, unclean
+    election), TransientError when no broker answers.
+    """
+    topic = NewTopic(
+        name,
+        num_partitions=_partitions(kind, settings),
+        replication_factor=settings.kafka.replication_factor,
+        config=_wanted(kind, settings),
+    )
+    try:
+        admin.create_topics([topic], operation_timeout=TIMEOUT_SECONDS, request_timeout=TIMEOUT_SECONDS)[
+            name
+        ].result(TIMEOUT_SECONDS)
+    except KafkaException as error:
+        if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+            raise from_exception(error, f"create topic {name}") from error
+        check_topic(admin, name, kind, settings)
+
+
+def check_topic(admin: AdminClient, name: str, kind: Kind, settings: Settings) -> None:
+    """Raise BrokerError unless the topic has the shape this kind needs."""
+    resource = ConfigResource(ResourceType.TOPIC, name)
+    try:
+        found = admin.describe_configs([resource], request_timeout=TIMEOUT_SECONDS)[resource].result(
+            TIMEOUT_SECONDS
+        )
+        metadata = admin.list_topics(name, timeout=TIMEOUT_SECONDS).topics[name]
+    except KafkaException as error:
+        raise from_exception(error, f"describe topic {name}") from error
+    wanted = _wanted(kind, settings)
+    for key in ("cleanup.policy", "unclean.leader.election.enable"):
+        actual = found[key].value
+        if actual != wanted[key]:
+            raise BrokerError(
+                f"topic {name} has {key}={actual}, expected {wanted[key]}",
+                hint=f"alter it, e.g. kafka-configs --alter --topic {name} --add-config {key}={wanted[key]}",
+            )
+    partitions = _partitions(kind, settings)
+    if len(metadata.partitions) != partitions:
+        raise BrokerError(
+            f"topic {name} has {len(metadata.partitions)} partitions, expected {partitions}",
+            hint="set kafka.partitions to that number, or delete the topic before the first start",
+        )
+
+
+def delete_topics(admin: AdminClient, names: list[str]) -> None:
+    """Delete topics that are there; a missing one is no error."""
+    if not names:
+        return
+    for name, future in admin.delete_topics(names, operation_timeout=TIMEOUT_SECONDS).items():
+        try:
+            future.result(TIMEOUT_SECONDS)
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                raise from_exception(error, f"delete topic {name}") from error
