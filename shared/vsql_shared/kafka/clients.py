@@ -4,6 +4,7 @@ Not here: what is sent and read. Rules: a client's own chatter goes to our log, 
 error that Kafka calls retriable, or that means a broker is away, is a TransientError, the rest a BrokerError.
 """
 
+# ruff: noqa: SLF001 - librdkafka's client-side codes are public names that begin with an underscore
 from __future__ import annotations
 
 import logging
@@ -50,7 +51,7 @@ def kafka_error(error: KafkaError, doing: str) -> VsqlSyncError:
         return TransientError(text, hint="vsql-sync goes on by itself when the brokers answer")
     if error.code() in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED):
         return BrokerError(text, hint="grant this principal the operation on that topic or group")
-    if error.code() in (KafkaError.MSG_SIZE_TOO_LARGE, KafkaError._MSG_TIMED_OUT):
+    if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
         return BrokerError(
             text, hint="lower limits.message_max_bytes, or raise the broker's message.max.bytes"
         )

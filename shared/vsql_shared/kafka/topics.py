@@ -1,7 +1,7 @@
 """Topics: created by us with a fixed shape, and refused when somebody else gave them another.
 
-Three kinds. `audit` and `keys` are compacted and keep everything; `data` keeps records until every target has
-acknowledged them (the producer deletes below that), so its retention is a lower bound and not a timer of Kafka's.
+Three kinds. `audit` and `keys` are compacted and keep everything; `data` keeps records until every
+target has acknowledged them (the producer deletes below that): its retention is no timer of Kafka's.
 """
 
 from __future__ import annotations
