@@ -1,0 +1,243 @@
+"""Ed25519 signatures of nodes (RFC 8032): key files, the signer, and the store of pinned public keys.
+
+Not here: what is signed (audit/ builds the DSSE pre-authentication encoding) and where pinned keys lie
+(the table vsql_sync.signers). Rules:
+
+* A private key file is PKCS#8 PEM, created with mode 0600 and never overwritten. In strict mode a file
+  that others can read is refused: what was readable once may have been copied.
+* A public key counts only because an operator pinned it in this node's own database; nothing that came
+  through Kafka adds one.
+* A node with a pinned key signs always: where unsigned documents are allowed (dev mode), they are
+  allowed only for nodes without any pinned key, so a signature cannot be stripped off.
+* Verification raises SignatureError; there is no boolean to forget.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from vsql_shared.errors import KeyUnavailableError, SignatureError
+
+PUBLIC_KEY_SIZE = 32
+SIGNATURE_SIZE = 64
+DEFAULT_KEY_NAME = "vsql-sync-signing"
+_GENERATE = "make one with `syncctl key generate --output DIR`"
+
+
+def fingerprint(public_key_raw: bytes) -> str:
+    """Name of a public key: `SHA256:` and the base64 (no padding) of the SHA-256 of its raw 32 bytes."""
+    digest = hashlib.sha256(public_key_raw).digest()
+    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+
+
+class Signer:
+    """This node's signing key. It signs; it does not show its private half."""
+
+    def __init__(self, private_key: Ed25519PrivateKey, node: str) -> None:
+        self._private_key = private_key
+        self.node = node
+        self.public_key = private_key.public_key().public_bytes_raw()
+        self.fingerprint = fingerprint(self.public_key)
+
+    def sign(self, message: bytes) -> bytes:
+        """The 64-byte signature of `message`; deterministic."""
+        return self._private_key.sign(message)
+
+    def __repr__(self) -> str:
+        return f"Signer(node={self.node!r}, fingerprint={self.fingerprint!r})"
+
+
+def generate_signing_key(directory: Path, name: str = DEFAULT_KEY_NAME) -> tuple[Path, Path]:
+    """Write a new key pair, `<name>.key` (0600) and `<name>.pub`; an existing file is never replaced."""
+    private_key = Ed25519PrivateKey.generate()
+    private_path, public_path = directory / f"{name}.key", directory / f"{name}.pub"
+    private_pem = private_key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    public_pem = private_key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    if public_path.exists():  # before the private half exists, so that no half-made pair is left
+        raise _exists(public_path)
+    write_new_file(private_path, private_pem, 0o600)
+    write_new_file(public_path, public_pem, 0o644)
+    return private_path, public_path
+
+
+def write_new_file(path: Path, content: bytes, mode: int) -> None:
+    """Create `path` with `mode` from its first moment; O_EXCL, so nothing is followed or replaced."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    except FileExistsError as error:
+        raise _exists(path) from error
+    except OSError as error:
+        raise KeyUnavailableError(
+            f"cannot create {path}: {error.strerror}", hint="name a directory this user may write to"
+        ) from error
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _exists(path: Path) -> KeyUnavailableError:
+    return KeyUnavailableError(
+        f"{path} exists and is not overwritten", hint="choose another directory, or move the old key away"
+    )
+
+
+def check_private_file(path: Path, strict: bool) -> None:
+    """Refuse, in strict mode, a secret file that group or others may read or write."""
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except OSError as error:
+        raise KeyUnavailableError(
+            f"cannot read key file {path}: {error.strerror}", hint=f"check the path, or {_GENERATE}"
+        ) from error
+    if strict and mode & 0o077:
+        raise KeyUnavailableError(
+            f"key file {path} has mode {mode:04o}: others than its owner may use it", hint=f"chmod 600 {path}"
+        )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise KeyUnavailableError(
+            f"cannot read key file {path}: {error.strerror}",
+            hint=f"check the path and who may read it, or {_GENERATE}",
+        ) from error
+
+
+def load_signer(path: Path, node: str, *, strict: bool = True) -> Signer:
+    """The signing key of `node` from a PKCS#8 PEM file.
+
+    Raises KeyUnavailableError: unreadable, open to others (`strict`), encrypted, or not an Ed25519 key.
+    """
+    check_private_file(path, strict)
+    try:
+        key = serialization.load_pem_private_key(_read(path), password=None)
+    except TypeError as error:
+        raise KeyUnavailableError(
+            f"key file {path} is encrypted with a passphrase",
+            hint=f"decrypt it (openssl pkey -in {path}) into a file with mode 0600",
+        ) from error
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise KeyUnavailableError(
+            f"key file {path} holds no private key in PEM form", hint=f"expected PKCS#8 PEM; {_GENERATE}"
+        ) from error
+    if not isinstance(key, Ed25519PrivateKey):
+        kind = type(key).__name__.removesuffix("PrivateKey")
+        raise KeyUnavailableError(
+            f"key file {path} holds a key of another kind ({kind}), expected Ed25519", hint=_GENERATE
+        )
+    return Signer(key, node)
+
+
+def load_public_key(path: Path) -> bytes:
+    """The raw 32 bytes of an Ed25519 public key in PEM form. Raises KeyUnavailableError."""
+    try:
+        key = serialization.load_pem_public_key(_read(path))
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise KeyUnavailableError(
+            f"{path} holds no public key in PEM form", hint="expected the .pub file of `syncctl key generate`"
+        ) from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise KeyUnavailableError(
+            f"{path} holds no Ed25519 public key", hint="expected the .pub file of `syncctl key generate`"
+        )
+    return key.public_bytes_raw()
+
+
+@dataclass(frozen=True)
+class PinnedKey:
+    """A public key an operator accepted for a node (a row of vsql_sync.signers)."""
+
+    node: str
+    public_key: bytes
+    fingerprint: str
+    revoked: bool
+
+
+class TrustStore:
+    """The pinned keys of all nodes; says whether a document was signed by the node it claims.
+
+    `allow_unsigned` is dev mode's: documents without signature pass for nodes without a pinned key.
+    """
+
+    def __init__(self, keys: Iterable[PinnedKey], allow_unsigned: bool = False) -> None:
+        self._allow_unsigned = allow_unsigned
+        self._pins: dict[tuple[str, str], PinnedKey] = {}
+        self._public: dict[tuple[str, str], Ed25519PublicKey] = {}
+        for pin in keys:
+            self._add(pin)
+
+    def _add(self, pin: PinnedKey) -> None:
+        # The table is the operator's, but whoever can write it must not slip a key under a known name.
+        if len(pin.public_key) != PUBLIC_KEY_SIZE or fingerprint(pin.public_key) != pin.fingerprint:
+            raise SignatureError(
+                f"pinned key {pin.fingerprint} of node {pin.node} does not have this fingerprint",
+                hint="the table vsql_sync.signers was altered; pin the key again with `syncctl node add-peer`",
+            )
+        name = (pin.node, pin.fingerprint)
+        known = self._pins.get(name)
+        if known is None or not known.revoked:  # revoked once is revoked
+            self._pins[name] = pin
+        self._public[name] = Ed25519PublicKey.from_public_bytes(pin.public_key)
+
+    def verify(self, node: str, signer: str, signature: bytes, message: bytes) -> None:
+        """Raise SignatureError unless `signature` over `message` is by a valid key of `node`.
+
+        1. Unsigned: only where allowed, and never for a node with a pinned key (a stripped signature).
+        2. The signer is pinned for this very node (a valid peer speaking for another one).
+        3. The pin is not revoked (a stolen key).
+        4. The signature verifies (altered bytes).
+        """
+        if not signer and not signature:
+            self._check_unsigned(node)
+            return
+        pin = self._pins.get((node, signer))
+        if pin is None:
+            raise self._unknown(node, signer)
+        if pin.revoked:
+            raise SignatureError(
+                f"signed by the revoked key {signer} of node {node}",
+                hint="if the node has a new key, pin it with `syncctl node add-peer`",
+            )
+        try:
+            self._public[node, signer].verify(signature, message)
+        except InvalidSignature as error:
+            raise SignatureError(
+                f"the signature of node {node} (key {signer}) does not verify: altered, or not its own"
+            ) from error
+
+    def _check_unsigned(self, node: str) -> None:
+        if any(pin.node == node for pin in self._pins.values()):
+            raise SignatureError(f"node {node} has a pinned key and this document is unsigned")
+        if not self._allow_unsigned:
+            raise SignatureError(
+                f"document of node {node} is unsigned",
+                hint='configure audit.signing_key_path there; unsigned documents pass only in mode = "dev"',
+            )
+
+    def _unknown(self, node: str, signer: str) -> SignatureError:
+        owners = sorted({pin.node for pin in self._pins.values() if pin.fingerprint == signer})
+        if owners:
+            return SignatureError(
+                f"expected a key of node {node}, signed by one of {', '.join(owners)} ({signer})"
+            )
+        return SignatureError(
+            f"signer {signer!r} is not pinned for node {node}",
+            hint="compare its fingerprint with the node's operator, then `syncctl node add-peer`",
+        )
