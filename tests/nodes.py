@@ -1,0 +1,290 @@
+"""Nodes of vsql-sync as a user would have them: databases, configuration files, keys, and the services as processes.
+
+Everything goes through the product's own interfaces: `syncctl` as a command, `python -m vsql_producers` and
+`python -m vsql_consumers` as processes. The demo, the benchmark and the topology tests all stand on this.
+
+    pair = TwoNodes(stack, folder, tables_sql, version=18)
+    pair.create(["payments(*)", "orders(*)"])   # keys, node init, publication, add-peer, start
+    pair.start()                                # producer of A, consumer of B
+    pair.wait_in_step()                         # B has all that A had committed at this moment
+    pair.differences()                          # [] or what differs, row by row
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
+
+from tests.stack import Stack, spawn
+
+PUBLICATION = "pub"
+
+
+class NodeFailedError(AssertionError):
+    """A command or a service of a node failed; the text holds what it printed."""
+
+
+class Node:
+    """One node: a database, its configuration file, and up to two services."""
+
+    def __init__(
+        self, folder: Path, cluster: str, number: int, name: str, conninfo: str, kafka: str, extra: str = ""
+    ) -> None:
+        self.folder, self.cluster, self.number, self.name = folder, cluster, number, name
+        self.conninfo, self.kafka, self.extra = conninfo, kafka, extra
+        self.config = folder / f"{name}.toml"
+        self.keys = folder / f"{name}-keys"
+        self.services: dict[str, subprocess.Popen[bytes]] = {}
+
+    def write_config(self, kek: Path) -> None:
+        """Write the node's vsql-sync.toml (dev mode, signed, KEK in a file)."""
+        parts = conninfo_to_dict(self.conninfo)
+        password = f'password = "{parts["password"]}"\n' if parts.get("password") else ""
+        self.config.write_text(
+            f"""[cluster]
+name = "{self.cluster}"
+node_id = {self.number}
+node_name = "{self.name}"
+
+[connection]
+host = "{parts.get("host", "127.0.0.1")}"
+port = {parts.get("port", 5432)}
+database = "{parts["dbname"]}"
+user = "{parts.get("user", "postgres")}"
+{password}
+[server]
+mode = "dev"
+state_dir = "{self.folder / (self.name + "-state")}"
+
+[kafka]
+bootstrap_servers = "{self.kafka}"
+
+[encryption.kms]
+provider = "file"
+kek_id = "test-kek"
+[encryption.kms.file]
+path = "{kek}"
+
+[audit]
+signing_key_path = "{self.keys / "vsql-sync-signing.key"}"
+
+[metrics]
+producer_addr = "127.0.0.1:0"
+consumer_addr = "127.0.0.1:0"
+
+{self.extra}
+"""
+        )
+
+    def ctl(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run syncctl with this node's configuration."""
+        done = subprocess.run(
+            [sys.executable, "-m", "vsql_ctl", "--config", str(self.config), *args],
+            capture_output=True,
+            text=True,
+            timeout=180,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+        if check and done.returncode != 0:
+            raise NodeFailedError(
+                f"syncctl {' '.join(args)} on {self.name}: exit {done.returncode}\n{done.stdout}{done.stderr}"
+            )
+        return done
+
+    def ctl_json(self, *args: str) -> Any:
+        """Run syncctl --output json and parse what it prints."""
+        return json.loads(self.ctl(*args, "--output", "json").stdout)
+
+    def log_file(self, role: str) -> Path:
+        """Where a service's standard error goes."""
+        return self.folder / f"{self.name}-{role}.log"
+
+    def start(self, role: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+        """Start one service (`producer` or `consumer`) in its own process group."""
+        process = spawn(
+            [sys.executable, "-m", f"vsql_{role}s", "--config", str(self.config)],
+            log=self.log_file(role),
+            env={**os.environ, **(env or {})},
+        )
+        self.services[role] = process
+        return process
+
+    def stop(self, role: str, timeout: float = 60) -> int:
+        """SIGTERM a service and wait for its graceful end."""
+        process = self.services.pop(role)
+        process.terminate()
+        return process.wait(timeout)
+
+    def query(self, statement: str, *params: object) -> list[tuple[Any, ...]]:
+        """Rows of a statement on the node's database, as its superuser."""
+        with psycopg.connect(self.conninfo, autocommit=True) as connection:
+            cursor = connection.execute(statement, params or None)  # type: ignore[arg-type]  # literal statements of tests
+            return cursor.fetchall() if cursor.description else []
+
+    def execute(self, script: str) -> None:
+        """Run a script of several statements in one transaction."""
+        with psycopg.connect(self.conninfo) as connection:
+            connection.execute(script)  # type: ignore[arg-type]  # as above
+
+    def tail(self, role: str, lines: int = 30) -> str:
+        """Last lines of a service's log, for a failure's text."""
+        path = self.log_file(role)
+        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""
+
+
+class TwoNodes:
+    """Node a (source) and node b (target) of one cluster."""
+
+    def __init__(
+        self,
+        stack: Stack,
+        folder: Path,
+        schema_sql: str,
+        *,
+        version: int = 18,
+        target_version: int | None = None,
+        kafka: str | None = None,
+        conninfos: tuple[str, str] | None = None,
+        config: str = "",
+        target_config: str | None = None,
+    ) -> None:
+        cluster = stack.new_cluster_name("c")
+        source, target = conninfos or (
+            stack.new_database(version, "a"),
+            stack.new_database(target_version or version, "b"),
+        )
+        address = kafka or stack.kafka().bootstrap_servers
+        self.folder, self.cluster = folder, cluster
+        self.a = Node(folder, cluster, 1, "node-a", source, address, config)
+        self.b = Node(
+            folder, cluster, 2, "node-b", target, address, config if target_config is None else target_config
+        )
+        self.chain = f"{PUBLICATION}.node-a"
+        for node in (self.a, self.b):
+            node.execute(schema_sql)
+
+    def create(self, tables: Sequence[str], *, copy: bool = True, publication_args: Sequence[str] = ()) -> None:
+        """Keys, node init on both, publication, add-peer, start: what the README tells a user."""
+        kek = self.folder / "kek.key"
+        for node in (self.a, self.b):
+            node.write_config(kek)
+        self.a.ctl("key", "generate", "--output", str(self.folder / "kek-dir"), "--kek", str(kek))
+        for node in (self.a, self.b):
+            node.ctl("key", "generate", "--output", str(node.keys))
+            node.ctl(
+                "node", "init", "--node-id", str(node.number), "--node-name", node.name, "--cluster",
+                self.cluster, "--connection", node.conninfo,
+            )  # fmt: skip
+        table_args = [arg for table in tables for arg in ("--table", table)]
+        self.a.ctl("publication", "create", PUBLICATION, *table_args, *publication_args)
+        self.a.ctl(
+            "node", "add-peer", "--peer-node-id", "2", "--peer-name", "node-b", "--peer-connection",
+            self.b.conninfo, "--mode", "uni-directional", "--yes", *([] if copy else ["--no-copy"]),
+        )  # fmt: skip
+        for node in (self.a, self.b):
+            node.ctl("start")
+
+    def start(self) -> None:
+        """Start the producer of A and the consumer of B."""
+        self.a.start("producer")
+        self.b.start("consumer")
+
+    def stop(self) -> None:
+        """Stop what runs, gracefully."""
+        for node in (self.a, self.b):
+            for role in list(node.services):
+                node.stop(role)
+
+    def heads(self) -> tuple[int, int]:
+        """(last sequence in A's chain, last sequence B applied)."""
+        head = self.a.query(
+            "SELECT coalesce(max(sequence), 0) FROM vsql_sync.vsql_sync_audit WHERE chain = %s", self.chain
+        )[0][0]
+        rows = self.b.query("SELECT sequence FROM vsql_sync.apply_progress WHERE chain = %s", self.chain)
+        return head, rows[0][0] if rows else 0
+
+    def wait_in_step(self, timeout: float = 120, poll: float = 0.1) -> None:
+        """Wait until B has applied everything A had committed when this was called.
+
+        A's slot must have confirmed that position and B's progress must have reached A's chain head.
+        """
+        lsn = self.a.query("SELECT pg_current_wal_insert_lsn()")[0][0]
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            confirmed = self.a.query(
+                "SELECT 1 FROM vsql_sync.streams s JOIN pg_replication_slots r USING (slot_name)"
+                " WHERE s.chain = %s AND s.direction = 'out' AND r.confirmed_flush_lsn >= %s::pg_lsn",
+                self.chain,
+                lsn,
+            )
+            head, applied = self.heads()
+            if confirmed and applied >= head:
+                return
+            self._check_services()
+            time.sleep(poll)
+        raise NodeFailedError(
+            f"not in step after {timeout:.0f} s: wanted {lsn}, confirmed {bool(confirmed)}, head {head},"
+            f" applied {applied}\n--- producer of a\n{self.a.tail('producer')}"
+            f"\n--- consumer of b\n{self.b.tail('consumer')}"
+        )
+
+    def _check_services(self) -> None:
+        for node in (self.a, self.b):
+            for role, process in node.services.items():
+                code = process.poll()
+                if code is not None:
+                    raise NodeFailedError(f"{role} of {node.name} ended with {code}\n{node.tail(role)}")
+
+    def tables(self) -> list[tuple[str, str]]:
+        """Published tables."""
+        return self.a.query(
+            "SELECT schemaname, tablename FROM pg_publication_tables WHERE pubname = %s ORDER BY 1, 2", PUBLICATION
+        )  # type: ignore[return-value]  # two text columns
+
+    def differences(self, limit: int = 10) -> list[str]:
+        """Compare every published table row by row, as text, in one order on both sides."""
+        found: list[str] = []
+        for schema, table in self.tables():
+            pairs = zip_longest(_rows(self.a.conninfo, schema, table), _rows(self.b.conninfo, schema, table))
+            for number, (left, right) in enumerate(pairs):
+                if left != right:
+                    found.append(f"{schema}.{table} row {number}: {left!r} on a, {right!r} on b")
+                    if len(found) >= limit:
+                        return found
+                    break  # one difference shifts all rows after it
+        return found
+
+    def audited_rows(self) -> int:
+        """Number of changes in A's chain (sum of row_count of its manifests)."""
+        return int(
+            self.a.query(
+                "SELECT coalesce(sum(row_count), 0) FROM vsql_sync.vsql_sync_audit"
+                " WHERE chain = %s AND event_type = 'replication_batch'",
+                self.chain,
+            )[0][0]
+        )
+
+
+def _rows(conninfo: str, schema: str, table: str) -> Iterator[bytes]:
+    """All rows of a table as text, in an order that does not depend on the server, streamed."""
+    statement = sql.SQL("COPY (SELECT t::text FROM {} t ORDER BY t::text COLLATE \"C\") TO STDOUT").format(
+        sql.Identifier(schema, table)
+    )
+    with psycopg.connect(conninfo) as connection, connection.cursor() as cursor, cursor.copy(statement) as copy:
+        rest = b""
+        for block in copy:
+            lines = (rest + bytes(block)).split(b"\n")
+            rest = lines.pop()
+            yield from lines
