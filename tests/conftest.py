@@ -1,0 +1,77 @@
+"""Fixtures every test can use; `tests.stack` says how.
+
+Rules: servers are shared by the session, databases and cluster names belong to one test; a test that is
+not marked `unit` by its folder starts servers only when it asks for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from tests.stack import POSTGRES_VERSIONS, Kafka, Postgres, Stack
+
+_FOLDER_MARKS = {"unit": "unit", "services": "services", "topology": "topology", "chaos": "chaos"}
+
+
+class NewDatabase(Protocol):
+    """What the `new_database` fixture gives: call it for an empty database's connection string."""
+
+    def __call__(self, prefix: str = "test", version: int = 18) -> str: ...
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by the folder it lies in."""
+    here = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(here).parts[0] if item.path.is_relative_to(here) else ""
+        if folder in _FOLDER_MARKS:
+            item.add_marker(_FOLDER_MARKS[folder])
+
+
+@pytest.fixture(scope="session")
+def stack() -> Iterator[Stack]:
+    """The session's servers, each started when a test first asks for it."""
+    with Stack() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def kafka(stack: Stack) -> Kafka:
+    """The session's Kafka."""
+    return stack.kafka()
+
+
+@pytest.fixture(scope="session")
+def pg18(stack: Stack) -> Postgres:
+    """The session's PostgreSQL 18."""
+    return stack.postgres(18)
+
+
+@pytest.fixture(scope="session", params=POSTGRES_VERSIONS, ids=lambda version: f"pg{version}")
+def pg(request: pytest.FixtureRequest, stack: Stack) -> Postgres:
+    """The session's PostgreSQL of each version in turn."""
+    return stack.postgres(request.param)
+
+
+@pytest.fixture
+def new_database(stack: Stack) -> Iterator[NewDatabase]:
+    """Make empty databases; they are dropped, with their slots and sessions, after the test."""
+    made: list[str] = []
+
+    def make(prefix: str = "test", version: int = 18) -> str:
+        made.append(stack.new_database(version, prefix))
+        return made[-1]
+
+    yield make
+    for conninfo in made:
+        stack.drop_database(conninfo)
+
+
+@pytest.fixture
+def cluster_name(stack: Stack) -> str:
+    """A cluster name of this test's own."""
+    return stack.new_cluster_name()

@@ -1,0 +1,1 @@
+"""Tests of whole streams: producer and consumer processes between two databases."""
