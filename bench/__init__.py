@@ -1,0 +1,1 @@
+"""Benchmarks: the same work through vsql-sync and its peers in one run; ratios are the result."""
