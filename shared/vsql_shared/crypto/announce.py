@@ -121,7 +121,8 @@ def unwrap(announcement: KeyAnnouncement, provider: KekProvider) -> OpeningKey:
         )
     if a.kms_provider != provider.name:
         raise KeyUnavailableError(
-            f"data key {a.dek_id} was wrapped by KMS provider {a.kms_provider!r}, this node uses {provider.name!r}",
+            f"data key {a.dek_id} was wrapped by KMS provider {a.kms_provider!r},"
+            f" this node uses {provider.name!r}",
             hint="set [encryption.kms] to the KMS both nodes share",
         )
     context = key_context(a.cluster, a.chain, a.dek_id)

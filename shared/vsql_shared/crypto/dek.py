@@ -43,7 +43,7 @@ _COMMITMENT_LABEL = b"vsql-sync/v1/dek/commitment"
 
 @dataclass(frozen=True, slots=True)
 class KeyLimits:
-    """How much one key seals: tuples, and plaintext bytes. Settings may lower the limits, never raise them."""
+    """How much one key seals: tuples, and plaintext bytes. Settings may lower them, never raise them."""
 
     max_tuples: int = MAX_TUPLES
     max_bytes: int = MAX_BYTES
@@ -60,7 +60,7 @@ class KeyLimits:
 
 
 def key_context(cluster: str, chain: str, dek_id: str) -> bytes:
-    """Canonical bytes of a key's place: each name as uint16 length and UTF-8. Input of HKDF and of the KMS."""
+    """Canonical bytes of a key's place: each name as uint16 length and UTF-8. For HKDF and the KMS."""
     parts = [name.encode() for name in (cluster, chain, dek_id)]
     if any(len(part) > 0xFFFF for part in parts):
         raise KeyUnavailableError("a cluster, chain or key name is longer than 65535 bytes")
@@ -160,7 +160,7 @@ class SealingKey:
         )
 
     def reserve(self, tuples: int, nbytes: int) -> int:
-        """Take `tuples` counter values for good and return the first; they are never given again, used or not."""
+        """Take `tuples` counter values for good and return the first; used or not, none comes again."""
         if os.getpid() != self._process:
             raise KeyUnavailableError(
                 f"data key {self.dek_id} belongs to another process", hint="generate one"
@@ -170,8 +170,8 @@ class SealingKey:
                 raise self._wiped()
             if not self.room_for(tuples, nbytes):
                 raise KeyUnavailableError(
-                    f"data key {self.dek_id} has sealed {self.tuples_used} tuples and {self.bytes_used} bytes;"
-                    f" {tuples} tuples and {nbytes} bytes more pass its limits",
+                    f"data key {self.dek_id} has sealed {self.tuples_used} tuples and {self.bytes_used}"
+                    f" bytes; {tuples} tuples and {nbytes} bytes more pass its limits",
                     hint="rotate the key first; raise the limits in [encryption.dek] if they were lowered",
                 )
             first = self.tuples_used
@@ -187,9 +187,6 @@ class SealingKey:
 
     def _wiped(self) -> KeyUnavailableError:
         return KeyUnavailableError(f"data key {self.dek_id} was wiped", hint="generate another one")
-
-    def __repr__(self) -> str:
-        return f"SealingKey(dek_id={self.dek_id!r}, chain={self.chain!r}, tuples_used={self.tuples_used})"
 
 
 class OpeningKey:
@@ -219,6 +216,3 @@ class OpeningKey:
     def wipe(self) -> None:
         """Drop the cipher; OpenSSL cleanses its key schedule. The secret itself was the caller's to drop."""
         self._aead = None
-
-    def __repr__(self) -> str:
-        return f"OpeningKey(dek_id={self.dek_id!r}, chain={self.chain!r})"

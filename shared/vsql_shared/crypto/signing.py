@@ -41,7 +41,7 @@ def fingerprint(public_key_raw: bytes) -> str:
 
 
 class Signer:
-    """This node's signing key. It signs; it does not show its private half."""
+    """The signing key of a node. It signs; it does not show its private half."""
 
     def __init__(self, private_key: Ed25519PrivateKey, node: str) -> None:
         self._private_key = private_key
@@ -52,9 +52,6 @@ class Signer:
     def sign(self, message: bytes) -> bytes:
         """The 64-byte signature of `message`; deterministic."""
         return self._private_key.sign(message)
-
-    def __repr__(self) -> str:
-        return f"Signer(node={self.node!r}, fingerprint={self.fingerprint!r})"
 
 
 def generate_signing_key(directory: Path, name: str = DEFAULT_KEY_NAME) -> tuple[Path, Path]:
@@ -188,7 +185,7 @@ class TrustStore:
         if len(pin.public_key) != PUBLIC_KEY_SIZE or fingerprint(pin.public_key) != pin.fingerprint:
             raise SignatureError(
                 f"pinned key {pin.fingerprint} of node {pin.node} does not have this fingerprint",
-                hint="the table vsql_sync.signers was altered; pin the key again with `syncctl node add-peer`",
+                hint="vsql_sync.signers was altered; pin the key again with `syncctl node add-peer`",
             )
         name = (pin.node, pin.fingerprint)
         known = self._pins.get(name)

@@ -29,6 +29,7 @@ from vsql_shared.errors import DecodeError
 FORMAT = 1
 CLEAR = struct.Struct(">HQIc")  # index into transactions, lsn, index in batch, op
 CLEAR_SIZE = CLEAR.size
+_CLEAR_INTS = struct.Struct(">HQIB")  # the same, op as an int
 NONCE_SIZE = 12
 TAG_SIZE = 16
 MAX_TRANSACTIONS = 65_535
@@ -50,11 +51,11 @@ class PackHeader(NamedTuple):
 
 
 class SealedTuple(NamedTuple):
-    """One record of a pack as it lies in the message; `leaf` is its Merkle leaf, `aad` what GCM authenticates."""
+    """One record of a pack as it lies there; `leaf` is its Merkle leaf, `aad` what GCM authenticates."""
 
     tx: int
     lsn: int
-    index: int
+    index: int  # type: ignore[assignment]  # shadows tuple.index(), which means nothing for a record
     op: int
     nonce: bytes
     ciphertext: bytes
@@ -177,13 +178,14 @@ def _read_varint(data: bytes, pos: int) -> tuple[int, int]:
 def decode_tuples(message: bytes, offset: int, digest: bytes) -> list[SealedTuple]:
     """Split a pack's tuples and compute each one's leaf; nothing is decrypted.
 
-    `digest` is header_digest(message[:offset]). Raises DecodeError on malformed bytes, trailing ones included:
-    the encoding is canonical, so that equal content has equal leaves.
+    `digest` is header_digest(message[:offset]). Raises DecodeError on malformed bytes, trailing ones
+    included: the encoding is canonical, so that equal content has equal leaves.
     """
     count, pos = _read_varint(message, offset)
     if count > len(message) // (CLEAR_SIZE + NONCE_SIZE + TAG_SIZE):
         raise DecodeError(f"a pack of {len(message)} bytes claims {count} tuples")
-    unpack, sha = CLEAR.unpack_from, hashlib.sha256
+    # tuple.__new__ makes a SealedTuple without the Python frame of its own constructor: 0.17 µs of 1.8.
+    unpack, sha, new = _CLEAR_INTS.unpack_from, hashlib.sha256, tuple.__new__
     end, head = len(message), CLEAR_SIZE + NONCE_SIZE
     leaf_prefix = b"\0" + digest
     out: list[SealedTuple] = []
@@ -203,20 +205,11 @@ def decode_tuples(message: bytes, offset: int, digest: bytes) -> list[SealedTupl
         stop = start + size
         if stop > end or size < TAG_SIZE:
             raise DecodeError(f"tuple at byte {pos} has an impossible length {size}")
-        tx, lsn, index, op = unpack(message, pos)
-        clear = message[pos : pos + CLEAR_SIZE]
-        append(
-            SealedTuple(
-                tx,
-                lsn,
-                index,
-                op[0],
-                message[pos + CLEAR_SIZE : body],
-                message[start:stop],
-                digest + clear,
-                sha(leaf_prefix + message[pos:stop]).digest(),
-            )
-        )
+        record = message[pos:stop]
+        tx, lsn, index, op = unpack(record)
+        leaf = sha(leaf_prefix + record).digest()
+        nonce, aad = record[CLEAR_SIZE:head], digest + record[:CLEAR_SIZE]
+        append(new(SealedTuple, (tx, lsn, index, op, nonce, message[start:stop], aad, leaf)))
         pos = stop
     if message[pos:] != b"\0":
         raise DecodeError(f"{end - pos} bytes after the last tuple, expected one array end")
