@@ -1,4 +1,4 @@
-"""`python -m vsql_ctl`: the same as the `syncctl` script."""
+"""`python -m vsql_ctl` is `syncctl`."""
 
 from vsql_ctl.cli import main
 

@@ -8,20 +8,20 @@ Reading order: `settings.py` (the whole), then the section you need; `load.py` f
 `report.py` words the errors, `secrets.py` reads and hides secrets.
 """
 
-from .built import advice, not_built, require_built
-from .connection import ConnectionSettings
-from .encryption import EncryptionSettings
-from .files import check_files
-from .governance import ApplySettings, AuditSettings
-from .kafka import KafkaSettings
-from .limits import LimitsSettings
-from .load import find_config, load_settings, parse_settings
-from .secrets import ConnectionString, mask_conninfo
-from .service import LogSettings, MetricsSettings, ServerSettings
-from .settings import Settings
-from .show import masked, to_toml
-from .topology import PciColumns, PeerSettings, PublicationSettings, PublicationTable
-from .values import split_address
+from vsql_shared.config.built import advice, not_built, require_built
+from vsql_shared.config.connection import ConnectionSettings
+from vsql_shared.config.encryption import EncryptionSettings
+from vsql_shared.config.files import check_files
+from vsql_shared.config.governance import ApplySettings, AuditSettings
+from vsql_shared.config.kafka import KafkaSettings
+from vsql_shared.config.limits import LimitsSettings
+from vsql_shared.config.load import find_config, load_settings, parse_settings
+from vsql_shared.config.secrets import ConnectionString, mask_conninfo
+from vsql_shared.config.service import LogSettings, MetricsSettings, ServerSettings
+from vsql_shared.config.settings import Settings
+from vsql_shared.config.show import masked, to_toml
+from vsql_shared.config.topology import PciColumns, PeerSettings, PublicationSettings, PublicationTable
+from vsql_shared.config.values import split_address
 
 __all__ = [
     "ApplySettings",

@@ -10,9 +10,9 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterator
 
-from ..errors import NotBuiltError
-from .governance import AuditSettings
-from .settings import Settings
+from vsql_shared.config.governance import AuditSettings, ConflictSettings
+from vsql_shared.config.settings import Settings
+from vsql_shared.errors import NotBuiltError
 
 _BUILT_PROVIDERS = ("file", "pkcs11")
 _BUILT_ROTATIONS = ("per-session", "per-batch")
@@ -44,17 +44,21 @@ def _missing(settings: Settings) -> Iterator[tuple[str, str]]:
 
 
 def _missing_many_writers(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Bidirectional streams and what settles their conflicts."""
+    """Bidirectional streams, row filters, and what settles conflicts."""
     for index, peer in enumerate(settings.peers):
         if peer.mode == "bidirectional":
             yield f'peers[{index}].mode = "bidirectional"', 'use "uni-directional"'
     for index, publication in enumerate(settings.publications):
         if publication.mode == "bidirectional":
             yield f'publications[{index}].mode = "bidirectional"', 'use "uni-directional"'
-        for number, table in enumerate(publication.tables):
-            if table.where is not None:
-                yield f"publications[{index}].tables[{number}].where", "remove the row filter"
-    conflict = settings.conflict
+        filtered = (number for number, table in enumerate(publication.tables) if table.where is not None)
+        for number in filtered:
+            yield f"publications[{index}].tables[{number}].where", "remove the row filter"
+    yield from _missing_conflict(settings.conflict)
+
+
+def _missing_conflict(conflict: ConflictSettings) -> Iterator[tuple[str, str]]:
+    """Conflict resolution beyond the default."""
     if conflict.default_strategy != "last_write_wins":
         yield f'conflict.default_strategy = "{conflict.default_strategy}"', 'use "last_write_wins"'
     if conflict.pci_write_policy != "reject":
@@ -94,7 +98,7 @@ def _unwise(settings: Settings) -> Iterator[tuple[str, str]]:
     if kafka.min_insync_replicas < 2:
         yield (
             f"kafka.min_insync_replicas = {kafka.min_insync_replicas}",
-            "one broker's disk can lose what was acknowledged; use replication_factor 3, min_insync_replicas 2",
+            "one disk can lose what was acknowledged; use replication_factor 3, min_insync_replicas 2",
         )
     if not kafka.security.uses_tls:
         yield (

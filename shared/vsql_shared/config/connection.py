@@ -7,15 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .secrets import PasswordSource, quote_conninfo
-from .values import ConfigPath, Duration, Whole
+from vsql_shared.config.secrets import PasswordSource, quote_conninfo
+from vsql_shared.config.values import ConfigPath, Duration, Whole
 
 SslMode = Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"]
 DatabaseRole = Literal["producer", "consumer", "operator"]
 
 
 class ConnectionSettings(PasswordSource):
-    """This node's PostgreSQL. Without a password here, libpq looks at PGPASSWORD and ~/.pgpass."""
+    """The node's own PostgreSQL. Without a password here, libpq looks at PGPASSWORD and ~/.pgpass."""
 
     host: Annotated[str, Field(min_length=1)] = "localhost"
     """Host name, address, or the folder of the server's Unix socket."""

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
-from .secrets import one_source, read_secret
-from .section import Section
-from .values import ConfigPath, Size, Whole, refusal
+from vsql_shared.config.secrets import one_source, read_secret
+from vsql_shared.config.section import Section
+from vsql_shared.config.values import ConfigPath, Size, Whole, refusal
 
 KmsProvider = Literal["azure-kv", "aws-kms", "gcp-kms", "pkcs11", "vault", "file"]
 

@@ -7,7 +7,7 @@ from typing import Annotated, Union, get_args, get_origin
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-from .settings import Settings
+from vsql_shared.config.settings import Settings
 
 Location = tuple[int | str, ...]
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ConfigError
-from .settings import Settings
+from vsql_shared.config.settings import Settings
+from vsql_shared.errors import ConfigError
 
 
 @dataclass(frozen=True)

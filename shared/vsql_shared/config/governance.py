@@ -1,4 +1,4 @@
-"""[audit], [conflict], [consistency], [ddl], [apply], [cryptaply], [air_gap]: what is decided about the data."""
+"""[audit], [conflict], [consistency], [ddl], [apply], [cryptaply], [air_gap]: what is decided about data."""
 
 from __future__ import annotations
 
@@ -7,8 +7,17 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from .section import Section
-from .values import ConfigPath, Duration, Identifier, NodeName, Size, TableName, Whole, refusal
+from vsql_shared.config.section import Section
+from vsql_shared.config.values import (
+    ConfigPath,
+    Duration,
+    Identifier,
+    NodeName,
+    Size,
+    TableName,
+    Whole,
+    refusal,
+)
 
 _WHY_AUDIT = (
     "must be true: the signed, chained manifest is what makes a batch exist, nothing is applied without"

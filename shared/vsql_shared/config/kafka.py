@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from .limits import LimitsSettings
-from .secrets import PasswordSource
-from .section import Section
-from .values import Bootstrap, ConfigPath, Duration, Whole, refusal
+from vsql_shared.config.limits import LimitsSettings
+from vsql_shared.config.secrets import PasswordSource
+from vsql_shared.config.section import Section
+from vsql_shared.config.values import Bootstrap, ConfigPath, Duration, Whole, refusal
 
 KafkaRole = Literal["producer", "consumer", "admin"]
 ClientOption = str | int | float | bool

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from .section import Section
-from .values import Size, Whole, refusal
+from vsql_shared.config.section import Section
+from vsql_shared.config.values import Size, Whole, refusal
 
 KIB, MIB = 2**10, 2**20
 # Room for a pack's envelope, its transactions and Kafka's own headers around the sealed tuples.

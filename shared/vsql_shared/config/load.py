@@ -18,10 +18,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ..errors import ConfigError
-from .fields import Location, model_at, takes_json
-from .report import Problem, explain, raise_problems
-from .settings import Settings
+from vsql_shared.config.fields import Location, model_at, takes_json
+from vsql_shared.config.report import Problem, explain, raise_problems
+from vsql_shared.config.settings import Settings
+from vsql_shared.errors import ConfigError
 
 CONFIG_VARIABLE = "VSQL_SYNC_CONFIG"
 ENV_PREFIX = "VSQL_SYNC__"
@@ -62,7 +62,7 @@ def find_config(path: Path | str | None, *, env: Mapping[str, str], cwd: Path) -
         return None
     raise ConfigError(
         f"no configuration found at {places[0]} or {places[1]}",
-        hint=f"write one (vsql-sync.toml.example shows every key), or name it by --config or {CONFIG_VARIABLE}",
+        hint=f"write one as in vsql-sync.toml.example, or name it by --config or {CONFIG_VARIABLE}",
     )
 
 
@@ -94,11 +94,10 @@ def parse_settings(content: bytes | str, *, source: Path | None, env: Mapping[st
     try:
         settings = Settings.model_validate(data, context={"base": base})
     except ValidationError as error:
-        problems = problems + explain(error, origins)
+        raise_problems(name, [*problems, *explain(error, origins)])
     if problems:
         raise_problems(name, problems)
-    settings._source = source
-    return settings
+    return settings.read_from(source)
 
 
 def _parse_toml(content: bytes | str, name: str) -> dict[str, object]:

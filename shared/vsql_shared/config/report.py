@@ -16,9 +16,9 @@ from typing import NoReturn
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from ..errors import ConfigError
-from .fields import Location, field_at, is_secret_field, may_show, section_at
-from .secrets import MASK
+from vsql_shared.config.fields import Location, field_at, is_secret_field, may_show, section_at
+from vsql_shared.config.secrets import MASK
+from vsql_shared.errors import ConfigError
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _SHOWN_MAX = 80
@@ -73,7 +73,7 @@ def printable(text: str) -> str:
 
 
 def explain(error: ValidationError, origins: Mapping[Location, str]) -> list[Problem]:
-    """pydantic's findings in our words."""
+    """Put pydantic's findings in our words."""
     problems: list[Problem] = []
     for detail in error.errors(include_url=False):
         if detail["type"] == "across":

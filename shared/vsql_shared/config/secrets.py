@@ -14,10 +14,11 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from pydantic import SecretStr, model_validator
+from typing_extensions import override
 
-from ..errors import ConfigError
-from .section import Section
-from .values import ConfigPath, refusal
+from vsql_shared.config.section import Section
+from vsql_shared.config.values import ConfigPath, refusal
+from vsql_shared.errors import ConfigError
 
 MASK = "********"
 # A command that asks a vault over the network; longer means it waits for somebody to type.
@@ -151,8 +152,10 @@ def _mask_uri(text: str) -> str:
 class ConnectionString(SecretStr):
     """A libpq connection string. Shown with its passwords hidden; `get_secret_value()` is the whole."""
 
+    @override
     def __str__(self) -> str:
         return mask_conninfo(self.get_secret_value())
 
+    @override
     def __repr__(self) -> str:
         return f"ConnectionString({str(self)!r})"

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .section import Section
-from .values import Address, ClusterName, ConfigPath, Duration, NodeName, Size, Whole
+from vsql_shared.config.section import Section
+from vsql_shared.config.values import Address, ClusterName, ConfigPath, Duration, NodeName, Size, Whole
 
 NodeId = Annotated[Whole, Field(ge=1, le=1023)]
 

@@ -15,9 +15,9 @@ from typing import TypeVar
 from pydantic import Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
-from .connection import ConnectionSettings
-from .encryption import EncryptionSettings
-from .governance import (
+from vsql_shared.config.connection import ConnectionSettings
+from vsql_shared.config.encryption import EncryptionSettings
+from vsql_shared.config.governance import (
     AirGapSettings,
     ApplySettings,
     AuditSettings,
@@ -26,11 +26,11 @@ from .governance import (
     CryptaplySettings,
     DdlSettings,
 )
-from .kafka import KafkaSettings
-from .limits import LimitsSettings
-from .section import Section
-from .service import ClusterSettings, LogSettings, MetricsSettings, ServerSettings
-from .topology import PciSettings, PeerSettings, PublicationSettings
+from vsql_shared.config.kafka import KafkaSettings
+from vsql_shared.config.limits import LimitsSettings
+from vsql_shared.config.section import Section
+from vsql_shared.config.service import ClusterSettings, LogSettings, MetricsSettings, ServerSettings
+from vsql_shared.config.topology import PciSettings, PeerSettings, PublicationSettings
 
 _T = TypeVar("_T")
 
@@ -85,6 +85,11 @@ class Settings(Section):
         """The file these settings came from; None when they came from the environment alone."""
         return self._source
 
+    def read_from(self, source: Path | None) -> Settings:
+        """These settings, remembering the file they came from; for the loader."""
+        self._source = source
+        return self
+
     @property
     def is_prod(self) -> bool:
         """Whether every control is enforced."""
@@ -128,7 +133,7 @@ def _prod_problems(settings: Settings) -> Iterator[tuple[str, str]]:
     if settings.encryption.kms.provider == "file":
         yield (
             "encryption.kms.provider",
-            f'"file" keeps the key on this disk; prod mode needs a key management system, "pkcs11" {_DEV_WAY}',
+            f'"file" keeps the key on this disk; prod mode needs a KMS: "pkcs11" {_DEV_WAY}',
         )
 
 
@@ -137,11 +142,11 @@ def _name_problems(settings: Settings) -> Iterator[tuple[str, str]]:
     ids = [settings.cluster.node_id, *(peer.node_id for peer in settings.peers)]
     names = [settings.cluster.node_name, *(peer.node_name for peer in settings.peers)]
     for number in _repeated(ids):
-        yield "peers", f"node_id {number} is used twice; each node of the cluster (this one too) has its own"
+        yield "peers", f"node_id {number} is used twice; each node (this one too) has its own"
     for name in _repeated(names):
         yield (
             "peers",
-            f'node_name "{name}" is used twice; each node of the cluster (this one too) has its own',
+            f'node_name "{name}" is used twice; each node (this one too) has its own',
         )
     for name in _repeated([publication.name for publication in settings.publications]):
         yield "publications", f'name "{name}" is used twice; write its tables in one entry'

@@ -14,27 +14,30 @@ from pathlib import Path
 
 from pydantic import BaseModel, SecretStr
 
-from .secrets import MASK, ConnectionString
-from .settings import Settings
-from .values import format_duration
+from vsql_shared.config.kafka import KafkaSettings
+from vsql_shared.config.secrets import MASK, ConnectionString
+from vsql_shared.config.settings import Settings
+from vsql_shared.config.values import format_duration
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def masked(settings: Settings) -> dict[str, object]:
     """All settings with defaults, as JSON can hold them; secrets are stars, absent keys are left out."""
-    plain = _plain(settings)
-    assert isinstance(plain, dict)
-    return plain
+    return _section(settings)
+
+
+def _section(section: BaseModel) -> dict[str, object]:
+    fields = {name: getattr(section, name) for name in type(section).model_fields}
+    shown = {name: _plain(inner) for name, inner in fields.items() if inner is not None}
+    if isinstance(section, KafkaSettings):  # free keys: any of them may hold a secret
+        shown["client_options"] = dict.fromkeys(section.client_options, MASK)
+    return shown
 
 
 def _plain(value: object) -> object:
     if isinstance(value, BaseModel):
-        fields = {name: getattr(value, name) for name in type(value).model_fields}
-        shown = {name: _plain(inner) for name, inner in fields.items() if inner is not None}
-        if "client_options" in shown:  # free keys: an unknown one may be a secret
-            shown["client_options"] = dict.fromkeys(fields["client_options"], MASK)
-        return shown
+        return _section(value)
     if isinstance(value, ConnectionString):
         return str(value)
     if isinstance(value, SecretStr):

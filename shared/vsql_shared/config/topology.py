@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .secrets import ConnectionString
-from .section import Section
-from .service import NodeId
-from .values import Identifier, NodeName, TableName, refusal
+from vsql_shared.config.secrets import ConnectionString
+from vsql_shared.config.section import Section
+from vsql_shared.config.service import NodeId
+from vsql_shared.config.values import Identifier, NodeName, TableName, refusal
 
 StreamMode = Literal["uni-directional", "bidirectional"]
 
@@ -23,7 +23,7 @@ def _table_entry(value: object) -> object:
 
 
 def _columns(value: object) -> object:
-    """ "all" is the same as leaving the list out; a list names what is replicated."""
+    """Read "all" as leaving the list out; a list names what is replicated."""
     if value == "all":
         return None
     if isinstance(value, str):

@@ -109,7 +109,7 @@ def _bootstrap(value: object) -> object:
 
 
 def _not_bool(value: object) -> object:
-    """pydantic reads true as 1; in a configuration that is always a mistake."""
+    """Refuse true, which pydantic reads as 1: in a configuration that is always a mistake."""
     if isinstance(value, bool):
         raise refusal("must be a whole number")
     return value

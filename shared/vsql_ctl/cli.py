@@ -1,0 +1,229 @@
+"""The entry of `syncctl`: which commands there are, the global options, and what every error looks like.
+
+Not a command itself. Rules:
+
+* A command is loaded when it is used: `syncctl --help` imports neither psycopg nor confluent_kafka.
+* A command lives in `commands/<module>.py` and is the click command of its name there; the table below
+  is the one place that knows all of them. A module that is not there is a command that does not exist.
+* Whatever goes wrong, standard error gets `error: …` and `hint: …` (or one JSON object when
+  `--output json` was asked for), and the exit code says who must act. A traceback only with --debug.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+from typing_extensions import override
+from vsql_shared.errors import VerificationError, VsqlSyncError
+
+from vsql_ctl.context import Operator, example
+
+EXIT_DEFECT = 70  # EX_SOFTWARE of sysexits.h: a fault of ours
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a command is, and its line in the list of commands."""
+
+    module: str
+    help: str
+
+
+COMMANDS: dict[str, Entry] = {
+    "node": Entry("node", "Prepare this node's database; add other nodes."),
+    "publication": Entry("publication", "Choose the tables and columns that leave this node."),
+    "start": Entry("start", "Begin or resume this node's streams."),
+    "pause": Entry("pause", "Pause this node's streams, with a reason."),
+    "resume": Entry("resume", "Resume paused streams."),
+    "status": Entry("status", "Show each stream's state, positions and lag."),
+    "run": Entry("run", "Run one service in the foreground, as containers do."),
+    "daemon": Entry("daemon", "Start, stop and watch both services of this node."),
+    "key": Entry("key", "Make, show and rotate keys."),
+    "audit": Entry("audit", "List, verify and export the signed trail."),
+    "tail": Entry("tail", "Open a stream and print its changes."),
+    "config": Entry("config", "Check, show and apply the configuration."),
+    "completion": Entry("completion", "Print the completion script of a shell."),
+}
+
+
+def command_named(name: str) -> click.Command | None:
+    """Load a command's module and find the command in it; None for a name or a module that is not there."""
+    entry = COMMANDS.get(name)
+    if entry is None or not _exists(entry):
+        return None
+    module = importlib.import_module(f"{__package__}.commands.{entry.module}")
+    found = (thing for thing in vars(module).values() if isinstance(thing, click.Command))
+    return next((command for command in found if command.name == name), None)
+
+
+def _exists(entry: Entry) -> bool:
+    return importlib.util.find_spec(f"{__package__}.commands.{entry.module}") is not None
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by the table and imports the one that is called."""
+
+    @override
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the table, which is the order of work."""
+        return [name for name, entry in COMMANDS.items() if _exists(entry)]
+
+    @override
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, imported now."""
+        return command_named(cmd_name)
+
+    @override
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands from the table, so that --help imports none of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name].help) for name in self.list_commands(ctx)])
+
+
+def _print_version(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            number = version("vsql-sync")
+        except PackageNotFoundError:
+            number = "not installed (running from a source tree)"
+        click.echo(f"syncctl {number}")
+        ctx.exit()
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog=example("syncctl config check", "syncctl --config /etc/vsql-sync/vsql-sync.toml status"),
+)
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Configuration file; else VSQL_SYNC_CONFIG, ./vsql-sync.toml, /etc/vsql-sync/vsql-sync.toml.",
+)
+@click.option("--debug", is_flag=True, help="Show a traceback with an error.")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version.",
+)
+@click.pass_context
+def cli(ctx: click.Context, config_path: Path | None, debug: bool) -> None:
+    """Replicate PostgreSQL through Kafka; the wire holds only ciphertext.
+
+    Acts through this node's own database. --config and --debug may stand anywhere on the line.
+    """
+    ctx.obj = Operator(config_path=config_path, debug=debug)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command line and exit with its code."""
+    arguments = _globals_first(list(sys.argv[1:] if argv is None else argv))
+    code = _run(arguments)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = _reader_gone()
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    """One command line; every error becomes a message and a code."""
+    as_json = wants_json(arguments)
+    try:
+        result = cli.main(args=arguments, prog_name="syncctl", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "syncctl"
+        report("UsageError", error.format_message(), f"see `{command} --help`", error.exit_code, as_json)
+        return error.exit_code
+    except click.ClickException as error:
+        report(type(error).__name__, error.format_message(), "", error.exit_code, as_json)
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return _reader_gone()
+    except VsqlSyncError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        record = error.record if isinstance(error, VerificationError) else ""
+        report(type(error).__name__, error.message, error.hint, error.exit_code, as_json, record)
+        return error.exit_code
+    except Exception as error:  # noqa: BLE001 - the last line of defence: a traceback may hold row values
+        if "--debug" in arguments:
+            traceback.print_exc()
+        message = f"unexpected {type(error).__qualname__}"
+        report(
+            type(error).__qualname__,
+            message,
+            "this is a defect; rerun with --debug and report it",
+            EXIT_DEFECT,
+            as_json,
+        )
+        return EXIT_DEFECT
+
+
+def _globals_first(arguments: list[str]) -> list[str]:
+    """Move --config FILE and --debug to the front, where click looks for a group's options."""
+    front: list[str] = []
+    rest: list[str] = []
+    index = 0
+    while index < len(arguments):
+        word = arguments[index]
+        if word == "--":
+            rest += arguments[index:]
+            break
+        if word == "--config" and index + 1 < len(arguments):
+            front += [word, arguments[index + 1]]
+            index += 1
+        elif word == "--debug" or word.startswith("--config="):
+            front.append(word)
+        else:
+            rest.append(word)
+        index += 1
+    return front + rest
+
+
+def wants_json(arguments: Sequence[str]) -> bool:
+    """Whether --output json stands on the line; read here because a usage error comes before any parsing."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    return "--output=json" in arguments or ("--output", "json") in pairs
+
+
+def report(kind: str, message: str, hint: str, code: int, as_json: bool, record: str = "") -> None:
+    """Say on standard error what went wrong and what to do."""
+    if as_json:
+        error = {"type": kind, "message": message, "hint": hint, "record": record, "exit_code": code}
+        text = json.dumps({"error": {name: value for name, value in error.items() if value != ""}})
+    else:
+        where = f" [{record}]" if record else ""
+        text = f"error: {message}{where}" + (f"\nhint: {hint}" if hint else "")
+    with contextlib.suppress(OSError):  # nobody listens: the exit code still tells
+        click.echo(text, err=True)
+
+
+def _reader_gone() -> int:
+    """`syncctl … | head`: no complaint, and none from the interpreter when it flushes at exit."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())
+    os.close(devnull)
+    return EXIT_BROKEN_PIPE
