@@ -89,7 +89,9 @@ def _memory_mb(pair: TwoNodes) -> dict[str, float]:
 
 def main() -> int:
     """Run it; prints a line per run and the median ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=500_000)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--min-ratio", type=float, default=0.0)

@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from psycopg.conninfo import conninfo_to_dict
 from tests.stack import Stack, spawn
 
 PUBLICATION = "pub"
+Echo = Callable[[str, Sequence[str]], None]
 
 
 class NodeFailedError(AssertionError):
@@ -46,6 +47,7 @@ class Node:
         self.config = folder / f"{name}.toml"
         self.keys = folder / f"{name}-keys"
         self.services: dict[str, subprocess.Popen[bytes]] = {}
+        self.echo: Echo | None = None
 
     def write_config(self, kek: Path) -> None:
         """Write the node's vsql-sync.toml (dev mode, signed, KEK in a file)."""
@@ -89,6 +91,8 @@ consumer_addr = "127.0.0.1:0"
 
     def ctl(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run syncctl with this node's configuration."""
+        if self.echo is not None:
+            self.echo(self.name, args)
         done = subprocess.run(
             [sys.executable, "-m", "vsql_ctl", "--config", str(self.config), *args],
             capture_output=True,
@@ -159,6 +163,7 @@ class TwoNodes:
         conninfos: tuple[str, str] | None = None,
         config: str = "",
         target_config: str | None = None,
+        echo: Echo | None = None,
     ) -> None:
         cluster = stack.new_cluster_name("c")
         source, target = conninfos or (
@@ -173,9 +178,12 @@ class TwoNodes:
         )
         self.chain = f"{PUBLICATION}.node-a"
         for node in (self.a, self.b):
+            node.echo = echo
             node.execute(schema_sql)
 
-    def create(self, tables: Sequence[str], *, copy: bool = True, publication_args: Sequence[str] = ()) -> None:
+    def create(
+        self, tables: Sequence[str], *, copy: bool = True, publication_args: Sequence[str] = ()
+    ) -> None:
         """Keys, node init on both, publication, add-peer, start: what the README tells a user."""
         kek = self.folder / "kek.key"
         for node in (self.a, self.b):
@@ -250,7 +258,8 @@ class TwoNodes:
     def tables(self) -> list[tuple[str, str]]:
         """Published tables."""
         return self.a.query(
-            "SELECT schemaname, tablename FROM pg_publication_tables WHERE pubname = %s ORDER BY 1, 2", PUBLICATION
+            "SELECT schemaname, tablename FROM pg_publication_tables WHERE pubname = %s ORDER BY 1, 2",
+            PUBLICATION,
         )  # type: ignore[return-value]  # two text columns
 
     def differences(self, limit: int = 10) -> list[str]:
@@ -279,10 +288,14 @@ class TwoNodes:
 
 def _rows(conninfo: str, schema: str, table: str) -> Iterator[bytes]:
     """All rows of a table as text, in an order that does not depend on the server, streamed."""
-    statement = sql.SQL("COPY (SELECT t::text FROM {} t ORDER BY t::text COLLATE \"C\") TO STDOUT").format(
+    statement = sql.SQL('COPY (SELECT t::text FROM {} t ORDER BY t::text COLLATE "C") TO STDOUT').format(
         sql.Identifier(schema, table)
     )
-    with psycopg.connect(conninfo) as connection, connection.cursor() as cursor, cursor.copy(statement) as copy:
+    with (
+        psycopg.connect(conninfo) as connection,
+        connection.cursor() as cursor,
+        cursor.copy(statement) as copy,
+    ):
         rest = b""
         for block in copy:
             lines = (rest + bytes(block)).split(b"\n")
