@@ -6,6 +6,7 @@ not marked `unit` by its folder starts servers only when it asks for one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -69,6 +70,19 @@ def new_database(stack: Stack) -> Iterator[NewDatabase]:
     yield make
     for conninfo in made:
         stack.drop_database(conninfo)
+
+
+@pytest.fixture(scope="session")
+def fault_seed() -> int:
+    """Where random faults begin; `make test-faults SEED=…` repeats a run."""
+    return int(os.environ.get("VSQL_SYNC_TEST_SEED", "1"))
+
+
+@pytest.fixture(scope="session")
+def fault_runs() -> int | None:
+    """How many faults `make test-faults RUNS=…` asks for; None when a test's own number holds."""
+    runs = os.environ.get("VSQL_SYNC_TEST_RUNS")
+    return int(runs) if runs else None
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import io
 import os
 import platform
 import shutil
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -31,6 +32,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import certifi
 
 from tests.stack.lock import LOCK_FILE, Artifact, fingerprint, group_artifacts, parse_lock
 
@@ -134,7 +137,8 @@ def _from_maven(artifact: Artifact, scratch: Path) -> Path:
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             # Only https by default, and the content is checked against its pin whatever the URL is.
-            with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as answer, path.open("wb") as out:
+            answer = urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS, context=_tls())
+            with answer, path.open("wb") as out:
                 shutil.copyfileobj(answer, out)
             return path
         except (urllib.error.URLError, OSError) as error:
@@ -145,6 +149,15 @@ def _from_maven(artifact: Artifact, scratch: Path) -> Path:
                 ) from error
             time.sleep(attempt)
     raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _tls() -> ssl.SSLContext:
+    """Trust what this machine trusts; the bundle pip brings where a bare machine trusts nobody yet."""
+    paths = ssl.get_default_verify_paths()
+    bundle, folder = Path(paths.cafile or "none"), Path(paths.capath or "none")
+    if not bundle.is_file() and not any(folder.glob("*.*")):
+        return ssl.create_default_context(cafile=certifi.where())
+    return ssl.create_default_context()
 
 
 def _from_pypi(artifact: Artifact, scratch: Path) -> Path:

@@ -1,0 +1,149 @@
+# Every target works as the only command in a fresh clone: `.ci/setup` makes .venv first, and the servers
+# the tests need are fetched on first use. `make help` lists the targets.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+PY := .venv/bin/python
+READY := .venv/.ready
+SOURCES := producers consumers schemas shared tests bench
+
+# Narrow any pytest target: make test-short ARGS="-k merkle -x"
+ARGS ?=
+# make test-faults SEED=7 RUNS=50
+SEED ?= $(shell date +%s)
+RUNS ?= 10
+
+PYTEST := $(PY) -m pytest
+# The order is random; the seed that repeats it is printed at the top of each run.
+NOT_LONG := not long
+
+.PHONY: help
+help:  ## Print this list
+	@echo "vsql-sync: make TARGET"
+	@echo
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | sort | awk -F '\t' '{printf "  %-18s %s\n", $$1, $$2}'
+	@echo
+	@echo "Pytest targets take ARGS, for example: make test-short ARGS=\"-k merkle -x\""
+	@echo "Start with: make demo, then make test"
+
+$(READY): pyproject.toml .ci/setup
+	@.ci/setup
+	@touch $@
+
+.PHONY: setup
+setup: $(READY)  ## Make .venv with everything the other targets need
+
+.PHONY: fetch
+fetch: $(READY)  ## Download Kafka and PostgreSQL 15 to 18 into the cache (about 110 MB, once)
+	@$(PY) -m tests.stack fetch
+
+# --- checks -----------------------------------------------------------------------------------------------
+
+.PHONY: check
+check: lint types contracts test-short  ## Lint, types, import contracts, unit tests: no server, about a minute
+
+.PHONY: lint
+lint: $(READY)  ## Check style and format
+	@echo "==> lint"
+	@$(PY) -m ruff check $(SOURCES)
+	@$(PY) -m ruff format --check $(SOURCES)
+
+.PHONY: types
+types: $(READY)  ## Check types
+	@echo "==> types"
+	@$(PY) -m mypy
+
+.PHONY: contracts
+contracts: $(READY)  ## Check who may import whom
+	@echo "==> contracts"
+	@.venv/bin/lint-imports --no-timing
+
+.PHONY: fix
+fix: $(READY)  ## Format, and mend what ruff can mend
+	@$(PY) -m ruff check --fix $(SOURCES) || true
+	@$(PY) -m ruff format $(SOURCES)
+
+.PHONY: docs-check
+docs-check: $(READY)  ## Check that help texts and links in the documentation are true
+	@echo "==> docs"
+	@$(PY) -m tests.docs_check
+
+# --- tests ------------------------------------------------------------------------------------------------
+
+.PHONY: test
+test: check docs-check fetch  ## Everything but the long tests
+	@echo "==> tests against real servers"
+	@$(PYTEST) tests/services tests/topology tests/chaos -m "$(NOT_LONG)" $(ARGS)
+	@echo
+	@echo "All checks and tests passed."
+
+.PHONY: test-short
+test-short: $(READY)  ## Unit tests only
+	@echo "==> unit tests"
+	@$(PYTEST) tests/unit -m "$(NOT_LONG)" $(ARGS)
+
+.PHONY: test-integration
+test-integration: fetch  ## Each component against real servers
+	@echo "==> service tests"
+	@$(PYTEST) tests/services -m "$(NOT_LONG)" $(ARGS)
+
+.PHONY: test-topology
+test-topology: fetch  ## Whole streams between databases
+	@echo "==> topology tests"
+	@$(PYTEST) tests/topology -m "$(NOT_LONG)" $(ARGS)
+
+.PHONY: test-extension
+test-extension: fetch  ## The schema installed by CREATE EXTENSION vsql_sync, on every PostgreSQL version
+	@echo "==> extension tests"
+	@$(PYTEST) tests -m "extension and not long" $(ARGS)
+
+.PHONY: test-faults
+test-faults: fetch  ## Kills and outages under load; SEED=7 repeats a run, RUNS=50 makes it longer
+	@echo "==> fault tests: make test-faults SEED=$(SEED) RUNS=$(RUNS) repeats this"
+	@VSQL_SYNC_TEST_SEED=$(SEED) VSQL_SYNC_TEST_RUNS=$(RUNS) $(PYTEST) tests/chaos --timeout=3600 --randomly-seed=$(SEED) $(ARGS)
+
+.PHONY: test-long
+test-long: fetch  ## The long tests at full length (hours)
+	@echo "==> long tests"
+	@$(PYTEST) tests -m long --timeout=14400 $(ARGS)
+
+.PHONY: test-coverage
+test-coverage: fetch  ## All but the long tests, with line coverage; fails below the limits
+	@echo "==> tests with coverage"
+	@$(PY) -m coverage erase
+	@$(PY) -m coverage run -m pytest tests -m "$(NOT_LONG)" --timeout=900 $(ARGS)
+	@$(PY) -m coverage combine --quiet
+	@$(PY) -m coverage json --quiet -o .coverage.json
+	@$(PY) -m coverage report
+	@$(PY) -m tests.coverage_gate .coverage.json
+
+# --- seeing it run ----------------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: fetch  ## Two databases, Kafka between them, in about three minutes, explained on the terminal
+	@$(PY) -m tests.demo $(ARGS)
+
+.PHONY: stack-up
+stack-up: fetch  ## Start Kafka and PostgreSQL 15 to 18 and print their addresses; tests then use them
+	@$(PY) -m tests.stack up $(ARGS)
+
+.PHONY: stack-down
+stack-down: $(READY)  ## Stop what stack-up started and delete its data
+	@$(PY) -m tests.stack down
+
+.PHONY: bench
+bench: fetch  ## Measure against native logical replication
+	@$(PY) -m bench $(ARGS)
+
+.PHONY: bench-quick
+bench-quick: fetch  ## The same with less data
+	@$(PY) -m bench --quick $(ARGS)
+
+.PHONY: clean
+clean:  ## Delete what tools and tests left behind; .venv and the download cache stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist build .coverage .coverage.*
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
