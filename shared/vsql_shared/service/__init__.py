@@ -1,0 +1,1 @@
+"""What both services are as processes: one supervisor, one worker process per stream."""

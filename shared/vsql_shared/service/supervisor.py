@@ -1,0 +1,171 @@
+"""The supervisor of a service: reads which streams are wanted, keeps one worker process for each.
+
+It replicates nothing itself. Rules:
+
+* One service of a role per node: a session advisory lock on the node's database; a second one is refused.
+* The database going away stops no worker (they retry by themselves); the lock is taken again when it is back.
+* SIGTERM or SIGINT stops all workers gracefully, then itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from vsql_shared import names
+from vsql_shared.errors import RefusedError, TransientError, VsqlSyncError
+from vsql_shared.pg.connect import Connection, connect, errors
+from vsql_shared.service.workers import Workers
+
+if TYPE_CHECKING:
+    from vsql_shared.config import Settings
+
+_log = logging.getLogger("vsql.service")
+
+Role = Literal["producer", "consumer"]
+_DIRECTION: dict[Role, str] = {"producer": "out", "consumer": "in"}
+_POLL_SECONDS = 0.5
+_UNSIGNED_WARNING_SECONDS = 60.0
+_WORKING_STATES = frozenset({"running", "paused", "copying"})
+
+
+class Supervisor:
+    """Runs until it is told to stop; see the module's rules."""
+
+    def __init__(self, settings: Settings, role: Role, package: str) -> None:
+        self._settings, self._role = settings, role
+        self._metrics_dir = tempfile.TemporaryDirectory(prefix="vsql-sync-metrics-")
+        config = str(settings.source) if settings.source else None
+        self._workers = Workers(
+            package,
+            config,
+            {"PROMETHEUS_MULTIPROC_DIR": self._metrics_dir.name},
+            settings.limits.retry_backoff_ms / 1000,
+            settings.limits.retry_backoff_max_ms / 1000,
+        )
+        self._stop = threading.Event()
+        self._connection: Connection | None = None
+        self._last_seen = 0.0
+        self._not_ready = ["the service is starting"]
+
+    @property
+    def metrics_dir(self) -> Path:
+        """Where the worker processes leave their metrics."""
+        return Path(self._metrics_dir.name)
+
+    def request_stop(self) -> None:
+        """Ask the loop to end; safe in a signal handler."""
+        self._stop.set()
+
+    def alive(self) -> bool:
+        """Whether the loop turns (for /healthz)."""
+        return time.monotonic() - self._last_seen < 60
+
+    def not_ready(self) -> list[str]:
+        """Reasons why the service is not doing its work now; empty when it is (for /readyz)."""
+        return list(self._not_ready)
+
+    def run(self, ended: Callable[[int], None]) -> int:
+        """The loop; `ended` is told the pid of each worker that is gone. Returns the exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.request_stop())
+        warned = float("-inf")
+        try:
+            while not self._stop.is_set():
+                self._last_seen = time.monotonic()
+                if self._settings.audit.signing_key_path is None and self._last_seen - warned > (
+                    _UNSIGNED_WARNING_SECONDS
+                ):
+                    warned = self._last_seen
+                    _log.warning("dev mode without a signing key: audit entries are NOT signed")
+                for pid in self._turn():
+                    ended(pid)
+                self._stop.wait(_POLL_SECONDS)
+        finally:
+            _log.info("stopping: workers finish their batch")
+            graceful = self._workers.stop(self._settings.server.stop_timeout.total_seconds())
+            if self._connection is not None:
+                self._connection.close()
+            self._metrics_dir.cleanup()
+        return 0 if graceful else 1
+
+    def _turn(self) -> list[int]:
+        try:
+            if self._connection is None:
+                self._connection = self._connect()
+            wanted, troubles = self._read(self._connection)
+        except RefusedError:
+            raise
+        except VsqlSyncError as error:
+            # Also what only an operator can mend: the service stays, says so, and goes on when it is mended.
+            if self._not_ready != [str(error)]:
+                _log.error("%s", error)
+            self._not_ready = [str(error)]
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+            self._stop.wait(min(self._settings.limits.retry_backoff_ms / 1000 * 5, 5.0))
+            return []
+        ended = self._workers.sync(wanted)
+        running = self._workers.running()
+        troubles += [f"{chain}: its worker is not running" for chain in wanted if not running.get(chain)]
+        self._not_ready = troubles
+        return ended
+
+    def _connect(self) -> Connection:
+        connection = connect(
+            self._settings.connection.conninfo(self._role),
+            application_name=f"vsql-sync {self._role} supervisor",
+        )
+        key = names.advisory_key(f"service {self._settings.cluster.node_name}", self._role)
+        with errors("taking the lock of the service"):
+            row = connection.execute("SELECT pg_try_advisory_lock(%s)", (key,)).fetchone()
+        if row is None or not row[0]:
+            connection.close()
+            raise RefusedError(
+                f"another {self._role} of node {self._settings.cluster.node_name} is already running",
+                hint="stop it first (`syncctl daemon stop`, or the other container); one node has one of each",
+            )
+        return connection
+
+    def _read(self, connection: Connection) -> tuple[list[str], list[str]]:
+        """(wanted chains, what keeps the service from being ready)."""
+        direction = _DIRECTION[self._role]
+        with errors("reading vsql_sync.streams"):
+            rows = connection.execute(
+                "SELECT s.chain, s.state, st.state, extract(epoch FROM now() - st.updated_at)"
+                " FROM vsql_sync.streams s LEFT JOIN vsql_sync.stream_status st USING (chain, direction)"
+                " WHERE s.direction = %s AND s.desired <> 'stopped' AND s.state <> 'FINISHED' ORDER BY s.chain",
+                (direction,),
+            ).fetchall()
+        stale = 3 * self._settings.limits.status_interval_ms / 1000 + 5
+        troubles = [
+            f"{chain}: {said or 'has not said anything yet'}"
+            for chain, _, said, age in rows
+            if said not in _WORKING_STATES or age is None or age > stale
+        ]
+        return [row[0] for row in rows], troubles
+
+
+def first_connection(settings: Settings, role: Role) -> None:
+    """Fail at once, with one message, for what retrying cannot mend (wrong password, no schema)."""
+    try:
+        connection = connect(
+            settings.connection.conninfo(role), application_name=f"vsql-sync {role} supervisor"
+        )
+    except TransientError as error:
+        _log.warning("%s", error)
+        return
+    with connection, errors("looking for schema vsql_sync"):
+        row = connection.execute("SELECT to_regclass('vsql_sync.streams')").fetchone()
+    if row is None or row[0] is None:
+        raise RefusedError(
+            "this database is not a node yet: schema vsql_sync is missing",
+            hint="run `syncctl node init` first",
+        )
