@@ -28,8 +28,7 @@ from vsql_shared.audit.dsse import (
     verify_document,
 )
 from vsql_shared.audit.entries import (
-    BATCH_APPLIED,
-    BATCH_SKIPPED,
+    BATCH_EVENTS,
     EPOCH_OPENED,
     REPLICATION_BATCH,
     ZERO_HASH,
@@ -40,9 +39,6 @@ from vsql_shared.errors import ChainError, DecodeError, SignatureError
 
 if TYPE_CHECKING:
     from vsql_shared.crypto.signing import Signer, TrustStore
-
-_BATCH_EVENTS = frozenset({REPLICATION_BATCH, BATCH_APPLIED, BATCH_SKIPPED})
-"""Events that bring the chain's batch number and position forward."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +141,7 @@ def _moved(
     batch, lsn_end, unfinished = head.batch, head.lsn_end, head.unfinished_from
     if entry.event_type == EPOCH_OPENED:
         unfinished = 0
-    elif entry.event_type in _BATCH_EVENTS and entry.batch:
+    elif entry.event_type in BATCH_EVENTS and entry.batch:
         manifest = entry.event_type == REPLICATION_BATCH
         if entry.batch <= batch or (manifest and entry.batch != batch + 1):
             raise refuse(f"entry {entry.sequence} has batch number {entry.batch} after {batch}")

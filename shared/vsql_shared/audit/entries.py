@@ -53,6 +53,9 @@ EVENT_TYPES = frozenset(
 )
 """What this version writes. Readers accept other types too: they link the chain and bring no batch."""
 
+BATCH_EVENTS = frozenset({REPLICATION_BATCH, BATCH_APPLIED, BATCH_SKIPPED})
+"""Events that bring a chain's batch number and position forward, when they carry a batch."""
+
 VERDICTS = ("applied", "displaced", "lost", "missing", "parked", "shredded", "skipped")
 
 MAX_DETAIL_SIZE = 64 << 10

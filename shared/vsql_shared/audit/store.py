@@ -1,0 +1,216 @@
+"""The node's own copy of the audit trail, and the heads it remembers of all chains.
+
+Tables vsql_sync.vsql_sync_audit (entries this node signed) and vsql_sync.chain_heads. Not here: verifying
+(verify.py, chain.py) and Kafka. Rules:
+
+* The table holds what counts: an entry goes in once it is accepted, never a void one. `insert_entries`
+  refuses (ChainError) entries that do not extend the remembered head of their chain, in the same
+  transaction: a process that lost its epoch cannot write behind its successor's back.
+* Insert on the session that holds the stream's advisory lock: then a successor has not even begun.
+* Nothing here commits: the caller decides what else belongs to the transaction.
+* Rows are only added. A head only moves forward.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from psycopg import sql
+
+from vsql_shared import lsn
+from vsql_shared.audit.chain import EMPTY_HEAD, ChainHead, advance
+from vsql_shared.audit.entries import BATCH_EVENTS, EPOCH_OPENED, REPLICATION_BATCH
+from vsql_shared.audit.rows import (
+    COLUMNS,
+    StoredDocument,
+    columns_of,
+    microseconds,
+    parse,
+    timestamp,
+)
+from vsql_shared.errors import ChainError
+from vsql_shared.pg.connect import Connection, errors
+
+PAGE = 500
+"""Entries read at a time."""
+
+_COPY = sql.SQL("COPY vsql_sync.vsql_sync_audit ({}, kafka_offset) FROM STDIN").format(
+    sql.SQL(", ").join(map(sql.Identifier, COLUMNS))
+)
+_READ_HEAD = (
+    "SELECT epoch, incarnation, sequence, entry_hash, batch, lsn_end, unfinished_from, event_timestamp,"
+    " system_identifier, timeline, kafka_offset FROM vsql_sync.chain_heads WHERE chain = %s"
+)
+_WRITE_HEAD = (
+    "INSERT INTO vsql_sync.chain_heads AS h (chain, own, epoch, incarnation, sequence, entry_hash, batch,"
+    " lsn_end, unfinished_from, event_timestamp, system_identifier, timeline, kafka_offset)"
+    " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
+    " ON CONFLICT (chain) DO UPDATE SET (epoch, incarnation, sequence, entry_hash, batch, lsn_end,"
+    " unfinished_from, event_timestamp, system_identifier, timeline, kafka_offset, remembered_at) ="
+    " (excluded.epoch, excluded.incarnation, excluded.sequence, excluded.entry_hash, excluded.batch,"
+    " excluded.lsn_end, excluded.unfinished_from, excluded.event_timestamp, excluded.system_identifier,"
+    " excluded.timeline, excluded.kafka_offset, now())"
+    " WHERE h.sequence < excluded.sequence AND h.own = excluded.own"
+)
+
+
+def insert_entries(conn: Connection, entries: Sequence[tuple[bytes, int | None]]) -> None:
+    """Add accepted documents, oldest first, with their Kafka offsets, and move their chains' heads.
+
+    One COPY and one update a chain, however many entries. Raises ChainError when they do not extend what
+    the table has, DecodeError for what is no entry.
+    """
+    if not entries:
+        return
+    parsed = [parse(encoded, offset) for encoded, offset in entries]
+    by_chain = sorted(parsed, key=lambda one: one.entry.chain)  # stable: order within a chain stays
+    with errors("writing the audit trail"), conn.transaction():
+        for chain, group in groupby(by_chain, key=lambda one: one.entry.chain):
+            _move_head(conn, chain, list(group))
+        with conn.cursor() as cursor, cursor.copy(_COPY) as copy:
+            for stored in parsed:
+                copy.write_row([*columns_of(stored).values(), stored.kafka_offset])
+
+
+def _move_head(conn: Connection, chain: str, group: list[StoredDocument]) -> None:
+    """Check that the group extends the remembered head, and remember its last entry."""
+    row = conn.execute(_READ_HEAD + " FOR UPDATE", (chain,)).fetchone()
+    head = _head_of(row) if row else EMPTY_HEAD
+    for stored in group:
+        head = advance(head, stored.entry, stored.entry_hash, "vsql_sync.vsql_sync_audit")
+    if not _write_head(conn, chain, head, group[-1].kafka_offset, own=True):
+        raise ChainError(
+            f"chain {chain}: another process has written sequence {head.sequence} to the audit trail",
+            record="vsql_sync.chain_heads",
+            hint="this process has been replaced; it must stop",
+        )
+
+
+def remember_head(conn: Connection, chain: str, head: ChainHead, kafka_offset: int | None) -> bool:
+    """Remember a verified head of a peer's chain; False when a head as high is remembered already."""
+    with errors("remembering a chain's head"):
+        return _write_head(conn, chain, head, kafka_offset, own=False)
+
+
+def _write_head(conn: Connection, chain: str, head: ChainHead, offset: int | None, *, own: bool) -> bool:
+    values = (
+        chain,
+        own,
+        head.epoch,
+        uuid.UUID(bytes=head.incarnation),
+        head.sequence,
+        head.entry_hash,
+        head.batch,
+        lsn.text(head.lsn_end),
+        head.unfinished_from,
+        timestamp(head.event_timestamp),
+        head.system_identifier,
+        head.timeline,
+        offset,
+    )
+    return conn.execute(_WRITE_HEAD, values).rowcount == 1
+
+
+def recall_head(conn: Connection, chain: str) -> tuple[ChainHead, int | None] | None:
+    """The remembered head of a chain and its Kafka offset; None when nothing was remembered."""
+    with errors("reading a chain's remembered head"):
+        row = conn.execute(_READ_HEAD, (chain,)).fetchone()
+    return None if row is None else (_head_of(row), row[-1])
+
+
+def _head_of(row: tuple[Any, ...]) -> ChainHead:
+    epoch, incarnation, sequence, entry_hash, batch, lsn_end, unfinished, moment, system, timeline, _ = row
+    return ChainHead(
+        epoch=epoch,
+        incarnation=incarnation.bytes,
+        sequence=sequence,
+        entry_hash=bytes(entry_hash),
+        batch=batch,
+        lsn_end=lsn.parse(lsn_end),
+        unfinished_from=unfinished,
+        event_timestamp=microseconds(moment),
+        system_identifier=system,
+        timeline=timeline,
+    )
+
+
+def load_head(conn: Connection, chain: str) -> ChainHead:
+    """The head as the table's entries give it, read backwards from the last one; EMPTY_HEAD without any.
+
+    Reads only as far as it must: to the last batch that finished its transaction.
+    """
+    last: StoredDocument | None = None
+    batch = lsn_end = unfinished = 0
+    settled = False  # true once an epoch_opened was passed: fragments before it are void
+    for stored in _backwards(conn, chain):
+        entry = stored.entry
+        last = last or stored
+        settled = settled or entry.event_type == EPOCH_OPENED
+        if entry.event_type not in BATCH_EVENTS or not entry.batch:
+            continue
+        batch = batch or entry.batch
+        if not entry.continues:
+            lsn_end = entry.batch_lsn_end
+            break
+        if entry.event_type == REPLICATION_BATCH and not settled:
+            unfinished = entry.sequence
+    if last is None:
+        return EMPTY_HEAD
+    return ChainHead(
+        epoch=last.entry.epoch,
+        incarnation=last.entry.incarnation,
+        sequence=last.entry.sequence,
+        entry_hash=last.entry_hash,
+        batch=batch,
+        lsn_end=lsn_end,
+        unfinished_from=unfinished,
+        event_timestamp=last.entry.event_timestamp,
+        system_identifier=last.entry.system_identifier,
+        timeline=last.entry.timeline,
+    )
+
+
+def _backwards(conn: Connection, chain: str) -> Iterator[StoredDocument]:
+    """Entries from the last one down; few are asked for first, because few are needed as a rule."""
+    below, page = (1 << 63) - 1, 4
+    while True:
+        with errors("reading the audit trail"):
+            rows = conn.execute(
+                "SELECT document, kafka_offset, sequence FROM vsql_sync.vsql_sync_audit"
+                " WHERE chain = %s AND sequence < %s ORDER BY sequence DESC LIMIT %s",
+                (chain, below, page),
+            ).fetchall()
+        for encoded, offset, _ in rows:
+            yield parse(bytes(encoded), offset)
+        if len(rows) < page:
+            return
+        below, page = rows[-1][2], PAGE
+
+
+def iterate(conn: Connection, chain: str, from_sequence: int = 1) -> Iterator[StoredDocument]:
+    """Entries of a chain from a sequence on, oldest first; parsed, not verified. Bounded memory."""
+    at = from_sequence
+    while True:
+        with errors("reading the audit trail"):
+            rows = conn.execute(
+                "SELECT document, kafka_offset, sequence FROM vsql_sync.vsql_sync_audit"
+                " WHERE chain = %s AND sequence >= %s ORDER BY sequence LIMIT %s",
+                (chain, at, PAGE),
+            ).fetchall()
+        for encoded, offset, _ in rows:
+            yield parse(bytes(encoded), offset)
+        if len(rows) < PAGE:
+            return
+        at = rows[-1][2] + 1
+
+
+def ensure_partitions(conn: Connection) -> None:
+    """Make this month's and the next month's partition; services call it at start and once a day."""
+    with errors("making a partition of the audit trail"):
+        conn.execute(
+            "SELECT vsql_sync.ensure_audit_partition(now()),"
+            " vsql_sync.ensure_audit_partition(now() + INTERVAL '1 month')"
+        )
