@@ -89,7 +89,6 @@ def announce(
         raise KeyUnavailableError(
             f"data key {key.dek_id} was made for {key.cluster}/{key.chain}, not for {cluster}/{chain}"
         )
-    kek_id = provider.kek_id
     wrapped = provider.wrap(key.secret, key_context(cluster, chain, key.dek_id))
     return KeyAnnouncement(
         cluster=cluster,
@@ -98,7 +97,7 @@ def announce(
         dek_id=key.dek_id,
         epoch=epoch,
         kms_provider=provider.name,
-        kek_id=kek_id,
+        kek_id=wrapped.kek_id,
         wrap_algorithm=wrapped.algorithm,
         algorithm=ALGORITHM,
         wrapped_dek=wrapped.data,

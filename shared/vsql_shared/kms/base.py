@@ -19,10 +19,11 @@ AES_KWP = "AES-256-KWP"  # RFC 5649; no context
 
 
 class Wrapped(NamedTuple):
-    """A wrapped data key and how it was wrapped; both stand in the announcement."""
+    """A wrapped data key, how it was wrapped and under which KEK version; all stand in the announcement."""
 
     data: bytes
     algorithm: str
+    kek_id: str
 
 
 class KekVersion(NamedTuple):
