@@ -38,8 +38,9 @@ class Native:
             connection.execute(ORDERS_SQL)
             quoted = source.replace("'", "''")
             connection.execute(
-                f"CREATE SUBSCRIPTION native CONNECTION '{quoted}' PUBLICATION native WITH (create_slot = false,"
-                " slot_name = 'native', copy_data = false, binary = true, streaming = parallel, enabled = false)"
+                f"CREATE SUBSCRIPTION native CONNECTION '{quoted}' PUBLICATION native"
+                " WITH (create_slot = false, slot_name = 'native', copy_data = false, binary = true,"
+                " streaming = parallel, enabled = false)"
             )  # type: ignore[call-overload]  # a literal statement but for the connection string
 
     def drain(self, expected: int) -> float:

@@ -112,8 +112,8 @@ def fill(node: Node, marker: str) -> None:
     node.execute(
         f"""
         INSERT INTO merchants SELECT g, 'merchant ' || g, 'city ' || g FROM generate_series(1, 50) g;
-        INSERT INTO customers SELECT g, '{marker}' || g, 'c' || g || '@example.org', '4111' || lpad(g::text, 12, '0')
-            FROM generate_series(1, 2000) g;
+        INSERT INTO customers SELECT g, '{marker}' || g, 'c' || g || '@example.org', 
+            '4111' || lpad(g::text, 12, '0') FROM generate_series(1, 2000) g;
         """
     )
 
@@ -126,13 +126,14 @@ def live(pair: TwoNodes, workload: Workload) -> None:
         time.sleep(1)
         rows = pair.b.query("SELECT count(*) FROM payments")[0][0]
         lag = pair.b.query(
-            "SELECT detail->>'lag_seconds', detail->>'lag_batches' FROM vsql_sync.stream_status WHERE direction = 'in'"
-            " AND chain = %s", pair.chain
-        )  # fmt: skip
+            "SELECT detail->>'lag_seconds', detail->>'lag_batches' FROM vsql_sync.stream_status"
+            " WHERE direction = 'in' AND chain = %s",
+            pair.chain,
+        )
         seconds, batches = lag[0] if lag else ("?", "?")
         say(
-            f"   A: {workload.changes:7d} changes (+{workload.changes - written:5d}/s) in {workload.transactions:5d}"
-            f" transactions   B: {rows:6d} payments   lag {seconds} s, {batches} batches"
+            f"   A: {workload.changes:7d} changes (+{workload.changes - written:5d}/s)"
+            f" in {workload.transactions:5d} transactions   B: {rows:6d} payments   lag {seconds} s, {batches} batches"
         )
         written = workload.changes
     workload.join()
@@ -147,7 +148,8 @@ def show_record(records: list[Record]) -> None:
     header, offset = pack.decode_header(record.value)
     tuples = pack.decode_tuples(record.value, offset, pack.header_digest(record.value[:offset]))
     say(
-        f"   topic {record.topic}  partition {record.partition}  offset {record.offset}  {len(record.value)} bytes"
+        f"   topic {record.topic}  partition {record.partition}  offset {record.offset}"
+        f"  {len(record.value)} bytes"
     )
     say(
         f"   clear: origin {header.origin}, table {header.table}, epoch {header.epoch}, batch {header.batch},"
@@ -197,7 +199,8 @@ def tamper(stack: Stack, pair: TwoNodes) -> None:
     while not error and time.monotonic() < deadline:
         time.sleep(0.3)
         rows = pair.b.query(
-            "SELECT detail->'refused'->>'error' FROM vsql_sync.stream_status WHERE state = 'refused' AND chain = %s",
+            "SELECT detail->'refused'->>'error' FROM vsql_sync.stream_status"
+            " WHERE state = 'refused' AND chain = %s",
             pair.chain,
         )
         error = (rows[0][0] or "") if rows else ""

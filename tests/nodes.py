@@ -1,4 +1,4 @@
-"""Nodes of vsql-sync as a user would have them: databases, configuration files, keys, and the services as processes.
+"""Nodes of vsql-sync as a user would have them: databases, configuration, keys, and services as processes.
 
 Everything goes through the product's own interfaces: `syncctl` as a command, `python -m vsql_producers` and
 `python -m vsql_consumers` as processes. The demo, the benchmark and the topology tests all stand on this.

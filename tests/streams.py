@@ -91,7 +91,7 @@ def append(bootstrap: str, records: Iterable[Record]) -> None:
     producer = Producer({"bootstrap.servers": bootstrap, "enable.idempotence": True})
     failures: list[str] = []
 
-    def delivered(error: object, message: object) -> None:
+    def delivered(error: object, _message: object) -> None:
         if error is not None:
             failures.append(str(error))
 

@@ -38,14 +38,16 @@ BEGIN
                 FROM generate_series(k, k + n - 1) g;
         WHEN 1 THEN
             INSERT INTO documents SELECT md5(g::text)::uuid, jsonb_build_object('n', g, 'a', ARRAY[1,2]),
-                CASE WHEN g % 50 = 0 THEN repeat(md5(g::text), 200) ELSE s END, ARRAY['a', NULL, g::text], g % 1000
+                CASE WHEN g % 50 = 0 THEN repeat(md5(g::text), 200) ELSE s END,
+                ARRAY['a', NULL, g::text], g % 1000
                 FROM generate_series(k, k + n - 1) g;
         WHEN 2 THEN
-            INSERT INTO "Mixed Case" SELECT g, g / 3.0, date '2020-01-01' + (g % 1000)::int, '10.0.0.1'::inet + g % 9999
+            INSERT INTO "Mixed Case" SELECT g, g / 3.0, date '2020-01-01' + (g % 1000)::int,
+                '10.0.0.1'::inet + g % 9999
                 FROM generate_series(k, k + n - 1) g;
         WHEN 3 THEN
-            INSERT INTO by_index SELECT 'c' || g % 10, daterange(date '2020-01-01', date '2020-01-02' + (g % 99)::int),
-                g / 7.0, g FROM generate_series(k, k + n - 1) g;
+            INSERT INTO by_index SELECT 'c' || g % 10,
+                daterange(date '2020-01-01', date '2020-01-02' + (g % 99)::int), g / 7.0, g FROM generate_series(k, k + n - 1) g;
         ELSE
             INSERT INTO plain SELECT g, g % 1000, CASE WHEN g % 3 = 0 THEN NULL ELSE s || g END
                 FROM generate_series(k, k + n - 1) g;

@@ -130,7 +130,7 @@ class Supervisor:
             connection.close()
             raise RefusedError(
                 f"another {self._role} of node {self._settings.cluster.node_name} is already running",
-                hint="stop it first (`syncctl daemon stop`, or the other container); one node has one of each",
+                hint="stop it first (`syncctl daemon stop`, or the other container)",
             )
         return connection
 
@@ -141,7 +141,8 @@ class Supervisor:
             rows = connection.execute(
                 "SELECT s.chain, s.state, st.state, extract(epoch FROM now() - st.updated_at)"
                 " FROM vsql_sync.streams s LEFT JOIN vsql_sync.stream_status st USING (chain, direction)"
-                " WHERE s.direction = %s AND s.desired <> 'stopped' AND s.state <> 'FINISHED' ORDER BY s.chain",
+                " WHERE s.direction = %s AND s.desired <> 'stopped' AND s.state <> 'FINISHED'"
+                " ORDER BY s.chain",
                 (direction,),
             ).fetchall()
         stale = 3 * self._settings.limits.status_interval_ms / 1000 + 5

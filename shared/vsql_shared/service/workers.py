@@ -1,8 +1,8 @@
 """Worker processes of a supervisor: started, restarted with back-off, stopped. No database, no HTTP.
 
-A worker that ends by itself is started again: after `backoff` seconds the first time, twice as long each further
-time up to `backoff_max`; a worker that ran for a while starts from the beginning. Exit codes of a user's
-mistake are restarted too: the mistake may be mended in the database at any time.
+A worker that ends by itself is started again: after `backoff` seconds the first time, twice as long each
+further time up to `backoff_max`; a worker that ran for a while starts from the beginning. Exit codes of a
+user's mistake are restarted too: the mistake may be mended in the database at any time.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class Workers:
         self._workers: dict[str, _Worker] = {}
 
     def sync(self, wanted: Iterable[str]) -> list[int]:
-        """Start what is missing, stop what is not wanted; returns pids that have ended since the last call."""
+        """Start what is missing, stop what is not wanted; returns the pids that ended since the last call."""
         now, wanted = time.monotonic(), set(wanted)
         ended: list[int] = []
         for chain in list(self._workers):
             worker = self._workers[chain]
             if worker.process is not None and worker.process.poll() is not None:
                 ended.append(worker.process.pid)
-                self._note_end(chain, worker, now)
+                self._note_end(chain, worker, worker.process.returncode, now)
             if chain not in wanted:
                 if worker.process is None:
                     del self._workers[chain]
@@ -62,9 +62,7 @@ class Workers:
                 _log.info("worker started", extra={"stream": chain, "pid": worker.process.pid})
         return ended
 
-    def _note_end(self, chain: str, worker: _Worker, now: float) -> None:
-        assert worker.process is not None  # only called for a process that ended
-        code = worker.process.returncode
+    def _note_end(self, chain: str, worker: _Worker, code: int, now: float) -> None:
         worker.failures = 1 if now - worker.started > _HEALTHY_AFTER else worker.failures + 1
         pause = 0.0 if code == 0 else min(self._backoff * 2 ** (worker.failures - 1), self._backoff_max)
         worker.next_start = now + pause
@@ -82,7 +80,7 @@ class Workers:
         }
 
     def stop(self, timeout: float) -> bool:
-        """SIGTERM all, wait, SIGKILL what is left after `timeout` seconds. True when all ended by themselves."""
+        """SIGTERM all, wait `timeout` seconds, SIGKILL the rest. True when all ended by themselves."""
         alive = [
             w.process for w in self._workers.values() if w.process is not None and w.process.poll() is None
         ]
