@@ -60,7 +60,7 @@ types: $(READY)  ## Check types
 .PHONY: contracts
 contracts: $(READY)  ## Check who may import whom
 	@echo "==> contracts"
-	@.venv/bin/lint-imports --no-timing
+	@.venv/bin/lint-imports
 
 .PHONY: fix
 fix: $(READY)  ## Format, and mend what ruff can mend
