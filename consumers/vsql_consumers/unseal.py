@@ -1,0 +1,248 @@
+"""Open a verified batch: announced data keys, decryption, pieces joined, descriptors taken out.
+
+Not here: whether the records are those that were signed (verify.py). Pure but for the KEK provider it is
+given. Rules:
+
+* A key counts when its announcement is signed by the chain's origin and says this cluster, chain and
+  dek_id; two announcements of one dek_id must be byte-equal.
+* Every record opens, or nothing of the batch is given on; the error names the Kafka record.
+* A descriptor's plaintext must hash to what its pack names and describe the pack's table; a tuple's
+  descriptor must have come before it, in this batch or an earlier one.
+* Pieces join in source order, table by table, and end within the batch.
+* No plaintext, key or column value is in any error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vsql_consumers.verify import VerifiedBatch, batch_name, record_name
+from vsql_shared.audit.dsse import SignedDocument, verify_document
+from vsql_shared.changes import OpenedBatch, Op, Relation, TableName
+from vsql_shared.crypto.announce import MEDIA_TYPE, KeyAnnouncement, KeyRing, decode_announcement
+from vsql_shared.crypto.seal import open_tuples
+from vsql_shared.errors import DecodeError, RecordError, SignatureError, UnsealError
+from vsql_shared.wire.pack import PackHeader, decode_relation, relation_hash
+
+if TYPE_CHECKING:
+    from vsql_shared.audit.entries import AuditEntry
+    from vsql_shared.crypto.dek import OpeningKey
+    from vsql_shared.crypto.signing import TrustStore
+    from vsql_shared.kms.base import KekProvider
+
+
+class Announcements:
+    """Verified announcements of one chain's data keys, as read from the keys topic, and the keys themselves."""
+
+    def __init__(
+        self, cluster: str, chain: str, origin: str, trust: TrustStore, ring: KeyRing, first_epoch: int = 0
+    ) -> None:
+        self._cluster, self._chain, self._origin, self._trust = cluster, chain, origin, trust
+        self._ring, self._first_epoch = ring, first_epoch
+        self._known: dict[str, KeyAnnouncement] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def feed(self, topic: str, partition: int, offset: int, key: bytes | None, value: bytes | None) -> None:
+        """Take one record of the keys topic. Raises with the record named when it is of our chain and bad.
+
+        1. A tombstone removes nothing here: a key that is in use stays.
+        2. Only documents of our chain concern us; what cannot be read might, and is refused.
+        3. Signed by the origin; cluster, chain and origin as expected; filed under its own dek_id.
+        4. Never a second content under one dek_id.
+        """
+        if value is None:
+            return
+        where = record_name(topic, partition, offset)
+        try:
+            document = SignedDocument.decode(value)
+            if decode_announcement(document.payload).chain != self._chain:
+                return
+            found = decode_announcement(verify_document(self._trust, self._origin, document, MEDIA_TYPE))
+        except DecodeError as error:
+            raise RecordError(f"not a key announcement: {error.message}", record=where) from error
+        except SignatureError as error:
+            error.record = where
+            raise
+        self._check(found, key, where)
+        if found.epoch >= self._first_epoch:
+            self._known[found.dek_id] = found
+
+    def _check(self, found: KeyAnnouncement, key: bytes | None, where: str) -> None:
+        if (found.cluster, found.origin) != (self._cluster, self._origin):
+            raise RecordError(
+                f"key announcement of cluster {found.cluster!r}, origin {found.origin!r}; expected"
+                f" {self._cluster!r}, {self._origin!r}",
+                record=where,
+            )
+        if key != found.dek_id.encode():
+            raise RecordError(f"announcement of {found.dek_id} is filed under another key", record=where)
+        if self._known.get(found.dek_id, found) != found:
+            raise RecordError(f"a second, different announcement of {found.dek_id}", record=where)
+
+    def knows(self, dek_id: str) -> bool:
+        """Whether the key was announced; if not, the keys topic has to be read on."""
+        return dek_id in self._known
+
+    def open(self, entry: AuditEntry, provider: KekProvider) -> OpeningKey:
+        """The key of a manifest. Raises UnsealError (not announced), KeyUnavailableError (KMS, KEK)."""
+        found = self._known.get(entry.dek_id)
+        if found is None:
+            raise UnsealError(
+                f"data key {entry.dek_id} was never announced",
+                record=batch_name(entry),
+                hint="its announcement is missing from the keys topic",
+            )
+        if found.kek_id != entry.kek_id:
+            raise UnsealError(
+                f"data key {entry.dek_id} is wrapped by {found.kek_id!r}, the manifest says {entry.kek_id!r}",
+                record=batch_name(entry),
+            )
+        return self._ring.open(found, provider)
+
+    def forget_before(self, epoch: int) -> None:
+        """Drop announcements of epochs that are over: their batches are applied or void."""
+        self._first_epoch = epoch
+        self._known = {name: found for name, found in self._known.items() if found.epoch >= epoch}
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """A relation as the source described it, and the bytes its hash is over."""
+
+    relation: Relation
+    encoded: bytes
+
+
+def open_batch(
+    batch: VerifiedBatch, key: OpeningKey, known: Mapping[bytes, Descriptor], entry_hash: bytes
+) -> tuple[OpenedBatch, dict[bytes, Descriptor]]:
+    """The opened batch, and the descriptors that came with it. `known` are those of earlier batches."""
+    entry = batch.entry
+    try:
+        plaintexts = open_tuples(key, batch.tuples)
+    except UnsealError as error:
+        raise _named(error, batch, key) from error
+    opened = OpenedBatch(
+        chain=entry.chain,
+        epoch=entry.epoch,
+        batch=entry.batch,
+        sequence=entry.sequence,
+        entry_hash=entry_hash,
+        lsn_start=entry.batch_lsn_start,
+        lsn_end=entry.batch_lsn_end,
+        row_count=entry.row_count,
+        merkle_root=batch.merkle_root,
+        continues=entry.continues,
+        transactions=batch.transactions,
+    )
+    new: dict[bytes, Descriptor] = {}
+    if entry.row_count == len(plaintexts):
+        _plain(batch, plaintexts, opened)
+    else:
+        _Sorter(batch, opened, new).run(plaintexts)
+    _resolve_relations(batch, opened, known, new)
+    return opened, new
+
+
+def _named(error: UnsealError, batch: VerifiedBatch, key: OpeningKey) -> UnsealError:
+    """The same error with the Kafka record that does not open."""
+    at = first_unopenable(batch, key)
+    return UnsealError(error.message, record=batch.name(at) if at is not None else "", hint=error.hint)
+
+
+def first_unopenable(batch: VerifiedBatch, key: OpeningKey) -> int | None:
+    """Index of the first record that does not open: where a batch was altered. Slow, for a refusal's text."""
+    for at, sealed in enumerate(batch.tuples):
+        try:
+            open_tuples(key, [sealed])
+        except UnsealError:
+            return at
+    return None
+
+
+def _plain(batch: VerifiedBatch, plaintexts: list[bytes], opened: OpenedBatch) -> None:
+    """The common batch: changes only."""
+    opened.tx_of = batch.tx_of
+    opened.ops = [record[3] for record in batch.tuples]
+    opened.relation_of = [header.relation for header in batch.headers]
+    opened.plaintexts = plaintexts
+
+
+class _Sorter:
+    """Takes descriptors out and joins pieces, one record at a time."""
+
+    def __init__(self, batch: VerifiedBatch, opened: OpenedBatch, new: dict[bytes, Descriptor]) -> None:
+        self._batch, self._opened, self._new = batch, opened, new
+        self._pieces: dict[TableName, list[tuple[int, bytes]]] = {}
+
+    def run(self, plaintexts: list[bytes]) -> None:
+        batch, opened = self._batch, self._opened
+        add_tx, add_op = opened.tx_of.append, opened.ops.append
+        add_relation, add_text = opened.relation_of.append, opened.plaintexts.append
+        for at, (record, tx, header, text) in enumerate(
+            zip(batch.tuples, batch.tx_of, batch.headers, plaintexts, strict=True)
+        ):
+            op = record[3]
+            if op == Op.PIECE:
+                self._pieces.setdefault(header.table, []).append((at, text))
+                continue
+            whole = self._joined(at, text) if self._pieces else text
+            if op == Op.RELATION:
+                self._describe(at, whole)
+                continue
+            add_tx(tx)
+            add_op(op)
+            add_relation(header.relation)
+            add_text(whole)
+        for pieces in self._pieces.values():
+            raise RecordError("a record in pieces has no end in its batch", record=batch.name(pieces[0][0]))
+
+    def _joined(self, at: int, text: bytes) -> bytes:
+        """The plaintext with the pieces of the same table before it; they are of one transaction and relation."""
+        headers, tx_of = self._batch.headers, self._batch.tx_of
+        pieces = self._pieces.pop(headers[at].table, [])
+        for piece, _ in pieces:
+            if tx_of[piece] != tx_of[at] or headers[piece].relation != headers[at].relation:
+                raise RecordError(
+                    "a piece is followed by a record of another transaction or descriptor",
+                    record=self._batch.name(piece),
+                )
+        return b"".join((*(piece for _, piece in pieces), text))
+
+    def _describe(self, at: int, encoded: bytes) -> None:
+        header = self._batch.headers[at]
+        try:
+            relation = decode_relation(encoded)
+        except DecodeError as error:
+            raise RecordError(error.message, record=self._batch.name(at)) from error
+        if relation_hash(encoded) != header.relation or relation.name != header.table:
+            raise RecordError(
+                f"descriptor of {relation.name} stands where {header.table} is described",
+                record=self._batch.name(at),
+            )
+        self._new[header.relation] = Descriptor(relation, encoded)
+
+
+def _resolve_relations(
+    batch: VerifiedBatch,
+    opened: OpenedBatch,
+    known: Mapping[bytes, Descriptor],
+    new: dict[bytes, Descriptor],
+) -> None:
+    """Give the batch every descriptor it names."""
+    for header in batch.packs:
+        found = new.get(header.relation) or known.get(header.relation)
+        if found is None:
+            raise _of_pack(batch, header, "a descriptor that never came")
+        if found.relation.name != header.table:
+            raise _of_pack(batch, header, f"the descriptor of {found.relation.name}")
+        opened.relations[header.relation] = found.relation
+
+
+def _of_pack(batch: VerifiedBatch, header: PackHeader, what: str) -> RecordError:
+    at = next(i for i, found in enumerate(batch.headers) if found is header)
+    return RecordError(f"records of {header.table} name {what}", record=batch.name(at))
