@@ -12,8 +12,8 @@ Everything goes through the product's own interfaces: `syncctl` as a command, `p
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -22,6 +22,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
@@ -120,10 +121,39 @@ consumer_addr = "127.0.0.1:0"
         process = spawn(
             [sys.executable, "-m", f"vsql_{role}s", "--config", str(self.config)],
             log=self.log_file(role),
-            env={**os.environ, **(env or {})},
+            env=env or {},
         )
         self.services[role] = process
         return process
+
+    def start_daemon(self, env: dict[str, str] | None = None) -> None:
+        """Start `syncctl daemon start --foreground`: both services, restarted when they die."""
+        self.services["daemon"] = spawn(
+            [
+                sys.executable,
+                "-m",
+                "vsql_ctl",
+                "--config",
+                str(self.config),
+                "daemon",
+                "start",
+                "--foreground",
+            ],
+            log=self.log_file("daemon"),
+            env=env or {},
+        )
+
+    def processes(self, role: str) -> list[psutil.Process]:
+        """Processes of a service (`producer` or `consumer`) below the daemon or started alone: service first."""
+        found: list[psutil.Process] = []
+        for process in self.services.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                top = psutil.Process(process.pid)
+                for candidate in [top, *top.children(recursive=True)]:
+                    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                        if f"vsql_{role}s" in candidate.cmdline():
+                            found.append(candidate)
+        return found
 
     def stop(self, role: str, timeout: float = 60) -> int:
         """SIGTERM a service and wait for its graceful end."""
@@ -230,6 +260,8 @@ class TwoNodes:
         """
         lsn = self.a.query("SELECT pg_current_wal_insert_lsn()")[0][0]
         deadline = time.monotonic() + timeout
+        confirmed: list[tuple[Any, ...]] = []
+        head = applied = 0
         while time.monotonic() < deadline:
             confirmed = self.a.query(
                 "SELECT 1 FROM vsql_sync.streams s JOIN pg_replication_slots r USING (slot_name)"
@@ -274,6 +306,16 @@ class TwoNodes:
                         return found
                     break  # one difference shifts all rows after it
         return found
+
+    def acknowledged_rows(self) -> int:
+        """Number of changes B acknowledged (sum of row_count of its acknowledgements)."""
+        return int(
+            self.b.query(
+                "SELECT coalesce(sum(row_count), 0) FROM vsql_sync.vsql_sync_audit"
+                " WHERE chain = %s AND event_type = 'batch_applied'",
+                f"{self.chain}.ack.node-b",
+            )[0][0]
+        )
 
     def audited_rows(self) -> int:
         """Number of changes in A's chain (sum of row_count of its manifests)."""

@@ -1,1 +1,1 @@
-"""Tests that kill, stop and starve processes and servers under load."""
+"""Kills and outages under a load whose every change is known."""
