@@ -8,7 +8,7 @@ error that Kafka calls retriable, or that means a broker is away, is a Transient
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient
@@ -17,8 +17,9 @@ from vsql_shared.errors import BrokerError, TransientError, VsqlSyncError
 
 if TYPE_CHECKING:
     from vsql_shared.config import Settings
+    from vsql_shared.config.kafka import ClientOption
 
-_log = logging.getLogger("vsql.kafka")
+_log = logging.getLogger(__name__)
 
 # Codes that mean "a broker is not there (yet)" although librdkafka does not flag them retriable.
 _AWAY = frozenset(
@@ -71,6 +72,10 @@ def _on_error(error: KafkaError) -> None:
     _log.warning("kafka client: %s", error.str(), extra={"code": error.name()})
 
 
+def _options(config: dict[str, ClientOption]) -> dict[str, Any]:
+    return {**config, "error_cb": _on_error, "logger": _log}
+
+
 def make_producer(settings: Settings, client_id: str) -> Producer:
     """An idempotent producer (acks=all)."""
     config = dict(settings.kafka.client_config("producer", settings.limits))
@@ -79,7 +84,7 @@ def make_producer(settings: Settings, client_id: str) -> Producer:
     config.setdefault("linger.ms", 1)
     config.setdefault("queue.buffering.max.messages", 100_000)
     config.setdefault("message.timeout.ms", 60_000)
-    return Producer({**config, "error_cb": _on_error, "logger": _log})
+    return Producer(_options(config))
 
 
 def make_consumer(settings: Settings, client_id: str, group_id: str) -> Consumer:
@@ -89,10 +94,10 @@ def make_consumer(settings: Settings, client_id: str, group_id: str) -> Consumer
     config.setdefault("fetch.wait.max.ms", 50)
     config.setdefault("fetch.error.backoff.ms", 50)
     config.setdefault("topic.metadata.refresh.interval.ms", 30_000)
-    return Consumer({**config, "error_cb": _on_error, "logger": _log})
+    return Consumer(_options(config))
 
 
 def make_admin(settings: Settings) -> AdminClient:
     """A client that creates and describes topics."""
     config = dict(settings.kafka.client_config("admin", settings.limits))
-    return AdminClient({**config, "error_cb": _on_error, "logger": _log})
+    return AdminClient(_options(config))

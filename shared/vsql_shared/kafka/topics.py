@@ -9,7 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
+from confluent_kafka.admin import (
+    AdminClient,
+    ConfigResource,  # type: ignore[attr-defined]  # public names the package re-exports without saying so
+    NewTopic,  # type: ignore[attr-defined]  # as above
+    ResourceType,  # type: ignore[attr-defined]  # as above
+)
 
 from vsql_shared.errors import BrokerError
 from vsql_shared.kafka.clients import from_exception

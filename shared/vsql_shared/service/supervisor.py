@@ -11,26 +11,25 @@ from __future__ import annotations
 
 import logging
 import signal
-import tempfile
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from vsql_shared import names
 from vsql_shared.errors import RefusedError, TransientError, VsqlSyncError
+from vsql_shared.observe import shared_metrics
 from vsql_shared.pg.connect import Connection, connect, errors
 from vsql_shared.service.workers import Workers
 
 if TYPE_CHECKING:
     from vsql_shared.config import Settings
 
-_log = logging.getLogger("vsql.service")
+_log = logging.getLogger(__name__)
 
 Role = Literal["producer", "consumer"]
 _DIRECTION: dict[Role, str] = {"producer": "out", "consumer": "in"}
 _POLL_SECONDS = 0.5
+_SILENT_SECONDS = 60.0
 _UNSIGNED_WARNING_SECONDS = 60.0
 _WORKING_STATES = frozenset({"running", "paused", "copying"})
 
@@ -40,12 +39,10 @@ class Supervisor:
 
     def __init__(self, settings: Settings, role: Role, package: str) -> None:
         self._settings, self._role = settings, role
-        self._metrics_dir = tempfile.TemporaryDirectory(prefix="vsql-sync-metrics-")
         config = str(settings.source) if settings.source else None
         self._workers = Workers(
             package,
             config,
-            {"PROMETHEUS_MULTIPROC_DIR": self._metrics_dir.name},
             settings.limits.retry_backoff_ms / 1000,
             settings.limits.retry_backoff_max_ms / 1000,
         )
@@ -54,25 +51,21 @@ class Supervisor:
         self._last_seen = 0.0
         self._not_ready = ["the service is starting"]
 
-    @property
-    def metrics_dir(self) -> Path:
-        """Where the worker processes leave their metrics."""
-        return Path(self._metrics_dir.name)
-
     def request_stop(self) -> None:
         """Ask the loop to end; safe in a signal handler."""
         self._stop.set()
 
-    def alive(self) -> bool:
-        """Whether the loop turns (for /healthz)."""
-        return time.monotonic() - self._last_seen < 60
+    def healthy(self) -> str | None:
+        """None while the loop turns (for /healthz)."""
+        silent = time.monotonic() - self._last_seen
+        return None if silent < _SILENT_SECONDS else f"the supervisor has not moved for {silent:.0f} s"
 
-    def not_ready(self) -> list[str]:
-        """Reasons why the service is not doing its work now; empty when it is (for /readyz)."""
-        return list(self._not_ready)
+    def ready(self) -> str | None:
+        """None when every wanted stream does its work (for /readyz)."""
+        return "; ".join(self._not_ready) or None
 
-    def run(self, ended: Callable[[int], None]) -> int:
-        """The loop; `ended` is told the pid of each worker that is gone. Returns the exit code."""
+    def run(self) -> int:
+        """The loop, until a signal; returns the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.request_stop())
         warned = float("-inf")
@@ -84,18 +77,17 @@ class Supervisor:
                 ):
                     warned = self._last_seen
                     _log.warning("dev mode without a signing key: audit entries are NOT signed")
-                for pid in self._turn():
-                    ended(pid)
+                for chain in self._turn():
+                    shared_metrics.worker_ended(chain)
                 self._stop.wait(_POLL_SECONDS)
         finally:
             _log.info("stopping: workers finish their batch")
             graceful = self._workers.stop(self._settings.server.stop_timeout.total_seconds())
             if self._connection is not None:
                 self._connection.close()
-            self._metrics_dir.cleanup()
         return 0 if graceful else 1
 
-    def _turn(self) -> list[int]:
+    def _turn(self) -> list[str]:
         try:
             if self._connection is None:
                 self._connection = self._connect()

@@ -12,10 +12,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-_log = logging.getLogger("vsql.service")
+from vsql_shared.observe import shared_metrics
+
+_log = logging.getLogger(__name__)
 
 # A worker that lived this long (seconds) was healthy: its next end is a new trouble.
 _HEALTHY_AFTER = 60.0
@@ -32,22 +34,19 @@ class _Worker:
 class Workers:
     """The worker processes of one service; `sync` makes them match the wanted streams."""
 
-    def __init__(
-        self, package: str, config: str | None, env: Mapping[str, str], backoff: float, backoff_max: float
-    ) -> None:
+    def __init__(self, package: str, config: str | None, backoff: float, backoff_max: float) -> None:
         self._base = [sys.executable, "-m", package, *(["--config", config] if config else [])]
-        self._env = {**os.environ, **env}
         self._backoff, self._backoff_max = backoff, backoff_max
         self._workers: dict[str, _Worker] = {}
 
-    def sync(self, wanted: Iterable[str]) -> list[int]:
-        """Start what is missing, stop what is not wanted; returns the pids that ended since the last call."""
+    def sync(self, wanted: Iterable[str]) -> list[str]:
+        """Start what is missing, stop what is not wanted; returns those that ended since the last call."""
         now, wanted = time.monotonic(), set(wanted)
-        ended: list[int] = []
+        ended: list[str] = []
         for chain in list(self._workers):
             worker = self._workers[chain]
             if worker.process is not None and worker.process.poll() is not None:
-                ended.append(worker.process.pid)
+                ended.append(chain)
                 self._note_end(chain, worker, worker.process.returncode, now)
             if chain not in wanted:
                 if worker.process is None:
@@ -57,7 +56,8 @@ class Workers:
         for chain in wanted:
             worker = self._workers.setdefault(chain, _Worker(None, now))
             if worker.process is None and now >= worker.next_start:
-                worker.process = subprocess.Popen([*self._base, "--chain", chain], env=self._env)
+                env = {**os.environ, **shared_metrics.worker_environment(chain)}
+                worker.process = subprocess.Popen([*self._base, "--chain", chain], env=env)
                 worker.started = now
                 _log.info("worker started", extra={"stream": chain, "pid": worker.process.pid})
         return ended

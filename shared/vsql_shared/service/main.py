@@ -1,0 +1,75 @@
+"""The entry of both services: `python -m vsql_producers|vsql_consumers [--config FILE] [--chain STREAM]`.
+
+Without --chain it is the service: it supervises one worker process per stream and answers health probes. With
+--chain it is the worker of that stream. Errors become one line on standard error and the error's exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vsql_shared.config import advice, check_files, load_settings, require_built
+from vsql_shared.errors import VsqlSyncError
+from vsql_shared.observe import shared_metrics
+from vsql_shared.observe.logging import setup
+from vsql_shared.observe.process import die_with_parent, harden
+from vsql_shared.service.supervisor import Role, Supervisor, first_connection
+
+if TYPE_CHECKING:
+    from vsql_shared.config import Settings
+
+_log = logging.getLogger(__name__)
+
+RunWorker = Callable[["Settings", str], int]
+
+
+def service_main(role: Role, package: str, run_worker: RunWorker, argv: list[str] | None = None) -> int:
+    """Run the service or one of its workers; returns the process's exit code."""
+    parser = argparse.ArgumentParser(prog=f"python -m {package}", description=f"vsql-sync {role}")
+    parser.add_argument("--config", type=Path, help="vsql-sync.toml; else where syncctl looks for it")
+    parser.add_argument("--chain", help="run the worker of one stream (the service starts these itself)")
+    args = parser.parse_args(argv)
+    hardening = harden()
+    try:
+        settings = load_settings(args.config)
+        check_files(settings)
+        require_built(settings)
+        setup(settings.log.level, settings.log.format, service=role, stream=args.chain)
+        if not hardening.complete:
+            _log.warning("this system does not let us forbid core dumps and debuggers")
+        if args.chain:
+            die_with_parent(signal.SIGTERM)
+            return run_worker(settings, args.chain)
+        for text in advice(settings):
+            _log.warning("%s", text)
+        return _run_service(settings, role, package)
+    except VsqlSyncError as error:
+        sys.stderr.write(f"error: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
+        return error.exit_code
+
+
+def _run_service(settings: Settings, role: Role, package: str) -> int:
+    first_connection(settings, role)
+    shared_metrics.begin()
+    # Only now: prometheus_client decides at import whether values are shared between processes.
+    from vsql_shared.observe.http import HealthServer
+    from vsql_shared.observe.metrics import exposition
+
+    supervisor = Supervisor(settings, role, package)
+    if not settings.metrics.enabled:
+        return supervisor.run()
+    address = settings.metrics.producer_addr if role == "producer" else settings.metrics.consumer_addr
+    server = HealthServer(address, ready=supervisor.ready, healthy=supervisor.healthy, metrics=exposition)
+    host, port = server.start()
+    _log.info("service started", extra={"pid": os.getpid(), "health": f"http://{host}:{port}"})
+    try:
+        return supervisor.run()
+    finally:
+        server.stop()
