@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import (
+
+# The package re-exports these without saying so to type checkers.
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
     AdminClient,
-    ConfigResource,  # type: ignore[attr-defined]  # public names the package re-exports without saying so
-    NewTopic,  # type: ignore[attr-defined]  # as above
-    ResourceType,  # type: ignore[attr-defined]  # as above
+    ConfigResource,
+    NewTopic,
+    ResourceType,
 )
 
 from vsql_shared.errors import BrokerError
