@@ -1,0 +1,244 @@
+"""The replication connection: slot, START_REPLICATION, frames in, positions out.
+
+Not here: what frames mean (pgoutput.py) and when a position may be confirmed (progress.py). Rules:
+
+* A slot is made once. One that is missing or invalidated afterwards is a gap: said as such, never made anew.
+* Frames are drained in bulk, because waking for each row costs more than everything else done with it; a call
+  returns at most `max_bytes`, so memory is bounded however fast the walsender is.
+* Only positions that were given to `confirm` are reported as flushed; replies to keepalives repeat them.
+"""
+
+from __future__ import annotations
+
+import select
+import struct
+import time
+from typing import NamedTuple
+
+import psycopg
+from psycopg import pq, sql
+
+from vsql_producers import pgoutput
+from vsql_shared import lsn
+from vsql_shared.errors import DatabaseError, DecodeError, DivergedError, TransientError
+from vsql_shared.pg.connect import Connection, connect, errors, translate
+
+_STATUS = struct.Struct(">cQQQqB")
+_NOT_IN_USE = "55006"
+_FAILOVER_SINCE = 170_000
+_ORIGIN_SINCE = 160_000
+# Seconds between status messages at least; wal_sender_timeout is a minute by default.
+STATUS_SECONDS = 5.0
+
+
+class Identity(NamedTuple):
+    """Whose WAL this is: positions compare only within one timeline of one system."""
+
+    system_identifier: str
+    timeline: int
+    wal_lsn: int
+
+
+class Drained(NamedTuple):
+    """Frames that arrived, in order, and the last position the walsender reported after reading up to it."""
+
+    frames: list[bytes]
+    keepalive_lsn: int
+    more: bool
+
+
+def open_replication(conninfo: str, application_name: str) -> Connection:
+    """A connection that takes replication commands and SQL. The walsender's text output follows its settings."""
+    return connect(conninfo, application_name=application_name, replication="database")
+
+
+def identify(conn: Connection) -> Identity:
+    """IDENTIFY_SYSTEM."""
+    with errors("identifying the server"):
+        row = conn.execute("IDENTIFY_SYSTEM").fetchone()
+    if row is None:
+        raise DatabaseError("the server did not identify itself")
+    return Identity(str(row[0]), int(row[1]), lsn.parse(row[2]))
+
+
+def switch_points(conn: Connection, timeline: int) -> dict[int, int]:
+    """Timeline → where it was left, of every ancestor of `timeline`."""
+    if timeline == 1:
+        return {}
+    with errors("reading the timeline's history"):
+        row = conn.execute(sql.SQL("TIMELINE_HISTORY {}").format(sql.Literal(timeline))).fetchone()
+    content = row[1] if row else b""
+    text = content.decode() if isinstance(content, bytes) else str(content)
+    points: dict[int, int] = {}
+    for line in text.splitlines():
+        words = line.split()
+        if len(words) >= 2 and words[0].isdigit():
+            points[int(words[0])] = lsn.parse(words[1])
+    return points
+
+
+def create_slot(conn: Connection, name: str) -> int:
+    """Make the stream's permanent slot; returns its consistent point. Failover on 17 and later."""
+    failover = ", FAILOVER" if conn.info.server_version >= _FAILOVER_SINCE else ""
+    command = sql.SQL("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'nothing'" + failover + ")")
+    with errors(f"creating replication slot {name}"):
+        row = conn.execute(command.format(sql.Identifier(name))).fetchone()
+    if row is None:
+        raise DatabaseError(f"replication slot {name} was not created")
+    return lsn.parse(row[1])
+
+
+class Slot(NamedTuple):
+    """What pg_replication_slots says of the stream's slot."""
+
+    confirmed_lsn: int
+    active_pid: int | None
+    lost: str
+
+
+def find_slot(conn: Connection, name: str) -> Slot | None:
+    """The slot, or None; `lost` says in words why it cannot be used any more."""
+    with errors("looking for the replication slot"):
+        row = conn.execute(
+            "SELECT confirmed_flush_lsn::text, active_pid, wal_status, to_jsonb(s) ->> 'invalidation_reason',"
+            " plugin, database = current_database() FROM pg_catalog.pg_replication_slots s WHERE slot_name = %s",
+            (name,),
+        ).fetchone()
+    if row is None:
+        return None
+    if row[4] != "pgoutput" or not row[5]:
+        raise DatabaseError(
+            f"replication slot {name} is of another plugin or database",
+            hint="two clusters must not share a name on one server",
+        )
+    lost = row[3] or ("wal_removed" if row[2] == "lost" else "")
+    return Slot(lsn.parse(row[0]) if row[0] else 0, row[1], lost)
+
+
+def require_usable(slot: Slot | None, name: str) -> Slot:
+    """Raise DivergedError for a slot that is gone or invalidated: WAL between may never have been sent."""
+    if slot is None:
+        raise DivergedError(
+            f"replication slot {name} was created and is gone: changes since then may not have been sent",
+            hint="find out who dropped it; then initialise the targets anew",
+        )
+    if slot.lost:
+        raise DivergedError(
+            f"replication slot {name} was invalidated ({slot.lost}): its WAL is gone",
+            hint="raise max_slot_wal_keep_size, drop the slot, and initialise the targets anew",
+        )
+    return slot
+
+
+class WalStream:
+    """START_REPLICATION on a connection; from then on it carries frames only."""
+
+    def __init__(self, conn: Connection, slot: str, publication: str, *, binary: bool) -> None:
+        self._conn = conn
+        self._pq: pq.abc.PGconn = conn.pgconn
+        self._pending = False
+        self._next_status = 0.0
+        self._reply_wanted = False
+        self.confirmed = 0
+        self._start(slot, publication, binary)
+
+    def _start(self, slot: str, publication: str, binary: bool) -> None:
+        version = self._conn.info.server_version
+        options = {
+            "proto_version": "4" if version >= _ORIGIN_SINCE else "3",
+            # A list of identifiers: quoted as such inside of the literal.
+            "publication_names": '"' + publication.replace('"', '""') + '"',
+            "messages": "true",
+            "binary": "true" if binary else "false",
+        }
+        if version >= _ORIGIN_SINCE:
+            options["origin"] = "none"
+        listed = sql.SQL(", ").join(
+            sql.SQL("{} {}").format(sql.Identifier(name), sql.Literal(value)) for name, value in options.items()
+        )
+        command = sql.SQL("START_REPLICATION SLOT {} LOGICAL 0/0 ({})").format(sql.Identifier(slot), listed)
+        try:
+            self._conn.execute(command)
+        except psycopg.Error as error:
+            if error.sqlstate == _NOT_IN_USE:
+                raise TransientError(
+                    f"replication slot {slot} is used by another session",
+                    hint="it is taken over when that one ends",
+                ) from None
+            raise translate(error, f"starting replication from slot {slot}") from error
+
+    @property
+    def fileno(self) -> int:
+        """The socket, to wait on."""
+        return self._pq.socket
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until something arrives; at once where a drain left something behind."""
+        if self._pending:
+            return True
+        readable, _, _ = select.select([self._pq.socket], [], [], max(0.0, seconds))
+        return bool(readable)
+
+    def drain(self, max_bytes: int) -> Drained:
+        """Everything that has arrived, up to about `max_bytes`."""
+        frames: list[bytes] = []
+        keepalive = size = 0
+        append, read = frames.append, self._pq.get_copy_data
+        try:
+            if not self._pending:
+                self._pq.consume_input()
+            while size < max_bytes:
+                length, data = read(1)
+                if length <= 0:
+                    break
+                size += length
+                if data[0] == 0x77:  # 'w'
+                    append(bytes(data))
+                else:
+                    keepalive = self._on_keepalive(bytes(data))
+            else:
+                length = 1
+        except psycopg.Error as error:
+            raise translate(error, "reading the WAL") from error
+        if length < 0:
+            raise self._ended()
+        self._pending = length > 0
+        return Drained(frames, keepalive, self._pending)
+
+    def _on_keepalive(self, data: bytes) -> int:
+        if data[:1] != b"k":
+            raise DecodeError(f"the walsender sent a message of unknown kind {data[:1]!r}")
+        keepalive = pgoutput.decode_keepalive(data)
+        self._reply_wanted = self._reply_wanted or keepalive.reply_wanted
+        return keepalive.wal_end
+
+    def _ended(self) -> Exception:
+        """Why the walsender left COPY mode."""
+        result = self._pq.get_result()
+        if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
+            error = psycopg.errors.error_from_result(result)
+            return translate(error, "reading the WAL")
+        return TransientError("the walsender ended the stream", hint="it is started again")
+
+    def confirm(self, position: int) -> None:
+        """Everything below `position` is covered by manifests in the audit table: PostgreSQL may forget it."""
+        if position > self.confirmed:
+            self.confirmed = position
+            self._next_status = 0.0
+
+    def report(self, now: float | None = None) -> None:
+        """Send a status message when one is due: progress, a wanted reply, or the interval."""
+        now = time.monotonic() if now is None else now
+        if now < self._next_status and not self._reply_wanted:
+            return
+        at = self.confirmed
+        try:
+            self._pq.put_copy_data(_STATUS.pack(b"r", at, at, at, 0, 0))
+            self._pq.flush()
+        except psycopg.Error as error:
+            raise translate(error, "reporting progress to the walsender") from error
+        self._next_status, self._reply_wanted = now + STATUS_SECONDS, False
+
+    def close(self) -> None:
+        """End the walsender; the slot keeps its position."""
+        self._conn.close()

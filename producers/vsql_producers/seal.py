@@ -1,0 +1,264 @@
+"""From a batch to sealed packs: arrange its frames by table, then encrypt pack by pack. No I/O.
+
+Not here: keys' lives (keys.py), the manifest's signature (audit/), sending (publish.py). Rules:
+
+* Every record has an index of its own in the batch, in the order of the source over all tables; descriptors
+  and pieces take one, too.
+* A descriptor is sealed as the first record that names its hash, in every epoch.
+* A plaintext that is too large for one message is cut into pieces; all but the last say so.
+* Hot: lists in, lists out. A frame becomes clear fields and plaintext by slicing; nothing is parsed.
+"""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise, repeat
+from operator import itemgetter
+from typing import NamedTuple
+
+from vsql_producers.batches import Batch
+from vsql_producers.pgoutput import KIND, LSN, PLAINTEXT_AT, RELATION_ID, frame_lsn, make_frame
+from vsql_producers.transactions import Descriptor
+from vsql_shared import names
+from vsql_shared.audit import merkle
+from vsql_shared.changes import Op, Transaction
+from vsql_shared.crypto.dek import SealingKey
+from vsql_shared.crypto.seal import seal_tuples
+from vsql_shared.errors import DecodeError
+from vsql_shared.wire.pack import PackHeader, encode_header, encode_pack, header_digest
+
+# As wire.pack.CLEAR, with the LSN as the eight bytes that stand in the frame.
+_CLEAR = struct.Struct(">H8sIc")
+_relation_of = itemgetter(RELATION_ID)
+# Cipher tag, nonce, clear fields and length of a tuple, rounded up.
+TUPLE_OVERHEAD = 64
+
+
+@dataclass(slots=True)
+class Part:
+    """A batch's records of one table under one descriptor: parallel lists in source order."""
+
+    descriptor: Descriptor
+    frames: list[bytes] = field(default_factory=list)
+    indexes: list[int] = field(default_factory=list)
+    transactions: list[int] = field(default_factory=list)
+
+
+class PackLimits(NamedTuple):
+    """Bounds of a pack: tuples, bytes of tuples; and the largest plaintext that is not cut."""
+
+    tuples: int
+    nbytes: int
+    plaintext: int
+
+
+class Place(NamedTuple):
+    """What all packs of one epoch have in common."""
+
+    cluster: str
+    chain: str
+    origin: str
+    epoch: int
+
+
+class SealedTopic(NamedTuple):
+    """The messages of one topic (partition 0), in order, and the root over their tuples."""
+
+    topic: str
+    messages: list[bytes]
+    records: int
+    sub_root: bytes
+
+
+class SealedBatch(NamedTuple):
+    """A batch ready to send, with everything its manifest says but the offsets."""
+
+    number: int
+    topics: list[SealedTopic]
+    tables: tuple[str, ...]
+    pci_columns: tuple[str, ...]
+    row_count: int
+    record_count: int
+    nbytes: int
+    end_lsn: int
+    continues: bool
+    oldest_commit_time: int
+
+
+class Relations:
+    """Which descriptor each relation id follows now, and which descriptors this epoch has sent."""
+
+    def __init__(self) -> None:
+        self.current: dict[bytes, Descriptor] = {}
+        self.sent: set[bytes] = set()
+
+
+class _Arranger:
+    """Distributes one batch's frames over parts, and numbers them."""
+
+    def __init__(self, relations: Relations, max_plaintext: int) -> None:
+        self._relations = relations
+        self._max_plaintext = max_plaintext
+        self._by_key: dict[bytes, Part] = {}
+        self.parts: list[Part] = []
+        self.count = 0
+
+    def change(self, key: bytes, descriptor: Descriptor) -> None:
+        """From here on frames of `key` belong to another part."""
+        self._relations.current[key] = descriptor
+        self._by_key.pop(key, None)
+
+    def add(self, transaction: int, frames: list[bytes]) -> None:
+        """Take consecutive frames of one transaction."""
+        keys = list(map(_relation_of, frames))
+        if keys.count(keys[0]) == len(keys):
+            part = self._part(keys[0], transaction, frames[0])
+            part.indexes += range(self.count, self.count + len(frames))
+            part.transactions += repeat(transaction, len(frames))
+            part.frames += frames
+            self.count += len(frames)
+            return
+        for key, frame in zip(keys, frames, strict=True):
+            self._one(self._by_key.get(key) or self._part(key, transaction, frame), transaction, frame)
+
+    def add_large(self, transaction: int, frames: list[bytes]) -> None:
+        """The same where some frame may be too large for one message."""
+        for frame in frames:
+            key = frame[RELATION_ID]
+            part = self._part(key, transaction, frame)
+            rest = frame
+            while len(rest) - PLAINTEXT_AT > self._max_plaintext:
+                cut = PLAINTEXT_AT + self._max_plaintext
+                piece = make_frame(Op.PIECE, key, frame_lsn(frame), rest[PLAINTEXT_AT:cut])
+                self._one(part, transaction, piece)
+                rest = rest[:PLAINTEXT_AT] + rest[cut:]
+            self._one(part, transaction, rest)
+
+    def _one(self, part: Part, transaction: int, frame: bytes) -> None:
+        part.frames.append(frame)
+        part.indexes.append(self.count)
+        part.transactions.append(transaction)
+        self.count += 1
+
+    def _part(self, key: bytes, transaction: int, frame: bytes) -> Part:
+        part = self._by_key.get(key)
+        if part is not None:
+            return part
+        descriptor = self._relations.current.get(key)
+        if descriptor is None:
+            raise DecodeError(f"a row of relation {key.hex()}, which was not described")
+        part = self._by_key[key] = Part(descriptor)
+        self.parts.append(part)
+        if descriptor.hash not in self._relations.sent:
+            self._relations.sent.add(descriptor.hash)
+            self._one(part, transaction, make_frame(Op.RELATION, key, frame_lsn(frame), descriptor.encoded))
+        return part
+
+
+def arrange(batch: Batch, relations: Relations, max_plaintext: int) -> list[Part]:
+    """Parts of a batch; changes `relations` as the batch does, so batches must come in order."""
+    arranger = _Arranger(relations, max_plaintext)
+    large = batch.nbytes > max_plaintext and max(map(len, batch.frames)) - PLAINTEXT_AT > max_plaintext
+    add = arranger.add_large if large else arranger.add
+    changes = iter(batch.relations)
+    change = next(changes, None)
+    for transaction, (start, stop) in enumerate(pairwise([*batch.starts, len(batch.frames)])):
+        at = start
+        while change is not None and change.position < stop:
+            if change.position > at:
+                add(transaction, batch.frames[at : change.position])
+                at = change.position
+            arranger.change(change.key, change.descriptor)
+            change = next(changes, None)
+        add(transaction, batch.frames[at:stop])
+    return arranger.parts
+
+
+def needs(parts: list[Part]) -> tuple[int, int]:
+    """Tuples and plaintext bytes a data key must have room for."""
+    return sum(len(p.frames) for p in parts), sum(sum(map(len, p.frames)) for p in parts)
+
+
+def seal(
+    batch: Batch, parts: list[Part], number: int, key: SealingKey, place: Place, limits: PackLimits
+) -> SealedBatch:
+    """Encrypt an arranged batch under one key."""
+    messages: dict[str, list[bytes]] = {}
+    leaves: dict[str, list[bytes]] = {}
+    for part in parts:
+        table = part.descriptor.name
+        topic = names.data_topic(place.cluster, place.chain, table.schema, table.table)
+        sent, tree = messages.setdefault(topic, []), leaves.setdefault(topic, [])
+        for start, stop in _cuts(part.frames, limits):
+            message, pack_leaves = _seal_pack(batch, part, slice(start, stop), number, key, place)
+            sent.append(message)
+            tree += pack_leaves
+    topics = [
+        SealedTopic(topic, messages[topic], len(leaves[topic]), merkle.root(leaves[topic]))
+        for topic in sorted(messages)
+    ]
+    return SealedBatch(
+        number=number,
+        topics=topics,
+        tables=tuple(sorted({str(part.descriptor.name) for part in parts})),
+        pci_columns=tuple(sorted({name for part in parts for name in part.descriptor.pci_columns})),
+        row_count=len(batch.frames),
+        record_count=sum(topic.records for topic in topics),
+        nbytes=sum(sum(map(len, topic.messages)) for topic in topics),
+        end_lsn=batch.end_lsn,
+        continues=batch.continues,
+        oldest_commit_time=batch.transactions[0].commit_time,
+    )
+
+
+def _cuts(frames: list[bytes], limits: PackLimits) -> list[tuple[int, int]]:
+    """Where one pack ends and the next begins; a tuple larger than a pack travels alone."""
+    size = len(frames)
+    largest = max(map(len, frames)) + TUPLE_OVERHEAD
+    if largest * min(limits.tuples, size) <= limits.nbytes:
+        return [(at, min(at + limits.tuples, size)) for at in range(0, size, limits.tuples)]
+    ends = list(accumulate(len(frame) + TUPLE_OVERHEAD for frame in frames))
+    cuts, at = [], 0
+    while at < size:
+        before = ends[at - 1] if at else 0
+        stop = min(max(bisect_right(ends, before + limits.nbytes), at + 1), at + limits.tuples)
+        cuts.append((at, stop))
+        at = stop
+    return cuts
+
+
+def _seal_pack(
+    batch: Batch, part: Part, rows: slice, number: int, key: SealingKey, place: Place
+) -> tuple[bytes, list[bytes]]:
+    frames, indexes, touched = part.frames[rows], part.indexes[rows], part.transactions[rows]
+    distinct = list(dict.fromkeys(touched))
+    header = encode_header(
+        PackHeader(
+            cluster=place.cluster,
+            chain=place.chain,
+            origin=place.origin,
+            table=part.descriptor.name,
+            partition=0,
+            epoch=place.epoch,
+            batch=number,
+            dek_id=key.dek_id,
+            relation=part.descriptor.hash,
+            transactions=_pick(batch.transactions, distinct),
+        )
+    )
+    pack = _CLEAR.pack
+    if len(distinct) == 1:
+        clears = [pack(0, f[LSN], i, f[KIND]) for f, i in zip(frames, indexes, strict=True)]
+    else:
+        local = {transaction: i for i, transaction in enumerate(distinct)}
+        clears = [
+            pack(local[t], f[LSN], i, f[KIND]) for t, f, i in zip(touched, frames, indexes, strict=True)
+        ]
+    records, leaves = seal_tuples(key, header_digest(header), clears, [f[PLAINTEXT_AT:] for f in frames])
+    return encode_pack(header, records), leaves
+
+
+def _pick(transactions: list[Transaction], wanted: list[int]) -> tuple[Transaction, ...]:
+    return tuple(transactions[i] for i in wanted)

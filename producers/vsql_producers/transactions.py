@@ -1,0 +1,186 @@
+"""From WAL frames to runs of transactions: what is replicated, in the order of the source. Pure.
+
+Not here: how batches are cut (batches.py) and what a tuple holds. Rules:
+
+* A transaction comes whole at its commit, but perhaps over several chunks of frames: a *run* is what one
+  chunk holds of one transaction. Its commit position is known from its BEGIN on.
+* Dropped: transactions that reached this node through a replication origin (they are another node's),
+  transactions whose commit record starts before the resume position (already in a manifest), tables of schema
+  vsql_sync, and logical messages. What is left without a change makes no run, only a position.
+* TRUNCATE of several tables becomes one record per table.
+* A relation message counts even where its transaction is dropped: the walsender sends it once a session.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from vsql_producers import pgoutput
+from vsql_producers.pgoutput import (
+    RELATION_ID,
+    Begin,
+    Commit,
+    Message,
+    Origin,
+    RelationMessage,
+    Truncate,
+    TypeMessage,
+    relation_key,
+)
+from vsql_shared.changes import Op, TableName, Transaction
+from vsql_shared.errors import DecodeError
+
+OWN_SCHEMA = "vsql_sync"
+_ROWS = re.compile(rb"[IUD]+")
+
+
+class Descriptor(NamedTuple):
+    """A table as it is described to the target: the sealed descriptor's plaintext, its hash, what it carries."""
+
+    name: TableName
+    encoded: bytes
+    hash: bytes
+    pci_columns: tuple[str, ...] = ()
+
+
+class RelationChange(NamedTuple):
+    """From `position` (of a run's or batch's frames) on, frames of `key` follow `descriptor`."""
+
+    position: int
+    key: bytes
+    descriptor: Descriptor
+
+
+Describe = Callable[[RelationMessage, Mapping[int, TypeMessage]], Descriptor]
+
+
+@dataclass(slots=True)
+class Run:
+    """Consecutive frames of one transaction; `end_lsn` is 0 while it goes on in the next run."""
+
+    transaction: Transaction
+    frames: list[bytes] = field(default_factory=list)
+    relations: list[RelationChange] = field(default_factory=list)
+    end_lsn: int = 0
+
+
+class Transactions:
+    """Groups frames; keeps the transaction that is under way and which relation id is which table."""
+
+    def __init__(self, describe: Describe, resume_lsn: int) -> None:
+        self._describe = describe
+        self._resume_lsn = resume_lsn
+        self._begin: Begin | None = None
+        self._dropped = self._begun = False
+        self._run: Run | None = None
+        self._known: set[bytes] = set()
+        self._own: set[bytes] = set()
+        self._types: dict[int, TypeMessage] = {}
+        self._changes: list[RelationChange] = []
+        self.received_lsn = 0
+        """End of the last transaction that was received, dropped ones included."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a transaction began and did not end yet."""
+        return self._begin is not None
+
+    def feed(self, frames: list[bytes]) -> list[Run]:
+        """Take the next frames, in order; returns what they complete or continue. Raises DecodeError."""
+        runs: list[Run] = []
+        done = 0
+        for rows in _ROWS.finditer(pgoutput.kinds(frames)):
+            start, stop = rows.span()
+            for frame in frames[done:start]:
+                self._control(frame, runs)
+            self._rows(frames[start:stop])
+            done = stop
+        for frame in frames[done:]:
+            self._control(frame, runs)
+        if self._run is not None and self._run.frames:
+            runs.append(self._run)
+            self._run, self._begun = None, True
+        return runs
+
+    def _rows(self, frames: list[bytes]) -> None:
+        if self._begin is None:
+            raise DecodeError("a row outside of a transaction")
+        if self._dropped:
+            return
+        if self._own:
+            frames = [frame for frame in frames if frame[RELATION_ID] not in self._own]
+        if frames:
+            self._current(self._begin).frames += frames
+
+    def _current(self, begin: Begin) -> Run:
+        if self._run is None:
+            self._run = Run(Transaction(begin.xid, begin.final_lsn, begin.commit_time))
+        if self._changes:
+            at = len(self._run.frames)
+            self._run.relations += [change._replace(position=at) for change in self._changes]
+            self._changes.clear()
+        return self._run
+
+    def _control(self, frame: bytes, runs: list[Run]) -> None:
+        message = pgoutput.decode(frame)
+        if isinstance(message, Begin):
+            self._on_begin(message)
+        elif isinstance(message, Commit):
+            self._on_commit(message, runs)
+        elif isinstance(message, RelationMessage):
+            self._on_relation(message)
+        elif isinstance(message, TypeMessage):
+            self._types[message.oid] = message
+        elif isinstance(message, Origin):
+            # Only without the option origin 'none' (PostgreSQL 15): the change is another node's.
+            self._dropped = True
+        elif isinstance(message, Truncate):
+            self._on_truncate(message, pgoutput.frame_lsn(frame))
+        else:
+            # Anyone may emit logical messages: nothing of ours travels in them, and users' are not carried yet.
+            assert isinstance(message, Message)  # noqa: S101 - the last member of the union
+
+    def _on_begin(self, begin: Begin) -> None:
+        if self._begin is not None:
+            raise DecodeError(f"transaction {begin.xid} begins inside of transaction {self._begin.xid}")
+        self._begin, self._begun = begin, False
+        self._dropped = begin.final_lsn < self._resume_lsn
+
+    def _on_commit(self, commit: Commit, runs: list[Run]) -> None:
+        begin = self._begin
+        if begin is None or begin.final_lsn != commit.commit_lsn:
+            raise DecodeError(f"a commit at {commit.commit_lsn:X} that belongs to no transaction")
+        if self._run is None and self._begun:
+            self._run = Run(Transaction(begin.xid, begin.final_lsn, begin.commit_time))
+        if self._run is not None:
+            self._run.end_lsn = commit.end_lsn
+            runs.append(self._run)
+        self._run = self._begin = None
+        self.received_lsn = commit.end_lsn
+
+    def _on_relation(self, message: RelationMessage) -> None:
+        key = relation_key(message.relation_id)
+        self._known.add(key)
+        if message.schema == OWN_SCHEMA:
+            self._own.add(key)
+            return
+        self._own.discard(key)
+        self._changes.append(RelationChange(0, key, self._describe(message, self._types)))
+
+    def _on_truncate(self, message: Truncate, lsn: int) -> None:
+        if self._begin is None:
+            raise DecodeError("a TRUNCATE outside of a transaction")
+        keys = [relation_key(relation_id) for relation_id in message.relation_ids]
+        if not self._known.issuperset(keys):
+            raise DecodeError("a TRUNCATE of a table that was not described")
+        keys = [key for key in keys if key not in self._own]
+        if self._dropped or not keys:
+            return
+        size = len(keys).to_bytes(2, "big")
+        frames = self._current(self._begin).frames
+        for position, key in enumerate(keys):
+            plaintext = bytes((message.options,)) + position.to_bytes(2, "big") + size
+            frames.append(pgoutput.make_frame(Op.TRUNCATE, key, lsn, plaintext))
