@@ -87,6 +87,17 @@ class Prepared(NamedTuple):
     entry_hash: bytes
 
 
+def writer_of(chain: str) -> str:
+    """The node that signs a chain, by the chain's name (names.py). Raises ChainError."""
+    match chain.split("."):
+        case [_, origin] | [_, origin, "copy", _]:
+            return origin
+        case [_, _, "ack", target] | [_, _, "copy", _, "ack", target]:
+            return target
+        case _:
+            raise ChainError(f"{chain[:200]!r} is not the name of a chain")
+
+
 def void_reason(head: ChainHead, entry: AuditEntry, entry_hash: bytes) -> str:
     """Why a genuine entry does not count after `head`, or '' when it must extend it (rules 2 to 4)."""
     if entry.event_type == EPOCH_OPENED:

@@ -1,0 +1,259 @@
+"""Comparing the two sides of a stream: what the source signed, and what the target says it applied.
+
+Not here: verifying either side's trail by itself (verify.py); do that first, because this module believes
+the entries it is given. Rules:
+
+* Every acknowledgement names a manifest: same hash, same batch, positions and counts, and the root the
+  target computed itself equals the source's.
+* From the first acknowledged batch to the last one, each is acknowledged or skipped by an operator's
+  decision; abandoned fragments are not. Batches after the last acknowledgement are under way.
+* What a peer remembers of a chain must still be in it: a rewritten or shortened history is found here.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vsql_shared.audit.chain import writer_of
+from vsql_shared.audit.dsse import AUDIT_ENTRY, document_hash, open_document
+from vsql_shared.audit.entries import (
+    BATCH_APPLIED,
+    BATCH_SKIPPED,
+    EPOCH_OPENED,
+    REPLICATION_BATCH,
+    AuditEntry,
+)
+from vsql_shared.audit.rows import StoredDocument
+from vsql_shared.audit.store import iterate
+from vsql_shared.audit.verify import Problem
+from vsql_shared.errors import DecodeError, SignatureError
+from vsql_shared.names import ack_chain
+from vsql_shared.pg.connect import Connection, errors
+
+if TYPE_CHECKING:
+    from vsql_shared.crypto.signing import TrustStore
+
+_SAME = ("merkle_root", "batch", "batch_lsn_start", "batch_lsn_end", "row_count", "continues")
+"""Fields an acknowledgement repeats from its manifest; `merkle_root` is the target's own computation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One stream to one target: how many batches both sides agree on, and the first they do not."""
+
+    chain: str
+    target: str
+    compared: int
+    under_way: int
+    problem: Problem | None
+
+
+def ack_target(chain: str) -> tuple[str, str] | None:
+    """(stream's chain, target) of a chain of acknowledgements; None for another chain."""
+    stream, mark, target = chain.rpartition(".ack.")
+    return (stream, target) if mark and chain.count(".") >= 3 else None
+
+
+def compare_roots(
+    chain: str, target: str, manifests: Iterable[StoredDocument], acks: Iterable[StoredDocument]
+) -> Comparison:
+    """Walk both chains side by side, in memory of one manifest at a time."""
+    source = _Manifests(manifests)
+    compared = 0
+    for stored in acks:
+        ack = stored.entry
+        if ack.event_type not in (BATCH_APPLIED, BATCH_SKIPPED) or not ack.ref_sequence:
+            continue
+        manifest = source.find(ack.ref_sequence)
+        what = _disagreement(manifest, ack)
+        if what is None and compared and source.passed is not None:
+            ack, what = source.passed.entry, f"target {target} did not acknowledge this batch"
+        if what is not None:
+            problem = Problem(ack.chain, ack.sequence, str(uuid.UUID(bytes=ack.event_id)), what)
+            return Comparison(chain, target, compared, 0, problem)
+        compared += 1
+    return Comparison(chain, target, compared, source.rest(), None)
+
+
+class _Manifests:
+    """The source's side as a queue: `find` moves forward and notes a batch that was passed over."""
+
+    def __init__(self, entries: Iterable[StoredDocument]) -> None:
+        self._entries = iter(entries)
+        self.passed: StoredDocument | None = None
+
+    def find(self, sequence: int) -> StoredDocument | None:
+        """The manifest of this sequence; None when it is not there or already behind."""
+        self.passed = None
+        for stored in self._entries:
+            entry = stored.entry
+            if entry.sequence == sequence:
+                return stored if entry.event_type == REPLICATION_BATCH else None
+            self._pass(stored)
+        return None
+
+    def rest(self) -> int:
+        """Batches after the last one found, abandoned ones aside."""
+        waiting: list[int] = []
+        for stored in self._entries:
+            if stored.entry.event_type == REPLICATION_BATCH:
+                waiting.append(stored.entry.sequence)
+            elif stored.entry.event_type == EPOCH_OPENED and stored.entry.ref_sequence:
+                waiting = [sequence for sequence in waiting if sequence < stored.entry.ref_sequence]
+        return len(waiting)
+
+    def _pass(self, stored: StoredDocument) -> None:
+        entry = stored.entry
+        if entry.event_type == REPLICATION_BATCH:
+            self.passed = self.passed or stored
+        elif entry.event_type == EPOCH_OPENED and entry.ref_sequence and self.passed:
+            # Fragments that were abandoned are nobody's to acknowledge.
+            self.passed = self.passed if self.passed.entry.sequence < entry.ref_sequence else None
+
+
+def _disagreement(manifest: StoredDocument | None, ack: AuditEntry) -> str | None:
+    """What an acknowledgement says otherwise than its manifest, None when they agree."""
+    if manifest is None:
+        return f"names manifest {ack.ref_sequence}, which the source does not have there"
+    if manifest.entry_hash != ack.ref_hash or manifest.entry.epoch != ack.ref_epoch:
+        return (
+            f"names manifest {ack.ref_sequence} with hash {ack.ref_hash.hex()}, "
+            f"the source has {manifest.entry_hash.hex()}"
+        )
+    if ack.event_type == BATCH_SKIPPED:
+        return None
+    wrong = [name for name in _SAME if getattr(manifest.entry, name) != getattr(ack, name)]
+    if "merkle_root" in wrong:
+        return (
+            f"the target computed root {ack.merkle_root.hex()} for batch {ack.batch}, "
+            f"the source signed {manifest.entry.merkle_root.hex()}"
+        )
+    return f"differs from manifest {ack.ref_sequence} in {', '.join(wrong)}" if wrong else None
+
+
+def compare_nodes(source: Connection, target: Connection, chain: str | None = None) -> list[Comparison]:
+    """Compare each chain of acknowledgements in `target` with its manifests, where `source` has them."""
+    out = []
+    manifests = set(_names(source))
+    for name in _names(target):
+        found = ack_target(name)
+        if found and chain in (None, found[0], name) and found[0] in manifests:
+            out.append(compare_roots(*found, iterate(source, found[0]), iterate(target, name)))
+    return out
+
+
+def _names(conn: Connection) -> list[str]:
+    with errors("reading the audit trail"):
+        rows = conn.execute("SELECT DISTINCT chain FROM vsql_sync.vsql_sync_audit ORDER BY 1").fetchall()
+    return [name for (name,) in rows]
+
+
+def compare_memory(
+    conn: Connection, peer: Connection, peer_name: str, chain: str | None = None
+) -> list[Problem]:
+    """Hold this node's chains against what `peer` remembers of them: verified heads and applied batches."""
+    with errors("reading what the peer remembers"):
+        rows = peer.execute(
+            "SELECT chain, sequence, entry_hash FROM vsql_sync.chain_heads WHERE NOT own"
+            " UNION SELECT chain, sequence, entry_hash FROM vsql_sync.apply_progress"
+            " UNION SELECT chain, sequence, NULL FROM vsql_sync.receipts ORDER BY 1, 2"
+        ).fetchall()
+    own = set(_names(conn)) | _remembered(conn)
+    problems: dict[str, Problem] = {}
+    for name, sequence, entry_hash in rows:
+        if name in own and chain in (None, name) and name not in problems:
+            what = _still_there(conn, name, sequence, entry_hash)
+            if what is not None:
+                problems[name] = Problem(name, sequence, None, f"node {peer_name} remembers {what}")
+    return list(problems.values())
+
+
+def _remembered(conn: Connection) -> set[str]:
+    with errors("reading remembered heads"):
+        rows = conn.execute("SELECT chain FROM vsql_sync.chain_heads WHERE own").fetchall()
+    return {name for (name,) in rows}
+
+
+def _still_there(conn: Connection, chain: str, sequence: int, entry_hash: bytes | None) -> str | None:
+    with errors("reading the audit trail"):
+        rows = conn.execute(
+            "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND sequence = %s",
+            (chain, sequence),
+        ).fetchall()
+    if not rows:
+        return f"entry {sequence}, which is not here: the chain was cut"
+    if entry_hash is not None and all(document_hash(bytes(one)) != bytes(entry_hash) for (one,) in rows):
+        return (
+            f"entry {sequence} with hash {bytes(entry_hash).hex()}, which is not here: history was rewritten"
+        )
+    return None
+
+
+def compare_receipts(
+    conn: Connection, trust: TrustStore, node: str, chain: str | None = None
+) -> list[Problem]:
+    """On a target: hold the receipts its applying transactions left against its acknowledgements.
+
+    A receipt that is marked acknowledged has its entry, with the same root and verdicts; one that is not
+    yet must have the root its manifest was signed with.
+    """
+    problems: dict[str, Problem] = {}
+    with errors("reading the receipts"):
+        rows = conn.execute(
+            "SELECT chain, sequence, merkle_root, verdicts, acked, CASE WHEN NOT acked THEN manifest END"
+            " FROM vsql_sync.receipts ORDER BY chain, sequence"
+        ).fetchall()
+    acks: Iterator[StoredDocument] = iter(())
+    found: dict[int, AuditEntry] = {}
+    current = None
+    for name, sequence, root, verdicts, acked, manifest in rows:
+        if chain not in (None, name, ack_chain(name, node)) or name in problems:
+            continue
+        if name != current:
+            current, acks = name, iterate(conn, ack_chain(name, node))
+            found = {}
+        what = (
+            _check_acked(acks, found, sequence, bytes(root), verdicts)
+            if acked
+            else _check_open(trust, name, bytes(manifest), bytes(root))
+        )
+        if what is not None:
+            problems[name] = Problem(name, sequence, None, what)
+    return list(problems.values())
+
+
+def _check_acked(
+    acks: Iterator[StoredDocument],
+    found: dict[int, AuditEntry],
+    sequence: int,
+    root: bytes,
+    verdicts: dict[str, int],
+) -> str | None:
+    """Both run in the order of the manifests; what was read beyond the receipts is forgotten as they pass."""
+    while sequence not in found and (stored := next(acks, None)) is not None:
+        found.clear()
+        if stored.entry.event_type == BATCH_APPLIED:
+            found[stored.entry.ref_sequence] = stored.entry
+        if stored.entry.ref_sequence > sequence:
+            break
+    ack = found.get(sequence)
+    if ack is None:
+        return "the receipt says it was acknowledged, and there is no acknowledgement"
+    if ack.merkle_root != root:
+        return f"the receipt has root {root.hex()}, the acknowledgement {ack.merkle_root.hex()}"
+    if dict(ack.verdicts) != verdicts:
+        return "the receipt and the acknowledgement have different verdicts"
+    return None
+
+
+def _check_open(trust: TrustStore, chain: str, manifest: bytes, root: bytes) -> str | None:
+    try:
+        entry = AuditEntry.decode(open_document(trust, writer_of(chain), manifest, AUDIT_ENTRY))
+    except (DecodeError, SignatureError) as error:
+        return f"its manifest does not verify: {error.message}"
+    if entry.merkle_root != root:
+        return f"this node computed root {root.hex()}, the source signed {entry.merkle_root.hex()}"
+    return None
