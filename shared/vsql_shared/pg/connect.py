@@ -33,7 +33,7 @@ _SESSION = (
     " SET default_transaction_isolation = 'read committed'; SET client_min_messages = warning;"
 )
 
-# libpq's words for what only waiting mends. Servers may translate theirs; what is not recognised is permanent.
+# libpq's words for what only waiting mends. Servers may translate theirs; unrecognised ones are permanent.
 _PASSING = re.compile(
     r"connection refused|timeout expired|timed out|no route to host|network is unreachable|connection reset"
     r"|server closed the connection|could not receive data|starting up|shutting down|recovery mode"

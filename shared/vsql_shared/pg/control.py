@@ -1,0 +1,136 @@
+"""Operators' orders to streams: start, pause, resume, and decisions on what a consumer refused.
+
+Each order is one transaction: what is wanted (`streams.desired`), the command that wakes the workers, and
+the line of the operators' log. A worker that is down finds `desired` when it comes up.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from vsql_shared.errors import RefusedError, UserError
+from vsql_shared.pg import commands, nodes, oplog
+from vsql_shared.pg.connect import Connection, errors
+
+Desired = Literal["running", "paused"]
+_RECORD = re.compile(r"([A-Za-z0-9._-]{1,249})/(\d{1,9})/(\d{1,18})")
+_ROLES: tuple[commands.Role, ...] = ("producer", "consumer")
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """Streams whose wanted state changed, and the commands that tell their workers."""
+
+    streams: list[tuple[str, str]]
+    command_ids: list[int]
+
+
+def start(conn: Connection, chains: Sequence[str] = ()) -> Changed:
+    """Let streams run, new and paused ones."""
+    return _want(conn, "running", "start", chains, reason="", was=("stopped", "paused"))
+
+
+def pause(conn: Connection, reason: str, chains: Sequence[str] = ()) -> Changed:
+    """Pause running streams; the reason is kept with them."""
+    if not reason.strip():
+        raise UserError("a pause needs a reason", hint='--reason "Incident response IR-2026-042"')
+    return _want(conn, "paused", "pause", chains, reason=reason.strip(), was=("running",))
+
+
+def resume(conn: Connection, chains: Sequence[str] = ()) -> Changed:
+    """Let paused streams run again."""
+    return _want(conn, "running", "resume", chains, reason="", was=("paused",))
+
+
+def ignore_record(conn: Connection, chain: str, record: str, reason: str) -> int:
+    """Decide that a refused record of an incoming stream is passed over; returns the decision's id."""
+    match = _RECORD.fullmatch(record)
+    if match is None:
+        raise UserError(
+            f"{record!r} is no record", hint="write TOPIC/PARTITION/OFFSET, as the error names it"
+        )
+    place = {"topic": match[1], "partition": int(match[2]), "kafka_offset": int(match[3])}
+    return _decide(conn, chain, "ignore-record", place, reason)
+
+
+def skip_batch(conn: Connection, chain: str, sequence: int, reason: str) -> int:
+    """Decide that a batch of an incoming stream is not applied; returns the decision's id."""
+    if sequence < 1:
+        raise UserError(
+            f"{sequence} is no sequence number", hint="`syncctl status` shows that of the refused batch"
+        )
+    return _decide(conn, chain, "skip-batch", {"sequence": sequence}, reason)
+
+
+def _want(
+    conn: Connection, desired: Desired, verb: str, chains: Sequence[str], *, reason: str, was: Sequence[str]
+) -> Changed:
+    nodes.local(conn)
+    with errors(f"{verb} of streams"), conn.transaction():
+        _check_chains(conn, chains)
+        rows = conn.execute(
+            "UPDATE vsql_sync.streams SET desired = %s, desired_reason = %s"
+            " WHERE desired = ANY(%s) AND state <> 'FINISHED' AND (%s OR chain = ANY(%s))"
+            " RETURNING chain, direction",
+            (desired, reason or None, list(was), not chains, list(chains)),
+        ).fetchall()
+        ids = []
+        for chain, direction in sorted(rows):
+            role: commands.Role = "producer" if direction == "out" else "consumer"
+            # A worker that does not run yet is started by its supervisor: nobody is there to answer a start.
+            if verb != "start":
+                ids.append(commands.request(conn, role, verb, {}, reason, chain))
+            new = {"desired": desired, "direction": direction, "reason": reason}
+            oplog.record(conn, f"stream.{verb}", "stream", chain, new=new)
+        if verb == "start" and rows:
+            conn.execute("SELECT pg_catalog.pg_notify(%s, '')", (commands.CHANNEL,))
+    return Changed(sorted(rows), ids)
+
+
+def _check_chains(conn: Connection, chains: Sequence[str]) -> None:
+    known = {row[0] for row in conn.execute("SELECT chain FROM vsql_sync.streams")}
+    unknown = [chain for chain in chains if chain not in known]
+    if unknown:
+        raise RefusedError(
+            f"there is no stream {', '.join(unknown)} on this node", hint="see `syncctl status`"
+        )
+    if not known:
+        raise RefusedError("this node has no streams", hint="add a peer first: `syncctl node add-peer`")
+
+
+def _decide(conn: Connection, chain: str, kind: str, place: dict[str, str | int], reason: str) -> int:
+    if not reason.strip():
+        raise UserError(
+            "a decision needs a reason", hint='--reason "…" says why; it is kept in the audit log'
+        )
+    nodes.local(conn)
+    with errors("writing the decision"), conn.transaction():
+        row = conn.execute(
+            "SELECT FROM vsql_sync.streams WHERE chain = %s AND direction = 'in'", (chain,)
+        ).fetchone()
+        if row is None:
+            raise RefusedError(
+                f"there is no incoming stream {chain} on this node", hint="see `syncctl status`"
+            )
+        columns = {"topic": None, "partition": None, "kafka_offset": None, "sequence": None} | place
+        same = conn.execute(
+            "SELECT id FROM vsql_sync.decisions WHERE chain = %s AND kind = %s AND topic IS NOT DISTINCT FROM %s"
+            " AND partition IS NOT DISTINCT FROM %s AND kafka_offset IS NOT DISTINCT FROM %s"
+            " AND sequence IS NOT DISTINCT FROM %s",
+            (chain, kind, *columns.values()),
+        ).fetchone()
+        if same is not None:
+            raise RefusedError(f"this was decided before (decision {same[0]})", hint="see `syncctl status`")
+        made = conn.execute(
+            "INSERT INTO vsql_sync.decisions (chain, kind, topic, partition, kafka_offset, sequence, reason)"
+            " VALUES (%s, %s, %s, %s, %s, %s, %s) RETURNING id",
+            (chain, kind, *columns.values(), reason.strip()),
+        ).fetchone()
+        assert made is not None  # noqa: S101 - INSERT … RETURNING has a row
+        commands.request(conn, "consumer", "retry", {"decision": made[0]}, reason.strip(), chain)
+        new = {"kind": kind, "decision": made[0], "reason": reason.strip(), **place}
+        oplog.record(conn, f"stream.{kind}", "stream", chain, new=new)
+    return int(made[0])

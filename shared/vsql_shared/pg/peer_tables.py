@@ -1,0 +1,74 @@
+"""Compares a publication's tables with those of a target, before anything moves. Reads both, changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from vsql_shared.changes import quote_ident
+from vsql_shared.pg import catalog
+from vsql_shared.pg.catalog import TableInfo
+from vsql_shared.pg.connect import Connection
+from vsql_shared.pg.publications import PublicationInfo
+
+
+def target_problems(origin: Connection, peer: Connection, publication: PublicationInfo) -> list[str]:
+    """Why the target cannot take the publication's tables: one line each, with what to do."""
+    found: list[str] = []
+    for published in publication.tables:
+        source = catalog.describe(origin, published.name)
+        target = catalog.describe(peer, published.name)
+        if source is None:
+            found.append(
+                f"{published.name}: is published here and does not exist any more; publish again without it"
+            )
+        elif target is None:
+            found.append(f"{published.name}: does not exist on the peer; create it there")
+        else:
+            columns = source.sent_columns if published.columns is None else published.columns
+            found += table_problems(source, target, columns, insert_only=publication.insert_only)
+    return found
+
+
+def table_problems(
+    source: TableInfo, target: TableInfo, columns: Sequence[str], *, insert_only: bool
+) -> Iterator[str]:
+    """Why rows of these columns could not be applied. Pure."""
+    name = target.name
+    if target.kind not in ("r", "p"):
+        yield f"{name}: is no table on the peer; create one there"
+        return
+    there = {column.name: column for column in target.columns}
+    missing = [column for column in columns if column not in there]
+    if missing:
+        yield f"{name}: the peer's table lacks column {', '.join(map(quote_ident, missing))}; add it there"
+    generated = [column for column in columns if column in there and there[column].generated]
+    if generated:
+        yield (
+            f"{name}: column {', '.join(map(quote_ident, generated))} is generated on the peer and comes with the"
+            " stream; leave it out of the publication, or make it an ordinary column there"
+        )
+    unfilled = [
+        column.name
+        for column in target.columns
+        if column.name not in columns and column.not_null and not column.has_default and not column.generated
+    ]
+    if unfilled:
+        yield (
+            f"{name}: column {', '.join(map(quote_ident, unfilled))} of the peer is NOT NULL, without default, and"
+            " not published; publish it, or give it a default there"
+        )
+    if not insert_only and not missing:
+        yield from _key_problem(source, target)
+
+
+def _key_problem(source: TableInfo, target: TableInfo) -> Iterator[str]:
+    """UPDATE and DELETE find their row by the source's identity; without an index each would read the table."""
+    identity = source.identity
+    if identity is None:
+        yield f"{source.name}: has lost its replica identity; publish it again"
+        return
+    if source.replica_identity == "f" and not any(set(key.columns) <= set(identity) for key in source.keys):
+        return  # no key on either side: rows are compared whole
+    if not any(set(key.columns) <= set(identity) for key in target.keys):
+        names = ", ".join(map(quote_ident, identity))
+        yield f"{target.name}: the peer's table has no unique index on {names}; create it there"

@@ -1,0 +1,272 @@
+"""Adds a peer: checks both databases, pins each node's key in the other, and writes the rows of the streams.
+
+Runs on the origin: the peer becomes a subscriber of the origin's publications. In order:
+
+1. `look` reads both databases and refuses whatever would fail later. It changes nothing.
+2. The operator compares the key fingerprints (the command asks; this module never decides to trust).
+3. `add` writes both databases. Both transactions are complete before either commits; the peer's commits
+   first, and every row may be written again, so a failure in between is mended by the same command.
+
+Streams begin as `stopped`: `syncctl start` on each node lets them run. A first copy is always made unless
+the operator declines it, also of empty tables: rows that come between now and the first start are in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from vsql_shared import names
+from vsql_shared.changes import TableName
+from vsql_shared.crypto.signing import fingerprint
+from vsql_shared.errors import NotBuiltError, RefusedError
+from vsql_shared.pg import catalog, migrate, nodes, oplog, publications, roles
+from vsql_shared.pg.connect import Connection, errors
+from vsql_shared.pg.nodes import NodeInfo
+from vsql_shared.pg.peer_tables import target_problems
+from vsql_shared.pg.publications import PublicationInfo
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRequest:
+    """What an operator asks for."""
+
+    number: int
+    name: str | None
+    """None: whatever the peer's database says."""
+    mode: str = "uni-directional"
+    publications: tuple[str, ...] = ()
+    """None named: all of the origin's."""
+    copy: bool = True
+    allow_unsigned: bool = False
+    """Whether a node without a signing key is accepted (dev mode)."""
+    audit_partitions: int = 1
+    """Partitions of the audit topic, over which chains are spread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Rows to be: one chain, its outgoing side here and its incoming side on the target."""
+
+    chain: str
+    kind: str
+    publication: str
+    origin: str
+    target: str
+    slot_name: str
+    origin_name: str
+    audit_partition: int
+    ack_partition: int
+    copy_wanted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PeerPlan:
+    """What `add` will write."""
+
+    origin: NodeInfo
+    peer: NodeInfo
+    publications: tuple[PublicationInfo, ...]
+    streams: tuple[Stream, ...]
+    notes: tuple[str, ...]
+    """What is worth knowing and does not stop anything."""
+
+
+def look(origin: Connection, peer: Connection, request: PeerRequest) -> PeerPlan:
+    """Check everything and say what would be written. Raises RefusedError; changes nothing."""
+    if request.mode != "uni-directional":
+        raise NotBuiltError(f'mode "{request.mode}" is not built yet', hint='use "--mode uni-directional"')
+    here, there = _both(origin, peer, request)
+    chosen = _choose(origin, request.publications)
+    streams = tuple(
+        stream for publication in chosen for stream in plan_streams(here, there.name, publication, request)
+    )
+    with errors("comparing the tables of both nodes"):
+        problems = [line for publication in chosen for line in target_problems(origin, peer, publication)]
+        problems += _overlaps(origin, chosen, there.name)
+        problems += _filled(peer, chosen, streams) if request.copy else []
+    if problems:
+        lines = "\n  ".join(problems)
+        raise RefusedError(f"peer {there.name} is refused, nothing was changed:\n  {lines}")
+    notes = () if chosen else (f"node {here.name} has no publication: only the keys are exchanged",)
+    return PeerPlan(here, there, tuple(chosen), streams, notes)
+
+
+def add(origin: Connection, peer: Connection, plan: PeerPlan) -> None:
+    """Write what the plan says into both databases; the same plan may be written again."""
+    targets = [table.name for publication in plan.publications for table in publication.tables]
+    with errors(f"adding peer {plan.peer.name}"), origin.transaction():
+        with peer.transaction():
+            nodes.register_peer(peer, replace(plan.origin, mode="uni-directional"))
+            write_incoming(peer, plan.streams)
+            roles.grant_target(peer, targets)
+            oplog.record(peer, "peer.add", "node", plan.origin.name, new=_as_json(plan, "in"))
+            nodes.register_peer(origin, plan.peer)
+            write_outgoing(origin, plan.streams)
+            oplog.record(origin, "peer.add", "node", plan.peer.name, new=_as_json(plan, "out"))
+
+
+def plan_streams(
+    here: NodeInfo, target: str, publication: PublicationInfo, request: PeerRequest
+) -> list[Stream]:
+    """The live stream of a publication, and its first copy for one target if wanted."""
+    name = publication.name
+    chains = [(names.live_chain(name, here.name), "live")]
+    if request.copy:
+        chains.append((names.copy_chain(name, here.name, target), "copy"))
+    return [
+        Stream(
+            chain=chain,
+            kind=kind,
+            publication=name,
+            origin=here.name,
+            target=target,
+            slot_name=names.slot_name(here.cluster, name, here.name, "*" if kind == "live" else target),
+            # One origin for both: copied rows count as written by the stream that changes them later.
+            origin_name=names.origin_name(here.cluster, name, here.name, target),
+            audit_partition=partition_of(chain, request.audit_partitions),
+            ack_partition=partition_of(names.ack_chain(chain, target), request.audit_partitions),
+            copy_wanted=request.copy,
+        )
+        for chain, kind in chains
+    ]
+
+
+def partition_of(chain: str, partitions: int) -> int:
+    """The audit partition of a new chain; stored with the stream, so that it never moves."""
+    return int.from_bytes(hashlib.sha256(chain.encode()).digest()[:4], "big") % partitions
+
+
+def write_outgoing(conn: Connection, streams: Sequence[Stream]) -> None:
+    """Rows of the origin; inside the caller's transaction. A running live stream stays as it is."""
+    for stream in streams:
+        conn.execute(
+            "INSERT INTO vsql_sync.streams (chain, direction, kind, publication, origin, target, slot_name,"
+            " audit_partition, ack_partition) VALUES (%s, 'out', %s, %s, %s, %s, %s, %s, %s)"
+            " ON CONFLICT (chain, direction) DO NOTHING",
+            (
+                stream.chain, stream.kind, stream.publication, stream.origin,
+                "*" if stream.kind == "live" else stream.target, stream.slot_name,
+                stream.audit_partition, stream.ack_partition,
+            ),
+        )  # fmt: skip
+        conn.execute(
+            "INSERT INTO vsql_sync.stream_targets (chain, target) VALUES (%s, %s) ON CONFLICT DO NOTHING",
+            (stream.chain, stream.target),
+        )
+
+
+def write_incoming(conn: Connection, streams: Sequence[Stream]) -> None:
+    """Rows of the target; inside the caller's transaction."""
+    for stream in streams:
+        conn.execute(
+            "INSERT INTO vsql_sync.streams (chain, direction, kind, publication, origin, target, origin_name,"
+            " audit_partition, ack_partition, copy_wanted) VALUES (%s, 'in', %s, %s, %s, %s, %s, %s, %s, %s)"
+            " ON CONFLICT (chain, direction) DO NOTHING",
+            (
+                stream.chain, stream.kind, stream.publication, stream.origin, stream.target, stream.origin_name,
+                stream.audit_partition, stream.ack_partition, stream.copy_wanted,
+            ),
+        )  # fmt: skip
+
+
+def _both(origin: Connection, peer: Connection, request: PeerRequest) -> tuple[NodeInfo, NodeInfo]:
+    """Both nodes, if they are two nodes of one cluster that may know each other."""
+    here, there = nodes.local(origin), nodes.local(peer)
+    migrate.require_current(origin)
+    migrate.require_current(peer)
+    if there.cluster != here.cluster:
+        raise RefusedError(
+            f"the peer is of cluster {there.cluster}, this node of {here.cluster}",
+            hint="check --peer-connection",
+        )
+    if there.number == here.number or there.name == here.name:
+        raise RefusedError(
+            f"the peer is node {there.name} with number {there.number}, this node is {here.name} with {here.number}",
+            hint="check --peer-connection; it must reach another node's database",
+        )
+    if there.number != request.number or request.name not in (None, there.name):
+        raise RefusedError(
+            f"the database behind --peer-connection is node {there.name} with number {there.number},"
+            f" not {request.name or 'a node'} with number {request.number}",
+            hint="check --peer-connection, --peer-node-id and --peer-name",
+        )
+    check_keys(here, there, request.allow_unsigned)
+    with errors("reading the pinned keys"):
+        nodes.check_peer(origin, there)
+        nodes.check_peer(peer, here)
+    info = peer.info
+    return here, replace(there, is_local=False, host=info.host or there.host, port=info.port)
+
+
+def check_keys(here: NodeInfo, there: NodeInfo, allow_unsigned: bool) -> None:
+    """Each node has a key, unless unsigned nodes are allowed, and no two share one."""
+    for node in (here, there):
+        if node.public_key is None and not allow_unsigned:
+            raise RefusedError(
+                f"node {node.name} has no signing key",
+                hint="`syncctl key generate` there, set audit.signing_key_path, and run `syncctl node init` again",
+            )
+        if node.public_key is not None and fingerprint(node.public_key) != node.key_fingerprint:
+            raise RefusedError(
+                f"the key of node {node.name} does not have the fingerprint beside it",
+                hint="vsql_sync.nodes was altered there; run `syncctl node init` again",
+            )
+    if here.public_key is not None and here.public_key == there.public_key:
+        raise RefusedError(
+            f"nodes {here.name} and {there.name} have the same key", hint="each node has its own"
+        )
+
+
+def _choose(conn: Connection, wanted: Sequence[str]) -> list[PublicationInfo]:
+    known = {publication.name: publication for publication in publications.everything(conn)}
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise RefusedError(
+            f"there is no publication {', '.join(unknown)} on this node",
+            hint="see `syncctl publication list`",
+        )
+    return [known[name] for name in dict.fromkeys(wanted or known)]
+
+
+def _overlaps(conn: Connection, chosen: Sequence[PublicationInfo], target: str) -> list[str]:
+    """A table reaches a target through one stream only: two would have no common order."""
+    others = {row[0] for row in conn.execute(
+        "SELECT s.publication FROM vsql_sync.streams s JOIN vsql_sync.stream_targets t USING (chain)"
+        " WHERE s.direction = 'out' AND s.kind = 'live' AND t.target = %s", (target,)
+    )} - {publication.name for publication in chosen}  # fmt: skip
+    carried: dict[TableName, str] = {}
+    found = []
+    running = [info for info in publications.everything(conn) if info.name in others]
+    for publication in [*running, *chosen]:
+        for table in publication.tables:
+            first = carried.setdefault(table.name, publication.name)
+            if first != publication.name:
+                found.append(
+                    f"{table.name}: is in publications {first} and {publication.name}; one target takes a table from"
+                    " one of them, choose with --publication"
+                )
+    return found
+
+
+def _filled(peer: Connection, chosen: Sequence[PublicationInfo], streams: Sequence[Stream]) -> list[str]:
+    """Target tables with rows, where a copy is to come that has not been prepared before."""
+    prepared = {row[0] for row in peer.execute("SELECT chain FROM vsql_sync.streams WHERE direction = 'in'")}
+    new = {stream.publication for stream in streams if stream.kind == "copy" and stream.chain not in prepared}
+    tables = [table.name for publication in chosen if publication.name in new for table in publication.tables]
+    return [
+        f"{name}: holds rows on the peer, and the first copy needs it empty; TRUNCATE it there,"
+        " or give --no-copy if its rows are the same as here"
+        for name in catalog.has_rows(peer, tables)
+    ]
+
+
+def _as_json(plan: PeerPlan, direction: str) -> dict[str, object]:
+    peer = plan.peer if direction == "out" else plan.origin
+    return {
+        "number": peer.number,
+        "fingerprint": peer.key_fingerprint,
+        "streams": [stream.chain for stream in plan.streams],
+        "direction": direction,
+    }

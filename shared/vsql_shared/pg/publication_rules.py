@@ -1,0 +1,99 @@
+"""What may be published of a table: pure decisions on a table's description. No statement is run here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from vsql_shared.changes import TableName, quote_ident
+from vsql_shared.pg.catalog import TableInfo
+
+# A publication's name is part of chain names, where a dot separates.
+NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+
+_KINDS = {
+    "v": "a view", "m": "a materialized view", "f": "a foreign table", "S": "a sequence", "i": "an index",
+    "I": "an index", "c": "a type", "t": "a TOAST table",
+}  # fmt: skip
+
+
+def table_problem(name: TableName, table: TableInfo | None) -> str | None:
+    """Why this cannot be published at all, or None."""
+    if name.schema == "vsql_sync":
+        return f"{name}: schema vsql_sync is never published"
+    if table is None:
+        return f"{name}: there is no such table (names without quotes are lower case; the default schema is public)"
+    if table.kind not in ("r", "p"):
+        return f"{name}: is {_KINDS.get(table.kind, 'no table')}; publish the tables it stands on"
+    if table.persistence != "p":
+        return f"{name}: is not in the WAL (unlogged or temporary); ALTER TABLE {name} SET LOGGED"
+    if table.is_partition:
+        return f"{name}: is a partition; publish the partitioned table"
+    return None
+
+
+def choose_columns(
+    table: TableInfo, listed: Sequence[str] | None, left_out: set[str]
+) -> tuple[tuple[str, ...] | None, list[str]]:
+    """(columns to publish, problems); None stands for all, so that columns added later travel too.
+
+    Columns keep the table's order: a list in another order says the same.
+    """
+    unknown = [column for column in listed or () if column not in table.column_names]
+    if unknown:
+        return None, [f"{table.name}: there is no column {', '.join(map(quote_ident, unknown))}"]
+    generated = [column for column in listed or () if column not in table.sent_columns]
+    if generated:
+        return None, [
+            f"{table.name}: column {', '.join(map(quote_ident, generated))} is generated and is computed by the target;"
+            " leave it out of the list"
+        ]
+    wanted = (
+        table.sent_columns if listed is None else tuple(c for c in table.sent_columns if c in set(listed))
+    )
+    chosen = tuple(column for column in wanted if column not in left_out)
+    if not chosen:
+        return None, [f"{table.name}: no column is left to publish"]
+    return (None if listed is None and chosen == wanted else chosen), []
+
+
+def identity_problem(table: TableInfo, columns: Sequence[str] | None, left_out: set[str]) -> str | None:
+    """Why UPDATE and DELETE could not be published, with the statement that mends it; None if they can."""
+    identity = table.identity
+    if identity is None:
+        return f"{table.name}: UPDATE and DELETE need a replica identity and it has none; {_remedy(table, columns)}"
+    if columns is None:
+        return None
+    missing = [column for column in identity if column not in columns]
+    if not missing:
+        return None
+    names = ", ".join(map(quote_ident, missing))
+    if table.replica_identity == "f":
+        return (
+            f"{table.name}: REPLICA IDENTITY FULL sends every column before a change, {names} too, which is left out;"
+            f" {_remedy(table, columns)}"
+        )
+    if left_out.intersection(missing):
+        return (
+            f"{table.name}: {names} is marked as PCI data and is part of the key, so it cannot be left out;"
+            f" {_remedy(table, columns)}"
+        )
+    return f"{table.name}: key column {names} must be in the column list; add it"
+
+
+def _remedy(table: TableInfo, columns: Sequence[str] | None) -> str:
+    """The best statement at hand."""
+    primary = next((key for key in table.keys if key.primary and _fits(table, key.columns, columns)), None)
+    if primary is not None:
+        return f"ALTER TABLE {table.name} REPLICA IDENTITY DEFAULT (or --insert-only)"
+    for key in table.keys:
+        if not key.primary and _fits(table, key.columns, columns):
+            return f"ALTER TABLE {table.name} REPLICA IDENTITY USING INDEX {quote_ident(key.name)} (or --insert-only)"
+    full = ", or ALTER TABLE … REPLICA IDENTITY FULL" if columns is None else ""
+    return f"ALTER TABLE {table.name} ADD PRIMARY KEY (…){full} (or --insert-only)"
+
+
+def _fits(table: TableInfo, key: Sequence[str], columns: Sequence[str] | None) -> bool:
+    """Whether a unique index can be the replica identity: NOT NULL throughout, and published."""
+    firm = {column.name for column in table.columns if column.not_null}
+    return all(column in firm and (columns is None or column in columns) for column in key)
