@@ -231,9 +231,7 @@ class TrustStore:
     def _unknown(self, node: str, signer: str) -> SignatureError:
         owners = sorted({pin.node for pin in self._pins.values() if pin.fingerprint == signer})
         if owners:
-            return SignatureError(
-                f"expected a key of node {node}, signed by one of {', '.join(owners)} ({signer})"
-            )
+            return SignatureError(f"expected a key of node {node}, not of {', '.join(owners)}: {signer}")
         return SignatureError(
             f"signer {signer!r} is not pinned for node {node}",
             hint="compare its fingerprint with the node's operator, then `syncctl node add-peer`",

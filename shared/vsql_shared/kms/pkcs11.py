@@ -249,7 +249,7 @@ class Pkcs11Kek:
         return self._run(
             f"unwrapping a data key under {kek_id}",
             operation,
-            hint="the wrapping was altered, made for another chain or under another KEK; or see the HSM's own log",
+            hint="the wrapping was altered, or is another chain's or another KEK's; see also the HSM's log",
         )
 
     def close(self) -> None:

@@ -182,6 +182,10 @@ def decode_tuples(message: bytes, offset: int, digest: bytes) -> list[SealedTupl
     included: the encoding is canonical, so that equal content has equal leaves.
     """
     count, pos = _read_varint(message, offset)
+    if not count or length_prefix(count) != message[offset:pos]:
+        raise DecodeError(
+            f"a pack has at least one tuple, and their number in its shortest form: byte {offset}"
+        )
     if count > len(message) // (CLEAR_SIZE + NONCE_SIZE + TAG_SIZE):
         raise DecodeError(f"a pack of {len(message)} bytes claims {count} tuples")
     # tuple.__new__ makes a SealedTuple without the Python frame of its own constructor: 0.17 µs of 1.8.
