@@ -137,11 +137,11 @@ stack-down: $(READY)  ## Stop what stack-up started and delete its data
 
 .PHONY: bench
 bench: fetch  ## Measure against native logical replication
-	@$(PY) -m bench $(ARGS)
+	@$(PY) -m bench.drain $(ARGS)
 
 .PHONY: bench-quick
 bench-quick: fetch  ## The same with less data
-	@$(PY) -m bench --quick $(ARGS)
+	@$(PY) -m bench.drain --rows 100000 --runs 1 $(ARGS)
 
 .PHONY: clean
 clean:  ## Delete what tools and tests left behind; .venv and the download cache stay
