@@ -18,15 +18,16 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import click
 from typing_extensions import override
-from vsql_shared.errors import VerificationError, VsqlSyncError
 
 from vsql_ctl.context import Operator, example
+from vsql_shared.errors import VerificationError, VsqlSyncError
 
 EXIT_DEFECT = 70  # EX_SOFTWARE of sysexits.h: a fault of ours
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -147,39 +148,51 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> int:
     """One command line; every error becomes a message and a code."""
-    as_json = wants_json(arguments)
-    try:
+
+    def work() -> int:
         result = cli.main(args=arguments, prog_name="syncctl", standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "syncctl"
-        report("UsageError", error.format_message(), f"see `{command} --help`", error.exit_code, as_json)
-        return error.exit_code
+
+    return guarded(work, as_json=wants_json(arguments), debug="--debug" in arguments)
+
+
+def exit_with(work: Callable[[], int]) -> NoReturn:
+    """Run a program of ours other than syncctl, with the same errors and exit codes."""
+    sys.exit(guarded(work, as_json=False, debug=False))
+
+
+def guarded(work: Callable[[], int], *, as_json: bool, debug: bool) -> int:
+    """The exit code of some work; whatever it raises is reported and becomes a code."""
+    try:
+        return work()
     except click.ClickException as error:
-        report(type(error).__name__, error.format_message(), "", error.exit_code, as_json)
+        _report_click(error, as_json)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         return _reader_gone()
     except VsqlSyncError as error:
-        if "--debug" in arguments:
+        if debug:
             traceback.print_exc()
         record = error.record if isinstance(error, VerificationError) else ""
         report(type(error).__name__, error.message, error.hint, error.exit_code, as_json, record)
         return error.exit_code
     except Exception as error:  # noqa: BLE001 - the last line of defence: a traceback may hold row values
-        if "--debug" in arguments:
+        if debug:
             traceback.print_exc()
-        message = f"unexpected {type(error).__qualname__}"
-        report(
-            type(error).__qualname__,
-            message,
-            "this is a defect; rerun with --debug and report it",
-            EXIT_DEFECT,
-            as_json,
-        )
+        name = type(error).__qualname__
+        hint = "this is a defect; rerun with --debug and report it"
+        report(name, f"unexpected {name}", hint, EXIT_DEFECT, as_json)
         return EXIT_DEFECT
+
+
+def _report_click(error: click.ClickException, as_json: bool) -> None:
+    """A command line that click refused; what is near a misspelt word is in its message."""
+    hint = ""
+    if isinstance(error, click.UsageError):
+        hint = f"see `{error.ctx.command_path if error.ctx else 'syncctl'} --help`"
+    report(type(error).__name__, error.format_message(), hint, error.exit_code, as_json)
 
 
 def _globals_first(arguments: list[str]) -> list[str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
+
 from vsql_shared.errors import UserError
 
 if TYPE_CHECKING:

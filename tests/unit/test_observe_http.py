@@ -81,14 +81,14 @@ def test_an_address_in_use_is_named() -> None:
     server = _serve()
     _, port = server.start()
     try:
-        with pytest.raises(EnvironmentFault, match=f"cannot listen on 127.0.0.1:{port}"):
+        with pytest.raises(EnvironmentFault, match=rf"cannot listen on 127\.0\.0\.1:{port}"):
             HealthServer(f"127.0.0.1:{port}", ready=lambda: None, metrics=lambda: b"").start()
     finally:
         server.stop()
 
 
 def test_a_host_that_is_not_ours_is_named() -> None:
-    with pytest.raises(EnvironmentFault, match="cannot listen on no-such-host.invalid:9464"):
+    with pytest.raises(EnvironmentFault, match=r"cannot listen on no-such-host\.invalid:9464"):
         HealthServer("no-such-host.invalid:9464", ready=lambda: None, metrics=lambda: b"").start()
 
 

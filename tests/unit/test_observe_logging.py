@@ -87,8 +87,12 @@ def test_no_secret_is_written_as_argument_or_field_or_message(
 
 def test_a_foreign_exception_is_logged_by_type_and_place_only() -> None:
     output = _lines()
-    try:
+
+    def apply() -> None:
         raise RuntimeError(f"Key (pan)=({SECRET}) already exists")
+
+    try:
+        apply()
     except RuntimeError:
         LOG.exception("apply failed")
     found = json.loads(output.getvalue())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 from click.shell_completion import get_completion_class
-from vsql_shared.errors import UserError
 
 from vsql_ctl.context import example
+from vsql_shared.errors import UserError
 
 
 @click.command(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import click
-from vsql_shared.errors import ConfigError
 
 from vsql_ctl.context import (
     Operator,
@@ -15,6 +14,7 @@ from vsql_ctl.context import (
     yes_option,
 )
 from vsql_ctl.output import emit, render_table
+from vsql_shared.errors import ConfigError
 
 
 @click.group("config", epilog=example("syncctl config check"))
@@ -87,6 +87,7 @@ def apply(operator: Operator, output: OutputFormat, dry_run: bool, yes: bool) ->
             "this build has no `config apply`", hint="use `syncctl publication` and `node`"
         ) from None
     import psycopg
+
     from vsql_shared.config import require_built
 
     settings = operator.settings
