@@ -87,10 +87,15 @@ def make_producer(settings: Settings, client_id: str) -> Producer:
     return Producer(_options(config))
 
 
-def make_consumer(settings: Settings, client_id: str, group_id: str) -> Consumer:
-    """A consumer that is assigned partitions by hand; offsets are committed by us."""
+def make_consumer(
+    settings: Settings, client_id: str, group_id: str, *, partition_eof: bool = False
+) -> Consumer:
+    """A consumer that is assigned partitions by hand; offsets are committed by us.
+
+    With `partition_eof` it says when it has read a partition to its end.
+    """
     config = dict(settings.kafka.client_config("consumer", settings.limits))
-    config |= {"client.id": client_id, "group.id": group_id}
+    config |= {"client.id": client_id, "group.id": group_id, "enable.partition.eof": partition_eof}
     config.setdefault("fetch.wait.max.ms", 50)
     config.setdefault("fetch.error.backoff.ms", 50)
     config.setdefault("topic.metadata.refresh.interval.ms", 30_000)
