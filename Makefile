@@ -117,9 +117,8 @@ test-coverage: fetch  ## All but the long tests, with line coverage; fails below
 	@$(PY) -m coverage erase
 	@$(PY) -m coverage run -m pytest tests -m "$(NOT_LONG)" --timeout=900 $(ARGS)
 	@$(PY) -m coverage combine --quiet
-	@$(PY) -m coverage json --quiet -o .coverage.json
-	@$(PY) -m coverage report
-	@$(PY) -m tests.coverage_gate .coverage.json
+	@$(PY) -m coverage json --quiet --fail-under=0 -o coverage.json
+	@status=0; $(PY) -m coverage report || status=1; $(PY) -m tests.coverage_gate coverage.json || status=1; exit $$status
 
 # --- seeing it run ----------------------------------------------------------------------------------------
 
@@ -145,5 +144,5 @@ bench-quick: fetch  ## The same with less data
 
 .PHONY: clean
 clean:  ## Delete what tools and tests left behind; .venv and the download cache stay
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist build .coverage .coverage.*
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist build .coverage .coverage.* coverage.json
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,6 @@
 """Coverage limits of the parts on which secrecy and exactness rest; `make test-coverage` runs it.
 
-    python -m tests.coverage_gate .coverage.json
+    python -m tests.coverage_gate coverage.json
 
 The limit for the whole is coverage's own (`fail_under`). Here each named part, a module or a folder, has one:
 a part that no report mentions fails too, so that renaming a file cannot lift its limit.
