@@ -1,0 +1,99 @@
+"""What `syncctl audit verify` found, as text and as JSON. It does not look for anything itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from vsql_ctl.output import render_table
+
+if TYPE_CHECKING:
+    from vsql_shared.audit.compare import Comparison
+    from vsql_shared.audit.verify import ChainReport, Problem, Report
+
+
+@dataclass
+class Findings:
+    """Everything `audit verify` looked at."""
+
+    node: str
+    reports: dict[str, Report]
+    comparisons: list[Comparison] = field(default_factory=list)
+    found: list[Problem] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[Problem]:
+        """All that is wrong, this node's own trail first."""
+        own = [one for report in self.reports.values() for one in report.problems]
+        compared = [one.problem for one in self.comparisons if one.problem]
+        return [*own, *compared, *self.found]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is odd and proves nothing."""
+        return [f"node {name}: {text}" for name, report in self.reports.items() for text in report.warnings]
+
+    def bad_chains(self) -> set[str]:
+        """Chains whose entries are not to be believed."""
+        return {one.chain for report in self.reports.values() for one in report.problems}
+
+
+def words(problem: Problem) -> str:
+    """One finding as a sentence."""
+    which = f", entry {problem.sequence}" if problem.sequence is not None else ""
+    name = f" (event_id {problem.event_id})" if problem.event_id else ""
+    return f"chain {problem.chain or '(none)'}{which}{name}: {problem.what}"
+
+
+def _time(microseconds: int | None) -> datetime | None:
+    return None if microseconds is None else datetime.fromtimestamp(microseconds // 1_000_000, UTC)
+
+
+def _chain_row(node: str, one: ChainReport) -> dict[str, Any]:
+    return {
+        "node": node,
+        "chain": one.chain,
+        "ok": one.problem is None,
+        "entries": one.entries,
+        "batches": one.batches,
+        "tuples": one.tuples,
+        "abandoned_tuples": one.abandoned_tuples,
+        "epoch": one.epoch,
+        "last_sequence": one.sequence,
+        "last_hash": one.entry_hash,
+        "first_time": _time(one.first_time),
+        "last_time": _time(one.last_time),
+    }
+
+
+def as_json(findings: Findings) -> dict[str, Any]:
+    """For programs; documented in docs/operations/audit.md."""
+    return {
+        "ok": not findings.problems,
+        "node": findings.node,
+        "chains": [
+            _chain_row(node, one) for node, report in findings.reports.items() for one in report.chains
+        ],
+        "comparisons": findings.comparisons,
+        "problems": findings.problems,
+        "warnings": findings.warnings,
+    }
+
+
+def as_text(findings: Findings) -> str:
+    """For people."""
+    rows = [_chain_row(node, one) for node, report in findings.reports.items() for one in report.chains]
+    shown = ("node", "chain", "entries", "batches", "tuples", "first_time", "last_time", "ok")
+    parts = [render_table(shown, [[row[name] for name in shown] for row in rows]) if rows else "no chains"]
+    for one in findings.comparisons:
+        state = "differ" if one.problem else "equal"
+        parts.append(
+            f"roots of {one.chain} and of target {one.target}: {state} in {one.compared} batches compared, "
+            f"{one.under_way} not acknowledged yet"
+        )
+    parts += [f"bad: {words(problem)}" for problem in findings.problems]
+    parts += [f"warning: {warning}" for warning in findings.warnings]
+    if not findings.problems:
+        parts.append("ok: every entry is signed, linked and unaltered")
+    return "\n".join(parts)

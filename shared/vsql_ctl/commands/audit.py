@@ -1,0 +1,350 @@
+"""`syncctl audit`: look at the signed trail, verify it, hand it to somebody else."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from vsql_ctl.audit_report import Findings, as_json, as_text, words
+from vsql_ctl.context import Operator, OutputFormat, example, output_option, pass_operator
+from vsql_ctl.output import emit, render_table
+from vsql_shared.errors import ChainError, RefusedError, UserError
+
+if TYPE_CHECKING:
+    from vsql_shared.config import Settings
+    from vsql_shared.crypto.signing import TrustStore
+    from vsql_shared.pg.connect import Connection
+
+_SETTLE_SECONDS = 5.0  # how long entries that are in Kafka may take to reach the table
+_MAX_LIMIT = 100_000
+
+
+def moment(value: str) -> datetime:
+    """A date or a time in ISO 8601; UTC when no zone is given."""
+    try:
+        parsed = datetime.fromisoformat(value)
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r} is no time; write 2026-02-01 or 2026-02-01T13:00:00+01:00"
+        ) from None
+    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+
+
+@click.group("audit", epilog=example("syncctl audit verify", "syncctl audit list --since 2026-02-01"))
+def audit() -> None:
+    """List, verify and export the signed trail of this node."""
+
+
+@audit.command(
+    "list",
+    epilog=example(
+        'syncctl audit list --since "2026-02-01" --contains-pci true',
+        "syncctl audit list --chain payments.node-a --limit 10 --output json",
+    ),
+)
+@click.option(
+    "--since", type=moment, metavar="TIME", help="Entries from this time on (UTC unless it has a zone)."
+)
+@click.option("--until", type=moment, metavar="TIME", help="Entries before this time.")
+@click.option("--contains-pci", type=click.BOOL, help="Only batches with, or without, PCI columns.")
+@click.option("--chain", help="Only this chain, e.g. payments.node-a.")
+@click.option("--event-type", help="Only this kind, e.g. replication_batch.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1, _MAX_LIMIT),
+    default=100,
+    show_default=True,
+    help="At most so many entries, the newest ones.",
+)
+@output_option
+@pass_operator
+def list_entries(
+    operator: Operator,
+    output: OutputFormat,
+    limit: int,
+    since: datetime | None,
+    until: datetime | None,
+    contains_pci: bool | None,
+    chain: str | None,
+    event_type: str | None,
+) -> None:
+    """Show entries as the table's columns have them, oldest first.
+
+    `audit verify` says whether they are true.
+    """
+    filters = {
+        "since": since,
+        "until": until,
+        "contains_pci": contains_pci,
+        "chain": chain,
+        "event_type": event_type,
+    }
+    with _node(operator.settings) as conn:
+        rows = _select(conn, filters, limit)
+
+    emit(output, rows, lambda: _list(rows))
+
+
+def _list(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "no entries"
+    names = ("event_timestamp", "chain", "sequence", "event_type", "batch", "row_count", "contains_pci")
+    shown = ("time", "chain", "sequence", "event", "batch", "rows", "pci", "tables")
+    cells = [[*(row[name] for name in names), ", ".join(row["tables_affected"])] for row in rows]
+    return render_table(shown, cells)
+
+
+_FILTERS = {
+    "since": "event_timestamp >= %s",
+    "until": "event_timestamp < %s",
+    "contains_pci": "contains_pci = %s",
+    "chain": "chain = %s",
+    "event_type": "event_type = %s",
+}
+
+
+def _select(conn: Connection, filters: dict[str, Any], limit: int) -> list[dict[str, Any]]:
+    from psycopg import sql
+
+    from vsql_shared.audit.rows import COLUMNS, UNSIGNED_COLUMNS
+    from vsql_shared.pg.connect import errors
+
+    columns = [name for name in (*COLUMNS, *UNSIGNED_COLUMNS) if name != "document"]
+    wanted = {name: value for name, value in filters.items() if value is not None}
+    query = sql.SQL(
+        "SELECT {} FROM vsql_sync.vsql_sync_audit WHERE {}"
+        " ORDER BY event_timestamp DESC, sequence DESC LIMIT {}"
+    ).format(
+        sql.SQL(", ").join(map(sql.Identifier, columns)),
+        sql.SQL(" AND ").join([sql.SQL("true"), *(sql.SQL(_FILTERS[name]) for name in wanted)]),
+        sql.Literal(limit),
+    )
+    with errors("reading the audit trail"):
+        found = conn.execute(query, list(wanted.values())).fetchall()
+    return [dict(zip(columns, row, strict=True)) for row in reversed(found)]
+
+
+@audit.command(
+    "verify",
+    epilog=example(
+        "syncctl audit verify",
+        'syncctl audit verify --kafka --peer-connection "host=node-b dbname=shop user=auditor"',
+    ),
+)
+@click.option("--chain", help="Only this chain; all chains of this node when left out.")
+@click.option(
+    "--peer-connection",
+    metavar="CONNINFO",
+    envvar="VSQL_SYNC_PEER_CONNECTION",
+    help="Verify the peer's trail too, and compare both sides' roots and memories.",
+)
+@click.option("--kafka", is_flag=True, help="Compare with the audit topic too.")
+@output_option
+@pass_operator
+def verify(
+    operator: Operator, output: OutputFormat, chain: str | None, peer_connection: str | None, kafka: bool
+) -> None:
+    """Verify every entry: hash chain, signatures, columns, the end of each chain, both sides' roots.
+
+    Names the first bad entry of each chain and ends with 9 when there is one, with 0 when there is none.
+    """
+    from vsql_shared.pg.connect import connect
+
+    settings = operator.settings
+    with _node(settings) as conn:
+        findings, trust = _verify_own(conn, settings, chain)
+        if peer_connection:
+            with connect(peer_connection, application_name="vsql_sync_ctl") as peer:
+                _verify_peer(conn, peer, settings, trust, findings, chain)
+        if kafka:
+            _verify_kafka(conn, settings, trust, findings)
+    emit(output, as_json(findings), lambda: as_text(findings))
+    problems = findings.problems
+    if problems:
+        first = problems[0]
+        more = f" (and {len(problems) - 1} more findings)" if len(problems) > 1 else ""
+        raise ChainError(
+            f"the trail does not verify: {words(first)}{more}",
+            record=f"{first.chain}/{first.sequence}" if first.sequence is not None else first.chain,
+            hint="keep the database as it is, compare with Kafka and the peer (docs/operations/audit.md)",
+        )
+
+
+def _verify_own(conn: Connection, settings: Settings, chain: str | None) -> tuple[Findings, TrustStore]:
+    from vsql_shared.audit.compare import compare_receipts
+    from vsql_shared.audit.verify import verify_table
+    from vsql_shared.pg import nodes
+
+    node = nodes.local(conn)
+    trust = _trust(conn, settings)
+    report = verify_table(conn, trust, node.cluster, chain)
+    if chain is not None and not report.chains[0].entries and report.ok:
+        raise RefusedError(
+            f"node {node.name} has no chain {chain!r}", hint="`syncctl audit list` shows the chains it has"
+        )
+    findings = Findings(node.name, {node.name: report})
+    findings.found += compare_receipts(conn, trust, node.name, chain, findings.bad_chains())
+    return findings, trust
+
+
+def _verify_peer(
+    conn: Connection,
+    peer: Connection,
+    settings: Settings,
+    trust: TrustStore,
+    findings: Findings,
+    chain: str | None,
+) -> None:
+    from vsql_shared.audit.compare import compare_memory, compare_nodes
+    from vsql_shared.audit.verify import verify_table
+    from vsql_shared.pg import nodes
+
+    other = nodes.local(peer)
+    if other.name == findings.node or other.cluster != settings.cluster.name:
+        raise UserError(
+            f"--peer-connection leads to node {other.name} of cluster {other.cluster}",
+            hint=f"give another node of cluster {settings.cluster.name}",
+        )
+    name = _other_side(chain, other.name) if chain is not None else None
+    findings.reports[other.name] = verify_table(peer, trust, other.cluster, name)
+    bad = findings.bad_chains()
+    findings.comparisons += compare_nodes(conn, peer, chain, bad) + compare_nodes(peer, conn, chain, bad)
+    findings.found += compare_memory(conn, peer, other.name, chain)
+    findings.found += compare_memory(peer, conn, findings.node, name)
+
+
+def _other_side(chain: str, peer: str) -> str:
+    """The peer's chain that belongs to one of this node's: acknowledgements of it, or what it acknowledges."""
+    from vsql_shared.audit.compare import ack_target
+    from vsql_shared.names import ack_chain
+
+    acknowledged = ack_target(chain)
+    return acknowledged[0] if acknowledged else ack_chain(chain, peer)
+
+
+def _verify_kafka(conn: Connection, settings: Settings, trust: TrustStore, findings: Findings) -> None:
+    from vsql_shared.audit.history import KafkaHistory, read_topic
+    from vsql_shared.audit.store import recall_head
+    from vsql_shared.kafka.clients import make_consumer
+    from vsql_shared.names import audit_topic
+
+    report = findings.reports[findings.node]
+    history = KafkaHistory(settings.cluster.name, findings.node, trust, report)
+    consumer = make_consumer(settings, "syncctl", "vsql-sync.audit-verify")
+    try:
+        read_topic(consumer, audit_topic(settings.cluster.name), history)
+    finally:
+        consumer.close()
+    # A producer at work stores an entry right after Kafka has it: give what is under way its time.
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while True:
+        heads = {one.chain: recall_head(conn, one.chain) for one in report.chains}
+        now = {name: (head[0].sequence, head[0].entry_hash) for name, head in heads.items() if head}
+        if not history.lagging(now) or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    findings.found += history.problems(now)
+
+
+@audit.command("export", epilog=example("syncctl audit export --format json --output /tmp/audit-report.json"))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["json", "jsonl"]),
+    default="json",
+    show_default=True,
+    help="One JSON document, or one JSON object a line.",
+)
+@click.option(
+    "--output",
+    "target",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    metavar="FILE",
+    help="File to write; it appears when it is complete.",
+)
+@click.option("--since", type=moment, metavar="TIME", help="Only entries from this time on.")
+@pass_operator
+def export_trail(operator: Operator, form: str, target: Path, since: datetime | None) -> None:
+    """Write signed entries and public keys to a file that can be verified without this database."""
+    from vsql_shared.audit.export import export
+    from vsql_shared.pg import nodes, oplog
+
+    with _node(operator.settings) as conn:
+        node = nodes.local(conn)
+        oplog.record(conn, "audit.export", "file", str(target), new={"since": since and since.isoformat()})
+        pieces = export(conn, node.cluster, node.name, datetime.now(UTC), since)
+        with _complete_file(target) as file:
+            count = _write(file, form, pieces)
+    click.echo(f"exported {count} entries to {target}", err=True)
+
+
+def _write(file: TextIO, form: str, pieces: Iterator[tuple[str, dict[str, Any]]]) -> int:
+    """Write piece by piece, so that a trail of any length needs little memory."""
+    count = 0
+    for kind, value in pieces:
+        text = json.dumps(value, ensure_ascii=False)
+        if form == "jsonl":
+            file.write(f'{{"{kind}": {text}}}\n')
+        elif kind == "header":
+            file.write(f'{{"header": {text},\n"entries": [')
+        elif kind == "entry":
+            file.write((",\n" if count else "\n") + text)
+        else:
+            file.write(f'\n],\n"end": {text}}}\n')
+        count += kind == "entry"
+    return count
+
+
+@contextmanager
+def _complete_file(target: Path) -> Iterator[TextIO]:
+    """A file that takes its name only when it is whole and on disk; readable by its owner only."""
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {target.parent}: {error.strerror}",
+            hint="name a directory this user may write to",
+        ) from error
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _node(settings: Settings) -> Iterator[Connection]:
+    """Connect to this node's database; it must have this program's schema."""
+    from vsql_shared.pg import migrate
+    from vsql_shared.pg.connect import connect
+
+    with connect(settings.connection.conninfo(), application_name="vsql_sync_ctl") as conn:
+        migrate.require_current(conn)
+        yield conn
+
+
+def _trust(conn: Connection, settings: Settings) -> TrustStore:
+    """The keys operators pinned in this node's database."""
+    from vsql_shared.crypto.signing import PinnedKey, TrustStore
+    from vsql_shared.pg.connect import errors
+
+    with errors("reading the pinned keys"):
+        rows = conn.execute(
+            "SELECT node_name, public_key, fingerprint, revoked_at IS NOT NULL FROM vsql_sync.signers"
+        ).fetchall()
+    pins = [PinnedKey(node, bytes(key), name, revoked) for node, key, name, revoked in rows]
+    return TrustStore(pins, allow_unsigned=settings.server.mode == "dev")
