@@ -77,7 +77,7 @@ def explain(error: ValidationError, origins: Mapping[Location, str]) -> list[Pro
     problems: list[Problem] = []
     for detail in error.errors(include_url=False):
         if detail["type"] == "across":
-            problems += [Problem((key,), why) for key, why in detail["ctx"]["problems"]]
+            problems += [Problem(key, why) for key, why in detail["ctx"]["problems"]]
             continue
         at = _known_part(detail["loc"])
         variable = next((origins[at[:end]] for end in range(len(at), 0, -1) if at[:end] in origins), None)

@@ -33,6 +33,8 @@ from vsql_shared.config.service import ClusterSettings, LogSettings, MetricsSett
 from vsql_shared.config.topology import PciSettings, PeerSettings, PublicationSettings
 
 _T = TypeVar("_T")
+Finding = tuple[tuple[str | int, ...], str]
+"""A key, as the steps to it, and what is wrong with it."""
 
 _PROD = "prod mode requires it"
 _DEV_WAY = '(for a trial: server.mode = "dev")'
@@ -112,49 +114,49 @@ class Settings(Section):
     def _across_sections(self) -> Settings:
         problems = [*_prod_problems(self), *_name_problems(self)]
         if problems:
-            text = "; ".join(f"{key}: {why}" for key, why in problems)
+            text = "; ".join(f"{'.'.join(map(str, key))}: {why}" for key, why in problems)
             raise PydanticCustomError("across", "{text}", {"text": text, "problems": problems})
         return self
 
 
-def _prod_problems(settings: Settings) -> Iterator[tuple[str, str]]:
+def _prod_problems(settings: Settings) -> Iterator[Finding]:
     """What prod mode insists on that the sections alone cannot know."""
     if not settings.is_prod:
         return
     if settings.server.tls.cert_path is None:
-        yield "server.tls.cert_path", f"missing; {_PROD} {_DEV_WAY}"
+        yield ("server", "tls", "cert_path"), f"missing; {_PROD} {_DEV_WAY}"
     if settings.server.tls.key_path is None:
-        yield "server.tls.key_path", f"missing; {_PROD} {_DEV_WAY}"
+        yield ("server", "tls", "key_path"), f"missing; {_PROD} {_DEV_WAY}"
     if settings.audit.signing_key_path is None:
         yield (
-            "audit.signing_key_path",
+            ("audit", "signing_key_path"),
             f"missing; {_PROD}: make a key with `syncctl key generate` {_DEV_WAY}",
         )
     if settings.encryption.kms.provider == "file":
         yield (
-            "encryption.kms.provider",
+            ("encryption", "kms", "provider"),
             f'"file" keeps the key on this disk; prod mode needs a KMS: "pkcs11" {_DEV_WAY}',
         )
 
 
-def _name_problems(settings: Settings) -> Iterator[tuple[str, str]]:
+def _name_problems(settings: Settings) -> Iterator[Finding]:
     """Names and numbers that must be unique."""
     ids = [settings.cluster.node_id, *(peer.node_id for peer in settings.peers)]
     names = [settings.cluster.node_name, *(peer.node_name for peer in settings.peers)]
     for number in _repeated(ids):
-        yield "peers", f"node_id {number} is used twice; each node (this one too) has its own"
+        yield ("peers",), f"node_id {number} is used twice; each node (this one too) has its own"
     for name in _repeated(names):
         yield (
-            "peers",
+            ("peers",),
             f'node_name "{name}" is used twice; each node (this one too) has its own',
         )
     for name in _repeated([publication.name for publication in settings.publications]):
-        yield "publications", f'name "{name}" is used twice; write its tables in one entry'
+        yield ("publications",), f'name "{name}" is used twice; write its tables in one entry'
     for index, publication in enumerate(settings.publications):
         for name in _repeated([table.name for table in publication.tables]):
-            yield f"publications[{index}].tables", f'table "{name}" is named twice; write it once'
+            yield ("publications", index, "tables"), f'table "{name}" is named twice; write it once'
     for name in _repeated([entry.table for entry in settings.pci.columns]):
-        yield "pci.columns", f'table "{name}" is named twice; write its columns in one entry'
+        yield ("pci", "columns"), f'table "{name}" is named twice; write its columns in one entry'
 
 
 def _repeated(values: list[_T]) -> list[_T]:
