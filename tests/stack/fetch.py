@@ -45,6 +45,10 @@ _TIMEOUT_SECONDS = 60
 _PARALLEL_DOWNLOADS = 6
 
 
+Unpack = Callable[[list[Path], Path], None]
+"""Puts what is in the downloaded files into a folder."""
+
+
 class FetchError(Exception):
     """A file could not be had, or is not the file that was pinned."""
 
@@ -64,7 +68,7 @@ def cache_root() -> Path:
 
 def kafka_libs() -> Path:
     """Return the folder with Kafka's jars."""
-    return _unpacked("kafka", _unpack_jars)
+    return _unpacked("kafka", copy_files)
 
 
 def postgres_home(version: int) -> Path:
@@ -89,17 +93,21 @@ def fetch_all() -> None:
         postgres_home(version)
 
 
-def _unpacked(group: str, unpack: Callable[[list[Path], Path], None]) -> Path:
-    """Return the group's folder; download and unpack it first if it is not there."""
+def _unpacked(group: str, unpack: Unpack) -> Path:
     artifacts = group_artifacts(list(parse_lock(LOCK_FILE.read_text())), group, platform.machine())
-    final = cache_root() / f"{group}-{fingerprint(artifacts)}"
+    return unpack_group(group, artifacts, unpack, cache_root())
+
+
+def unpack_group(group: str, artifacts: list[Artifact], unpack: Unpack, root: Path) -> Path:
+    """Return the folder below `root` with a group's files, downloaded first if it is not there."""
+    final = root / f"{group}-{fingerprint(artifacts)}"
     if final.is_dir():
         return final
-    with _locked(cache_root() / f".{group}.lock"):
+    with _locked(root / f".{group}.lock"):
         if final.is_dir():
             return final
         _say(f"fetching {group} ({len(artifacts)} file{'s' * (len(artifacts) > 1)}) into {final}")
-        with tempfile.TemporaryDirectory(dir=cache_root(), prefix=f".{group}-") as scratch:
+        with tempfile.TemporaryDirectory(dir=root, prefix=f".{group}-") as scratch:
             staged = Path(scratch) / "unpacked"
             staged.mkdir()
             unpack(_download(artifacts, Path(scratch)), staged)
@@ -142,7 +150,8 @@ def _from_maven(artifact: Artifact, scratch: Path) -> Path:
                 shutil.copyfileobj(answer, out)
             return path
         except (urllib.error.URLError, OSError) as error:
-            if attempt == _ATTEMPTS:
+            said_no = isinstance(error, urllib.error.HTTPError) and error.code < 500
+            if said_no or attempt == _ATTEMPTS:
                 raise FetchError(
                     f"{artifact.coordinate} could not be downloaded ({error}). Check the network and proxy, "
                     "or set MAVEN_REPO_URL to a mirror of Maven Central"
@@ -173,7 +182,7 @@ def _from_pypi(artifact: Artifact, scratch: Path) -> Path:
     return wheels[0]
 
 
-def _unpack_jars(files: list[Path], target: Path) -> None:
+def copy_files(files: list[Path], target: Path) -> None:
     for path in files:
         shutil.copy(path, target / path.name)
 
