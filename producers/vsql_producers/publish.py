@@ -23,7 +23,7 @@ from vsql_producers.seal import SealedBatch, SealedTopic
 from vsql_shared import failpoints, names
 from vsql_shared.audit.chain import Prepared
 from vsql_shared.changes import PartitionRoot
-from vsql_shared.errors import TransientError, VsqlSyncError
+from vsql_shared.errors import BrokerError, TransientError, VsqlSyncError
 from vsql_shared.kafka.clients import from_exception, kafka_error
 
 MakeManifest = Callable[[SealedBatch, tuple[PartitionRoot, ...]], Prepared]
@@ -122,7 +122,7 @@ class Publisher:
             if error is not None:
                 self._fail(error, f"write to topic {topic}")
             else:
-                offsets.append(message.offset())
+                offsets.append(_offset(message))
 
         self._produce(topic, partition, key, value, delivered)
         while not offsets:
@@ -184,7 +184,7 @@ class Publisher:
         if error is not None:
             self._fail(error, f"write to topic {receipts.topic.topic}")
             return
-        offset = message.offset()
+        offset = _offset(message)
         if offset <= receipts.last:
             self._failure = self._failure or TransientError(
                 f"Kafka: topic {receipts.topic.topic} acknowledged offset {offset} after {receipts.last}",
@@ -200,7 +200,7 @@ class Publisher:
         if error is not None:
             self._fail(error, f"write to topic {self._audit_topic}")
         else:
-            flight.offset = message.offset()
+            flight.offset = _offset(message)
 
     def _fail(self, error: KafkaError, doing: str) -> None:
         self._failure = self._failure or kafka_error(error, doing)
@@ -208,3 +208,10 @@ class Publisher:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+
+def _offset(message: Message) -> int:
+    offset = message.offset()
+    if offset is None or offset < 0:
+        raise BrokerError("Kafka acknowledged a message without an offset", hint="acks must be all")
+    return offset

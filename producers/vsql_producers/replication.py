@@ -154,7 +154,8 @@ class WalStream:
         if version >= _ORIGIN_SINCE:
             options["origin"] = "none"
         listed = sql.SQL(", ").join(
-            sql.SQL("{} {}").format(sql.Identifier(name), sql.Literal(value)) for name, value in options.items()
+            sql.SQL("{} {}").format(sql.Identifier(name), sql.Literal(value))
+            for name, value in options.items()
         )
         command = sql.SQL("START_REPLICATION SLOT {} LOGICAL 0/0 ({})").format(sql.Identifier(slot), listed)
         try:
@@ -182,7 +183,7 @@ class WalStream:
     def drain(self, max_bytes: int) -> Drained:
         """Everything that has arrived, up to about `max_bytes`."""
         frames: list[bytes] = []
-        keepalive = size = 0
+        keepalive = size = length = 0
         append, read = frames.append, self._pq.get_copy_data
         try:
             if not self._pending:

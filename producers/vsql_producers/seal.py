@@ -19,7 +19,15 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from vsql_producers.batches import Batch
-from vsql_producers.pgoutput import KIND, LSN, PLAINTEXT_AT, RELATION_ID, frame_lsn, make_frame
+from vsql_producers.pgoutput import (
+    KIND,
+    LSN,
+    PLAINTEXT_AT,
+    RELATION_ID,
+    frame_lsn,
+    frame_prefix,
+    make_frame,
+)
 from vsql_producers.transactions import Descriptor
 from vsql_shared import names
 from vsql_shared.audit import merkle
@@ -32,8 +40,9 @@ from vsql_shared.wire.pack import PackHeader, encode_header, encode_pack, header
 # As wire.pack.CLEAR, with the LSN as the eight bytes that stand in the frame.
 _CLEAR = struct.Struct(">H8sIc")
 _relation_of = itemgetter(RELATION_ID)
-# Cipher tag, nonce, clear fields and length of a tuple, rounded up.
-TUPLE_OVERHEAD = 64
+# What a tuple adds to its plaintext (tag, nonce, clear fields, length), and a transaction of its own in the
+# header, rounded up.
+TUPLE_OVERHEAD = 80
 
 
 @dataclass(slots=True)
@@ -76,6 +85,7 @@ class SealedBatch(NamedTuple):
     """A batch ready to send, with everything its manifest says but the offsets."""
 
     number: int
+    dek_id: str
     topics: list[SealedTopic]
     tables: tuple[str, ...]
     pci_columns: tuple[str, ...]
@@ -84,6 +94,7 @@ class SealedBatch(NamedTuple):
     nbytes: int
     end_lsn: int
     continues: bool
+    transactions: int
     oldest_commit_time: int
 
 
@@ -126,15 +137,17 @@ class _Arranger:
     def add_large(self, transaction: int, frames: list[bytes]) -> None:
         """The same where some frame may be too large for one message."""
         for frame in frames:
-            key = frame[RELATION_ID]
-            part = self._part(key, transaction, frame)
-            rest = frame
-            while len(rest) - PLAINTEXT_AT > self._max_plaintext:
-                cut = PLAINTEXT_AT + self._max_plaintext
-                piece = make_frame(Op.PIECE, key, frame_lsn(frame), rest[PLAINTEXT_AT:cut])
-                self._one(part, transaction, piece)
-                rest = rest[:PLAINTEXT_AT] + rest[cut:]
-            self._one(part, transaction, rest)
+            self._cut(self._part(frame[RELATION_ID], transaction, frame), transaction, frame)
+
+    def _cut(self, part: Part, transaction: int, frame: bytes) -> None:
+        """Take a frame whole, or in pieces of which the last one carries the true operation."""
+        prefix = frame[:PLAINTEXT_AT]
+        piece_prefix = frame_prefix(Op.PIECE, frame[RELATION_ID], frame_lsn(frame))
+        at = PLAINTEXT_AT
+        while len(frame) - at > self._max_plaintext:
+            self._one(part, transaction, piece_prefix + frame[at : at + self._max_plaintext])
+            at += self._max_plaintext
+        self._one(part, transaction, prefix + frame[at:])
 
     def _one(self, part: Part, transaction: int, frame: bytes) -> None:
         part.frames.append(frame)
@@ -153,7 +166,7 @@ class _Arranger:
         self.parts.append(part)
         if descriptor.hash not in self._relations.sent:
             self._relations.sent.add(descriptor.hash)
-            self._one(part, transaction, make_frame(Op.RELATION, key, frame_lsn(frame), descriptor.encoded))
+            self._cut(part, transaction, make_frame(Op.RELATION, key, frame_lsn(frame), descriptor.encoded))
         return part
 
 
@@ -201,6 +214,7 @@ def seal(
     ]
     return SealedBatch(
         number=number,
+        dek_id=key.dek_id,
         topics=topics,
         tables=tuple(sorted({str(part.descriptor.name) for part in parts})),
         pci_columns=tuple(sorted({name for part in parts for name in part.descriptor.pci_columns})),
@@ -209,6 +223,7 @@ def seal(
         nbytes=sum(sum(map(len, topic.messages)) for topic in topics),
         end_lsn=batch.end_lsn,
         continues=batch.continues,
+        transactions=len(batch.transactions),
         oldest_commit_time=batch.transactions[0].commit_time,
     )
 

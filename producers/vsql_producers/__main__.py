@@ -1,0 +1,22 @@
+"""`python -m vsql_producers [--config FILE] [--chain STREAM]`: the producer service, or one stream's worker."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from vsql_shared.service.main import service_main
+
+if TYPE_CHECKING:
+    from vsql_shared.config import Settings
+
+
+def _run_worker(settings: Settings, chain: str) -> int:
+    # Imported late: the supervisor decides where metrics live before their module is loaded.
+    from vsql_producers.worker import run_worker
+
+    return run_worker(settings, chain)
+
+
+if __name__ == "__main__":
+    sys.exit(service_main("producer", "vsql_producers", _run_worker))

@@ -1,0 +1,212 @@
+"""Opening an epoch: compare the chain in Kafka with our own table, fence off older writers, find where to resume.
+
+Not here: holding the slot, which must have happened before (pipeline.py). Rules (docs/design/0002):
+
+1. The chain in Kafka must equal or extend the table's. A table that knows more means that Kafka lost its
+   tail: DIVERGED, because targets may never see what the slot has already forgotten.
+2. `epoch_opened` is appended, and the partition read up to it. The first valid one wins; a loser reads on
+   and tries again. What an older writer appends after it is void for every reader.
+3. Entries Kafka has and the table lacks go into the table before anything else is written.
+4. Positions compare only within one timeline of one system.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPartition
+
+from vsql_producers.publish import Publisher
+from vsql_producers.replication import Identity
+from vsql_shared import lsn
+from vsql_shared.audit.chain import (
+    EMPTY_HEAD,
+    Accepted,
+    ChainHead,
+    ChainReader,
+    ChainWriter,
+    new_incarnation,
+)
+from vsql_shared.audit.dsse import document_hash
+from vsql_shared.audit.store import insert_entries, recall_head
+from vsql_shared.crypto.signing import Signer, TrustStore
+from vsql_shared.errors import DivergedError, TransientError
+from vsql_shared.kafka.clients import from_exception, kafka_error
+from vsql_shared.pg.connect import Connection
+
+_log = logging.getLogger(__name__)
+_SILENCE_SECONDS = 30.0
+_ATTEMPTS = 20
+
+
+class Writing(NamedTuple):
+    """Who writes which chain, and where it lies."""
+
+    cluster: str
+    chain: str
+    node: str
+    signer: Signer | None
+    trust: TrustStore
+    topic: str
+    partition: int
+
+
+class Opened(NamedTuple):
+    """An epoch of ours: its writer, and the head it began from."""
+
+    writer: ChainWriter
+    resumed_from: ChainHead
+
+
+class AuditTail:
+    """One partition of the audit topic, read forward in order."""
+
+    def __init__(
+        self, consumer: Consumer, topic: str, partition: int, start: int | None, tick: Callable[[], None]
+    ) -> None:
+        self._consumer = consumer
+        self._tick = tick
+        self._name = f"{topic}/{partition}"
+        self._at = TopicPartition(topic, partition, OFFSET_BEGINNING if start is None else start)
+        self._next = 0 if start is None else start
+        try:
+            consumer.assign([self._at])
+        except KafkaException as error:
+            raise from_exception(error, f"read {self._name}") from error
+
+    def bounds(self) -> tuple[int, int]:
+        """First offset and the one after the last."""
+        try:
+            low, high = self._consumer.get_watermark_offsets(self._at, timeout=10)
+        except KafkaException as error:
+            raise from_exception(error, f"read the end of {self._name}") from error
+        return low, high
+
+    def read_below(self, end: int) -> Iterator[tuple[int, bytes]]:
+        """Records below offset `end`, as (offset, value); tombstones are passed over."""
+        silent_until = time.monotonic() + _SILENCE_SECONDS
+        while self._next < end:
+            messages = self._consumer.consume(500, timeout=0.1)
+            self._tick()
+            if not messages and time.monotonic() > silent_until:
+                raise TransientError(f"Kafka: {self._name} gives nothing below offset {end}")
+            for message in messages:
+                if (error := message.error()) is not None:
+                    raise kafka_error(error, f"read {self._name}")
+                silent_until = time.monotonic() + _SILENCE_SECONDS
+                offset, value = message.offset(), message.value()
+                if offset is None:
+                    continue  # only errors have none
+                self._next = offset + 1
+                if value is not None:
+                    yield offset, value
+
+
+def check_source(head: ChainHead, identity: Identity, switch_points: dict[int, int]) -> None:
+    """Raise DivergedError when the chain's positions mean nothing on this server any more (rule 4)."""
+    if not head.system_identifier:
+        return
+    if head.system_identifier != identity.system_identifier:
+        raise DivergedError(
+            f"the chain was written on system {head.system_identifier}, this server is"
+            f" {identity.system_identifier}",
+            hint="this is another database cluster; initialise the targets anew",
+        )
+    if head.timeline == identity.timeline:
+        return
+    switched = switch_points.get(head.timeline)
+    if switched is None or switched < head.lsn_end:
+        where = "unknown" if switched is None else lsn.text(switched)
+        raise DivergedError(
+            f"timeline {identity.timeline} left timeline {head.timeline} at {where}, and changes up to"
+            f" {lsn.text(head.lsn_end)} were sent",
+            hint="targets hold changes this server lost; verify them, then initialise anew",
+        )
+
+
+def read_chain(
+    conn: Connection, writing: Writing, consumer: Consumer, tick: Callable[[], None]
+) -> tuple[ChainReader, AuditTail]:
+    """Read the chain to its end from where the table stands, and bring the table up to it (rules 1 and 3)."""
+    known = recall_head(conn, writing.chain)
+    head, offset = known or (EMPTY_HEAD, None)
+    reader = ChainReader(writing.cluster, writing.chain, writing.node, writing.trust, EMPTY_HEAD)
+    if offset is not None:
+        reader.head = head
+    tail = AuditTail(consumer, writing.topic, writing.partition, offset, tick)
+    low, end = tail.bounds()
+    if offset is not None and not low <= offset < end:
+        raise _lost(writing, head, f"it holds offsets {low} to {end - 1}, our last entry lay at {offset}")
+    accepted: list[tuple[bytes, int | None]] = []
+    seen = head.sequence == 0
+    for at, value in tail.read_below(end):
+        if offset is not None and at == offset:
+            if document_hash(value) != head.entry_hash:
+                raise _lost(writing, head, f"offset {at} holds another record")
+            seen = True
+            continue
+        if offset is not None and not seen:
+            raise _lost(writing, head, f"our last entry is not at offset {offset}")
+        found = reader.accept(value, f"{writing.topic}/{writing.partition}/{at}")
+        if isinstance(found, Accepted):
+            seen = seen or found.entry_hash == head.entry_hash
+            if found.entry.sequence > head.sequence:
+                accepted.append((value, at))
+    if not seen:
+        raise _lost(writing, head, f"it ends at sequence {reader.head.sequence}")
+    insert_entries(conn, accepted)
+    if accepted:
+        _log.info("entries that Kafka had and the table lacked", extra={"entries": len(accepted)})
+    return reader, tail
+
+
+def _lost(writing: Writing, head: ChainHead, found: str) -> DivergedError:
+    return DivergedError(
+        f"Kafka lost the end of chain {writing.chain}: the audit table has sequence {head.sequence},"
+        f" but in {writing.topic}/{writing.partition} {found}",
+        hint="restore the topic, or initialise the targets anew",
+    )
+
+
+def open_epoch(
+    conn: Connection,
+    writing: Writing,
+    reader: ChainReader,
+    tail: AuditTail,
+    publisher: Publisher,
+    identity: Identity,
+    first_lsn: int,
+) -> Opened:
+    """Append `epoch_opened` until one of ours is the chain's head (rule 2)."""
+    for _ in range(_ATTEMPTS):
+        head = reader.head
+        writer = ChainWriter(
+            writing.signer, writing.cluster, writing.chain, head, new_incarnation(), node=writing.node
+        )
+        opening = writer.open_epoch(
+            lsn=head.lsn_end or first_lsn,
+            system_identifier=identity.system_identifier,
+            timeline=identity.timeline,
+        )
+        offset = publisher.publish_entry(opening)
+        accepted: list[tuple[bytes, int | None]] = []
+        for at, value in tail.read_below(offset + 1):
+            found = reader.accept(value, f"{writing.topic}/{writing.partition}/{at}")
+            if isinstance(found, Accepted):
+                accepted.append((value, at))
+        insert_entries(conn, accepted)
+        if reader.head.entry_hash == opening.entry_hash:
+            writer.commit(opening.entry_hash)
+            _log.info(
+                "epoch opened", extra={"epoch": opening.entry.epoch, "sequence": opening.entry.sequence}
+            )
+            return Opened(writer, head)
+        _log.warning(
+            "another writer opened the epoch first; trying again", extra={"epoch": opening.entry.epoch}
+        )
+    raise TransientError(
+        f"chain {writing.chain}: another process keeps opening epochs", hint="stop one of them"
+    )

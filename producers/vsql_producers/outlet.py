@@ -1,0 +1,111 @@
+"""The way out of one epoch: a batch goes in, its packs and its manifest go to Kafka.
+
+Joins arrange, key, seal and publish; live stream and first copy both send through it. Not here: where batches
+come from and what happens after the acknowledgement (progress.py). Rules:
+
+* Batch numbers follow the chain's head and grow by one; they are given out when a batch is sealed.
+* A topic is created before the first pack for it.
+* Manifests cover the positions of the source without a hole: each begins where the one before ended.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from vsql_producers import seal
+from vsql_producers.batches import Batch
+from vsql_producers.keys import DataKeys
+from vsql_producers.publish import Publisher
+from vsql_producers.seal import PackLimits, Place, Relations, SealedBatch
+from vsql_shared.audit.chain import ChainWriter, Prepared
+from vsql_shared.audit.entries import REPLICATION_BATCH
+from vsql_shared.audit.merkle import batch_root
+from vsql_shared.changes import PartitionRoot
+from vsql_shared.config import LimitsSettings
+from vsql_shared.crypto.dek import ALGORITHM
+from vsql_shared.observe.metrics import Stage, StreamMetrics
+
+# Room for a pack's envelope beside its tuples, as in the settings' own check.
+_ENVELOPE_BYTES = 4 * 1024
+
+
+def pack_limits(limits: LimitsSettings) -> PackLimits:
+    """Bounds of packs from [limits]."""
+    largest = limits.message_max_bytes - _ENVELOPE_BYTES - seal.TUPLE_OVERHEAD
+    return PackLimits(limits.pack_max_tuples, limits.pack_max_bytes, largest)
+
+
+class Outlet:
+    """One epoch's batches on their way to Kafka."""
+
+    def __init__(
+        self,
+        place: Place,
+        writer: ChainWriter,
+        publisher: Publisher,
+        keys: DataKeys,
+        limits: LimitsSettings,
+        ensure_topic: Callable[[str], None],
+        metrics: StreamMetrics,
+        position: int,
+        target: str = "*",
+    ) -> None:
+        self._place, self._writer = place, writer
+        self.publisher, self.keys = publisher, keys
+        self._limits = pack_limits(limits)
+        self._ensure_topic = ensure_topic
+        self._metrics = metrics
+        self._position, self._target = position, target
+        self._relations = Relations()
+        self._topics: set[str] = set()
+        self._kek_of: dict[str, str] = {}
+        self._number = writer.tip.batch
+        self.rows = self.nbytes = self.batches = 0
+        publisher.begin(self._manifest)
+
+    @property
+    def number(self) -> int:
+        """Number of the batch sealed last."""
+        return self._number
+
+    def send(self, batch: Batch) -> None:
+        """Seal a batch and queue its packs."""
+        began = time.perf_counter()
+        parts = seal.arrange(batch, self._relations, self._limits.plaintext)
+        key = self.keys.key_for(*seal.needs(parts))
+        self._kek_of[key.dek_id] = self.keys.kek_id
+        sealed = seal.seal(batch, parts, self._number + 1, key, self._place, self._limits)
+        self._number += 1
+        for topic in sealed.topics:
+            if topic.topic not in self._topics:
+                self._ensure_topic(topic.topic)
+                self._topics.add(topic.topic)
+        rows, size = sealed.row_count, sealed.nbytes
+        self._metrics.passed(Stage.SEAL, rows=rows, size=size, seconds=time.perf_counter() - began)
+        self._metrics.transactions(sealed.transactions)
+        self.publisher.send(sealed)
+        self.rows, self.nbytes, self.batches = self.rows + rows, self.nbytes + size, self.batches + 1
+
+    def _manifest(self, batch: SealedBatch, roots: tuple[PartitionRoot, ...]) -> Prepared:
+        start, end = self._position, batch.end_lsn or self._position
+        prepared = self._writer.prepare(
+            event_type=REPLICATION_BATCH,
+            target_node_id=self._target,
+            batch=batch.number,
+            batch_lsn_start=start,
+            batch_lsn_end=end,
+            tables_affected=batch.tables,
+            row_count=batch.row_count,
+            contains_pci=bool(batch.pci_columns),
+            pci_columns=batch.pci_columns,
+            dek_id=batch.dek_id,
+            kek_id=self._kek_of[batch.dek_id],
+            algorithm=ALGORITHM,
+            merkle_root=batch_root([root.sub_root for root in roots]),
+            record_count=batch.record_count,
+            continues=batch.continues,
+            partitions=roots,
+        )
+        self._position = end
+        return prepared

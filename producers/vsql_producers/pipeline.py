@@ -1,0 +1,238 @@
+"""The live stream of one epoch, from the WAL to Kafka: the one place that assembles its stages.
+
+    WalStream → Transactions → Batches → Outlet (arrange, key, seal, publish) → Progress → WalStream.confirm
+
+Not here: retries, locks and operators (worker.py). Start order (docs/design/0002): the slot first, which fences
+off an older process; then the chain; then the epoch. Rules:
+
+* Bounded memory: nothing is read from the WAL while a cut batch waits for room among those under way.
+* One thread: Kafka's answers, the WAL and the database are served in turn; none is waited for longer than
+  a few milliseconds while another may have something.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vsql_producers import replication
+from vsql_producers.batches import Batch, Batches, BatchLimits
+from vsql_producers.context import Context
+from vsql_producers.epoch import open_epoch, read_chain
+from vsql_producers.outlet import Outlet
+from vsql_producers.progress import Progress
+from vsql_producers.publish import Acknowledged
+from vsql_producers.relations import Describer, load_scope, may_be_binary
+from vsql_producers.stream import slot_made
+from vsql_producers.transactions import Transactions
+from vsql_shared import failpoints, lsn
+from vsql_shared.errors import TransientError
+from vsql_shared.observe.metrics import Stage
+
+if TYPE_CHECKING:
+    from vsql_shared.config import LimitsSettings
+    from vsql_shared.pg.connect import Connection
+
+# One drain, and so one run of a transaction, takes about this much.
+_DRAIN_BYTES = 1 << 20
+# Seconds: how long Kafka or the WAL is waited for at a time while something is under way.
+_SHORT = 0.001
+# … and while nothing is: bounds how late a stop or a command is noticed.
+_LONG = 0.1
+# Manifests are committed to the audit table in groups, at most this far apart.
+_RECORD_SECONDS = 0.02
+
+
+def batch_limits(limits: LimitsSettings, dek_max_tuples: int) -> BatchLimits:
+    """Bounds of batches: a batch must fit under one data key, descriptors included."""
+    rows = min(limits.batch_max_rows, max(1, dek_max_tuples // 2))
+    return BatchLimits(rows, limits.batch_max_bytes, limits.batch_linger_ms / 1000)
+
+
+class LivePipeline:
+    """One epoch of a live stream. `open`, then `turn` until told to stop, then `finish`; `close` always."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._wal: replication.WalStream | None = None
+        self._outlet: Outlet | None = None
+        self._ready: deque[Batch] = deque()
+        self._acknowledged: list[Acknowledged] = []
+        self._record_at = 0.0
+        self._keepalive_lsn = 0
+        self.epoch = self.sequence = 0
+
+    def open(self) -> None:
+        """Everything up to the first row: slot, fence, chain, epoch."""
+        c = self._context
+        settings = c.settings
+        binary = may_be_binary(c.conn, c.stream.publication)
+        scope = load_scope(c.conn, c.stream.publication)
+        connection = replication.open_replication(
+            settings.connection.conninfo("producer"), f"vsql-sync producer {c.stream.chain}"
+        )
+        c.closing.callback(connection.close)
+        identity = replication.identify(connection)
+        slot = self._slot(connection)
+        points = replication.switch_points(connection, identity.timeline)
+        self._wal = wal = replication.WalStream(
+            connection, c.stream.slot_name, c.stream.publication, binary=binary
+        )
+        wal.confirmed = slot.confirmed_lsn
+        failpoints.hit("producer.slot-held")
+        c.tick = wal.report
+        publisher = c.make_publisher()
+        reader, tail = read_chain(c.conn, c.writing, c.make_consumer(), c.on_tick)
+        c.check_source(reader.head, identity, points)
+        opened = open_epoch(c.conn, c.writing, reader, tail, publisher, identity, slot.confirmed_lsn)
+        failpoints.hit("producer.epoch-opened")
+        head = opened.writer.head
+        self.epoch, self.sequence = head.epoch, head.sequence
+        place = c.place(head.epoch)
+        position = head.lsn_end or slot.confirmed_lsn
+        keys = c.make_keys(place, publisher)
+        self._outlet = Outlet(
+            place, opened.writer, publisher, keys, settings.limits, c.ensure_data_topic, c.metrics, position
+        )
+        self._progress = Progress(c.conn, opened.writer, slot.confirmed_lsn)
+        describe = Describer(c.conn, scope, binary=binary)
+        self._transactions = Transactions(describe, head.lsn_end)
+        self._batches = Batches(batch_limits(settings.limits, settings.encryption.dek.max_tuples))
+
+    def _slot(self, connection: Connection) -> replication.Slot:
+        """Step 2 of the start order. A crash between making the slot and noting it leaves one to adopt."""
+        c = self._context
+        name = c.stream.slot_name
+        slot = replication.find_slot(c.conn, name)
+        if slot is None and not c.stream.slot_created:
+            replication.create_slot(connection, name)
+            slot = replication.find_slot(c.conn, name)
+        slot = replication.require_usable(slot, name)
+        if not c.stream.slot_created:
+            slot_made(c.conn, c.stream.chain)
+        return slot
+
+    @property
+    def outlet(self) -> Outlet:
+        """The way out; there is one once the pipeline is open."""
+        if self._outlet is None:
+            raise TransientError("the stream is not open yet")
+        return self._outlet
+
+    def turn(self, *, reading: bool = True) -> None:
+        """Serve everything once; waits briefly where nothing is to be done."""
+        wal, outlet = self._opened()
+        now = time.monotonic()
+        dry = True
+        if reading and not self._ready:
+            dry = not self._receive(wal)
+        self._send_what_fits(outlet, now)
+        busy = outlet.publisher.inflight or not self._batches.is_empty
+        if dry and not busy and reading:
+            wal.wait(_LONG if not self._acknowledged else _SHORT)
+        pause = _SHORT if busy and dry else 0.0
+        self._acknowledged += outlet.publisher.poll(pause if reading else _LONG)
+        self._settle(wal, outlet, now)
+
+    def _opened(self) -> tuple[replication.WalStream, Outlet]:
+        if self._wal is None:
+            raise TransientError("the stream is not open yet")
+        return self._wal, self.outlet
+
+    def _receive(self, wal: replication.WalStream) -> bool:
+        """Take what has arrived through decode and batch; True when there may be more."""
+        began = time.perf_counter()
+        drained = wal.drain(_DRAIN_BYTES)
+        if drained.frames:
+            rows = size = 0
+            now = time.monotonic()
+            for run in self._transactions.feed(drained.frames):
+                rows, size = rows + len(run.frames), size + sum(map(len, run.frames))
+                self._ready += self._batches.add(run, now)
+            if rows:
+                seconds = time.perf_counter() - began
+                self._context.metrics.passed(Stage.DECODE, rows=rows, size=size, seconds=seconds)
+        self._keepalive_lsn = max(self._keepalive_lsn, drained.keepalive_lsn)
+        return drained.more
+
+    def _send_what_fits(self, outlet: Outlet, now: float) -> None:
+        most = self._context.settings.limits.inflight_batches
+        while outlet.publisher.inflight < most:
+            if not self._ready:
+                self._ready += self._batches.due(now)
+            if not self._ready:
+                return
+            outlet.send(self._ready.popleft())
+
+    def _settle(self, wal: replication.WalStream, outlet: Outlet, now: float) -> None:
+        """Make durable what Kafka has, and tell PostgreSQL."""
+        idle = not outlet.publisher.inflight
+        if self._acknowledged and (idle or now >= self._record_at):
+            self._record(self._acknowledged)
+            self._acknowledged = []
+            self._record_at = now + _RECORD_SECONDS
+        if idle and not self._ready and self._batches.is_empty and not self._transactions.is_open:
+            self._progress.nothing_outstanding(max(self._keepalive_lsn, self._transactions.received_lsn))
+        wal.confirm(self._progress.confirmed)
+        wal.report(now)
+
+    def _record(self, acknowledged: list[Acknowledged]) -> None:
+        self._progress.record(acknowledged)
+        metrics = self._context.metrics
+        now = time.monotonic()
+        for one in acknowledged:
+            batch = one.batch
+            metrics.passed(Stage.PUBLISH, rows=batch.row_count, size=batch.nbytes, seconds=now - one.sent_at)
+            metrics.audited(1, len(one.prepared.encoded))
+            self.sequence = one.prepared.entry.sequence
+        metrics.progressed()
+
+    def finish(self, seconds: float, tick: Callable[[], None]) -> None:
+        """A graceful stop: what is whole goes out, is recorded and confirmed; the rest comes again."""
+        wal, outlet = self._opened()
+        self._ready += self._batches.rest()
+        deadline = time.monotonic() + seconds
+        while self._ready or outlet.publisher.inflight:
+            if time.monotonic() > deadline:
+                raise TransientError("Kafka did not acknowledge the last batches before the stop")
+            self._send_what_fits(outlet, time.monotonic())
+            self._acknowledged += outlet.publisher.poll(_SHORT * 10)
+            tick()
+        if self._acknowledged:
+            self._record(self._acknowledged)
+            self._acknowledged = []
+        wal.confirm(self._progress.confirmed)
+        wal.report()
+        failpoints.hit("producer.confirmed")
+        outlet.keys.close()
+
+    def status(self, wal_lsn: int) -> dict[str, Any]:
+        """Detail of the status row (docs/operations/status.md)."""
+        if self._outlet is None or self._wal is None:
+            return {}
+        key = self._outlet.keys.current
+        oldest = self._batches.oldest_commit_time
+        self._outlet.keys.save_usage()
+        lag_bytes = max(0, wal_lsn - self._progress.confirmed)
+        lag_seconds = max(0.0, time.time() - oldest / 1e6) if oldest else 0.0
+        self._context.metrics.lag(size=lag_bytes, seconds=lag_seconds)
+        return {
+            "epoch": self.epoch,
+            "sequence": self.sequence,
+            "batch": self._outlet.number,
+            "received_lsn": lsn.text(max(self._keepalive_lsn, self._transactions.received_lsn)),
+            "published_lsn": lsn.text(self._progress.published),
+            "confirmed_lsn": lsn.text(self._wal.confirmed),
+            "lag_bytes": lag_bytes,
+            "lag_seconds": round(lag_seconds, 3),
+            "unpublished_batches": self._outlet.publisher.inflight + len(self._ready),
+            "dek_id": key.dek_id if key else "",
+            "dek_tuples": key.tuples_used if key else 0,
+        }
+
+    @property
+    def totals(self) -> tuple[int, int, int]:
+        """Rows, bytes and batches of this epoch so far."""
+        return (self._outlet.rows, self._outlet.nbytes, self._outlet.batches) if self._outlet else (0, 0, 0)

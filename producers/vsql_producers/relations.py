@@ -1,0 +1,201 @@
+"""Tables as the target is told of them: type names, PCI marks, scope; and whether a session may be binary.
+
+Not here: decoding of relation messages (pgoutput.py) and when a descriptor is sent (seal.py). Rules:
+
+* A column the publication's own scope excludes never passes: a changed PostgreSQL publication stops the stream
+  before anything is sealed.
+* A type whose binary form holds ids of this server (reg*, arrays and rows of user-defined types) makes the
+  whole session text; pgoutput knows no finer choice.
+* A descriptor keeps its salt while the table stays the same, so that repeated relation messages change nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from vsql_producers.pgoutput import RelationMessage, TypeMessage
+from vsql_producers.transactions import Descriptor
+from vsql_shared.changes import Column, Relation, TableName, quote_ident
+from vsql_shared.errors import DatabaseError, TransientError
+from vsql_shared.pg.connect import Connection, errors
+from vsql_shared.wire.pack import encode_relation, relation_hash
+
+# oids from which on objects are not built in, so that each server has its own (access/transam.h).
+FIRST_NORMAL_OID = 16384
+_REG_TYPES = (24, 2202, 2203, 2204, 2205, 2206, 3734, 3769, 4089, 4096, 4191)
+
+# Root types → those among them whose binary form cannot be read on another server.
+_BOUND = f"""
+WITH RECURSIVE t(root, oid, by_id) AS (
+    SELECT r, r, false FROM unnest(%s::oid[]) r
+    UNION
+    SELECT t.root, n.oid, n.by_id FROM t JOIN pg_catalog.pg_type p ON p.oid = t.oid CROSS JOIN LATERAL (
+        SELECT p.typbasetype AS oid, false AS by_id WHERE p.typtype = 'd'
+        UNION ALL SELECT p.typelem, true WHERE p.typcategory = 'A' AND p.typelem <> 0
+        UNION ALL SELECT r.rngsubtype, false FROM pg_catalog.pg_range r WHERE p.oid IN (r.rngtypid, r.rngmultitypid)
+        UNION ALL SELECT a.atttypid, true FROM pg_catalog.pg_attribute a
+                  WHERE p.typtype = 'c' AND a.attrelid = p.typrelid AND a.attnum > 0 AND NOT a.attisdropped) n)
+SELECT DISTINCT root FROM t WHERE oid = ANY(ARRAY{list(_REG_TYPES)}::oid[]) OR (by_id AND oid >= {FIRST_NORMAL_OID})
+"""
+
+_PUBLISHED_TYPES = """
+SELECT DISTINCT a.atttypid FROM pg_catalog.pg_publication_tables p
+JOIN pg_catalog.pg_namespace n ON n.nspname = p.schemaname
+JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
+JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attname = ANY(p.attnames)
+WHERE p.pubname = %s AND p.schemaname <> 'vsql_sync'
+"""
+
+
+class BinaryRefused(TransientError):
+    """A table with a column whose type is bound to its server turned up in a binary session."""
+
+
+class Scope(NamedTuple):
+    """What the publication may carry, as the operator decided it on this node."""
+
+    columns: Mapping[TableName, frozenset[str] | None]
+    """Published tables and their columns; None is all of a table's."""
+    pci: Mapping[TableName, frozenset[str]]
+    """Columns marked as PCI data."""
+    forbidden: Mapping[TableName, frozenset[str]]
+    """Those that were marked after a publication without PCI data was made, and must not pass."""
+
+
+def bound_types(conn: Connection, oids: Sequence[int]) -> frozenset[int]:
+    """Those of the types whose binary form means something else, or nothing, on another server."""
+    with errors("looking at column types"):
+        rows = conn.execute(_BOUND, (list(oids),)).fetchall()
+    return frozenset(int(row[0]) for row in rows)
+
+
+def may_be_binary(conn: Connection, publication: str) -> bool:
+    """Whether every published column can travel in binary."""
+    with errors("looking at published columns"):
+        oids = [int(row[0]) for row in conn.execute(_PUBLISHED_TYPES, (publication,)).fetchall()]
+    return not bound_types(conn, oids)
+
+
+def load_scope(conn: Connection, publication: str) -> Scope:
+    """Read the scope from vsql_sync.publications, publication_tables and pci_columns."""
+    with errors("reading the publication's scope"):
+        there = conn.execute(
+            "SELECT true FROM vsql_sync.publications WHERE name = %s", (publication,)
+        ).fetchone()
+        tables = conn.execute(
+            "SELECT table_schema, table_name, columns FROM vsql_sync.publication_tables WHERE publication = %s",
+            (publication,),
+        ).fetchall()
+        marked = conn.execute(
+            "SELECT table_schema, table_name, column_name, p.exclude_pci AND c.marked_at > p.created_at"
+            " FROM vsql_sync.pci_columns c, vsql_sync.publications p WHERE p.name = %s",
+            (publication,),
+        ).fetchall()
+    if there is None:
+        raise DatabaseError(
+            f"publication {publication} is not known to vsql-sync",
+            hint="make it with `syncctl publication create`",
+        )
+    return Scope(
+        {TableName(s, t): None if columns is None else frozenset(columns) for s, t, columns in tables},
+        _by_table((s, t, c) for s, t, c, _ in marked),
+        _by_table((s, t, c) for s, t, c, later in marked if later),
+    )
+
+
+def _by_table(rows: Iterable[tuple[str, str, str]]) -> dict[TableName, frozenset[str]]:
+    found: dict[TableName, set[str]] = {}
+    for schema, table, column in rows:
+        found.setdefault(TableName(schema, table), set()).add(column)
+    return {name: frozenset(columns) for name, columns in found.items()}
+
+
+def pci_in(scope: Scope, table: TableName, columns: Sequence[str]) -> tuple[str, ...]:
+    """The columns that hold PCI data, as manifests name them. Raises DatabaseError for one out of scope."""
+    if table not in scope.columns:
+        raise DatabaseError(
+            f"PostgreSQL's publication sends table {table}, which was not published through vsql-sync",
+            hint="take it out with ALTER PUBLICATION … DROP TABLE",
+        )
+    listed = scope.columns[table]
+    extra = set() if listed is None else set(columns) - listed
+    extra |= scope.forbidden.get(table, frozenset()).intersection(columns)
+    if extra:
+        raise DatabaseError(
+            f"table {table}: PostgreSQL's publication sends column {quote_ident(min(extra))},"
+            " which the publication leaves out",
+            hint="mend it with ALTER PUBLICATION … SET TABLE, naming the columns",
+        )
+    found = sorted(scope.pci.get(table, frozenset()).intersection(columns))
+    return tuple(f"{table}.{quote_ident(column)}" for column in found)
+
+
+class Describer:
+    """Makes descriptors of relation messages; asks the catalog, and remembers."""
+
+    def __init__(
+        self,
+        conn: Connection,
+        scope: Scope,
+        *,
+        binary: bool,
+        random: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        self._conn = conn
+        self._scope = scope
+        self._binary = binary
+        self._random = random
+        self._known: dict[int, tuple[RelationMessage, tuple[Column, ...], Descriptor]] = {}
+
+    def __call__(self, message: RelationMessage, types: Mapping[int, TypeMessage]) -> Descriptor:
+        """The descriptor of a table; the same one while the table stays the same."""
+        if self._binary and bound_types(self._conn, [c.type_oid for c in message.columns]):
+            raise BinaryRefused(
+                f"table {message.schema}.{message.table} has a column that cannot travel in binary"
+            )
+        names = self._type_names(message, types)
+        columns = tuple(
+            Column(c.name, c.key, c.type_oid, c.typmod, name)
+            for c, name in zip(message.columns, names, strict=True)
+        )
+        known = self._known.get(message.relation_id)
+        if known is not None and known[:2] == (message, columns):
+            return known[2]
+        descriptor = describe(
+            TableName(message.schema, message.table),
+            message.replica_identity,
+            columns,
+            self._scope,
+            self._random(16),
+        )
+        self._known[message.relation_id] = (message, columns, descriptor)
+        return descriptor
+
+    def _type_names(self, message: RelationMessage, types: Mapping[int, TypeMessage]) -> list[str]:
+        """SQL names, schema-qualified where not built in: the session's search_path holds pg_catalog only."""
+        oids = [c.type_oid for c in message.columns]
+        typmods = [c.typmod for c in message.columns]
+        with errors("naming column types"):
+            rows = self._conn.execute(
+                "SELECT format_type(o, m), EXISTS (SELECT FROM pg_catalog.pg_type p WHERE p.oid = o)"
+                " FROM unnest(%s::oid[], %s::int4[]) WITH ORDINALITY u (o, m, place) ORDER BY place",
+                (oids, typmods),
+            ).fetchall()
+        names = []
+        for (name, there), oid in zip(rows, oids, strict=True):
+            sent = types.get(oid)
+            # A type dropped since: the WAL still names it.
+            dropped = f"{quote_ident(sent.schema)}.{quote_ident(sent.name)}" if sent else "unknown"
+            names.append(str(name) if there else dropped)
+        return names
+
+
+def describe(
+    name: TableName, replica_identity: str, columns: tuple[Column, ...], scope: Scope, salt: bytes
+) -> Descriptor:
+    """The descriptor of a table, checked against the scope."""
+    pci = pci_in(scope, name, [column.name for column in columns])
+    encoded = encode_relation(Relation(name, replica_identity, columns, salt))
+    return Descriptor(name, encoded, relation_hash(encoded), pci)

@@ -1,0 +1,290 @@
+"""The worker of one outgoing stream: opens epochs, turns the pipeline, answers the operator, retries.
+
+Not here: the stages (pipeline.py). What becomes of an error (docs/design/0002):
+
+* TransientError: back off, open a new epoch. State `waiting`.
+* EnvironmentFault: the same with the longest back-off: an operator may mend it at any time.
+* DivergedError: state `diverged`; nothing is sent until an operator's `retry`.
+* Anything else ends the process; the supervisor starts another one.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import psycopg
+from confluent_kafka import KafkaException
+
+from vsql_producers import stream as streams
+from vsql_producers.context import Context
+from vsql_producers.control import Command, Control
+from vsql_producers.epoch import Writing
+from vsql_producers.pipeline import LivePipeline
+from vsql_shared import failpoints, lsn, names
+from vsql_shared.audit.store import ensure_partitions
+from vsql_shared.config import Settings
+from vsql_shared.crypto.signing import PinnedKey, Signer, TrustStore, load_signer
+from vsql_shared.errors import (
+    DivergedError,
+    EnvironmentFault,
+    NotBuiltError,
+    RefusedError,
+    TransientError,
+    VsqlSyncError,
+)
+from vsql_shared.kafka.clients import from_exception
+from vsql_shared.kms import open_provider
+from vsql_shared.observe.metrics import StreamMetrics, StreamState
+from vsql_shared.observe.process import resident_bytes
+from vsql_shared.pg.connect import Connection, connect, errors, translate
+
+_log = logging.getLogger(__name__)
+
+# Seconds between looks at a stream that only an operator can set going again.
+_DIVERGED_POLL = 1.0
+_STATES = {
+    "running": StreamState.STREAMING,
+    "paused": StreamState.PAUSED,
+    "waiting": StreamState.WAITING,
+    "copying": StreamState.COPYING,
+    "diverged": StreamState.DIVERGED,
+    "stopped": StreamState.STOPPED,
+}
+
+
+class Stopped(Exception):  # noqa: N818 - no error: somebody asked for it
+    """The worker was told to stop."""
+
+
+def run_worker(settings: Settings, chain: str) -> int:
+    """Run the worker until SIGTERM; returns the process's exit code."""
+    if settings.kafka.partitions > 1:
+        raise NotBuiltError(
+            f"kafka.partitions = {settings.kafka.partitions} is not built in this version",
+            hint="use 1: one partition keeps the order of transactions",
+        )
+    failpoints.arm(dev_mode=not settings.is_prod)
+    worker = Worker(settings, chain)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.stop.set())
+    return worker.run()
+
+
+class Worker:
+    """One stream, through all of its epochs."""
+
+    def __init__(self, settings: Settings, chain: str) -> None:
+        self._settings, self._chain = settings, chain
+        self.stop = threading.Event()
+        self._metrics = StreamMetrics(chain, settings.cluster.node_name)
+        self._signer = _signer(settings)
+        self._failures = 0
+        self._last_error = ""
+        self._last_error_at = 0.0
+        self._totals = (0, 0, 0)
+        self._rates: tuple[float, int, int] = (time.monotonic(), 0, 0)
+
+    def run(self) -> int:
+        """Epoch after epoch, until told to stop."""
+        while not self.stop.is_set():
+            try:
+                self._attempt()
+                self._failures = 0
+            except Stopped:
+                break
+            except (TransientError, EnvironmentFault) as error:
+                self._failed(error)
+                self._back_off(longest=isinstance(error, EnvironmentFault))
+            except DivergedError as error:
+                self._failed(error)
+                self._wait_for_operator(error)
+        self._say_alone("stopped")
+        return 0
+
+    def _attempt(self) -> None:
+        """One epoch; returns at a graceful stop."""
+        with ExitStack() as closing:
+            try:
+                self._epoch(closing)
+            except psycopg.Error as error:
+                raise translate(error, "running the stream") from error
+            except KafkaException as error:
+                raise from_exception(error, "run the stream") from error
+
+    def _epoch(self, closing: ExitStack) -> None:
+        settings = self._settings
+        conn = self._connect()
+        closing.callback(conn.close)
+        streams.lock(conn, self._chain)
+        stream = streams.load(conn, self._chain)
+        if stream.state == "DIVERGED":
+            raise DivergedError(f"stream {self._chain} is marked as diverged")
+        ensure_partitions(conn)
+        control = Control(
+            conn,
+            self._chain,
+            settings.limits.command_poll_ms / 1000,
+            settings.limits.status_interval_ms / 1000,
+        )
+        provider = open_provider(settings.encryption.kms, strict=settings.is_prod)
+        closing.callback(provider.close)
+        context = Context(
+            settings, stream, conn, provider, self._writing(conn, stream), self._metrics, closing
+        )
+        context.ensure_control_topics()
+        pipeline = LivePipeline(context)
+        pipeline.open()
+        streams.set_state(conn, self._chain, "SYNCHRONIZED")
+        self._failures = 0
+        self._last_error = ""
+        try:
+            self._turn_until_stopped(pipeline, control, conn)
+        finally:
+            self._totals = tuple(a + b for a, b in zip(self._totals, pipeline.totals, strict=True))  # type: ignore[assignment]  # three of three
+
+    def _turn_until_stopped(self, pipeline: LivePipeline, control: Control, conn: Connection) -> None:
+        while not self.stop.is_set():
+            now = time.monotonic()
+            for command in control.poll(now):
+                self._obey(command, control, pipeline)
+            paused = control.desired == "paused"
+            state = "paused" if paused else "running"
+            if control.status_due(state, now):
+                self._say(control, state, pipeline.status(_wal_position(conn)), pipeline)
+            pipeline.turn(reading=not paused)
+        pipeline.finish(self._settings.server.stop_timeout.total_seconds() * 0.8, lambda: None)
+        self._say(control, "stopped", pipeline.status(_wal_position(conn)), pipeline)
+        raise Stopped
+
+    def _obey(self, command: Command, control: Control, pipeline: LivePipeline) -> None:
+        if command.verb == "rotate-dek":
+            pipeline.outlet.keys.rotate("command")
+            control.answer(command, ok=True, message="the next batch is sealed under a new data key")
+        elif command.verb in ("pause", "resume"):
+            control.answer(command, ok=True, message=f"the stream is {control.desired}")
+        elif command.verb == "retry":
+            control.answer(command, ok=True, message="the stream is running; nothing to retry")
+        else:
+            control.answer(command, ok=False, message=f"a producer does not know the command {command.verb}")
+
+    def _writing(self, conn: Connection, stream: streams.Stream) -> Writing:
+        settings = self._settings
+        node = settings.cluster.node_name
+        if stream.origin != node:
+            raise RefusedError(f"stream {stream.chain} is of node {stream.origin}, this node is {node}")
+        return Writing(
+            settings.cluster.name,
+            stream.chain,
+            node,
+            self._signer,
+            _trust(conn, node, self._signer),
+            names.audit_topic(settings.cluster.name),
+            stream.audit_partition,
+        )
+
+    def _connect(self) -> Connection:
+        conn = connect(
+            self._settings.connection.conninfo("producer"),
+            application_name=f"vsql-sync producer {self._chain}",
+        )
+        with errors("setting up the session"):
+            # The audit trail must be on this disk before the slot moves, and must not wait for standbys.
+            conn.execute("SET synchronous_commit = local")
+        return conn
+
+    def _say(self, control: Control, state: str, detail: dict[str, Any], pipeline: LivePipeline) -> None:
+        rows, size, batches = (a + b for a, b in zip(self._totals, pipeline.totals, strict=True))
+        now = time.monotonic()
+        before, rows_before, size_before = self._rates
+        seconds = max(now - before, 0.001)
+        self._rates = (now, rows, size)
+        detail |= {
+            "rows": rows,
+            "bytes": size,
+            "batches": batches,
+            "rows_per_s": round((rows - rows_before) / seconds, 1),
+            "bytes_per_s": round((size - size_before) / seconds, 1),
+            **self._error_detail(),
+        }
+        control.say(state, detail, now)
+        self._metrics.state(_STATES[state])
+        self._metrics.memory(resident=resident_bytes())
+
+    def _error_detail(self) -> dict[str, Any]:
+        return {"last_error": self._last_error, "last_error_at": self._last_error_at or None}
+
+    def _failed(self, error: VsqlSyncError) -> None:
+        self._metrics.failed(error)
+        self._last_error, self._last_error_at = str(error), time.time()
+        _log.error("%s", error, extra={"error": type(error).__name__})
+
+    def _back_off(self, *, longest: bool) -> None:
+        limits = self._settings.limits
+        most = limits.retry_backoff_max_ms / 1000
+        pause = most if longest else min(limits.retry_backoff_ms / 1000 * 2**self._failures, most)
+        self._failures = min(self._failures + 1, 16)
+        self._say_alone("waiting")
+        self.stop.wait(pause)
+
+    def _say_alone(self, state: str, stream_state: str | None = None) -> None:
+        """Say the state where no epoch is open; where the database is away there is nobody to tell."""
+        self._metrics.state(_STATES[state])
+        try:
+            with self._connect() as conn:
+                if stream_state is not None:
+                    streams.set_state(conn, self._chain, stream_state, self._last_error)
+                rows, size, batches = self._totals
+                detail = {"rows": rows, "bytes": size, "batches": batches, **self._error_detail()}
+                Control(conn, self._chain, 1.0, 1.0).say(state, detail)
+        except (VsqlSyncError, psycopg.Error):
+            _log.debug("the status could not be written")
+
+    def _wait_for_operator(self, error: DivergedError) -> None:
+        """Stay, visibly, until `retry`; the durable state keeps a restart from going on by itself."""
+        self._say_alone("diverged", "DIVERGED")
+        while not self.stop.wait(_DIVERGED_POLL):
+            try:
+                with self._connect() as conn:
+                    control = Control(conn, self._chain, 0.0, 1.0)
+                    for command in control.poll():
+                        if command.verb == "retry":
+                            streams.set_state(conn, self._chain, "PREPARING", command.reason)
+                            control.answer(command, ok=True, message="the stream is tried again")
+                            return
+                        control.answer(command, ok=False, message=f"the stream is diverged: {error}")
+                    control.say("diverged", self._error_detail())
+            except (VsqlSyncError, psycopg.Error):
+                _log.debug("the database is away while the stream is diverged")
+
+
+def _wal_position(conn: Connection) -> int:
+    with errors("asking for the WAL position"):
+        row = conn.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
+    return lsn.parse(row[0]) if row else 0
+
+
+def _signer(settings: Settings) -> Signer | None:
+    path = settings.audit.signing_key_path
+    if path is None:
+        return None
+    return load_signer(path, settings.cluster.node_name, strict=settings.is_prod)
+
+
+def _trust(conn: Connection, node: str, signer: Signer | None) -> TrustStore:
+    """Whose signatures count on our own chain: our key, and those we had before."""
+    with errors("reading the pinned keys"):
+        rows = conn.execute(
+            "SELECT node_name, public_key, fingerprint, revoked_at IS NOT NULL FROM vsql_sync.signers"
+            " WHERE node_name = %s",
+            (node,),
+        ).fetchall()
+    # What this node signed with a key it has revoked since is still its own chain: it must be readable.
+    keys = [PinnedKey(name, bytes(public), print_, revoked=False) for name, public, print_, _ in rows]
+    if signer is not None:
+        keys.append(PinnedKey(node, signer.public_key, signer.fingerprint, revoked=False))
+    return TrustStore(keys, allow_unsigned=signer is None)

@@ -1,0 +1,333 @@
+"""A source node for the producer's tests, made through the product's own functions, and a reader of its topics.
+
+`SourceNode` has a database with schema vsql_sync, keys, a configuration file and a live stream, and starts
+workers as processes. `read_stream` takes the topics apart as a consumer must: chain and signatures verified,
+packs matched to manifests by (epoch, batch) and offset, roots computed, keys unwrapped, tuples opened.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+
+from tests.stack import Stack, spawn
+from tests.streams import Record, read_topics
+from vsql_shared import names
+from vsql_shared.audit import merkle
+from vsql_shared.audit.chain import Accepted, ChainReader, Void
+from vsql_shared.audit.dsse import KEY_ANNOUNCEMENT, open_document
+from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry
+from vsql_shared.changes import CHANGE_OPS, Op, PartitionRoot, Relation, TableName, Transaction
+from vsql_shared.config import Settings, load_settings
+from vsql_shared.crypto.announce import decode_announcement, unwrap
+from vsql_shared.crypto.dek import OpeningKey
+from vsql_shared.crypto.seal import open_tuples
+from vsql_shared.crypto.signing import (
+    PinnedKey,
+    TrustStore,
+    fingerprint,
+    generate_signing_key,
+    load_public_key,
+)
+from vsql_shared.kms import open_provider
+from vsql_shared.kms.file import generate_kek_file
+from vsql_shared.pg import migrate, nodes, publications
+from vsql_shared.pg.connect import connect
+from vsql_shared.pg.publications import PublicationRequest
+from vsql_shared.pg.table_spec import TableSpec
+from vsql_shared.wire.pack import decode_header, decode_relation, decode_tuples, header_digest, relation_hash
+
+NODE, PUBLICATION = "node-a", "pub"
+CHAIN = names.live_chain(PUBLICATION, NODE)
+
+
+@dataclass
+class Change:
+    """One change as it was read back."""
+
+    table: TableName
+    relation: Relation
+    op: int
+    transaction: Transaction
+    lsn: int
+    plaintext: bytes
+
+
+@dataclass
+class ReadBack:
+    """What a chain's topics hold, verified."""
+
+    entries: list[AuditEntry] = field(default_factory=list)
+    void: int = 0
+    changes: list[Change] = field(default_factory=list)
+    dek_ids: list[str] = field(default_factory=list)
+
+    @property
+    def manifests(self) -> list[AuditEntry]:
+        """Manifests whose changes count: fragments that an epoch abandoned are left out."""
+        kept: list[AuditEntry] = []
+        for entry in self.entries:
+            if entry.event_type == EPOCH_OPENED and entry.ref_sequence:
+                kept = [one for one in kept if one.sequence < entry.ref_sequence]
+            elif entry.event_type == REPLICATION_BATCH:
+                kept.append(entry)
+        return kept
+
+    def rows(self, table: str) -> list[tuple[str, tuple[bytes | None, ...]]]:
+        """(operation, new column values) of a table's row changes, as bytes."""
+        return [
+            (chr(change.op), parse_tuple(change.plaintext))
+            for change in self.changes
+            if change.table.table == table and change.op != Op.TRUNCATE
+        ]
+
+
+def parse_tuple(plaintext: bytes) -> tuple[bytes | None, ...]:
+    """Values of the last tuple in a pgoutput row message (the new one; the key of a DELETE)."""
+    at, values = 0, []
+    while at < len(plaintext):
+        assert plaintext[at : at + 1] in (b"N", b"K", b"O")
+        count, at = int.from_bytes(plaintext[at + 1 : at + 3], "big"), at + 3
+        values = []
+        for _ in range(count):
+            kind = plaintext[at : at + 1]
+            at += 1
+            if kind in (b"n", b"u"):
+                values.append(None)
+                continue
+            size = int.from_bytes(plaintext[at : at + 4], "big")
+            values.append(plaintext[at + 4 : at + 4 + size])
+            at += 4 + size
+    return tuple(values)
+
+
+class SourceNode:
+    """A node with an outgoing live stream."""
+
+    def __init__(
+        self,
+        stack: Stack,
+        folder: Path,
+        schema_sql: str,
+        tables: Sequence[str],
+        *,
+        version: int = 18,
+        config: str = "",
+        kafka: str | None = None,
+        conninfo: str | None = None,
+        pci_columns: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        self.folder, self.cluster = folder, stack.new_cluster_name("p")
+        self.conninfo = conninfo or stack.new_database(version, "source")
+        self.kafka = kafka or stack.kafka().bootstrap_servers
+        self.chain = CHAIN
+        self.slot = names.slot_name(self.cluster, PUBLICATION, NODE)
+        self._kek = folder / "kek.key"
+        generate_kek_file(self._kek, "test-kek")
+        private, public = generate_signing_key(folder)
+        self.public_key = load_public_key(public)
+        self.config = folder / "node-a.toml"
+        self._write_config(private, config)
+        self.execute(schema_sql)
+        with connect(self.conninfo, application_name="test") as conn:
+            migrate.install(conn)
+            nodes.register_local(conn, 1, NODE, self.cluster, self.public_key)
+            request = PublicationRequest(
+                PUBLICATION,
+                tuple(TableSpec(TableName("public", table), None, False) for table in tables),
+                tuple((TableName("public", table), column) for table, column in pci_columns),
+            )
+            publications.create(conn, request)
+            conn.execute(
+                "INSERT INTO vsql_sync.streams (chain, direction, publication, origin, slot_name, desired)"
+                " VALUES (%s, 'out', %s, %s, %s, 'running')",
+                (self.chain, PUBLICATION, NODE, self.slot),
+            )
+
+    def _write_config(self, signing_key: Path, extra: str) -> None:
+        parts = conninfo_to_dict(self.conninfo)
+        password = f'password = "{parts["password"]}"' if parts.get("password") else ""
+        self.config.write_text(
+            f"""
+[cluster]
+name = "{self.cluster}"
+node_id = 1
+node_name = "{NODE}"
+[connection]
+host = "{parts["host"]}"
+port = {parts["port"]}
+database = "{parts["dbname"]}"
+user = "{parts["user"]}"
+{password}
+[server]
+mode = "dev"
+[kafka]
+bootstrap_servers = "{self.kafka}"
+[encryption.kms]
+kek_id = "test-kek"
+[encryption.kms.file]
+path = "{self._kek}"
+[audit]
+signing_key_path = "{signing_key}"
+[metrics]
+enabled = false
+{extra}
+"""
+        )
+
+    @property
+    def settings(self) -> Settings:
+        """The node's configuration."""
+        return load_settings(self.config)
+
+    def execute(self, statement: str, conninfo: str | None = None) -> None:
+        """Run statements in one transaction."""
+        with psycopg.connect(conninfo or self.conninfo) as connection:
+            connection.execute(statement)  # type: ignore[arg-type]  # literal statements of tests
+
+    def query(self, statement: str, *params: object) -> list[tuple[Any, ...]]:
+        """Rows of a statement."""
+        with psycopg.connect(self.conninfo, autocommit=True) as connection:
+            return connection.execute(statement, params or None).fetchall()  # type: ignore[arg-type]  # as above
+
+    def start(
+        self, chain: str | None = None, failpoints: str = "", log: str = "worker"
+    ) -> subprocess.Popen[bytes]:
+        """Start a worker; `failpoints` as VSQL_SYNC_FAILPOINTS."""
+        env = {"VSQL_SYNC_ALLOW_FAILPOINTS": "1", "VSQL_SYNC_FAILPOINTS": failpoints} if failpoints else {}
+        command = [sys.executable, "-m", "vsql_producers", "--config", str(self.config)]
+        return spawn([*command, "--chain", chain or self.chain], log=self.folder / f"{log}.log", env=env)
+
+    def stop(self, process: subprocess.Popen[bytes]) -> None:
+        """SIGTERM a worker; it must end by itself and well."""
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, self.log()
+
+    def log(self, name: str = "worker") -> str:
+        """The end of a worker's log."""
+        path = self.folder / f"{name}.log"
+        return path.read_text(errors="replace")[-6000:] if path.exists() else "(no log)"
+
+    def confirmed(self) -> int:
+        """Bytes by which the slot's confirmed position is behind the WAL; negative where it is not."""
+        rows = self.query(
+            "SELECT confirmed_flush_lsn - '0/0'::pg_lsn FROM pg_replication_slots WHERE slot_name = %s",
+            self.slot,
+        )
+        return int(rows[0][0]) if rows else 0
+
+    def wait_confirmed(self, timeout: float = 60) -> None:
+        """Wait until everything committed so far is published, audited and confirmed to the slot."""
+        wanted = int(self.query("SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn")[0][0])
+        self.wait(lambda: self.confirmed() >= wanted, timeout, f"slot did not reach {wanted:X}")
+
+    def wait(self, condition: Callable[[], bool], timeout: float = 60, what: str = "") -> None:
+        """Wait for a condition; the failure shows the worker's log."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, f"{what or 'timeout'}\n{self.log()}"
+            time.sleep(0.05)
+
+    def state(self) -> tuple[str, dict[str, Any]]:
+        """State and detail of the stream's status row."""
+        rows = self.query("SELECT state, detail FROM vsql_sync.stream_status WHERE chain = %s", self.chain)
+        return (rows[0][0], rows[0][1]) if rows else ("", {})
+
+    def read(self, chain: str | None = None) -> ReadBack:
+        """Read the topics back and verify everything a consumer would."""
+        return read_stream(self, read_topics(self.kafka, self.cluster), chain or self.chain)
+
+
+def read_stream(node: SourceNode, records: list[Record], chain: str) -> ReadBack:
+    """Take a chain's records apart; raises or fails on anything that does not verify."""
+    trust = TrustStore([PinnedKey(NODE, node.public_key, fingerprint(node.public_key), revoked=False)])
+    out = ReadBack()
+    reader = ChainReader(node.cluster, chain, NODE, trust)
+    for record in records:
+        if record.topic == names.audit_topic(node.cluster) and record.value is not None:
+            found = reader.accept(record.value, f"{record.offset}")
+            if isinstance(found, Accepted):
+                out.entries.append(found.entry)
+            out.void += isinstance(found, Void)
+    keys = _keys(node, records, chain, trust)
+    by_partition: dict[str, list[Record]] = {}
+    for record in records:
+        by_partition.setdefault(record.topic, []).append(record)
+    relations: dict[bytes, Relation] = {}
+    for manifest in out.manifests:
+        out.dek_ids.append(manifest.dek_id)
+        out.changes += _open_batch(manifest, by_partition, keys, relations)
+    return out
+
+
+def _keys(node: SourceNode, records: list[Record], chain: str, trust: TrustStore) -> dict[str, OpeningKey]:
+    provider = open_provider(node.settings.encryption.kms, strict=False)
+    keys: dict[str, OpeningKey] = {}
+    for record in records:
+        if record.topic == names.keys_topic(node.cluster) and record.value is not None:
+            said = decode_announcement(open_document(trust, NODE, record.value, KEY_ANNOUNCEMENT))
+            assert record.key == said.dek_id.encode()
+            if said.chain == chain:
+                keys[said.dek_id] = unwrap(said, provider)
+    return keys
+
+
+def _open_batch(
+    manifest: AuditEntry,
+    topics: dict[str, list[Record]],
+    keys: dict[str, OpeningKey],
+    relations: dict[bytes, Relation],
+) -> list[Change]:
+    found: list[tuple[int, Change]] = []
+    sub_roots: list[bytes] = []
+    indexes: list[int] = []
+    pieces: dict[str, bytes] = {}
+    for part in manifest.partitions:
+        leaves: list[bytes] = []
+        for record in _records_of(manifest, part, topics):
+            assert record.value is not None
+            header, body = decode_header(record.value)
+            digest = header_digest(record.value[:body])
+            tuples = decode_tuples(record.value, body, digest)
+            for one, plaintext in zip(tuples, open_tuples(keys[header.dek_id], tuples), strict=True):
+                leaves.append(one.leaf)
+                indexes.append(one.index)
+                if one.op == Op.PIECE:
+                    pieces[part.topic] = pieces.get(part.topic, b"") + plaintext
+                    continue
+                whole = pieces.pop(part.topic, b"") + plaintext
+                if one.op == Op.RELATION:
+                    assert relation_hash(whole) == header.relation
+                    relations[header.relation] = decode_relation(whole)
+                    continue
+                assert one.op in CHANGE_OPS
+                relation = relations[header.relation]
+                tx = header.transactions[one.tx]
+                found.append((one.index, Change(header.table, relation, one.op, tx, one.lsn, whole)))
+        assert len(leaves) == part.records
+        assert merkle.root(leaves) == part.sub_root
+        sub_roots.append(part.sub_root)
+    assert merkle.batch_root(sub_roots) == manifest.merkle_root
+    assert sorted(indexes) == list(range(manifest.record_count))
+    assert len(found) == manifest.row_count
+    return [change for _, change in sorted(found, key=lambda pair: pair[0])]
+
+
+def _records_of(manifest: AuditEntry, part: PartitionRoot, topics: dict[str, list[Record]]) -> list[Record]:
+    chosen = []
+    for record in topics[part.topic]:
+        if part.first_offset <= record.offset <= part.last_offset and record.value is not None:
+            header, _ = decode_header(record.value)
+            if (header.epoch, header.batch) == (manifest.epoch, manifest.batch):
+                chosen.append(record)
+    assert len(chosen) == part.packs
+    return chosen
