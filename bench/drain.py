@@ -41,7 +41,7 @@ class Native:
                 f"CREATE SUBSCRIPTION native CONNECTION '{quoted}' PUBLICATION native"
                 " WITH (create_slot = false, slot_name = 'native', copy_data = false, binary = true,"
                 " streaming = parallel, enabled = false)"
-            )  # type: ignore[call-overload]  # a literal statement but for the connection string
+            )
 
     def drain(self, expected: int) -> float:
         """Enable, wait for all rows, disable; seconds."""
@@ -112,7 +112,7 @@ def run(stack: Stack, folder: Path, rows: int, runs: int) -> dict[str, Any]:
     for server, names in ((source, ["a"]), (target, ["b", "native"])):
         with psycopg.connect(server.conninfo("postgres"), autocommit=True) as connection:
             for name in names:
-                connection.execute(f"CREATE DATABASE {name}")  # type: ignore[call-overload]  # fixed names
+                connection.execute(f"CREATE DATABASE {name}")
     pair = TwoNodes(stack, folder, ORDERS_SQL, conninfos=(source.conninfo("a"), target.conninfo("b")))
     prepare(pair.a.conninfo)
     pair.create(["orders(*)"])

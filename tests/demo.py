@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psycopg
-from vsql_shared.wire import pack
 
 from tests.nodes import Node, TwoNodes
 from tests.stack import Stack
 from tests.streams import Record, copy_topics, read_topics
+from vsql_shared.wire import pack
 
 SCHEMA = """
 CREATE TABLE merchants (id int PRIMARY KEY, name text NOT NULL, city text);
@@ -71,7 +71,7 @@ class Workload(threading.Thread):
         self.conninfo, self.seconds, self.marker = conninfo, seconds, marker
         self.changes = self.transactions = 0
         self.error: BaseException | None = None
-        self._random = random.Random(1)  # noqa: S311 - a workload, not a secret
+        self._random = random.Random(1)
 
     def run(self) -> None:
         """Write until the time is over."""
@@ -112,7 +112,7 @@ def fill(node: Node, marker: str) -> None:
     node.execute(
         f"""
         INSERT INTO merchants SELECT g, 'merchant ' || g, 'city ' || g FROM generate_series(1, 50) g;
-        INSERT INTO customers SELECT g, '{marker}' || g, 'c' || g || '@example.org', 
+        INSERT INTO customers SELECT g, '{marker}' || g, 'c' || g || '@example.org',
             '4111' || lpad(g::text, 12, '0') FROM generate_series(1, 2000) g;
         """
     )
@@ -133,7 +133,8 @@ def live(pair: TwoNodes, workload: Workload) -> None:
         seconds, batches = lag[0] if lag else ("?", "?")
         say(
             f"   A: {workload.changes:7d} changes (+{workload.changes - written:5d}/s)"
-            f" in {workload.transactions:5d} transactions   B: {rows:6d} payments   lag {seconds} s, {batches} batches"
+            f" in {workload.transactions:5d} transactions   B: {rows:6d} payments  "
+            f" lag {seconds} s, {batches} batches"
         )
         written = workload.changes
     workload.join()

@@ -144,7 +144,7 @@ consumer_addr = "127.0.0.1:0"
         )
 
     def processes(self, role: str) -> list[psutil.Process]:
-        """Processes of a service (`producer` or `consumer`) below the daemon or started alone: service first."""
+        """Processes of a service (`producer` or `consumer`), under a daemon or alone: service first."""
         found: list[psutil.Process] = []
         for process in self.services.values():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -164,13 +164,13 @@ consumer_addr = "127.0.0.1:0"
     def query(self, statement: str, *params: object) -> list[tuple[Any, ...]]:
         """Rows of a statement on the node's database, as its superuser."""
         with psycopg.connect(self.conninfo, autocommit=True) as connection:
-            cursor = connection.execute(statement, params or None)  # type: ignore[arg-type]  # literal statements of tests
+            cursor = connection.execute(statement, params or None)
             return cursor.fetchall() if cursor.description else []
 
     def execute(self, script: str) -> None:
         """Run a script of several statements in one transaction."""
         with psycopg.connect(self.conninfo) as connection:
-            connection.execute(script)  # type: ignore[arg-type]  # as above
+            connection.execute(script)
 
     def tail(self, role: str, lines: int = 30) -> str:
         """Last lines of a service's log, for a failure's text."""
@@ -292,7 +292,7 @@ class TwoNodes:
         return self.a.query(
             "SELECT schemaname, tablename FROM pg_publication_tables WHERE pubname = %s ORDER BY 1, 2",
             PUBLICATION,
-        )  # type: ignore[return-value]  # two text columns
+        )
 
     def differences(self, limit: int = 10) -> list[str]:
         """Compare every published table row by row, as text, in one order on both sides."""

@@ -10,8 +10,15 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, ResourceType
+from confluent_kafka import Consumer, KafkaException, Message, Producer, TopicPartition
+
+# The package re-exports these without saying so to type checkers.
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
+    AdminClient,
+    ConfigResource,
+    NewTopic,
+    ResourceType,
+)
 
 
 @dataclass(frozen=True)
@@ -60,15 +67,23 @@ def read_topics(bootstrap: str, cluster: str, timeout: float = 60) -> list[Recor
             for message in consumer.consume(1000, timeout=1.0):
                 if message.error():
                     raise KafkaException(message.error())
-                topic, partition, offset = message.topic(), message.partition(), message.offset()
-                records.append(Record(topic, partition, offset, message.key(), message.value()))
-                if offset + 1 >= ends.get((topic, partition), 0):
-                    ends.pop((topic, partition), None)
+                record = _record(message)
+                records.append(record)
+                if record.offset + 1 >= ends.get((record.topic, record.partition), 0):
+                    ends.pop((record.topic, record.partition), None)
         if ends:
             raise TimeoutError(f"not read to the end: {sorted(ends)}")
     finally:
         consumer.close()
     return sorted(records, key=lambda r: (r.topic, r.partition, r.offset))
+
+
+def _record(message: Message) -> Record:
+    topic, partition, offset = message.topic(), message.partition(), message.offset()
+    assert topic is not None
+    assert partition is not None
+    assert offset is not None
+    return Record(topic, partition, offset, message.key(), message.value())
 
 
 def create_like(source: str, target: str, cluster: str) -> None:

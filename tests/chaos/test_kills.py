@@ -1,6 +1,6 @@
 """kill -9 of each part at random moments under load: nothing lost, nothing doubled, no human hand.
 
-SEED= repeats a run, RUNS= is the number of kills of each part (`make test-faults`); the ordinary run is short.
+SEED= repeats a run, RUNS= is the number of kills of each part (`make test-faults`); otherwise it is short.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What stays bounded: memory whatever passes, WAL whatever other databases write, waiting whatever is away."""
+"""What stays bounded: memory whatever passes, WAL whatever others write, waiting whatever is away."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def _peaks(pair: TwoNodes) -> dict[str, float]:
     found: dict[str, float] = {}
     for node in (pair.a, pair.b):
         for role, process in node.services.items():
-            for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+            service = psutil.Process(process.pid)
+            for each in [service, *service.children(recursive=True)]:
                 line = next(
                     text
                     for text in Path(f"/proc/{each.pid}/status").read_text().splitlines()
@@ -37,7 +38,8 @@ def _insert(pair: TwoNodes, first: int, rows: int, per_tx: int) -> None:
     with psycopg.connect(pair.a.conninfo, autocommit=True) as connection:
         for start in range(first, first + rows, per_tx):
             connection.execute(
-                "INSERT INTO t SELECT g, repeat(md5(g::text), 6) FROM generate_series(%s::bigint, %s::bigint) g",
+                "INSERT INTO t SELECT g, repeat(md5(g::text), 6)"
+                " FROM generate_series(%s::bigint, %s::bigint) g",
                 (start, start + per_tx - 1),
             )
 

@@ -68,7 +68,7 @@ def _search(folder: Path, needles: list[bytes], found: list[str]) -> int:
 
 
 def _scrape(port: int) -> bytes:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:  # noqa: S310 - ours
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         return bytes(answer.read())
 
 
@@ -85,7 +85,7 @@ def test_markers_of_every_type_are_nowhere_outside_the_databases(stack: Stack, t
 
     def write(connection: psycopg.Connection, number: int, marker: str) -> None:
         values = ", ".join(expression.replace("%s", f"'{marker}'") for expression in CARRIERS.values())
-        connection.execute(sql.SQL(f"INSERT INTO carriers VALUES ({number}, {values})"))  # type: ignore[arg-type]
+        connection.execute(sql.SQL(f"INSERT INTO carriers VALUES ({number}, {values})"))
 
     with psycopg.connect(pair.a.conninfo) as connection:
         write(connection, 1, markers[0])  # travels with the first copy
@@ -122,7 +122,7 @@ def test_markers_of_every_type_are_nowhere_outside_the_databases(stack: Stack, t
                 "receipts",
                 "commands",
             )
-            for row in node.query(f"SELECT t::text FROM vsql_sync.{table} t")  # noqa: S608 - fixed names
+            for row in node.query(f"SELECT t::text FROM vsql_sync.{table} t")
         ).encode()
         found += [f"{needle!r} in tables of {node.name}" for needle in needles if needle in dump]
     others = Path("/tmp")  # noqa: S108 - what is searched

@@ -1,4 +1,4 @@
-"""What somebody who owns the broker can do to the topics, and that node B refuses it, names it, applies nothing.
+"""What the owner of the broker can do to the topics; node B refuses it, names it, applies nothing.
 
 One pair of nodes; B is stopped while A writes, the topics are copied to a second broker with one alteration,
 B reads that copy. B's progress is untouched by a refusal, so every attack starts from the same point.
@@ -113,7 +113,7 @@ def _repeat_inside(suffix: str) -> Callable[[Scene], list[Record]]:
 def _replay_old_pack(scene: Scene) -> list[Record]:
     old = next(r for r in scene.records if r.topic.endswith(".t"))
     i = scene.new(".t")[0]
-    return scene.records[:i] + [old] + scene.records[i:]
+    return [*scene.records[:i], old, *scene.records[i:]]
 
 
 def _move_to_other_table(scene: Scene) -> list[Record]:
@@ -129,13 +129,13 @@ def _flip_manifest(scene: Scene) -> list[Record]:
 def _forge_manifest(scene: Scene) -> list[Record]:
     i = scene.new(".audit")[-1]
     forged = scene.records[i].flip(len(scene.records[i].value or b"") - 5)
-    return scene.records[: i + 1] + [forged] + scene.records[i + 1 :]
+    return [*scene.records[: i + 1], forged, *scene.records[i + 1 :]]
 
 
 def _garbage(suffix: str) -> Callable[[Scene], list[Record]]:
     def change(scene: Scene) -> list[Record]:
         i = scene.new(suffix)[0]
-        return scene.records[:i] + [replace(scene.records[i], value=b"\x00garbage" * 9)] + scene.records[i:]
+        return [*scene.records[:i], replace(scene.records[i], value=b"\x00garbage" * 9), *scene.records[i:]]
 
     return change
 
@@ -173,7 +173,8 @@ def _refusal(pair: TwoNodes, timeout: float = 45) -> str:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         rows = pair.b.query(
-            "SELECT coalesce(detail->'refused'->>'error', '') || ' [' || coalesce(detail->'refused'->>'record', '')"
+            "SELECT coalesce(detail->'refused'->>'error', '')"
+            " || ' [' || coalesce(detail->'refused'->>'record', '')"
             " || ']' FROM vsql_sync.stream_status WHERE chain = %s AND direction = 'in' AND state = 'refused'"
             " AND updated_at > now() - interval '5 seconds'",
             pair.chain,
@@ -244,7 +245,8 @@ def test_what_is_appended_to_the_live_topics_is_refused_until_an_operator_decide
     assert where, said
     assert pair.b.query("SELECT count(*) FROM t") == [(10,)]
     pair.b.ctl(
-        "stream", "ignore-record", "--chain", pair.chain, "--record", "/".join(where.groups()), "--reason", "forged"
+        "stream", "ignore-record", "--chain", pair.chain, "--record", "/".join(where.groups()),
+        "--reason", "forged",
     )  # fmt: skip
     pair.wait_in_step(timeout=60)
     assert pair.differences() == []

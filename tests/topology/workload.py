@@ -9,8 +9,10 @@ from __future__ import annotations
 import psycopg
 
 TABLES_SQL = """
-CREATE TABLE plain (id bigint PRIMARY KEY, n int NOT NULL, label text, at timestamptz DEFAULT clock_timestamp());
-CREATE TABLE composite (region text, number int, amount numeric(12,3), flags bit(5), PRIMARY KEY (region, number));
+CREATE TABLE plain (id bigint PRIMARY KEY, n int NOT NULL, label text,
+    at timestamptz DEFAULT clock_timestamp());
+CREATE TABLE composite (region text, number int, amount numeric(12,3), flags bit(5),
+    PRIMARY KEY (region, number));
 CREATE TABLE documents (id uuid PRIMARY KEY, body jsonb, big text, tags text[], part int NOT NULL);
 CREATE INDEX ON documents (part);
 CREATE TABLE "Mixed Case" ("Key" bigint PRIMARY KEY, "Some Value" double precision, "when" date, net inet);
@@ -47,7 +49,8 @@ BEGIN
                 FROM generate_series(k, k + n - 1) g;
         WHEN 3 THEN
             INSERT INTO by_index SELECT 'c' || g % 10,
-                daterange(date '2020-01-01', date '2020-01-02' + (g % 99)::int), g / 7.0, g FROM generate_series(k, k + n - 1) g;
+                daterange(date '2020-01-01', date '2020-01-02' + (g % 99)::int), g / 7.0, g
+                FROM generate_series(k, k + n - 1) g;
         ELSE
             INSERT INTO plain SELECT g, g % 1000, CASE WHEN g % 3 = 0 THEN NULL ELSE s || g END
                 FROM generate_series(k, k + n - 1) g;
