@@ -20,6 +20,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Entry] = {
     "pause": Entry("pause", "Pause this node's streams, with a reason."),
     "resume": Entry("resume", "Resume paused streams."),
     "status": Entry("status", "Show each stream's state, positions and lag."),
+    "stream": Entry("stream", "Decide on what a consumer refused."),
     "run": Entry("run", "Run one service in the foreground, as containers do."),
     "daemon": Entry("daemon", "Start, stop and watch both services of this node."),
     "key": Entry("key", "Make, show and rotate keys."),
@@ -73,6 +75,10 @@ def _exists(entry: Entry) -> bool:
     return importlib.util.find_spec(f"{__package__}.commands.{entry.module}") is not None
 
 
+class _ReaderGoneError(Exception):
+    """Whoever read our output has gone, as `head` does."""
+
+
 class LazyGroup(click.Group):
     """A group that knows its commands by the table and imports the one that is called."""
 
@@ -85,6 +91,14 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command, imported now."""
         return command_named(cmd_name)
+
+    @override
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command. A broken pipe is renamed: click would end the process with 1, as for a failure."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise _ReaderGoneError from None
 
     @override
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -170,7 +184,7 @@ def guarded(work: Callable[[], int], *, as_json: bool, debug: bool) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
+    except (_ReaderGoneError, BrokenPipeError):
         return _reader_gone()
     except VsqlSyncError as error:
         if debug:
@@ -218,8 +232,7 @@ def _globals_first(arguments: list[str]) -> list[str]:
 
 def wants_json(arguments: Sequence[str]) -> bool:
     """Whether --output json stands on the line; read here because a usage error comes before any parsing."""
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    return "--output=json" in arguments or ("--output", "json") in pairs
+    return "--output=json" in arguments or ("--output", "json") in pairwise(arguments)
 
 
 def report(kind: str, message: str, hint: str, code: int, as_json: bool, record: str = "") -> None:

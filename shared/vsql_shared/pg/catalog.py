@@ -109,8 +109,8 @@ def user_tables(conn: Connection) -> list[TableName]:
     """Every permanent table of a user, partitions left out (their partitioned table stands for them)."""
     rows = conn.execute(
         _TABLES + f" WHERE {_NOT_USERS} AND c.relkind IN ('r', 'p') AND c.relpersistence = 'p'"
-        " AND NOT c.relispartition AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d"
-        " WHERE d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.objid = c.oid AND d.deptype = 'e')"
+        " AND NOT c.relispartition AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d WHERE d.objid = c.oid"
+        " AND d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.deptype = 'e')"
         " ORDER BY 1, 2"
     )
     return [TableName(row[0], row[1]) for row in rows]

@@ -96,14 +96,15 @@ def answers(conn: Connection, command_id: int) -> list[Answer]:
     """The answers so far."""
     with errors("reading the answers to a command"):
         rows = conn.execute(
-            "SELECT chain, direction, ok, message FROM vsql_sync.command_results WHERE command_id = %s ORDER BY 1, 2",
+            "SELECT chain, direction, ok, message FROM vsql_sync.command_results"
+            " WHERE command_id = %s ORDER BY 1, 2",
             (command_id,),
         ).fetchall()
     return [Answer(*row) for row in rows]
 
 
 def wait(conn: Connection, command_id: int, expected: int, timeout: float) -> list[Answer]:
-    """Wait until `expected` workers have answered, at most `timeout` seconds; returns the answers there are."""
+    """Wait at most `timeout` seconds until `expected` workers have answered; returns what came."""
     deadline = time.monotonic() + timeout
     while True:
         found = answers(conn, command_id)

@@ -7,17 +7,17 @@ the line of the operators' log. A worker that is down finds `desired` when it co
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from vsql_shared.errors import RefusedError, UserError
-from vsql_shared.pg import commands, nodes, oplog
+from vsql_shared.pg import commands, nodes, oplog, status
 from vsql_shared.pg.connect import Connection, errors
 
 Desired = Literal["running", "paused"]
 _RECORD = re.compile(r"([A-Za-z0-9._-]{1,249})/(\d{1,9})/(\d{1,18})")
-_ROLES: tuple[commands.Role, ...] = ("producer", "consumer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +117,9 @@ def _decide(conn: Connection, chain: str, kind: str, place: dict[str, str | int]
             )
         columns = {"topic": None, "partition": None, "kafka_offset": None, "sequence": None} | place
         same = conn.execute(
-            "SELECT id FROM vsql_sync.decisions WHERE chain = %s AND kind = %s AND topic IS NOT DISTINCT FROM %s"
-            " AND partition IS NOT DISTINCT FROM %s AND kafka_offset IS NOT DISTINCT FROM %s"
-            " AND sequence IS NOT DISTINCT FROM %s",
+            "SELECT id FROM vsql_sync.decisions WHERE chain = %s AND kind = %s"
+            " AND (topic, partition, kafka_offset, sequence)"
+            " IS NOT DISTINCT FROM (%s, %s::integer, %s::bigint, %s::bigint)",
             (chain, kind, *columns.values()),
         ).fetchone()
         if same is not None:
@@ -134,3 +134,22 @@ def _decide(conn: Connection, chain: str, kind: str, place: dict[str, str | int]
         new = {"kind": kind, "decision": made[0], "reason": reason.strip(), **place}
         oplog.record(conn, f"stream.{kind}", "stream", chain, new=new)
     return int(made[0])
+
+
+def outcome(conn: Connection, changed: Changed, timeout: float) -> list[dict[str, str]]:
+    """What the workers say to an order, waiting at most `timeout` seconds for those that are running."""
+    running = {(one.chain, one.direction) for one in status.read(conn) if one.state != "not running"}
+    told = []
+    deadline = time.monotonic() + timeout
+    for (chain, direction), command_id in zip(changed.streams, changed.command_ids, strict=True):
+        left = max(0.0, deadline - time.monotonic()) if (chain, direction) in running else 0.0
+        found = commands.wait(conn, command_id, 1, left)
+        if found:
+            said = "done" if found[0].ok else "failed"
+            answer = f"{said}: {found[0].message}" if found[0].message else said
+        elif (chain, direction) in running:
+            answer = f"asked for; its worker has not answered within {timeout:g} s"
+        else:
+            answer = "noted; its worker does not run now and will obey when it does"
+        told.append({"chain": chain, "direction": direction, "answer": answer})
+    return told

@@ -164,7 +164,7 @@ def _update_extension(conn: Connection, steps: Sequence[Migration]) -> list[int]
                 conn.execute(update)
         except psycopg.errors.InvalidParameterValue:
             raise RefusedError(
-                f"extension vsql_sync is at version {max(have)}, the server has no script to version {target}",
+                f"extension vsql_sync is at version {max(have)}; the server has no script to {target}",
                 hint="copy the new extension files to the server: "
                 'python -m vsql_shared.pg.extension "$(pg_config --sharedir)/extension"',
             ) from None

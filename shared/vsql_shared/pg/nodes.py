@@ -1,4 +1,4 @@
-"""Rows of `vsql_sync.nodes` and `vsql_sync.signers`: who this database is, whom it knows, whose keys it trusts.
+"""Rows of `vsql_sync.nodes` and `.signers`: who this database is, whom it knows, whose keys it trusts.
 
 Not here: making streams (peers.py). Rules:
 
@@ -43,7 +43,7 @@ _SELECT = (
 
 
 def local(conn: Connection) -> NodeInfo:
-    """This database's own node. Raises RefusedError when `node init` has not been run."""
+    """The node this database is. Raises RefusedError when `node init` has not been run."""
     with errors("reading this node"):
         present = migrate.applied(conn)
         row = conn.execute(_SELECT + " WHERE is_local").fetchone() if present else None
@@ -78,8 +78,8 @@ def register_local(
         if row is None:
             _check_free(conn, number, name)
             conn.execute(
-                "INSERT INTO vsql_sync.nodes (node_id, node_name, number, is_local, cluster, host, port, region,"
-                " system_identifier, init_state) VALUES (%s, %s, %s, true, %s, %s, %s, %s,"
+                "INSERT INTO vsql_sync.nodes (node_id, node_name, number, is_local, cluster, host, port,"
+                " region, system_identifier, init_state) VALUES (%s, %s, %s, true, %s, %s, %s, %s,"
                 " (SELECT system_identifier::text FROM pg_catalog.pg_control_system()), 'SYNCHRONIZED')",
                 (name, name, number, cluster, conn.info.host or "localhost", conn.info.port, region),
             )

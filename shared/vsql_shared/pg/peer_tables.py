@@ -1,4 +1,4 @@
-"""Compares a publication's tables with those of a target, before anything moves. Reads both, changes nothing."""
+"""Compares a publication's tables with those of a target, before anything moves. Only reads."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def table_problems(
     generated = [column for column in columns if column in there and there[column].generated]
     if generated:
         yield (
-            f"{name}: column {', '.join(map(quote_ident, generated))} is generated on the peer and comes with the"
-            " stream; leave it out of the publication, or make it an ordinary column there"
+            f"{name}: column {', '.join(map(quote_ident, generated))} is generated on the peer and comes with"
+            " the stream; leave it out of the publication, or make it an ordinary column there"
         )
     unfilled = [
         column.name
@@ -54,15 +54,15 @@ def table_problems(
     ]
     if unfilled:
         yield (
-            f"{name}: column {', '.join(map(quote_ident, unfilled))} of the peer is NOT NULL, without default, and"
-            " not published; publish it, or give it a default there"
+            f"{name}: column {', '.join(map(quote_ident, unfilled))} of the peer is NOT NULL, without"
+            " default, and not published; publish it, or give it a default there"
         )
     if not insert_only and not missing:
         yield from _key_problem(source, target)
 
 
 def _key_problem(source: TableInfo, target: TableInfo) -> Iterator[str]:
-    """UPDATE and DELETE find their row by the source's identity; without an index each would read the table."""
+    """UPDATE and DELETE find their row by the source's identity; without an index each reads all rows."""
     identity = source.identity
     if identity is None:
         yield f"{source.name}: has lost its replica identity; publish it again"

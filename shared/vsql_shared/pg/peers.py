@@ -13,7 +13,6 @@ the operator declines it, also of empty tables: rows that come between now and t
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -26,6 +25,9 @@ from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.pg.nodes import NodeInfo
 from vsql_shared.pg.peer_tables import target_problems
 from vsql_shared.pg.publications import PublicationInfo
+
+# The audit topic has one partition. Stored with each stream, so that it may have more one day.
+AUDIT_PARTITION = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,6 @@ class PeerRequest:
     copy: bool = True
     allow_unsigned: bool = False
     """Whether a node without a signing key is accepted (dev mode)."""
-    audit_partitions: int = 1
-    """Partitions of the audit topic, over which chains are spread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,9 @@ def look(origin: Connection, peer: Connection, request: PeerRequest) -> PeerPlan
     here, there = _both(origin, peer, request)
     chosen = _choose(origin, request.publications)
     streams = tuple(
-        stream for publication in chosen for stream in plan_streams(here, there.name, publication, request)
+        stream
+        for publication in chosen
+        for stream in plan_streams(here, there.name, publication.name, copy=request.copy)
     )
     with errors("comparing the tables of both nodes"):
         problems = [line for publication in chosen for line in target_problems(origin, peer, publication)]
@@ -96,24 +98,23 @@ def look(origin: Connection, peer: Connection, request: PeerRequest) -> PeerPlan
 def add(origin: Connection, peer: Connection, plan: PeerPlan) -> None:
     """Write what the plan says into both databases; the same plan may be written again."""
     targets = [table.name for publication in plan.publications for table in publication.tables]
-    with errors(f"adding peer {plan.peer.name}"), origin.transaction():
-        with peer.transaction():
-            nodes.register_peer(peer, replace(plan.origin, mode="uni-directional"))
-            write_incoming(peer, plan.streams)
-            roles.grant_target(peer, targets)
-            oplog.record(peer, "peer.add", "node", plan.origin.name, new=_as_json(plan, "in"))
-            nodes.register_peer(origin, plan.peer)
-            write_outgoing(origin, plan.streams)
-            oplog.record(origin, "peer.add", "node", plan.peer.name, new=_as_json(plan, "out"))
+    # The inner context ends first: the peer commits before the origin.
+    with errors(f"adding peer {plan.peer.name}"), origin.transaction(), peer.transaction():
+        nodes.register_peer(peer, replace(plan.origin, mode="uni-directional"))
+        write_incoming(peer, plan.streams)
+        roles.grant_target(peer, targets)
+        oplog.record(
+            peer, "peer.add", "node", plan.origin.name, new=_as_json(plan.origin, plan.streams, "in")
+        )
+        nodes.register_peer(origin, plan.peer)
+        write_outgoing(origin, plan.streams)
+        oplog.record(origin, "peer.add", "node", plan.peer.name, new=_as_json(plan.peer, plan.streams, "out"))
 
 
-def plan_streams(
-    here: NodeInfo, target: str, publication: PublicationInfo, request: PeerRequest
-) -> list[Stream]:
-    """The live stream of a publication, and its first copy for one target if wanted."""
-    name = publication.name
+def plan_streams(here: NodeInfo, target: str, name: str, *, copy: bool) -> list[Stream]:
+    """The live stream of publication `name`, and its first copy for one target if wanted."""
     chains = [(names.live_chain(name, here.name), "live")]
-    if request.copy:
+    if copy:
         chains.append((names.copy_chain(name, here.name, target), "copy"))
     return [
         Stream(
@@ -125,17 +126,12 @@ def plan_streams(
             slot_name=names.slot_name(here.cluster, name, here.name, "*" if kind == "live" else target),
             # One origin for both: copied rows count as written by the stream that changes them later.
             origin_name=names.origin_name(here.cluster, name, here.name, target),
-            audit_partition=partition_of(chain, request.audit_partitions),
-            ack_partition=partition_of(names.ack_chain(chain, target), request.audit_partitions),
-            copy_wanted=request.copy,
+            audit_partition=AUDIT_PARTITION,
+            ack_partition=AUDIT_PARTITION,
+            copy_wanted=copy,
         )
         for chain, kind in chains
     ]
-
-
-def partition_of(chain: str, partitions: int) -> int:
-    """The audit partition of a new chain; stored with the stream, so that it never moves."""
-    return int.from_bytes(hashlib.sha256(chain.encode()).digest()[:4], "big") % partitions
 
 
 def write_outgoing(conn: Connection, streams: Sequence[Stream]) -> None:
@@ -165,8 +161,8 @@ def write_incoming(conn: Connection, streams: Sequence[Stream]) -> None:
             " audit_partition, ack_partition, copy_wanted) VALUES (%s, 'in', %s, %s, %s, %s, %s, %s, %s, %s)"
             " ON CONFLICT (chain, direction) DO NOTHING",
             (
-                stream.chain, stream.kind, stream.publication, stream.origin, stream.target, stream.origin_name,
-                stream.audit_partition, stream.ack_partition, stream.copy_wanted,
+                stream.chain, stream.kind, stream.publication, stream.origin, stream.target,
+                stream.origin_name, stream.audit_partition, stream.ack_partition, stream.copy_wanted,
             ),
         )  # fmt: skip
 
@@ -183,7 +179,8 @@ def _both(origin: Connection, peer: Connection, request: PeerRequest) -> tuple[N
         )
     if there.number == here.number or there.name == here.name:
         raise RefusedError(
-            f"the peer is node {there.name} with number {there.number}, this node is {here.name} with {here.number}",
+            f"the peer is node {there.name} with number {there.number},"
+            f" this node is {here.name} with {here.number}",
             hint="check --peer-connection; it must reach another node's database",
         )
     if there.number != request.number or request.name not in (None, there.name):
@@ -206,7 +203,7 @@ def check_keys(here: NodeInfo, there: NodeInfo, allow_unsigned: bool) -> None:
         if node.public_key is None and not allow_unsigned:
             raise RefusedError(
                 f"node {node.name} has no signing key",
-                hint="`syncctl key generate` there, set audit.signing_key_path, and run `syncctl node init` again",
+                hint="`syncctl key generate` there, set audit.signing_key_path, repeat `syncctl node init`",
             )
         if node.public_key is not None and fingerprint(node.public_key) != node.key_fingerprint:
             raise RefusedError(
@@ -244,8 +241,8 @@ def _overlaps(conn: Connection, chosen: Sequence[PublicationInfo], target: str) 
             first = carried.setdefault(table.name, publication.name)
             if first != publication.name:
                 found.append(
-                    f"{table.name}: is in publications {first} and {publication.name}; one target takes a table from"
-                    " one of them, choose with --publication"
+                    f"{table.name}: is in publications {first} and {publication.name}; one target takes a"
+                    " table from one of them, choose with --publication"
                 )
     return found
 
@@ -262,11 +259,70 @@ def _filled(peer: Connection, chosen: Sequence[PublicationInfo], streams: Sequen
     ]
 
 
-def _as_json(plan: PeerPlan, direction: str) -> dict[str, object]:
-    peer = plan.peer if direction == "out" else plan.origin
+def add_target(origin: Connection, target: NodeInfo, request: PeerRequest) -> tuple[Stream, ...]:
+    """The origin's half alone, where the target's database cannot be reached from here.
+
+    The key came by another way (a file) and was confirmed by the operator. Tables of the target are not seen.
+    """
+    here = _alone(origin, target, request)
+    chosen = _choose(origin, request.publications)
+    streams = tuple(
+        s for info in chosen for s in plan_streams(here, target.name, info.name, copy=request.copy)
+    )
+    with errors(f"adding peer {target.name}"), origin.transaction():
+        problems = _overlaps(origin, chosen, target.name)
+        if problems:
+            raise RefusedError("; ".join(problems))
+        nodes.register_peer(origin, target)
+        write_outgoing(origin, streams)
+        oplog.record(origin, "peer.add", "node", target.name, new=_as_json(target, streams, "out"))
+    return streams
+
+
+def add_origin(
+    target: Connection, origin: NodeInfo, request: PeerRequest, tables: Sequence[TableName]
+) -> tuple[Stream, ...]:
+    """The target's half alone: streams by the origin's publications' names; `tables` are what they carry."""
+    here = _alone(target, origin, request)
+    copy = request.copy
+    streams = tuple(
+        s for name in request.publications for s in plan_streams(origin, here.name, name, copy=copy)
+    )
+    with errors(f"adding peer {origin.name}"), target.transaction():
+        missing = [name for name in tables if catalog.describe(target, name) is None]
+        if missing:
+            raise RefusedError(f"there is no table {', '.join(map(str, missing))}", hint="create it first")
+        filled = catalog.has_rows(target, tables) if copy else []
+        if filled:
+            raise RefusedError(
+                f"table {', '.join(map(str, filled))} holds rows, and the first copy needs it empty",
+                hint="TRUNCATE it, or give --no-copy on both nodes if its rows are the origin's",
+            )
+        nodes.register_peer(target, origin)
+        write_incoming(target, streams)
+        roles.grant_target(target, tables)
+        oplog.record(target, "peer.add", "node", origin.name, new=_as_json(origin, streams, "in"))
+    return streams
+
+
+def _alone(conn: Connection, peer: NodeInfo, request: PeerRequest) -> NodeInfo:
+    """This node, if the peer known by number, name and key only may be added to it."""
+    if request.mode != "uni-directional":
+        raise NotBuiltError(f'mode "{request.mode}" is not built yet', hint='use "--mode uni-directional"')
+    here = nodes.local(conn)
+    migrate.require_current(conn)
+    if peer.number == here.number or peer.name == here.name:
+        raise RefusedError(f"{peer.name} with number {peer.number} is this node", hint="name the other node")
+    check_keys(here, peer, request.allow_unsigned)
+    with errors("reading the pinned keys"):
+        nodes.check_peer(conn, peer)
+    return here
+
+
+def _as_json(peer: NodeInfo, streams: Sequence[Stream], direction: str) -> dict[str, object]:
     return {
         "number": peer.number,
         "fingerprint": peer.key_fingerprint,
-        "streams": [stream.chain for stream in plan.streams],
+        "streams": [stream.chain for stream in streams],
         "direction": direction,
     }

@@ -22,7 +22,7 @@ def table_problem(name: TableName, table: TableInfo | None) -> str | None:
     if name.schema == "vsql_sync":
         return f"{name}: schema vsql_sync is never published"
     if table is None:
-        return f"{name}: there is no such table (names without quotes are lower case; the default schema is public)"
+        return f"{name}: there is no such table (unquoted names are lower case; the default schema is public)"
     if table.kind not in ("r", "p"):
         return f"{name}: is {_KINDS.get(table.kind, 'no table')}; publish the tables it stands on"
     if table.persistence != "p":
@@ -44,10 +44,8 @@ def choose_columns(
         return None, [f"{table.name}: there is no column {', '.join(map(quote_ident, unknown))}"]
     generated = [column for column in listed or () if column not in table.sent_columns]
     if generated:
-        return None, [
-            f"{table.name}: column {', '.join(map(quote_ident, generated))} is generated and is computed by the target;"
-            " leave it out of the list"
-        ]
+        names = ", ".join(map(quote_ident, generated))
+        return None, [f"{table.name}: column {names} is generated, the target computes it; leave it out"]
     wanted = (
         table.sent_columns if listed is None else tuple(c for c in table.sent_columns if c in set(listed))
     )
@@ -61,7 +59,7 @@ def identity_problem(table: TableInfo, columns: Sequence[str] | None, left_out: 
     """Why UPDATE and DELETE could not be published, with the statement that mends it; None if they can."""
     identity = table.identity
     if identity is None:
-        return f"{table.name}: UPDATE and DELETE need a replica identity and it has none; {_remedy(table, columns)}"
+        return f"{table.name}: has no replica identity, UPDATE and DELETE need one; {_remedy(table, columns)}"
     if columns is None:
         return None
     missing = [column for column in identity if column not in columns]
@@ -70,8 +68,8 @@ def identity_problem(table: TableInfo, columns: Sequence[str] | None, left_out: 
     names = ", ".join(map(quote_ident, missing))
     if table.replica_identity == "f":
         return (
-            f"{table.name}: REPLICA IDENTITY FULL sends every column before a change, {names} too, which is left out;"
-            f" {_remedy(table, columns)}"
+            f"{table.name}: REPLICA IDENTITY FULL sends every column before a change, {names} too, which"
+            f" is left out; {_remedy(table, columns)}"
         )
     if left_out.intersection(missing):
         return (
@@ -88,7 +86,8 @@ def _remedy(table: TableInfo, columns: Sequence[str] | None) -> str:
         return f"ALTER TABLE {table.name} REPLICA IDENTITY DEFAULT (or --insert-only)"
     for key in table.keys:
         if not key.primary and _fits(table, key.columns, columns):
-            return f"ALTER TABLE {table.name} REPLICA IDENTITY USING INDEX {quote_ident(key.name)} (or --insert-only)"
+            index = quote_ident(key.name)
+            return f"ALTER TABLE {table.name} REPLICA IDENTITY USING INDEX {index} (or --insert-only)"
     full = ", or ALTER TABLE … REPLICA IDENTITY FULL" if columns is None else ""
     return f"ALTER TABLE {table.name} ADD PRIMARY KEY (…){full} (or --insert-only)"
 

@@ -88,7 +88,7 @@ _PARTITION = "vsql_sync.ensure_audit_partition(timestamp with time zone)"
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A statement only a superuser may run, and the role whose privilege `probe` (true: nothing to do) asks for."""
+    """A statement only a superuser may run; `probe` is true when `role` has what it gives."""
 
     statement: sql.Composed
     probe: sql.Composed
@@ -113,6 +113,13 @@ def create(conn: Connection, logins: Mapping[str, SecretStr] | None = None) -> N
             _give_login(conn, role, password)
 
 
+def require_possible(conn: Connection) -> None:
+    """Raise RefusedError where `create` would, before anything is changed."""
+    with errors("looking at the roles"):
+        if not _is_superuser(conn):
+            _refuse_missing(conn, _server_steps(conn))
+
+
 def missing(conn: Connection) -> list[str]:
     """The superuser's statements that have not been run yet on this server and database."""
     return [step.statement.as_string(conn) for step in _server_steps(conn) if not _satisfied(conn, step)]
@@ -132,8 +139,8 @@ def grant_schema(conn: Connection) -> None:
         names = [
             row[0]
             for row in conn.execute(
-                "SELECT relname FROM pg_catalog.pg_class WHERE relnamespace = 'vsql_sync'::pg_catalog.regnamespace"
-                " AND relkind IN ('r', 'p') ORDER BY relname"
+                "SELECT relname FROM pg_catalog.pg_class WHERE relkind IN ('r', 'p')"
+                " AND relnamespace = 'vsql_sync'::pg_catalog.regnamespace ORDER BY relname"
             )
         ]
         for role in ROLES:
@@ -238,7 +245,8 @@ def _role_step(role: str) -> Step:
     """CREATE ROLE has no IF NOT EXISTS; two installers at once must both succeed."""
     attribute = "REPLICATION" if role == PRODUCER else "NOREPLICATION"
     make = f"CREATE ROLE {role} NOLOGIN {attribute}"
-    body = f"BEGIN {make}; EXCEPTION WHEN duplicate_object OR unique_violation THEN ALTER ROLE {role} {attribute}; END"
+    known = "EXCEPTION WHEN duplicate_object OR unique_violation THEN"
+    body = f"BEGIN {make}; {known} ALTER ROLE {role} {attribute}; END"
     check = "AND rolreplication" if role == PRODUCER else ""
     return Step(
         sql.SQL("DO {}").format(sql.Literal(body)),
@@ -290,7 +298,8 @@ def _refuse_missing(conn: Connection, steps: Sequence[Step]) -> None:
         statements = ";\n  ".join(todo)
         raise RefusedError(
             f"user {conn.info.user} is no superuser and {len(todo)} grants are missing",
-            hint=f"let a superuser run this in database {conn.info.dbname}, or give --no-roles:\n  {statements};",
+            hint=f"let a superuser run this in database {conn.info.dbname}, or give --no-roles:"
+            f"\n  {statements};",
         )
 
 

@@ -51,7 +51,8 @@ SELECT s.chain, s.direction, s.kind, s.publication, s.origin, s.target, s.desire
        s.state, s.state_reason, s.slot_name, s.origin_name,
        w.state, w.updated_at < pg_catalog.clock_timestamp() - %s::interval, w.updated_at, w.detail,
        r.slot_name IS NOT NULL, r.active, r.wal_status, r.confirmed_flush_lsn::text,
-       pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_lsn(), r.confirmed_flush_lsn)::bigint, r.safe_wal_size
+       pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_lsn(), r.confirmed_flush_lsn)::bigint,
+       r.safe_wal_size
 FROM vsql_sync.streams s
 LEFT JOIN vsql_sync.stream_status w USING (chain, direction)
 LEFT JOIN pg_catalog.pg_replication_slots r
@@ -94,4 +95,5 @@ def _status(row: tuple[Any, ...]) -> StreamStatus:
             "safe_wal_size": safe,
         }
     state = "not running" if said is None or stale else said
-    return StreamStatus(*row[:12], state, stale, updated_at, detail or {}, slot)
+    stream = row[:12]
+    return StreamStatus(*stream, state, stale, updated_at, detail or {}, slot)  # type: ignore[call-arg]  # 12 of them

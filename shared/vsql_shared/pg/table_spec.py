@@ -85,12 +85,12 @@ class _Reader:
             at = match.end()
 
     def table(self) -> TableName:
-        """name or schema.name"""
+        """A name, or schema.name."""
         first = self.name()
         return TableName(first, self.name()) if self.take(".") else TableName("public", first)
 
     def names(self) -> list[str]:
-        """name, name, …"""
+        """Names with commas between them."""
         found = [self.name()]
         while self.take(","):
             found.append(self.name())

@@ -1,0 +1,29 @@
+"""`syncctl start`: let this node's streams run."""
+
+from __future__ import annotations
+
+import click
+
+from vsql_ctl.context import Operator, OutputFormat, example, output_option, pass_operator
+from vsql_ctl.output import emit
+from vsql_ctl.session import open_node
+
+
+@click.command("start", epilog=example("syncctl start", "syncctl start --stream pub.node-a"))
+@click.option("--stream", "streams", multiple=True, metavar="CHAIN", help="Only these; else all.")
+@output_option
+@pass_operator
+def start(operator: Operator, output: OutputFormat, streams: tuple[str, ...]) -> None:
+    """Begin or resume this node's streams.
+
+    The services do the work: the first time, the producer creates the replication slot.
+    """
+    from vsql_shared.pg import control
+
+    with open_node(operator) as conn:
+        changed = control.start(conn, streams)
+    data = {"started": [{"chain": chain, "direction": direction} for chain, direction in changed.streams]}
+    lines = [
+        f"{chain} ({direction}): runs as soon as its service does" for chain, direction in changed.streams
+    ]
+    emit(output, data, lambda: "\n".join(lines or ["all streams were started before"]))

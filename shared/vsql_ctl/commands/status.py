@@ -1,0 +1,130 @@
+"""`syncctl status`: each stream's state, positions and lag."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vsql_ctl.context import Operator, OutputFormat, example, output_option, pass_operator
+from vsql_ctl.output import emit, human_bytes, human_count, human_seconds, printable, render_table
+from vsql_ctl.session import open_node
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from vsql_shared.pg.connect import Connection
+    from vsql_shared.pg.nodes import NodeInfo
+    from vsql_shared.pg.status import StreamStatus
+
+_HEADERS = (
+    "STREAM", "DIR", "STATE", "STAGE", "LAG", "BATCHES", "SECONDS", "ROWS/S", "POSITION", "AUDIT/DAY",
+    "CLOCK",
+)  # fmt: skip
+
+
+@click.command(
+    "status", epilog=example("syncctl status", "syncctl status --watch", "syncctl status --output json")
+)
+@click.option("--watch", is_flag=True, help="Show it again and again until Ctrl-C.")
+@click.option("--interval", type=click.FloatRange(min=0.2), default=2.0, help="Seconds between.")
+@output_option
+@pass_operator
+def status(operator: Operator, output: OutputFormat, watch: bool, interval: float) -> None:
+    """Show each stream's state, positions and lag, as its worker and PostgreSQL say.
+
+    A stream whose worker says nothing any more is "not running"; its figures are the last ones known.
+    """
+    with open_node(operator) as conn:
+        while True:
+            node, streams = _look(conn)
+            if watch and output == "table":
+                click.clear()
+            emit(output, _as_dict(node, streams), lambda: _text(node, streams))  # noqa: B023 - called at once
+            if not watch:
+                return
+            time.sleep(interval)
+
+
+def _look(conn: Connection) -> tuple[NodeInfo, list[StreamStatus]]:
+    from vsql_shared.pg import nodes
+    from vsql_shared.pg import status as stream_status
+
+    return nodes.local(conn), stream_status.read(conn)
+
+
+def _as_dict(node: NodeInfo, streams: Sequence[StreamStatus]) -> dict[str, object]:
+    return {
+        "node": node.name,
+        "number": node.number,
+        "cluster": node.cluster,
+        "streams": list(streams),
+    }
+
+
+def _text(node: NodeInfo, streams: Sequence[StreamStatus]) -> str:
+    head = f"node {node.name} ({node.number}) of cluster {node.cluster}"
+    if not streams:
+        return f"{head}\nno streams; add a peer: `syncctl node add-peer`"
+    table = render_table(_HEADERS, [_row(one) for one in streams])
+    return "\n".join([head, table, *(line for one in streams for line in _remarks(one))])
+
+
+def _row(one: StreamStatus) -> tuple[object, ...]:
+    detail = one.detail
+    position = detail.get("confirmed_lsn" if one.direction == "out" else "applied_lsn")
+    batches = detail.get("unpublished_batches" if one.direction == "out" else "lag_batches")
+    return (
+        one.chain,
+        one.direction,
+        one.state if one.desired == "running" or one.state != "not running" else one.desired,
+        one.init_state,
+        _shown(detail.get("lag_bytes", one.slot["lag_bytes"] if one.slot else None), human_bytes),
+        batches,
+        _shown(detail.get("lag_seconds"), human_seconds),
+        _shown(detail.get("rows_per_s"), human_count),
+        position or (one.slot["confirmed_lsn"] if one.slot else None),
+        _shown(detail.get("audit_bytes_per_day"), human_bytes),
+        _shown(detail.get("clock_offset_ms"), lambda value: f"{value:.0f} ms"),
+    )
+
+
+def _shown(value: Any, how: Any) -> str | None:
+    return how(value) if isinstance(value, int | float) else None
+
+
+def _remarks(one: StreamStatus) -> list[str]:
+    """What needs a sentence."""
+    name = f"{one.chain} ({one.direction})"
+    return [f"{name}: {line}" for line in (*_standing(one), *_troubles(one))]
+
+
+def _standing(one: StreamStatus) -> Iterator[str]:
+    """Why it does not run: paused, never started, or a worker that is silent."""
+    if one.stale and one.updated_at is not None:
+        yield f"its worker has said nothing since {printable(one.updated_at)}; figures are from then"
+    elif one.state == "not running" and one.desired == "running" and one.init_state != "FINISHED":
+        yield "is to run and has no worker; start the service (`syncctl daemon start`)"
+    if one.desired == "stopped" and one.init_state != "FINISHED":
+        yield "was never started; `syncctl start`"
+    if one.desired == "paused":
+        yield f"paused: {printable(one.desired_reason)}"
+
+
+def _troubles(one: StreamStatus) -> Iterator[str]:
+    """Refusals, errors, roots that differ, a slot in danger."""
+    said = one.detail
+    refused = said.get("refused")
+    if isinstance(refused, dict):
+        where, why = printable(refused.get("record")), printable(refused.get("error"))
+        yield f"refused {where}: {why}; decide with `syncctl stream`"
+    if one.init_state in ("DIVERGED", "FAILED"):
+        yield f"{one.init_state}: {printable(one.init_reason)}"
+    if said.get("last_error"):
+        yield f"{printable(said['last_error'])} ({printable(said.get('last_error_at'))})"
+    for target, ack in (said.get("targets") or {}).items():
+        if ack.get("mismatch"):
+            yield f"{target} computed another root: {printable(ack['mismatch'])}"
+    if one.slot and one.slot["wal_status"] in ("unreserved", "lost"):
+        yield f"slot {one.slot_name} is {one.slot['wal_status']}: it loses WAL; see max_slot_wal_keep_size"
