@@ -61,13 +61,10 @@ def generate_signing_key(directory: Path, name: str = DEFAULT_KEY_NAME) -> tuple
     private_pem = private_key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    public_pem = private_key.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
     if public_path.exists():  # before the private half exists, so that no half-made pair is left
         raise _exists(public_path)
     write_new_file(private_path, private_pem, 0o600)
-    write_new_file(public_path, public_pem, 0o644)
+    write_new_file(public_path, public_pem(private_key.public_key().public_bytes_raw()).encode(), 0o644)
     return private_path, public_path
 
 
@@ -155,6 +152,14 @@ def load_public_key(path: Path) -> bytes:
             f"{path} holds no Ed25519 public key", hint="expected the .pub file of `syncctl key generate`"
         )
     return key.public_bytes_raw()
+
+
+def public_pem(public_key_raw: bytes) -> str:
+    """A raw public key as PEM, the form other tools read."""
+    key = Ed25519PublicKey.from_public_bytes(public_key_raw)
+    return key.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    ).decode()
 
 
 @dataclass(frozen=True)

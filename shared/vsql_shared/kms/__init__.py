@@ -7,13 +7,18 @@ error that names the extra to install.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from vsql_shared.errors import ConfigError, KeyUnavailableError, NotBuiltError
 from vsql_shared.kms.base import KekProvider
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pydantic import SecretStr
+
     from vsql_shared.config.encryption import KmsSettings
 
 
@@ -29,20 +34,44 @@ def _file(settings: KmsSettings, strict: bool) -> KekProvider:
 
 
 def _pkcs11(settings: KmsSettings, _strict: bool) -> KekProvider:
-    try:
+    with _needs("pkcs11", extra="pkcs11"):
         from vsql_shared.kms.pkcs11 import Pkcs11Kek
+
+    module, token, key, pin = _token(settings)
+    return Pkcs11Kek(module, token, key, pin, kek_id=settings.kek_id)
+
+
+def generate_token_kek(settings: KmsSettings) -> str:
+    """Make a KEK, or its next version, in the token of [encryption.kms.pkcs11]; returns its kek_id."""
+    with _needs("pkcs11", extra="pkcs11"):
+        from vsql_shared.kms.pkcs11 import generate_kek
+
+    return f"{settings.kek_id}/{generate_kek(*_token(settings))}"
+
+
+@contextmanager
+def _needs(library: str, *, extra: str) -> Iterator[None]:
+    """A missing client library as an error that names the extra to install."""
+    try:
+        yield
     except ModuleNotFoundError as error:
-        if error.name != "pkcs11":
+        if error.name != library:
             raise
-        raise missing_extra("pkcs11", "pkcs11") from error
+        raise KeyUnavailableError(
+            f"this KMS provider needs the library {library!r}, which is not installed",
+            hint=f"pip install 'vsql-sync[{extra}]'",
+        ) from error
+
+
+def _token(settings: KmsSettings) -> tuple[Path, str, str, SecretStr | None]:
+    """Where the KEK is: module, token, key label and PIN."""
     token = settings.pkcs11
     if token.module is None or token.token_label is None or token.key_label is None:
         raise ConfigError(
-            "encryption.kms.pkcs11 is not complete",
+            "[encryption.kms.pkcs11] does not say where the KEK is",
             hint="set module, token_label, key_label and a PIN source",
         )
-    pin = token.read_pin()
-    return Pkcs11Kek(token.module, token.token_label, token.key_label, pin, kek_id=settings.kek_id)
+    return token.module, token.token_label, token.key_label, token.read_pin()
 
 
 PROVIDERS: dict[str, Callable[[KmsSettings, bool], KekProvider]] = {
@@ -50,14 +79,6 @@ PROVIDERS: dict[str, Callable[[KmsSettings, bool], KekProvider]] = {
     "pkcs11": _pkcs11,
 }
 PLANNED = frozenset({"azure-kv", "aws-kms", "gcp-kms", "vault"})  # names the configuration knows already
-
-
-def missing_extra(provider: str, extra: str) -> KeyUnavailableError:
-    """The error of a provider whose client library is not installed."""
-    return KeyUnavailableError(
-        f"KMS provider {provider!r} needs a library that is not installed",
-        hint=f"pip install 'vsql-sync[{extra}]'",
-    )
 
 
 def open_provider(settings: KmsSettings, *, strict: bool = True) -> KekProvider:

@@ -200,6 +200,7 @@ class Pkcs11Kek:
         self._name, self._algorithm = kek_id, algorithm
         self._attempts, self._pause = attempts, pause
         self._session: Session | None = None
+        self._proven = False  # the session has found a key, so it is, or was, logged in
         self._run("opening the KEK", self._newest)
 
     @property
@@ -212,7 +213,7 @@ class Pkcs11Kek:
 
         def look(session: Session) -> list[KekVersion]:
             newest = _number(self._newest(session))
-            keys = _find_versions(session, self._key_label)
+            keys = self._keys(session)
             return [KekVersion(self._id_of(keys[n]), KEK_BITS, n == newest) for n in sorted(keys)]
 
         return self._run("listing KEKs", look)
@@ -254,7 +255,7 @@ class Pkcs11Kek:
 
     def close(self) -> None:
         """Give the session back; the next use opens another."""
-        session, self._session = self._session, None
+        session, self._session, self._proven = self._session, None, False
         if session is not None:
             try:
                 session.close()
@@ -264,8 +265,20 @@ class Pkcs11Kek:
     def _id_of(self, key: SecretKey) -> str:
         return f"{self._name}/{key.id.hex() or '00'}"
 
-    def _newest(self, session: Session) -> SecretKey:
+    def _keys(self, session: Session) -> dict[int, SecretKey]:
+        """Versions by number.
+
+        A session that saw keys and sees none any more may have been logged out by another one, because login
+        belongs to the process: that is a lost session first, and a destroyed KEK only if it stays so.
+        """
         keys = _find_versions(session, self._key_label)
+        if not keys and self._proven:
+            raise p11.UserNotLoggedIn
+        self._proven = bool(keys)
+        return keys
+
+    def _newest(self, session: Session) -> SecretKey:
+        keys = self._keys(session)
         if not keys:
             raise KeyUnavailableError(
                 f"token {self._token_label!r} holds no key {self._key_label!r}",
@@ -275,7 +288,7 @@ class Pkcs11Kek:
         return keys[max(keys)]
 
     def _version(self, session: Session, kek_id: str) -> SecretKey:
-        for key in _find_versions(session, self._key_label).values():
+        for key in self._keys(session).values():
             if self._id_of(key) == kek_id:
                 return key
         raise KeyUnavailableError(
