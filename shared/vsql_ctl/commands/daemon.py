@@ -53,9 +53,13 @@ def stop(operator: Operator) -> None:
     from vsql_ctl.daemon import launch
 
     settings = operator.settings
-    limit = round(settings.server.stop_timeout.total_seconds())
+    limit = settings.server.stop_timeout.total_seconds()
     with Progress("stopping") as progress:
-        done = launch.stop(settings, lambda seconds: progress.update(0, f"for {seconds:.0f} of {limit} s"))
+        done = launch.stop(
+            settings.state_dir(),
+            limit,
+            lambda seconds: progress.update(0, f"for {seconds:.0f} of {limit:.0f} s"),
+        )
     if done.killed:
         click.echo(f"stopped; killed, because they did not stop in time: {', '.join(done.killed)}")
     else:
@@ -70,7 +74,7 @@ def status(ctx: click.Context, output: OutputFormat) -> None:
     from vsql_ctl.daemon.launch import look
 
     settings = ctx.ensure_object(Operator).settings
-    found = look(settings)
+    found = look(settings.state_dir())
     if found is None:
         emit(output, {"running": False, "services": []}, lambda: "not running")
         ctx.exit(_EXIT_NOT_RUNNING)

@@ -110,9 +110,8 @@ class Stopped:
     """Services that had to be killed; the daemon itself is "daemon"."""
 
 
-def stop(settings: Settings, waiting: Callable[[float], None]) -> Stopped:
-    """Ask the daemon to stop and wait; `waiting` is told the seconds so far."""
-    folder = settings.state_dir()
+def stop(folder: Path, stop_seconds: float, waiting: Callable[[float], None]) -> Stopped:
+    """Ask the daemon of a state folder to stop and wait; `waiting` is told the seconds so far."""
     found = disk.read(folder)
     if not disk.is_held(folder) or found is None:
         raise RefusedError("no daemon of this node runs", hint="start one with `syncctl daemon start`")
@@ -122,7 +121,7 @@ def stop(settings: Settings, waiting: Callable[[float], None]) -> Stopped:
             hint="a daemon is just starting or ending: try again in a moment",
         )
     began = time.monotonic()
-    limit = settings.server.stop_timeout.total_seconds() + _STOP_GRACE_SECONDS
+    limit = stop_seconds + _STOP_GRACE_SECONDS
     while found.process.is_running():
         seconds = time.monotonic() - began
         if seconds > limit:
@@ -144,7 +143,6 @@ def _kill_all(folder: Path, daemon: DaemonState) -> list[str]:
     return killed
 
 
-def look(settings: Settings) -> DaemonState | None:
-    """The running daemon's state; None when none runs."""
-    folder = settings.state_dir()
+def look(folder: Path) -> DaemonState | None:
+    """The state of the daemon that runs in a state folder; None when none does."""
     return disk.read(folder) if disk.is_held(folder) else None
