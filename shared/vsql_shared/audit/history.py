@@ -40,12 +40,14 @@ class KafkaHistory:
 
     def feed(self, encoded: bytes, where: str) -> None:
         """Take the next document of a partition."""
+        name = ""
         try:
-            reader = self._reader(encoded)
+            name = peek_chain(SignedDocument.decode(encoded).payload)[1]
+            reader = self._reader(name)
             outcome = reader.accept(encoded, where) if reader else None
         except (DecodeError, SignatureError, ChainError) as error:
             # Readers of the stream refuse it too, with this same record; here it is one more finding.
-            self._found(self._name(encoded), None, f"{where}: {error.message}")
+            self._found(name, None, f"{where}: {error.message}")
             return
         if isinstance(outcome, Accepted):
             sequence, entry_hash = self._wanted.get(outcome.entry.chain, (0, b""))
@@ -76,18 +78,11 @@ class KafkaHistory:
             self._found(chain, 1, "Kafka has this chain of this node, the trail does not")
         return list(self._problems.values())
 
-    def _reader(self, encoded: bytes) -> ChainReader | None:
-        name = self._name(encoded)
+    def _reader(self, name: str) -> ChainReader | None:
         if name not in self._readers and writer_of(name) == self._node:
             self._readers[name] = ChainReader(self._cluster, name, self._node, self._trust)
         # After its first problem a chain proves nothing more.
         return None if name in self._problems else self._readers.get(name)
-
-    def _name(self, encoded: bytes) -> str:
-        try:
-            return peek_chain(SignedDocument.decode(encoded).payload)[1]
-        except DecodeError:
-            return ""
 
     def _found(self, chain: str, sequence: int | None, what: str) -> None:
         self._problems.setdefault(chain, Problem(chain, sequence, None, what))
