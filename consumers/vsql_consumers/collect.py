@@ -257,7 +257,7 @@ class Collector:
                 )
             if high <= root.last_offset:
                 raise RecordError(
-                    f"Kafka ends before offset {high}; entry {entry.sequence} needs offset {root.last_offset}",
+                    f"Kafka ends at offset {high}; entry {entry.sequence} needs offset {root.last_offset}",
                     record=record_name(topic, partition, high),
                     hint="records that were acknowledged are gone from the topic",
                 )

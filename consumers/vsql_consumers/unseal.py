@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from vsql_consumers.verify import VerifiedBatch, batch_name, record_name
 from vsql_shared.audit.dsse import SignedDocument, verify_document
-from vsql_shared.changes import OpenedBatch, Op, Relation, TableName
+from vsql_shared.changes import Op, OpenedBatch, Relation, TableName
 from vsql_shared.crypto.announce import MEDIA_TYPE, KeyAnnouncement, KeyRing, decode_announcement
 from vsql_shared.crypto.seal import open_tuples
 from vsql_shared.errors import DecodeError, RecordError, SignatureError, UnsealError
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Announcements:
-    """Verified announcements of one chain's data keys, as read from the keys topic, and the keys themselves."""
+    """Verified announcements of one chain's data keys, as read from the keys topic, and their keys."""
 
     def __init__(
         self, cluster: str, chain: str, origin: str, trust: TrustStore, ring: KeyRing, first_epoch: int = 0
@@ -92,9 +92,9 @@ class Announcements:
         found = self._known.get(entry.dek_id)
         if found is None:
             raise UnsealError(
-                f"data key {entry.dek_id} was never announced",
+                f"data key {entry.dek_id} was never announced on the keys topic",
                 record=batch_name(entry),
-                hint="its announcement is missing from the keys topic",
+                hint="the announcement was deleted or altered, or is of another chain",
             )
         if found.kek_id != entry.kek_id:
             raise UnsealError(
@@ -202,7 +202,7 @@ class _Sorter:
             raise RecordError("a record in pieces has no end in its batch", record=batch.name(pieces[0][0]))
 
     def _joined(self, at: int, text: bytes) -> bytes:
-        """The plaintext with the pieces of the same table before it; they are of one transaction and relation."""
+        """The plaintext with the pieces of its table before it; all are of one transaction and relation."""
         headers, tx_of = self._batch.headers, self._batch.tx_of
         pieces = self._pieces.pop(headers[at].table, [])
         for piece, _ in pieces:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from operator import itemgetter, le
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -163,7 +164,7 @@ def _transactions(
     """Step 6, first half: the batch's transactions in commit order, each with one xid and one time."""
     found = {tx for part in parts for pack in part.packs for tx in pack.header.transactions}
     ordered = sorted(found, key=itemgetter(1))
-    for one, two in zip(ordered, ordered[1:], strict=False):
+    for one, two in pairwise(ordered):
         if one.commit_lsn == two.commit_lsn:
             raise RecordError(
                 f"two transactions of batch {entry.batch} commit at one position", record=batch_name(entry)

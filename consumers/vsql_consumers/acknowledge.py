@@ -1,0 +1,351 @@
+"""The target's own signed entries: acknowledgements of what it applied, refusals, skips.
+
+Not here: when a batch is applied (pipeline.py) and what stands in a receipt (state.py). Rules:
+
+* An acknowledgement is made only of a receipt whose applying commit is flushed, and says what this node
+  computed itself: its root, its verdicts, its commit's LSN.
+* Entries go into this node's audit table first, then to Kafka, in the order of the chain. Each run opens an
+  epoch of its own; at start Kafka is brought level with the table, so a crash in between loses nothing and
+  doubles nothing.
+* A delivery that failed, or whose result is unknown, ends this object: the worker starts again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
+
+from vsql_consumers import state
+from vsql_consumers.quarantine import is_skipped
+from vsql_consumers.state import Receipt
+from vsql_shared import failpoints, lsn, names
+from vsql_shared.audit.chain import Accepted, ChainReader, ChainWriter, Prepared, new_incarnation
+from vsql_shared.audit.dsse import document_hash
+from vsql_shared.audit.entries import (
+    BATCH_APPLIED,
+    BATCH_REFUSED,
+    BATCH_SKIPPED,
+    AuditEntry,
+    canonical_json,
+)
+from vsql_shared.audit.rows import parse
+from vsql_shared.audit.store import insert_entries, iterate, load_head
+from vsql_shared.crypto.signing import Signer, TrustStore
+from vsql_shared.errors import DivergedError, TransientError, VsqlSyncError
+from vsql_shared.kafka.clients import from_exception, kafka_error
+from vsql_shared.pg.connect import Connection, errors
+
+_log = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 60.0
+"""How long Kafka may take to acknowledge before the worker starts again."""
+
+ReadOwn = Callable[[int], Iterable[tuple[int, bytes]]]
+"""Gives (offset, document) of this chain's records in Kafka from an offset on, oldest first, to the end."""
+
+
+class Place(NamedTuple):
+    """Whose acknowledgements these are, and where they go."""
+
+    cluster: str
+    chain: str
+    ack_chain: str
+    origin: str
+    node: str
+    topic: str
+    partition: int
+
+
+class Acknowledger:
+    """Writes the acknowledgement chain of one incoming stream."""
+
+    def __init__(
+        self, conn: Connection, producer: Producer, place: Place, signer: Signer | None, trust: TrustStore
+    ) -> None:
+        """`conn` holds the stream's advisory lock, so that nobody else writes this chain."""
+        self._conn, self._producer, self._place = conn, producer, place
+        self._signer, self._trust = signer, trust
+        self._writer: ChainWriter | None = None
+        self._under_way: deque[bytes] = deque()
+        self._failure: VsqlSyncError | None = None
+        self._published_up_to = 0
+        self.entries = self.bytes = 0
+
+    def start(self, read_own: ReadOwn, from_offset: int) -> None:
+        """Bring Kafka level with the table, open an epoch, acknowledge receipts a crash left behind.
+
+        `from_offset` is where our last entry is likely to be found; if none is, all of it is read.
+        """
+        self._level(read_own, from_offset)
+        head = load_head(self._conn, self._place.ack_chain)
+        writer = ChainWriter(
+            self._signer,
+            self._place.cluster,
+            self._place.ack_chain,
+            head,
+            new_incarnation(),
+            node=self._place.node,
+        )
+        where = _where_we_are(self._conn)
+        opened = writer.open_epoch(
+            lsn=where.lsn,
+            system_identifier=where.system_identifier,
+            timeline=where.timeline,
+            source_node_id=self._place.origin,
+            target_node_id=self._place.node,
+        )
+        self._writer = writer
+        self._record([opened])
+        receipts = state.load_receipts(self._conn, self._place.chain)
+        # Those up to the head were acknowledged in the table already, and by now in Kafka.
+        missing = [one for one in receipts if one.batch > head.batch]
+        self.acknowledge(missing, where.lsn)
+        if receipts and not missing:
+            self._published_up_to = receipts[-1].sequence
+        self.flush()
+
+    def acknowledge(self, receipts: Sequence[Receipt], target_lsn: int) -> None:
+        """Sign and send what follows from receipts whose transaction is committed and flushed."""
+        if not receipts:
+            return
+        self.flush()
+        self._record([self._entry_for(receipt, target_lsn) for receipt in receipts])
+        self._published_up_to = receipts[-1].sequence
+
+    def refused(self, record: str, error: str, sequence: int) -> None:
+        """Say once, signed, that this node refused a record."""
+        detail = canonical_json({"record": record, "error": error[:1000], "sequence": sequence})
+        last = self._conn.execute(
+            "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND event_type = %s"
+            " ORDER BY sequence DESC LIMIT 1",
+            (self._place.ack_chain, BATCH_REFUSED),
+        ).fetchone()
+        if last is not None and parse(bytes(last[0])).entry.detail == detail:
+            return
+        self.flush()
+        where = _where_we_are(self._conn)
+        self._record(
+            [
+                self._open_writer().next(
+                    event_type=BATCH_REFUSED,
+                    source_node_id=self._place.origin,
+                    target_node_id=self._place.node,
+                    batch_lsn_start=where.lsn,
+                    batch_lsn_end=where.lsn,
+                    detail=detail,
+                )
+            ]
+        )
+        self.flush()
+
+    def skipped_unread(self, sequence: int, epoch: int, batch: int) -> None:
+        """Say that an entry nobody could read was skipped; once, also when the worker dies right after."""
+        writer = self._open_writer()
+        self.flush()
+        at = writer.head.lsn_end
+        if batch <= writer.head.batch:
+            return
+        self._record(
+            [
+                writer.next(
+                    event_type=BATCH_SKIPPED,
+                    source_node_id=self._place.origin,
+                    target_node_id=self._place.node,
+                    batch=batch,
+                    batch_lsn_start=at,
+                    batch_lsn_end=at,
+                    ref_epoch=epoch,
+                    ref_sequence=sequence,
+                    detail=canonical_json({"sequence": sequence, "unread": True}),
+                )
+            ]
+        )
+
+    def poll(self) -> None:
+        """Serve Kafka's answers; raises when one says that an entry was not written."""
+        self._producer.poll(0)
+        self._raise_failure()
+
+    def flush(self) -> None:
+        """Wait until Kafka has every entry."""
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while self._under_way:
+            self._producer.poll(0.05)
+            self._raise_failure()
+            if time.monotonic() > deadline:
+                raise TransientError("Kafka does not acknowledge our entries", hint="it is tried again")
+
+    def settle(self) -> None:
+        """Forget receipts whose acknowledgements Kafka has; called when there is nothing better to do."""
+        if self._published_up_to and not self._under_way:
+            with errors("forgetting receipts"):
+                state.drop_receipts(self._conn, self._place.chain, self._published_up_to)
+            self._published_up_to = 0
+
+    def close(self) -> None:
+        """Drop what is queued: the table has it, and the next start sends it."""
+        self._producer.purge(in_queue=True, in_flight=True, blocking=False)
+        self._producer.poll(0)
+
+    # What Kafka and the table have
+
+    def _level(self, read_own: ReadOwn, from_offset: int) -> None:
+        """Kafka must be a prefix of the table, or extend it; afterwards both are equal."""
+        chain = self._place.ack_chain
+        table_head = load_head(self._conn, chain)
+        reader = ChainReader(self._place.cluster, chain, self._place.node, self._trust, table_head)
+        newer: list[tuple[bytes, int | None]] = []
+        in_kafka = self._last_published(reader, read_own(from_offset), newer)
+        if not in_kafka and from_offset:
+            in_kafka = self._last_published(reader, read_own(0), newer)
+        insert_entries(self._conn, newer)
+        missing = [
+            Prepared(one.entry, one.encoded, one.entry_hash)
+            for one in iterate(self._conn, chain, in_kafka + 1)
+        ]
+        if missing:
+            _log.info("publishing entries a crash left behind", extra={"entries": len(missing)})
+            self._publish(missing)
+            self.flush()
+
+    def _last_published(
+        self,
+        reader: ChainReader,
+        published: Iterable[tuple[int, bytes]],
+        newer: list[tuple[bytes, int | None]],
+    ) -> int:
+        """Highest sequence Kafka and the table share; what Kafka has beyond the table goes to `newer`."""
+        in_kafka = 0
+        for offset, encoded in published:
+            sequence = parse(encoded).entry.sequence
+            if sequence > reader.head.sequence:
+                found = reader.accept(encoded, f"{self._place.topic}/{self._place.partition}/{offset}")
+                if isinstance(found, Accepted):
+                    newer.append((encoded, offset))
+                    in_kafka = sequence
+            elif not newer and self._table_has(sequence, encoded):
+                in_kafka = max(in_kafka, sequence)
+        return in_kafka
+
+    def _table_has(self, sequence: int, encoded: bytes) -> bool:
+        """Whether the table's entry is this one; one of a process that lost its epoch does not count."""
+        row = self._conn.execute(
+            "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND sequence = %s",
+            (self._place.ack_chain, sequence),
+        ).fetchone()
+        if row is None:
+            raise DivergedError(
+                f"entry {sequence} of chain {self._place.ack_chain} is in Kafka, not in the audit table",
+                hint="the audit table was altered; run `syncctl audit verify`",
+            )
+        return document_hash(bytes(row[0])) == document_hash(encoded)
+
+    # Writing
+
+    def _entry_for(self, receipt: Receipt, target_lsn: int) -> Prepared:
+        """The acknowledgement of one batch: the manifest's words, this node's findings."""
+        manifest = parse(receipt.manifest).entry
+        return self._open_writer().prepare(
+            event_type=BATCH_SKIPPED if is_skipped(receipt) else BATCH_APPLIED,
+            merkle_root=receipt.merkle_root,
+            target_lsn=target_lsn,
+            target_node_id=self._place.node,
+            verdicts=tuple(sorted((name, count) for name, count in receipt.verdicts.items() if count)),
+            ref_epoch=manifest.epoch,
+            ref_sequence=manifest.sequence,
+            ref_hash=document_hash(receipt.manifest),
+            **_copied(manifest),
+        )
+
+    def _record(self, prepared: Sequence[Prepared]) -> None:
+        """Table, then Kafka. What Kafka had acknowledged before is forgotten in the same transaction."""
+        failpoints.hit("consumer.before-ack-table")
+        with errors("writing acknowledgements"), self._conn.transaction():
+            if self._published_up_to:
+                state.drop_receipts(self._conn, self._place.chain, self._published_up_to)
+            insert_entries(self._conn, [(one.encoded, None) for one in prepared])
+        self._published_up_to = 0
+        failpoints.hit("consumer.after-ack-table")
+        writer = self._open_writer()
+        for one in prepared:
+            writer.commit(one.entry_hash)
+        failpoints.hit("consumer.before-ack-publish")
+        self._publish(prepared)
+
+    def _publish(self, prepared: Sequence[Prepared]) -> None:
+        for one in prepared:
+            entry = one.entry
+            key = names.audit_key(entry.chain, entry.epoch, entry.incarnation, entry.sequence)
+            self._under_way.append(one.entry_hash)
+            try:
+                self._producer.produce(
+                    self._place.topic,
+                    one.encoded,
+                    key=key,
+                    partition=self._place.partition,
+                    on_delivery=self._delivered,
+                )
+            except (KafkaException, BufferError) as error:
+                if isinstance(error, KafkaException):
+                    raise from_exception(error, f"write to topic {self._place.topic}") from error
+                raise TransientError("Kafka's queue is full of acknowledgements") from error
+            self.entries += 1
+            self.bytes += len(one.encoded)
+
+    def _delivered(self, error: KafkaError | None, _message: Message) -> None:
+        if error is not None:
+            self._failure = self._failure or kafka_error(error, f"write to topic {self._place.topic}")
+            return
+        self._under_way.popleft()
+        if not self._under_way:
+            failpoints.hit("consumer.after-ack-publish")
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _open_writer(self) -> ChainWriter:
+        if self._writer is None:
+            raise TransientError("the acknowledgement chain is not open yet")
+        return self._writer
+
+
+class _Here(NamedTuple):
+    lsn: int
+    system_identifier: str
+    timeline: int
+
+
+def _where_we_are(conn: Connection) -> _Here:
+    with errors("reading this server's position"):
+        row = conn.execute(
+            "SELECT pg_catalog.pg_current_wal_flush_lsn()::text, system_identifier::text, timeline_id"
+            " FROM pg_catalog.pg_control_system(), pg_catalog.pg_control_checkpoint()"
+        ).fetchone()
+    assert row is not None  # noqa: S101 - both functions give one row
+    return _Here(lsn.parse(row[0]), row[1], row[2])
+
+
+def _copied(manifest: AuditEntry) -> dict[str, Any]:
+    """What an acknowledgement repeats of its manifest."""
+    same = (
+        "source_node_id",
+        "batch",
+        "batch_lsn_start",
+        "batch_lsn_end",
+        "tables_affected",
+        "row_count",
+        "record_count",
+        "contains_pci",
+        "pci_columns",
+        "dek_id",
+        "kek_id",
+        "algorithm",
+        "continues",
+    )
+    return {name: getattr(manifest, name) for name in same}

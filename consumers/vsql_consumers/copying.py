@@ -1,0 +1,138 @@
+"""A first copy at the target: which tables have come, since which position their changes count, and its end.
+
+Not here: the rows themselves, which go the way of all batches. Rules:
+
+* The position S of a table's snapshot is written in the transaction that applies the table's rows. The live
+  stream leaves out what committed before S.
+* The copy's chain says when it is over (`copy_finished`); only then is the stream FINISHED and may the live
+  one begin.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vsql_consumers import quarantine, state
+from vsql_shared import lsn
+from vsql_shared.audit.entries import COPY_FINISHED, COPY_STARTED, AuditEntry
+from vsql_shared.changes import OpenedBatch, TableName
+from vsql_shared.errors import DecodeError, RecordError
+from vsql_shared.pg.connect import Connection, errors
+
+if TYPE_CHECKING:
+    from vsql_consumers.groups import Group
+    from vsql_consumers.state import Stream
+
+
+class CopyKeeper:
+    """Keeps the states of a stream and its tables; for a live stream there is little to keep."""
+
+    def __init__(self, conn: Connection, stream: Stream, live_chain: str) -> None:
+        self._stream, self._live_chain = stream, live_chain
+        self.finished = False
+        self.tables: dict[TableName, int] = {}
+        """Table → rows expected."""
+        self._rows: dict[TableName, int] = {}
+        self._done: set[TableName] = set()
+        self._current: TableName | None = None
+        if self.is_copy:
+            self._recall(conn)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether this stream is a first copy."""
+        return self._stream.kind == "copy"
+
+    def detail(self) -> dict[str, Any]:
+        """For the `copy` key of the status."""
+        return {
+            "table": str(self._current) if self._current else "",
+            "tables_done": len(self._done),
+            "tables_total": len(self.tables),
+            "rows": sum(self._rows.values()),
+            "rows_expected": sum(self.tables.values()),
+        }
+
+    def entry(self, entry: AuditEntry, group: Group) -> None:
+        """An entry without a batch came; its consequences are written with the group."""
+        if not self.is_copy:
+            return
+        if entry.event_type == COPY_STARTED:
+            for table, said in _tables(entry).items():
+                self.tables[table] = int(said.get("rows", 0))
+            group.also.append(lambda conn: self._begin(conn, list(self.tables)))
+        elif entry.event_type == COPY_FINISHED:
+            self.finished = True
+            final = _tables(entry)
+            rows = dict(self._rows)
+            group.also.append(lambda conn: self._end(conn, final, rows))
+
+    def batch(self, opened: OpenedBatch, group: Group) -> None:
+        """Rows of a copy came: their transaction carries the position of their snapshot."""
+        if not self.is_copy:
+            return
+        found: dict[TableName, tuple[int, int]] = {}
+        for name, place in zip(opened.relation_of, opened.tx_of, strict=True):
+            table = opened.relations[name].name
+            rows, _ = found.get(table, (0, 0))
+            found[table] = (rows + 1, opened.transactions[place].commit_lsn)
+        for table, (rows, at) in found.items():
+            self._current = table
+            self._rows[table] = self._rows.get(table, 0) + rows
+            total = self._rows[table]
+            group.also.append(self._write_rows(table, at, total))
+
+    def _write_rows(self, table: TableName, at: int, rows: int) -> Any:
+        chain = self._live_chain
+        return lambda conn: state.mark_table(conn, chain, table, "COPYING", copy_lsn=at, copied_rows=rows)
+
+    def _begin(self, conn: Connection, tables: list[TableName]) -> None:
+        for table in tables:
+            state.mark_table(conn, self._live_chain, table, "COPYING")
+        state.set_stream_state(conn, self._stream.chain, "COPYING")
+
+    def _end(
+        self, conn: Connection, tables: Mapping[TableName, Mapping[str, Any]], rows: dict[TableName, int]
+    ) -> None:
+        for table, said in tables.items():
+            at = lsn.parse(said["lsn"]) if isinstance(said.get("lsn"), str) else None
+            state.mark_table(
+                conn,
+                self._live_chain,
+                table,
+                "SYNCHRONIZED",
+                copy_lsn=at,
+                copied_rows=rows.get(table, 0),
+            )
+        conn.execute(
+            "UPDATE vsql_sync.table_sync SET state = 'SYNCHRONIZED' WHERE chain = %s AND state = 'COPYING'",
+            (self._live_chain,),
+        )
+        state.set_stream_state(conn, self._stream.chain, "FINISHED")
+        state.set_stream_state(conn, self._live_chain, "CATCHING_UP")
+
+    def _recall(self, conn: Connection) -> None:
+        """What a copy that is resumed had applied already."""
+        with errors("reading what was copied"):
+            rows = conn.execute(
+                "SELECT table_schema, table_name, copied_rows FROM vsql_sync.table_sync WHERE chain = %s",
+                (self._live_chain,),
+            ).fetchall()
+        for schema, table, count in rows:
+            name = TableName(schema, table)
+            self.tables.setdefault(name, 0)
+            self._rows[name] = count or 0
+
+
+def _tables(entry: AuditEntry) -> dict[TableName, dict[str, Any]]:
+    """`tables` of the entry's detail: {"schema.table": {"rows": …, "lsn": …}}. Raises RecordError."""
+    try:
+        said = json.loads(entry.detail).get("tables", {})
+        return {quarantine.parse_table(name): dict(about) for name, about in said.items()}
+    except (ValueError, TypeError, AttributeError, DecodeError):
+        raise RecordError(
+            f"{entry.event_type} does not describe its tables",
+            record=f"{entry.chain} sequence {entry.sequence}",
+        ) from None

@@ -1,0 +1,103 @@
+"""What is applied in one target transaction: batches and entries of the chain, and what is written with them.
+
+Not here: Kafka and the order of stages (pipeline.py). Rules:
+
+* A group ends at an entry after which no source transaction is unfinished; the fragments of one transaction
+  are a group of their own, applied as they come.
+* Progress, receipts, descriptors and table states are written in the applying transaction, so that all of it
+  is there or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from vsql_consumers import quarantine, state
+from vsql_consumers.collect import Ready
+from vsql_consumers.state import Position, Receipt
+from vsql_consumers.unseal import Descriptor
+from vsql_shared.audit.entries import EPOCH_OPENED
+from vsql_shared.changes import OpenedBatch
+from vsql_shared.pg.connect import Connection
+
+Writes = Callable[[Connection], None]
+
+
+@dataclass(slots=True)
+class Group:
+    """Entries since the last commit, in order; `position` is where the stream stands after them."""
+
+    position: Position
+    live_chain: str
+    entries: int = 0
+    rows: int = 0
+    bytes: int = 0
+    batches: list[OpenedBatch] = field(default_factory=list)
+    """Opened, and not yet given to the applier."""
+    manifests: list[bytes] = field(default_factory=list)
+    """Documents of those."""
+    receipts: list[Receipt] = field(default_factory=list)
+    fragments: bool = False
+    descriptors: dict[bytes, Descriptor] = field(default_factory=dict)
+    forget_descriptors: bool = False
+    also: list[Writes] = field(default_factory=list)
+    """Further writes of the applying transaction."""
+
+    @classmethod
+    def after(cls, position: Position, live_chain: str) -> Group:
+        """An empty group that begins at a position."""
+        return cls(replace(position, offsets=dict(position.offsets)), live_chain)
+
+    def move(self, ready: Ready) -> None:
+        """Take an entry's place in the chain."""
+        self.entries += 1
+        position = self.position
+        position.head, position.audit_offset = ready.head, ready.audit_offset
+        position.offsets.update(ready.offsets)
+
+    def add_batch(self, ready: Ready, opened: OpenedBatch, new: dict[bytes, Descriptor]) -> None:
+        """Take an opened batch."""
+        self.move(ready)
+        self.rows += opened.row_count
+        self.bytes += sum(map(len, opened.plaintexts))
+        self.batches.append(opened)
+        self.manifests.append(ready.encoded)
+        self.descriptors.update(new)
+        self.fragments = self.fragments or opened.continues
+        if opened.transactions:
+            self.position.commit_time = opened.transactions[-1].commit_time
+
+    def add_skipped(self, ready: Ready, reason: str) -> None:
+        """Take a batch an operator skips: a receipt without a root, and its tables are marked."""
+        self.move(ready)
+        entry, chain = ready.entry, self.live_chain
+        if entry is None:
+            self.also.append(lambda conn: quarantine.mark_all_diverged(conn, chain, reason))
+        elif entry.batch:
+            self.receipts.append(quarantine.receipt_of_skipped(entry, ready.encoded))
+            tables = entry.tables_affected
+            self.also.append(lambda conn: quarantine.mark_diverged(conn, chain, tables, reason))
+
+    def add_entry(self, ready: Ready) -> None:
+        """Take an entry without a batch. A new epoch sends every descriptor again."""
+        self.move(ready)
+        if ready.entry is not None and ready.entry.event_type == EPOCH_OPENED:
+            self.descriptors, self.forget_descriptors = {}, True
+
+    def applied(self, verdicts: list[dict[str, int]]) -> None:
+        """The applier took the batches: keep what is to be said of them, and let their rows go."""
+        for opened, manifest, counts in zip(self.batches, self.manifests, verdicts, strict=True):
+            self.receipts.append(
+                Receipt(opened.sequence, opened.epoch, opened.batch, manifest, opened.merkle_root, counts)
+            )
+        self.batches, self.manifests, self.bytes = [], [], 0
+
+    def write(self, conn: Connection, chain: str) -> None:
+        """Everything the applying transaction holds beside the rows."""
+        self.receipts.sort(key=lambda receipt: receipt.sequence)
+        state.save_receipts(conn, chain, self.receipts)
+        state.save_descriptors(conn, chain, self.descriptors, forget_others=self.forget_descriptors)
+        for write in self.also:
+            write(conn)
+        state.save_position(conn, chain, self.position)

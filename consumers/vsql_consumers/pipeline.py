@@ -1,0 +1,339 @@
+"""One attempt to run an incoming stream: poll, collect, verify, open, apply, acknowledge. Assembled here.
+
+Not here: what happens after an error, pausing and waiting (worker.py). Rules:
+
+* One thread, one turn after the other: memory is bounded by the collector's buffer and one group.
+* A group is what is ready, up to `merge_max_rows`; nothing waits for more to come.
+* What was refused ends the attempt, after everything before it was applied.
+* Acknowledgements follow the flushed commit; Kafka's group offsets follow them and mean nothing to us.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vsql_consumers import state
+from vsql_consumers.acknowledge import Acknowledger
+from vsql_consumers.apply import Applier
+from vsql_consumers.collect import Collector, Ready
+from vsql_consumers.copying import CopyKeeper
+from vsql_consumers.groups import Group
+from vsql_consumers.source import Source
+from vsql_consumers.state import Position, Stream
+from vsql_consumers.unseal import Announcements, Descriptor, open_batch
+from vsql_consumers.verify import batch_name, verify_batch
+from vsql_shared import failpoints, names
+from vsql_shared.audit.chain import ChainReader
+from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry
+from vsql_shared.changes import OpenedBatch
+from vsql_shared.crypto.announce import KeyRing
+from vsql_shared.errors import TransientError, VerificationError
+from vsql_shared.observe.metrics import Stage, StreamMetrics, Verdict
+from vsql_shared.pg.connect import Connection, errors
+
+if TYPE_CHECKING:
+    from vsql_shared.config import Settings
+    from vsql_shared.crypto.signing import TrustStore
+    from vsql_shared.kms.base import KekProvider
+
+_log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.1
+LOST_AFTER_SECONDS = 5.0
+"""How long a batch may lack records before Kafka is asked whether it still has them."""
+_COMMIT_OFFSETS_SECONDS = 0.5
+
+
+@dataclass(slots=True)
+class Totals:
+    """What passed since the worker started; kept across attempts."""
+
+    rows: int = 0
+    bytes: int = 0
+    batches: int = 0
+    orphans: int = 0
+    clock_offset_us: int | None = None
+
+
+@dataclass(slots=True)
+class Means:
+    """What an attempt works with; whoever made it closes it."""
+
+    settings: Settings
+    stream: Stream
+    control: Connection
+    applying: Connection
+    trust: TrustStore
+    provider: KekProvider
+    acknowledger: Acknowledger
+    source: Source
+    metrics: StreamMetrics
+    totals: Totals
+    stop: threading.Event
+
+
+class Pipeline:
+    """Runs until told to stop, or until an error; see the module."""
+
+    def __init__(self, means: Means) -> None:
+        settings, stream, conn = means.settings, means.stream, means.applying
+        self._means, self._chain = means, stream.chain
+        cluster = settings.cluster.name
+        self._live_chain = names.live_chain(stream.publication, stream.origin)
+        with errors("reading the stream's progress"):
+            self.position: Position = state.load_position(conn, stream.chain)
+            self._descriptors: dict[bytes, Descriptor] = state.load_descriptors(conn, stream.chain)
+            decisions = state.load_decisions(
+                means.control, stream.chain, names.ack_chain(stream.chain, stream.target)
+            )
+            skip = {} if stream.kind == "copy" else state.copy_lsns(conn, self._live_chain)
+        head = self.position.head
+        self._audit = (names.audit_topic(cluster), stream.audit_partition)
+        self._keys = (names.keys_topic(cluster), 0)
+        self.collector = Collector(
+            ChainReader(cluster, stream.chain, stream.origin, means.trust, head),
+            means.trust,
+            self._audit,
+            self.position.audit_offset,
+            self.position.offsets,
+            settings.limits.collect_buffer_bytes,
+            decisions,
+        )
+        self._ignored = decisions.ignored
+        self._announcements = Announcements(
+            cluster, stream.chain, stream.origin, means.trust, KeyRing(), head.epoch
+        )
+        self._keys_next = 0
+        self._applier = Applier(conn, stream.chain, settings, skip)
+        self.copy = CopyKeeper(conn, stream, self._live_chain)
+        self._group = Group.after(self.position, self._live_chain)
+        self._waiting_since: float | None = None
+        self._offsets_due = 0.0
+        self._orphans_told = self._voids_told = 0
+        self.finished = False
+
+    def run(self, tick: Callable[[], bool]) -> None:
+        """Turn until `tick` says False or the stop event is set; then what is complete is committed."""
+        self._begin()
+        try:
+            while not self._means.stop.is_set() and not self.finished and tick():
+                self.turn()
+        finally:
+            self._applier.abort()  # fragments of a transaction that is not complete; nothing else is open
+        self._means.acknowledger.flush()
+        self._means.acknowledger.settle()
+        self._commit_offsets(wait=True)
+
+    def _begin(self) -> None:
+        means = self._means
+        means.source.assign([(*self._keys, -1), (*self._audit, self.position.audit_offset)])
+        means.source.assign(self.collector.wanted())
+        self._read_keys()
+
+    def turn(self) -> None:
+        """One round: take what has arrived, apply what is ready."""
+        self._pump(POLL_SECONDS)
+        refused = self._take_ready()
+        self._means.acknowledger.poll()
+        if refused is not None:
+            raise refused
+        self._look_for_lost()
+        self._tell_strays()
+
+    # Taking records
+
+    def _pump(self, seconds: float) -> int:
+        """Take what Kafka has; returns how many records came."""
+        means, collector = self._means, self.collector
+        polled = means.source.poll(seconds)
+        for topic, partition, offset, key, value in polled.records:
+            if (topic, partition) == self._keys:
+                self._keys_next = offset + 1
+                if (topic, partition, offset) not in self._ignored:
+                    self._announcements.feed(topic, partition, offset, key, value)
+            else:
+                collector.feed(topic, partition, offset, value)
+        for topic, partition, offset, _, _ in polled.ends:
+            if (topic, partition) == self._keys:
+                self._keys_next = offset
+            collector.delivered(topic, partition, offset)
+        for topic, partition, _, _, _ in polled.lost:
+            collector.check_log(topic, partition, *means.source.ends(topic, partition))
+            raise TransientError(f"Kafka does not have the offset we need of {topic}/{partition}")
+        means.source.assign(collector.wanted())
+        flow = collector.flow()
+        means.source.pause(flow.pause)
+        means.source.resume(flow.resume)
+        return len(polled.records)
+
+    def _read_keys(self) -> None:
+        """Read the keys topic to its present end."""
+        high = self._means.source.ends(*self._keys)[1]
+        deadline = time.monotonic() + 30
+        while self._keys_next < high:
+            self._pump(POLL_SECONDS)
+            if time.monotonic() > deadline:
+                raise TransientError(f"topic {self._keys[0]} cannot be read to its end")
+
+    # Applying
+
+    def _take_ready(self) -> VerificationError | None:
+        """Apply everything that is ready; returns what stopped it, if it was refused."""
+        refused: VerificationError | None = None
+        limits = self._means.settings.limits
+        try:
+            while not self.finished:
+                ready = self.collector.next_ready()
+                if ready is None:
+                    break
+                self._take(ready)
+                if (
+                    self._group.rows >= limits.merge_max_rows
+                    or self._group.bytes >= limits.collect_buffer_bytes
+                ):
+                    self._flush()
+        except VerificationError as error:
+            self._means.metrics.verified(Verdict.REFUSED)
+            refused = error
+        self._flush()
+        return refused
+
+    def _take(self, ready: Ready) -> None:
+        """One entry of the chain."""
+        entry = ready.entry
+        if ready.skipped or entry is None:
+            self._skip(ready)
+        elif entry.event_type == REPLICATION_BATCH:
+            self._take_batch(ready, entry)
+        else:
+            if entry.event_type == EPOCH_OPENED:
+                self._new_epoch(entry)
+            self._group.add_entry(ready)
+            self.copy.entry(entry, self._group)
+            if self.copy.finished:
+                self._flush()
+                self.finished = True
+
+    def _take_batch(self, ready: Ready, entry: AuditEntry) -> None:
+        opened, new = self._open(ready, entry)
+        if opened.continues and not self._group.fragments:
+            self._flush()  # what is complete must not depend on how this transaction ends
+        self._group.add_batch(ready, opened, new)
+        self._descriptors.update(new)
+        self.copy.batch(opened, self._group)
+        if self._group.fragments:
+            self._apply()
+            if not opened.continues:
+                self._group.fragments = False
+                self._flush()
+
+    def _open(self, ready: Ready, entry: AuditEntry) -> tuple[OpenedBatch, dict[bytes, Descriptor]]:
+        """Verify, then decrypt; a batch that fails names its record."""
+        metrics, totals = self._means.metrics, self._means.totals
+        size = sum(len(pack.message) for part in ready.parts for pack in part.packs)
+        delay = time.time_ns() // 1000 - entry.event_timestamp
+        if totals.clock_offset_us is None or delay < totals.clock_offset_us:
+            totals.clock_offset_us = delay
+        try:
+            with metrics.timed(Stage.VERIFY, rows=entry.row_count, size=size):
+                verified = verify_batch(entry, ready.parts, self._means.stream.origin)
+            if not self._announcements.knows(entry.dek_id):
+                self._read_keys()
+            key = self._announcements.open(entry, self._means.provider)
+            with metrics.timed(Stage.OPEN, rows=entry.row_count, size=size):
+                opened, new = open_batch(verified, key, self._descriptors, ready.entry_hash)
+        except VerificationError as error:
+            error.record = error.record or batch_name(entry)
+            raise
+        metrics.verified(Verdict.ACCEPTED)
+        totals.bytes += size
+        return opened, new
+
+    def _new_epoch(self, entry: AuditEntry) -> None:
+        if self._group.fragments:
+            _log.info(
+                "a transaction was not finished by its source and is abandoned", extra={"epoch": entry.epoch}
+            )
+            self._applier.abort()
+            self._group = Group.after(self.position, self._live_chain)
+        self._descriptors = {}
+        self._announcements.forget_before(entry.epoch)
+
+    def _skip(self, ready: Ready) -> None:
+        _log.warning("skipped by an operator's decision", extra={"sequence": ready.sequence})
+        if ready.entry is None:
+            self._flush()
+            self._means.acknowledger.skipped_unread(ready.sequence, ready.head.epoch, ready.head.batch)
+        elif self._group.fragments and not ready.entry.continues:
+            self._group.fragments = False
+        self._group.add_skipped(ready, f"sequence {ready.sequence} was skipped by an operator")
+        sequence, chain = ready.sequence, self._chain
+        self._group.also.append(lambda conn: state.honour_decisions(conn, chain, sequence))
+
+    def _apply(self) -> None:
+        """Give the group's batches to the applier, in the open transaction."""
+        group, means = self._group, self._means
+        rows = sum(batch.row_count for batch in group.batches)
+        with means.metrics.timed(Stage.APPLY, rows=rows, size=group.bytes):
+            means.totals.rows += rows
+            means.totals.batches += len(group.batches)
+            group.applied(self._applier.apply(group.batches))
+
+    def _flush(self) -> None:
+        """Commit the group, if it may end here, and acknowledge it."""
+        group, means = self._group, self._means
+        if not group.entries or group.fragments:
+            return
+        self._apply()
+        position = group.position
+        moment = position.commit_time if position.commit_time is not None else time.time_ns() // 1000
+        failpoints.hit("consumer.before-apply-commit")
+        target_lsn = self._applier.finish(
+            position.head.lsn_end, moment, lambda conn: group.write(conn, self._chain)
+        )
+        failpoints.hit("consumer.after-apply-commit")
+        self.position = position
+        self._group = Group.after(position, self._live_chain)
+        means.metrics.progressed()
+        with means.metrics.timed(Stage.ACKNOWLEDGE, rows=group.rows, size=0):
+            means.acknowledger.acknowledge(group.receipts, target_lsn)
+        self._commit_offsets()
+
+    def _commit_offsets(self, *, wait: bool = False) -> None:
+        now = time.monotonic()
+        if wait or now >= self._offsets_due:
+            failpoints.hit("consumer.before-offset-commit")
+            self._offsets_due = now + _COMMIT_OFFSETS_SECONDS
+            offsets = {**self.position.offsets, self._audit: self.position.audit_offset}
+            self._means.source.commit(offsets, wait=wait)
+
+    # Watching
+
+    def _look_for_lost(self) -> None:
+        """A batch that stays incomplete: ask Kafka whether its records still exist."""
+        awaited, now = self.collector.awaited(), time.monotonic()
+        if not awaited:
+            self._waiting_since = None
+            return
+        if self._waiting_since is None:
+            self._waiting_since = now
+        if now - self._waiting_since >= LOST_AFTER_SECONDS:
+            self._waiting_since = now
+            for place in awaited:
+                ends = self._means.source.ends(place.topic, place.partition)
+                self.collector.check_log(place.topic, place.partition, *ends)
+
+    def _tell_strays(self) -> None:
+        collector, metrics = self.collector, self._means.metrics
+        if collector.orphans > self._orphans_told:
+            metrics.verified(Verdict.ORPHAN, collector.orphans - self._orphans_told)
+            self._means.totals.orphans += collector.orphans - self._orphans_told
+            self._orphans_told = collector.orphans
+        if collector.voids > self._voids_told:
+            metrics.verified(Verdict.VOID, collector.voids - self._voids_told)
+            self._voids_told = collector.voids

@@ -1,0 +1,101 @@
+"""The two database sessions of a worker, and which keys count on its own chain.
+
+Not here: what is done in them. Rules:
+
+* The control session holds the stream's advisory lock: one worker a stream. The applying session holds the
+  stream's replication origin, which only one session can: the fence that also stops a worker whose lock was
+  lost. Progress is read in that session.
+* The applying session fires no ordinary triggers (session_replication_role = replica).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from vsql_shared import names
+from vsql_shared.crypto.signing import PinnedKey, TrustStore
+from vsql_shared.errors import RefusedError
+from vsql_shared.pg.connect import Connection, connect, errors
+
+if TYPE_CHECKING:
+    from vsql_consumers.state import Stream
+    from vsql_shared.config import Settings
+    from vsql_shared.crypto.signing import Signer
+
+# A worker that was killed leaves its session to the server, which notices within moments.
+_LOCK_SECONDS = 10.0
+
+
+def open_control(settings: Settings, chain: str, stop: threading.Event | None) -> Connection:
+    """The control session, locked for this stream; without `stop`, unlocked, for a last word only."""
+    conn = connect(settings.connection.conninfo("consumer"), application_name=f"vsql-sync consumer {chain}")
+    if stop is not None:
+        try:
+            with errors("taking the stream's lock"):
+                _lock(conn, chain, stop)
+        except BaseException:
+            conn.close()
+            raise
+    return conn
+
+
+def _lock(conn: Connection, chain: str, stop: threading.Event) -> None:
+    key = names.advisory_key(chain, "in")
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        row = conn.execute("SELECT pg_catalog.pg_try_advisory_lock(%s)", (key,)).fetchone()
+        if row is not None and row[0]:
+            return
+        if time.monotonic() > deadline or stop.wait(0.2):
+            raise RefusedError(
+                f"stream {chain} already has a worker on this node: {_holder(conn, key)}",
+                hint="stop it first; one worker applies a stream",
+            )
+
+
+def _holder(conn: Connection, key: int) -> str:
+    """The session that holds the lock, in words."""
+    row = conn.execute(
+        "SELECT a.pid, a.application_name, coalesce(a.client_addr::text, 'local'), a.backend_start::text"
+        " FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a USING (pid)"
+        " WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1"
+        " AND l.classid::bigint = %s AND l.objid::bigint = %s",
+        (key >> 32 & 0xFFFFFFFF, key & 0xFFFFFFFF),
+    ).fetchone()
+    if row is None:
+        return "its session has just ended"
+    return f"backend {row[0]}, {row[1]!r} from {row[2]} since {row[3]}"
+
+
+def open_applying(settings: Settings, stream: Stream) -> Connection:
+    """The applying session, holding the stream's origin. TransientError while another session holds it."""
+    conn = connect(
+        settings.connection.conninfo("consumer"), application_name=f"vsql-sync apply {stream.chain}"
+    )
+    try:
+        with errors("setting up the replication origin"):
+            conn.execute("SET session_replication_role = replica")
+            conn.execute(
+                "SELECT pg_catalog.pg_replication_origin_create(%s)"
+                " WHERE pg_catalog.pg_replication_origin_oid(%s) IS NULL",
+                (stream.origin_name, stream.origin_name),
+            )
+            conn.execute("SELECT pg_catalog.pg_replication_origin_session_setup(%s)", (stream.origin_name,))
+    except BaseException:
+        conn.close()
+        raise
+    return conn
+
+
+def own_trust(conn: Connection, node: str, signer: Signer | None) -> TrustStore:
+    """Whose signatures count on this node's own chain: its key, and those it had before, revoked or not."""
+    with errors("reading the pinned keys"):
+        rows = conn.execute(
+            "SELECT node_name, public_key, fingerprint FROM vsql_sync.signers WHERE node_name = %s", (node,)
+        ).fetchall()
+    keys = [PinnedKey(name, bytes(key), text, revoked=False) for name, key, text in rows]
+    if signer is not None:
+        keys.append(PinnedKey(node, signer.public_key, signer.fingerprint, revoked=False))
+    return TrustStore(keys, allow_unsigned=signer is None)

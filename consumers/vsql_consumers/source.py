@@ -1,0 +1,213 @@
+"""Kafka as an incoming stream sees it: the audit partition, the keys topic and the data partitions.
+
+Not here: what records mean (collect.py, unseal.py). Rules:
+
+* Partitions are assigned by hand, at offsets that come from the database; Kafka's group offsets are written
+  for lag tools and never read.
+* Nothing is skipped: an offset that Kafka no longer has is told, never reset.
+* A call waits for the first record only; what else has arrived is taken with it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from vsql_shared.audit.dsse import SignedDocument
+from vsql_shared.audit.entries import peek_chain
+from vsql_shared.errors import DecodeError, TransientError
+from vsql_shared.kafka.clients import from_exception, kafka_error, make_consumer
+
+if TYPE_CHECKING:
+    from vsql_shared.config import Settings
+
+Place = tuple[str, int]
+_T = TypeVar("_T")
+
+
+class Record(NamedTuple):
+    """A Kafka record, or the place of an end or of a lost offset."""
+
+    topic: str
+    partition: int
+    offset: int
+    key: bytes | None = None
+    value: bytes | None = None
+
+
+class Polled(NamedTuple):
+    """What a call brought: records; ends reached (offset: the next one); places whose offset Kafka lacks."""
+
+    records: list[Record]
+    ends: list[Record]
+    lost: list[Record]
+
+
+TIMEOUT_SECONDS = 20.0
+"""For calls that ask a broker something."""
+_TAKE_BYTES = 8 << 20
+_TAKE_MOST = 500
+
+# Public names of librdkafka that begin with an underscore.
+_PARTITION_EOF = KafkaError._PARTITION_EOF  # noqa: SLF001
+_OFFSET_RESET = KafkaError._AUTO_OFFSET_RESET  # noqa: SLF001
+_NO_OFFSET = KafkaError._NO_OFFSET  # noqa: SLF001
+_UNKNOWN = (
+    KafkaError.UNKNOWN_TOPIC_OR_PART,
+    KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001
+    KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001
+)
+
+
+class Source:
+    """One consumer, assigned by hand. Every method raises TransientError or BrokerError."""
+
+    def __init__(self, settings: Settings, client_id: str, group: str) -> None:
+        self._consumer: Consumer = make_consumer(settings, client_id, group, partition_eof=True)
+        self._assigned: dict[Place, int] = {}
+        self._size = 16_384.0  # moving average of a record's bytes
+        self.bytes = 0
+
+    def assign(self, places: Iterable[tuple[str, int, int]]) -> None:
+        """Read these partitions too, from these offsets on (below 0: from the first record)."""
+        new: list[TopicPartition] = []
+        for topic, number, offset in places:
+            if (topic, number) in self._assigned:
+                continue
+            start = OFFSET_BEGINNING if offset < 0 else self._within(topic, number, offset)
+            self._assigned[topic, number] = start
+            new.append(TopicPartition(topic, number, start))
+        if new:
+            self._call("read new partitions", lambda: self._consumer.incremental_assign(new))
+
+    def _within(self, topic: str, number: int, offset: int) -> int:
+        """The offset, or the log's end where the log is shorter: Kafka would take that for an error."""
+        return min(offset, self.ends(topic, number)[1])
+
+    def ends(self, topic: str, number: int) -> tuple[int, int]:
+        """First offset and next offset of a partition, as its leader says now."""
+        place = TopicPartition(topic, number)
+        low, high = self._call(
+            f"ask for the offsets of {topic}",
+            lambda: self._consumer.get_watermark_offsets(place, timeout=TIMEOUT_SECONDS),
+        )
+        return int(low), int(high)
+
+    def poll(self, seconds: float) -> Polled:
+        """Wait for a record at most so long; take what else has arrived, within bounds."""
+        polled = Polled([], [], [])
+        first = self._call("read", lambda: self._consumer.poll(seconds))
+        if first is None:
+            return polled
+        most = max(8, min(_TAKE_MOST, int(_TAKE_BYTES / self._size)))
+        size = 0
+        for message in (first, *self._call("read", lambda: self._consumer.consume(most, timeout=0))):
+            size += self._sort(message, polled)
+        if polled.records:
+            self._size += (size / len(polled.records) - self._size) / 8
+            self.bytes += size
+        return polled
+
+    @staticmethod
+    def _sort(message: Message, polled: Polled) -> int:
+        """Put a message where it belongs; returns its size."""
+        topic, partition, offset = message.topic() or "", message.partition() or 0, message.offset() or 0
+        error = message.error()
+        if error is None:
+            key, value = message.key(), message.value()
+            polled.records.append(Record(topic, partition, offset, _bytes(key), _bytes(value)))
+            return len(value or b"")
+        if error.code() == _PARTITION_EOF:
+            polled.ends.append(Record(topic, partition, offset))
+        elif error.code() in (_OFFSET_RESET, _NO_OFFSET, KafkaError.OFFSET_OUT_OF_RANGE):
+            polled.lost.append(Record(topic, partition, offset))
+        elif error.code() in _UNKNOWN:
+            raise TransientError(f"topic {topic} is not there yet", hint="the origin's producer makes it")
+        else:
+            raise kafka_error(error, f"read topic {topic}")
+        return 0
+
+    def pause(self, places: Iterable[Place]) -> None:
+        """Fetch nothing more of these for now."""
+        self._switch(self._consumer.pause, places)
+
+    def resume(self, places: Iterable[Place]) -> None:
+        """Fetch these again."""
+        self._switch(self._consumer.resume, places)
+
+    def _switch(self, act: Callable[[list[TopicPartition]], None], places: Iterable[Place]) -> None:
+        assigned = [TopicPartition(*place) for place in places if place in self._assigned]
+        if assigned:
+            self._call("pause or resume partitions", lambda: act(assigned))
+
+    def commit(self, offsets: Mapping[Place, int], *, wait: bool = False) -> None:
+        """Tell the group's offsets, for lag tools; a failure is nobody's loss."""
+        places = [TopicPartition(*place, offset) for place, offset in offsets.items()]
+        try:
+            if places and wait:
+                self._consumer.commit(offsets=places, asynchronous=False)
+            elif places:
+                self._consumer.commit(offsets=places, asynchronous=True)
+        except KafkaException as error:
+            if wait:
+                raise from_exception(error, "commit group offsets") from error
+
+    def close(self) -> None:
+        """Let go of the brokers."""
+        self._consumer.close()
+
+    @staticmethod
+    def _call(doing: str, act: Callable[[], _T]) -> _T:
+        try:
+            return act()
+        except KafkaException as error:
+            raise from_exception(error, doing) from error
+
+
+def read_chain(
+    settings: Settings, client_id: str, group: str, place: Place, chain: str, from_offset: int
+) -> Iterator[tuple[int, bytes]]:
+    """(offset, document) of every record of one chain in an audit partition, up to its present end."""
+    topic, number = place
+    consumer = make_consumer(settings, client_id, group, partition_eof=True)
+    try:
+        at = TopicPartition(topic, number)
+        low, high = consumer.get_watermark_offsets(at, timeout=TIMEOUT_SECONDS)
+        next_offset = max(low, min(from_offset, high))
+        consumer.assign([TopicPartition(topic, number, next_offset)])
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while next_offset < high:
+            message = consumer.poll(0.5)
+            if message is None:
+                if time.monotonic() > deadline:
+                    raise TransientError(f"topic {topic} cannot be read to its end", hint="it is tried again")
+                continue
+            deadline = time.monotonic() + TIMEOUT_SECONDS
+            error = message.error()
+            if error is not None and error.code() == _PARTITION_EOF:
+                next_offset = message.offset() or 0
+                continue
+            if error is not None:
+                raise kafka_error(error, f"read topic {topic}")
+            offset, value = message.offset() or 0, _bytes(message.value())
+            next_offset = offset + 1
+            if value is not None and _is_of(chain, value):
+                yield offset, value
+    except KafkaException as error:
+        raise from_exception(error, f"read topic {topic}") from error
+    finally:
+        consumer.close()
+
+
+def _is_of(chain: str, value: bytes) -> bool:
+    try:
+        return peek_chain(SignedDocument.decode(value).payload)[1] == chain
+    except DecodeError:
+        return False
+
+
+def _bytes(value: bytes | str | None) -> bytes | None:
+    return value.encode() if isinstance(value, str) else value

@@ -1,0 +1,288 @@
+"""What an incoming stream remembers in this node's database: progress, receipts, descriptors, decisions.
+
+Not here: when any of it is written; the pipeline decides that. No function commits. Rules:
+
+* Progress is written in the applying transaction and only moves forward; it stands at an entry after which
+  no transaction is unfinished.
+* A receipt stays until the acknowledgement that follows from it lies in Kafka.
+* Decisions are never deleted: a record that was passed over once is passed over after every restart.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vsql_consumers.collect import Decisions, TopicPartition
+from vsql_consumers.unseal import Descriptor
+from vsql_shared import lsn, names
+from vsql_shared.audit.chain import EMPTY_HEAD, ChainHead
+from vsql_shared.audit.entries import BATCH_SKIPPED
+from vsql_shared.audit.rows import microseconds, parse, timestamp
+from vsql_shared.changes import TableName
+from vsql_shared.crypto.signing import PinnedKey
+from vsql_shared.errors import RefusedError
+from vsql_shared.pg.connect import Connection
+from vsql_shared.wire.pack import decode_relation
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A row of vsql_sync.streams with direction 'in'."""
+
+    chain: str
+    kind: str
+    publication: str
+    origin: str
+    target: str
+    origin_name: str
+    audit_partition: int
+    ack_partition: int
+    desired: str
+    state: str
+    copy_wanted: bool
+
+
+@dataclass(slots=True)
+class Position:
+    """How far a stream is: its chain's head, and the next offset to read in every partition."""
+
+    head: ChainHead = EMPTY_HEAD
+    audit_offset: int = 0
+    offsets: dict[TopicPartition, int] = field(default_factory=dict)
+    commit_time: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What this node says of a batch it applied or skipped."""
+
+    sequence: int
+    epoch: int
+    batch: int
+    manifest: bytes
+    merkle_root: bytes
+    verdicts: Mapping[str, int]
+
+
+def load_stream(conn: Connection, cluster: str, chain: str) -> Stream:
+    """The incoming stream of this name. Raises RefusedError when there is none."""
+    row = conn.execute(
+        "SELECT chain, kind, publication, origin, target, origin_name, audit_partition, ack_partition, desired,"
+        " state, copy_wanted FROM vsql_sync.streams WHERE chain = %s AND direction = 'in'",
+        (chain,),
+    ).fetchone()
+    if row is None:
+        raise RefusedError(
+            f"this node has no incoming stream {chain!r}", hint="`syncctl node add-peer` makes it"
+        )
+    stream = Stream(*row)
+    origin_name = row[5] or names.origin_name(cluster, stream.publication, stream.origin, stream.target)
+    return replace(stream, origin_name=origin_name)
+
+
+def stream_state(conn: Connection, chain: str) -> tuple[str, str] | None:
+    """(state, desired) of an incoming stream, or None."""
+    row = conn.execute(
+        "SELECT state, desired FROM vsql_sync.streams WHERE chain = %s AND direction = 'in'", (chain,)
+    ).fetchone()
+    return None if row is None else (row[0], row[1])
+
+
+def set_stream_state(conn: Connection, chain: str, state: str, reason: str | None = None) -> None:
+    """Record a stream's place in its life; a row that says so already is left alone."""
+    conn.execute(
+        "UPDATE vsql_sync.streams SET state = %s, state_reason = %s"
+        " WHERE chain = %s AND direction = 'in' AND (state, state_reason) IS DISTINCT FROM (%s, %s)",
+        (state, reason, chain, state, reason),
+    )
+
+
+def load_position(conn: Connection, chain: str) -> Position:
+    """Where the stream goes on; the beginning of everything when it never applied anything."""
+    row = conn.execute(
+        "SELECT epoch, incarnation, sequence, entry_hash, batch, lsn_end::text, commit_time, audit_offset, offsets"
+        " FROM vsql_sync.apply_progress WHERE chain = %s",
+        (chain,),
+    ).fetchone()
+    if row is None:
+        return Position()
+    epoch, incarnation, sequence, entry_hash, batch, end, commit_time, audit_offset, offsets = row
+    head = ChainHead(
+        epoch=epoch,
+        incarnation=incarnation.bytes,
+        sequence=sequence,
+        entry_hash=bytes(entry_hash),
+        batch=batch,
+        lsn_end=lsn.parse(end),
+    )
+    places = {(topic, int(n)): at for topic, parts in offsets.items() for n, at in parts.items()}
+    return Position(head, audit_offset, places, microseconds(commit_time) if commit_time else None)
+
+
+def save_position(conn: Connection, chain: str, position: Position) -> None:
+    """Write the progress, in the transaction of the changes it stands for."""
+    offsets: dict[str, dict[str, int]] = {}
+    for (topic, number), at in position.offsets.items():
+        offsets.setdefault(topic, {})[str(number)] = at
+    head = position.head
+    conn.execute(
+        "INSERT INTO vsql_sync.apply_progress AS p (chain, epoch, incarnation, sequence, entry_hash, batch,"
+        " lsn_end, commit_time, audit_offset, offsets) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
+        " ON CONFLICT (chain) DO UPDATE SET (epoch, incarnation, sequence, entry_hash, batch, lsn_end, commit_time,"
+        " audit_offset, offsets, updated_at) = (excluded.epoch, excluded.incarnation, excluded.sequence,"
+        " excluded.entry_hash, excluded.batch, excluded.lsn_end, excluded.commit_time, excluded.audit_offset,"
+        " excluded.offsets, now())",
+        (
+            chain,
+            head.epoch,
+            uuid.UUID(bytes=head.incarnation),
+            head.sequence,
+            head.entry_hash,
+            head.batch,
+            lsn.text(head.lsn_end),
+            None if position.commit_time is None else timestamp(position.commit_time),
+            position.audit_offset,
+            json.dumps(offsets),
+        ),
+    )
+
+
+def save_receipts(conn: Connection, chain: str, receipts: Sequence[Receipt]) -> None:
+    """Write receipts, in the transaction of the changes they are about."""
+    if not receipts:
+        return
+    with (
+        conn.cursor() as cursor,
+        cursor.copy(
+            "COPY vsql_sync.receipts (chain, sequence, epoch, batch, manifest, merkle_root, verdicts) FROM STDIN"
+        ) as copy,
+    ):
+        for one in receipts:
+            copy.write_row(
+                (
+                    chain,
+                    one.sequence,
+                    one.epoch,
+                    one.batch,
+                    one.manifest,
+                    one.merkle_root,
+                    json.dumps(dict(one.verdicts)),
+                )
+            )
+
+
+def load_receipts(conn: Connection, chain: str) -> list[Receipt]:
+    """Receipts that are not known to be acknowledged, oldest first."""
+    rows = conn.execute(
+        "SELECT sequence, epoch, batch, manifest, merkle_root, verdicts FROM vsql_sync.receipts"
+        " WHERE chain = %s AND NOT acked ORDER BY sequence",
+        (chain,),
+    ).fetchall()
+    return [Receipt(s, e, b, bytes(m), bytes(r), v) for s, e, b, m, r, v in rows]
+
+
+def drop_receipts(conn: Connection, chain: str, up_to: int) -> None:
+    """Forget receipts whose acknowledgements Kafka has."""
+    conn.execute("DELETE FROM vsql_sync.receipts WHERE chain = %s AND sequence <= %s", (chain, up_to))
+
+
+def load_descriptors(conn: Connection, chain: str) -> dict[bytes, Descriptor]:
+    """Descriptors that came before the stored position."""
+    rows = conn.execute(
+        "SELECT hash, descriptor FROM vsql_sync.relation_descriptors WHERE chain = %s", (chain,)
+    ).fetchall()
+    return {bytes(name): Descriptor(decode_relation(bytes(text)), bytes(text)) for name, text in rows}
+
+
+def save_descriptors(
+    conn: Connection, chain: str, new: Mapping[bytes, Descriptor], *, forget_others: bool
+) -> None:
+    """Keep new descriptors; a new epoch sends all of them again, so older ones can go."""
+    if forget_others:
+        conn.execute("DELETE FROM vsql_sync.relation_descriptors WHERE chain = %s", (chain,))
+    for name, found in new.items():
+        conn.execute(
+            "INSERT INTO vsql_sync.relation_descriptors (chain, hash, descriptor) VALUES (%s, %s, %s)"
+            " ON CONFLICT DO NOTHING",
+            (chain, name, found.encoded),
+        )
+
+
+def load_decisions(conn: Connection, chain: str, ack_chain: str) -> Decisions:
+    """Every decision on this stream, honoured before or not."""
+    rows = conn.execute(
+        "SELECT kind, topic, partition, kafka_offset, sequence FROM vsql_sync.decisions WHERE chain = %s",
+        (chain,),
+    ).fetchall()
+    skipped = conn.execute(
+        "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND event_type = %s",
+        (ack_chain, BATCH_SKIPPED),
+    ).fetchall()
+    return Decisions(
+        ignored=frozenset((t, p, o) for kind, t, p, o, _ in rows if kind == "ignore-record"),
+        skipped=frozenset(sequence for kind, _, _, _, sequence in rows if kind == "skip-batch"),
+        skipped_batches=frozenset(_skipped_batches(bytes(row[0]) for row in skipped)),
+    )
+
+
+def _skipped_batches(documents: Iterable[bytes]) -> Iterable[tuple[int, int]]:
+    for encoded in documents:
+        entry = parse(encoded).entry
+        yield entry.ref_epoch, entry.batch
+
+
+def honour_decisions(conn: Connection, chain: str, up_to: int) -> None:
+    """Note that decisions up to a sequence have done what they were for."""
+    conn.execute(
+        "UPDATE vsql_sync.decisions SET honoured_at = now() WHERE chain = %s AND honoured_at IS NULL"
+        " AND kind = 'skip-batch' AND sequence <= %s",
+        (chain, up_to),
+    )
+
+
+def count_decisions(conn: Connection, chain: str) -> int:
+    """How many decisions there are: one more than before is a new one."""
+    row = conn.execute("SELECT count(*) FROM vsql_sync.decisions WHERE chain = %s", (chain,)).fetchone()
+    return int(row[0]) if row else 0
+
+
+def pinned_keys(conn: Connection) -> list[PinnedKey]:
+    """The public keys an operator pinned on this node."""
+    rows = conn.execute(
+        "SELECT node_name, public_key, fingerprint, revoked_at IS NOT NULL FROM vsql_sync.signers"
+    ).fetchall()
+    return [PinnedKey(node, bytes(key), name, revoked) for node, key, name, revoked in rows]
+
+
+def copy_lsns(conn: Connection, live_chain: str) -> dict[TableName, int]:
+    """Tables that were copied: the position before which their changes came with the copy."""
+    rows = conn.execute(
+        "SELECT table_schema, table_name, copy_lsn::text FROM vsql_sync.table_sync"
+        " WHERE chain = %s AND copy_lsn IS NOT NULL",
+        (live_chain,),
+    ).fetchall()
+    return {TableName(schema, table): lsn.parse(at) for schema, table, at in rows}
+
+
+def mark_table(conn: Connection, live_chain: str, table: TableName, state: str, **columns: Any) -> None:
+    """Set a table's state in table_sync; `columns`: copy_lsn (int), copied_rows, reason."""
+    at = columns.get("copy_lsn")
+    conn.execute(
+        "INSERT INTO vsql_sync.table_sync AS t (chain, table_schema, table_name, state, copy_lsn, copied_rows,"
+        " reason) VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT (chain, table_schema, table_name) DO UPDATE SET"
+        " state = excluded.state, copy_lsn = coalesce(excluded.copy_lsn, t.copy_lsn),"
+        " copied_rows = coalesce(excluded.copied_rows, t.copied_rows), reason = excluded.reason",
+        (
+            live_chain,
+            table.schema,
+            table.table,
+            state,
+            None if at is None else lsn.text(at),
+            columns.get("copied_rows"),
+            columns.get("reason"),
+        ),
+    )

@@ -1,0 +1,331 @@
+"""The worker of one incoming stream: connections, locks, retries, pausing, refusals, status.
+
+Not here: the stages (pipeline.py). What becomes of an error (docs/design/0002):
+
+* TransientError: back off, then everything is opened anew, from the progress in the database. `waiting`.
+* VerificationError: `refused`; a signed entry says so once; nothing is applied until an operator decides.
+* DivergedError: `diverged`, until an operator's `retry`.
+* EnvironmentFault: as TransientError, with the longest back-off: an operator may mend it at any time.
+* Anything else ends the process; the supervisor starts another one.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from confluent_kafka import KafkaException
+
+from vsql_consumers import state
+from vsql_consumers.acknowledge import Acknowledger, Place
+from vsql_consumers.control import Control
+from vsql_consumers.pipeline import Means, Pipeline, Totals
+from vsql_consumers.quarantine import Refusal
+from vsql_consumers.session import open_applying, open_control, own_trust
+from vsql_consumers.source import Source, read_chain
+from vsql_consumers.state import Stream
+from vsql_shared import failpoints, lsn, names
+from vsql_shared.audit.store import ensure_partitions
+from vsql_shared.crypto.signing import Signer, TrustStore, load_signer
+from vsql_shared.errors import (
+    DivergedError,
+    EnvironmentFault,
+    TransientError,
+    VerificationError,
+    VsqlSyncError,
+)
+from vsql_shared.kafka.clients import from_exception, make_admin, make_producer
+from vsql_shared.kafka.topics import ensure_topic
+from vsql_shared.kms import open_provider
+from vsql_shared.observe.metrics import StreamMetrics, StreamState
+from vsql_shared.observe.process import resident_bytes
+from vsql_shared.pg.connect import Connection, translate
+
+if TYPE_CHECKING:
+    from vsql_shared.config import Settings
+
+_log = logging.getLogger(__name__)
+
+_HOLD_SECONDS = 0.2
+_STATES = {
+    "running": StreamState.STREAMING,
+    "copying": StreamState.COPYING,
+    "paused": StreamState.PAUSED,
+    "waiting": StreamState.WAITING,
+    "refused": StreamState.STOPPED,
+    "diverged": StreamState.DIVERGED,
+    "stopped": StreamState.STOPPED,
+}
+
+
+def run_worker(settings: Settings, chain: str) -> int:
+    """Run the worker until SIGTERM, or until its copy is finished; returns the process's exit code."""
+    failpoints.arm(dev_mode=not settings.is_prod)
+    worker = Worker(settings, chain)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.stop.set())
+    return worker.run()
+
+
+class Worker:
+    """One incoming stream, through all of its attempts."""
+
+    def __init__(self, settings: Settings, chain: str) -> None:
+        self._settings, self._chain = settings, chain
+        self.stop = threading.Event()
+        self._metrics = StreamMetrics(chain, settings.cluster.node_name)
+        self._totals = Totals()
+        self._signer: Signer | None = None
+        self._failures = 0
+        self._last_error: tuple[str, float] | None = None
+        self._rates = (time.monotonic(), 0, 0)
+        self._refusal: Refusal | None = None
+
+    def run(self) -> int:
+        """Attempt after attempt."""
+        path = self._settings.audit.signing_key_path
+        if path is not None:
+            self._signer = load_signer(path, self._settings.cluster.node_name, strict=self._settings.is_prod)
+        while not self.stop.is_set():
+            try:
+                if self._attempt():
+                    break
+            except TransientError as error:
+                self._failed(error)
+                self._back_off(longest=False)
+            except EnvironmentFault as error:
+                self._failed(error)
+                self._back_off(longest=True)
+        self._say_alone("stopped")
+        return 0
+
+    def _attempt(self) -> bool:
+        """Connect and run until something ends it; True when the worker's work is done."""
+        try:
+            with ExitStack() as closing:
+                return self._with_database(closing)
+        except psycopg.Error as error:
+            raise translate(error, "running the stream") from error
+        except KafkaException as error:
+            raise from_exception(error, "run the stream") from error
+
+    def _with_database(self, closing: ExitStack) -> bool:
+        settings = self._settings
+        conn = open_control(settings, self._chain, self.stop)
+        closing.callback(conn.close)
+        ensure_partitions(conn)
+        control = Control(conn, self._chain, settings.limits)
+        while not self.stop.is_set():
+            stream = state.load_stream(conn, settings.cluster.name, self._chain)
+            if stream.state == "FINISHED":
+                return True
+            held = self._hold_reason(conn, stream, control)
+            if held is not None:
+                self._hold(control, *held)
+                continue
+            try:
+                self._run_pipeline(conn, stream, control)
+            except VerificationError as error:
+                self._refuse(conn, stream, control, error)
+            except DivergedError as error:
+                self._failed(error)
+                state.set_stream_state(conn, self._chain, "DIVERGED", str(error))
+        return True
+
+    def _hold_reason(self, conn: Connection, stream: Stream, control: Control) -> tuple[str, str] | None:
+        """(state, why) while this stream must not run; None when it may."""
+        if control.desired != "running":
+            return "paused", "paused by an operator"
+        if stream.state == "DIVERGED":
+            return "diverged", stream.chain
+        if stream.kind == "live":
+            copy = names.copy_chain(stream.publication, stream.origin, stream.target)
+            found = state.stream_state(conn, copy)
+            if found is not None and found[0] != "FINISHED":
+                return "waiting", f"for its first copy ({found[0]})"
+        return None
+
+    def _hold(self, control: Control, what: str, why: str) -> None:
+        """Wait a moment, answering the operator."""
+        for wish in control.poll():
+            if wish.verb == "retry" and what == "diverged":
+                state.set_stream_state(control.conn, self._chain, "CATCHING_UP", wish.reason)
+            control.answer(wish, ok=True, message=f"the stream is {what}")
+        self._say(control, what, {"waiting_for": why} if what == "waiting" else {})
+        self.stop.wait(_HOLD_SECONDS)
+
+    def _run_pipeline(self, conn: Connection, stream: Stream, control: Control) -> None:
+        with ExitStack() as closing:
+            pipeline = self._open_pipeline(conn, stream, closing)
+            self._failures = 0
+            self._refusal = None
+            trusted = state.pinned_keys(conn)
+            say_running = "copying" if stream.kind == "copy" else "running"
+
+            def tick() -> bool:
+                if not control.due():
+                    if control.status_due():
+                        self._say(control, say_running, self._detail(pipeline))
+                    return True
+                for wish in control.poll():
+                    if wish.verb == "retry":
+                        control.answer(wish, ok=True, message="the stream is running; nothing to retry")
+                    else:
+                        control.answer(wish, ok=wish.verb in ("pause", "resume"), message=wish.verb)
+                self._note_sync(conn, stream, pipeline)
+                return control.desired == "running" and state.pinned_keys(conn) == trusted
+
+            _log.info("running", extra={"sequence": pipeline.position.head.sequence})
+            pipeline.run(tick)
+            self._say(control, say_running, self._detail(pipeline))
+
+    def _open_pipeline(self, conn: Connection, stream: Stream, closing: ExitStack) -> Pipeline:
+        settings = self._settings
+        cluster, node = settings.cluster.name, settings.cluster.node_name
+        applying = open_applying(settings, stream)
+        closing.callback(applying.close)
+        admin = make_admin(settings)
+        ensure_topic(admin, names.audit_topic(cluster), "audit", settings)
+        ensure_topic(admin, names.keys_topic(cluster), "keys", settings)
+        provider = open_provider(settings.encryption.kms, strict=settings.is_prod)
+        closing.callback(provider.close)
+        trust = TrustStore(state.pinned_keys(conn), allow_unsigned=not settings.is_prod)
+        acknowledger = self._open_acknowledger(conn, stream, closing)
+        client = f"vsql-sync-consumer-{self._chain}"
+        source = Source(settings, client, names.group_id(cluster, self._chain, node))
+        closing.callback(source.close)
+        return Pipeline(
+            Means(
+                settings,
+                stream,
+                conn,
+                applying,
+                trust,
+                provider,
+                acknowledger,
+                source,
+                self._metrics,
+                self._totals,
+                self.stop,
+            )
+        )
+
+    def _refuse(self, conn: Connection, stream: Stream, control: Control, error: VerificationError) -> None:
+        """Say what was refused, signed and in the status; stay until an operator decides."""
+        self._failed(error)
+        position = state.load_position(conn, self._chain)
+        self._refusal = refusal = Refusal.of(error, position.head.sequence + 1)
+        with ExitStack() as closing:
+            acknowledger = self._open_acknowledger(conn, stream, closing)
+            acknowledger.refused(refusal.record, refusal.error, refusal.sequence)
+        _log.error("refused", extra={"record": refusal.record, "sequence": refusal.sequence})
+        while not self.stop.is_set():
+            for wish in control.poll():
+                if wish.verb == "retry":
+                    control.answer(wish, ok=True, message="tried again")
+                    return
+                control.answer(wish, ok=True, message=f"the stream is refused: {refusal.error}")
+            self._say(control, "refused", {"sequence": position.head.sequence})
+            self.stop.wait(_HOLD_SECONDS)
+
+    def _open_acknowledger(self, conn: Connection, stream: Stream, closing: ExitStack) -> Acknowledger:
+        """The writer of our own chain, in an epoch of its own."""
+        settings, node = self._settings, self._settings.cluster.node_name
+        cluster, client = settings.cluster.name, f"vsql-sync-acks-{self._chain}"
+        audit, ack_chain = names.audit_topic(cluster), names.ack_chain(self._chain, node)
+        place = Place(cluster, self._chain, ack_chain, stream.origin, node, audit, stream.ack_partition)
+        acknowledger = Acknowledger(
+            conn, make_producer(settings, client), place, self._signer, own_trust(conn, node, self._signer)
+        )
+        closing.callback(acknowledger.close)
+        # Our answer to an entry lies after it, where both are in one partition.
+        begin = state.load_position(conn, self._chain).audit_offset
+        begin = begin if stream.ack_partition == stream.audit_partition else 0
+        group, where = names.group_id(cluster, ack_chain, node), (audit, stream.ack_partition)
+        acknowledger.start(lambda at: read_chain(settings, client, group, where, ack_chain, at), begin)
+        return acknowledger
+
+    def _note_sync(self, conn: Connection, stream: Stream, pipeline: Pipeline) -> None:
+        """A live stream that has applied all it knows of is SYNCHRONIZED."""
+        if stream.kind == "live":
+            level = pipeline.position.head.sequence == pipeline.collector.read_head.sequence
+            if level and pipeline.position.head.sequence:
+                state.set_stream_state(conn, self._chain, "SYNCHRONIZED")
+
+    # Status
+
+    def _detail(self, pipeline: Pipeline) -> dict[str, Any]:
+        head, known = pipeline.position.head, pipeline.collector.read_head
+        behind = known.batch > head.batch
+        commit = pipeline.position.commit_time
+        lag_seconds = time.time() - commit / 1e6 if behind and commit is not None else 0.0
+        size = max(0, known.lsn_end - head.lsn_end)
+        self._metrics.lag(size=size, seconds=lag_seconds, batches=known.batch - head.batch)
+        self._metrics.memory(resident=resident_bytes(), buffered=pipeline.collector.buffered)
+        detail: dict[str, Any] = {
+            "epoch": head.epoch,
+            "sequence": head.sequence,
+            "batch": head.batch,
+            "applied_lsn": lsn.text(head.lsn_end),
+            "known_lsn": lsn.text(known.lsn_end),
+            "lag_bytes": size,
+            "lag_batches": known.batch - head.batch,
+            "lag_seconds": round(lag_seconds, 3),
+            "buffered_bytes": pipeline.collector.buffered,
+        }
+        if pipeline.copy.is_copy:
+            detail["copy"] = pipeline.copy.detail()
+        return detail
+
+    def _say(self, control: Control, what: str, detail: dict[str, Any]) -> None:
+        if not control.status_due(what):
+            return
+        totals, now = self._totals, time.monotonic()
+        before, rows, size = self._rates
+        seconds = max(now - before, 0.001)
+        self._rates = (now, totals.rows, totals.bytes)
+        error = self._last_error
+        detail = {
+            "rows": totals.rows,
+            "bytes": totals.bytes,
+            "batches": totals.batches,
+            "rows_per_s": round((totals.rows - rows) / seconds, 1),
+            "bytes_per_s": round((totals.bytes - size) / seconds, 1),
+            "orphans": totals.orphans,
+            "anomalies": control.anomalies(),
+            "clock_offset_ms": None if totals.clock_offset_us is None else totals.clock_offset_us / 1000,
+            "last_error": error[0] if error else "",
+            "last_error_at": error[1] if error else None,
+            **detail,
+        }
+        if what == "refused" and self._refusal is not None:
+            detail["refused"] = self._refusal.as_detail()
+        control.say(what, detail)
+        self._metrics.state(_STATES[what])
+
+    def _say_alone(self, what: str) -> None:
+        """Say the state without a session of our own; where the database is away there is nobody to tell."""
+        self._metrics.state(_STATES[what])
+        try:
+            with open_control(self._settings, self._chain, None) as conn:
+                self._say(Control(conn, self._chain, self._settings.limits), what, {})
+        except (VsqlSyncError, psycopg.Error):
+            _log.debug("the status could not be written")
+
+    def _failed(self, error: VsqlSyncError) -> None:
+        self._metrics.failed(error)
+        self._last_error = (str(error), time.time())
+        _log.error("%s", error, extra={"error": type(error).__name__})
+
+    def _back_off(self, *, longest: bool) -> None:
+        limits = self._settings.limits
+        most = limits.retry_backoff_max_ms / 1000
+        pause = most if longest else min(limits.retry_backoff_ms / 1000 * 2**self._failures, most)
+        self._failures = min(self._failures + 1, 16)
+        self._say_alone("waiting")
+        self.stop.wait(pause)
