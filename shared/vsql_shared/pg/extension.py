@@ -23,7 +23,8 @@ _HEAD = (
     "-- Made from the numbered SQL files of vsql-sync; do not edit.\n"
     f'\\echo Use "CREATE EXTENSION {EXTENSION}" to load this file. \\quit\n'
 )
-# Rows of extension tables are not dumped unless asked for. Unlogged ones (status) are worth nothing later.
+# Rows of extension tables are not dumped unless asked for. Unlogged ones (status) are worth nothing later, and
+# schema_version is filled by the script that a restore runs.
 _DUMP_ROWS = """
 DO $$
 DECLARE
@@ -32,7 +33,7 @@ BEGIN
     FOR v_table IN
         SELECT inhrelid FROM pg_catalog.pg_inherits
         WHERE inhparent = pg_catalog.to_regclass('vsql_sync.vsql_sync_audit')
-          AND inhrelid <> 'vsql_sync.vsql_sync_audit_default'::regclass
+          AND inhrelid <> pg_catalog.to_regclass('vsql_sync.vsql_sync_audit_default')
           AND inhrelid IN (SELECT objid FROM pg_catalog.pg_depend
                            WHERE classid = 'pg_catalog.pg_class'::regclass AND deptype = 'e')
     LOOP
@@ -41,6 +42,7 @@ BEGIN
     FOR v_table IN
         SELECT oid FROM pg_catalog.pg_class
         WHERE relnamespace = 'vsql_sync'::regnamespace AND relkind IN ('r', 'S') AND relpersistence = 'p'
+          AND relname <> 'schema_version'
         ORDER BY oid
     LOOP
         PERFORM pg_catalog.pg_extension_config_dump(v_table, '');
