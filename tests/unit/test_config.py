@@ -374,6 +374,11 @@ BAD_VARIABLES = {
     ),
     "section": ({"VSQL_SYNC__KAFKA": "x"}, "names a section; name a key in it"),
     "list": ({"VSQL_SYNC__PEERS": "node-b"}, "must be a JSON list or object"),
+    "NUL in a list": (
+        {"VSQL_SYNC__PEERS": '["a\\u0000b"]'},
+        "peers[0] (set by VSQL_SYNC__PEERS): holds a NUL character",
+    ),
+    "too deep": ({"VSQL_SYNC__PEERS": "[" * 20 + "]" * 20}, "tables nested too deep"),
     "into a value": ({"VSQL_SYNC__CLUSTER__NAME__X": "1"}, "is no section in the file"),
     "empty": ({"VSQL_SYNC__": "1"}, "unknown key"),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -108,5 +108,6 @@ def test_arbitrary_sections_are_refused_in_words(tree: dict[str, object]) -> Non
         max_size=4,
     )
 )
+@example({"VSQL_SYNC__CONNECTION__PASSWORD_FILE": "\0"})
 def test_arbitrary_variables_are_refused_in_words(env: dict[str, str]) -> None:
     _loads_or_refuses(MINIMAL, env)

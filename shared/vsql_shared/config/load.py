@@ -14,6 +14,7 @@ import json
 import os
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -144,6 +145,10 @@ def _overlay(data: dict[str, object], env: Mapping[str, str]) -> tuple[dict[Loca
             if value is None:
                 problems.append(Problem(at, "must be a JSON list or object", variable))
                 continue
+        # JSON has an escape for NUL, and nests as deep as it likes.
+        if unusable := _unusable(value, at):
+            problems += [replace(problem, variable=variable) for problem in unusable]
+            continue
         if _set(data, at, value):
             origins[at] = variable
         else:
