@@ -32,7 +32,7 @@ class Group:
     live_chain: str
     entries: int = 0
     rows: int = 0
-    bytes: int = 0
+    size: int = 0
     batches: list[OpenedBatch] = field(default_factory=list)
     """Opened, and not yet given to the applier."""
     manifests: list[bytes] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Group:
         """Take an opened batch."""
         self.move(ready)
         self.rows += opened.row_count
-        self.bytes += sum(map(len, opened.plaintexts))
+        self.size += sum(map(len, opened.plaintexts))
         self.batches.append(opened)
         self.manifests.append(ready.encoded)
         self.descriptors.update(new)
@@ -91,7 +91,7 @@ class Group:
             self.receipts.append(
                 Receipt(opened.sequence, opened.epoch, opened.batch, manifest, opened.merkle_root, counts)
             )
-        self.batches, self.manifests, self.bytes = [], [], 0
+        self.batches, self.manifests, self.size = [], [], 0
 
     def write(self, conn: Connection, chain: str) -> None:
         """Everything the applying transaction holds beside the rows."""

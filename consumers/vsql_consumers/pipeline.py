@@ -192,10 +192,8 @@ class Pipeline:
                 if ready is None:
                     break
                 self._take(ready)
-                if (
-                    self._group.rows >= limits.merge_max_rows
-                    or self._group.bytes >= limits.collect_buffer_bytes
-                ):
+                full = self._group.rows >= limits.merge_max_rows
+                if full or self._group.size >= limits.collect_buffer_bytes:
                     self._flush()
         except VerificationError as error:
             self._means.metrics.verified(Verdict.REFUSED)
@@ -256,9 +254,7 @@ class Pipeline:
 
     def _new_epoch(self, entry: AuditEntry) -> None:
         if self._group.fragments:
-            _log.info(
-                "a transaction was not finished by its source and is abandoned", extra={"epoch": entry.epoch}
-            )
+            _log.info("the source abandoned a transaction", extra={"epoch": entry.epoch})
             self._applier.abort()
             self._group = Group.after(self.position, self._live_chain)
         self._descriptors = {}
@@ -279,7 +275,7 @@ class Pipeline:
         """Give the group's batches to the applier, in the open transaction."""
         group, means = self._group, self._means
         rows = sum(batch.row_count for batch in group.batches)
-        with means.metrics.timed(Stage.APPLY, rows=rows, size=group.bytes):
+        with means.metrics.timed(Stage.APPLY, rows=rows, size=group.size):
             means.totals.rows += rows
             means.totals.batches += len(group.batches)
             group.applied(self._applier.apply(group.batches))

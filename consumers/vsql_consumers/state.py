@@ -71,8 +71,8 @@ class Receipt:
 def load_stream(conn: Connection, cluster: str, chain: str) -> Stream:
     """The incoming stream of this name. Raises RefusedError when there is none."""
     row = conn.execute(
-        "SELECT chain, kind, publication, origin, target, origin_name, audit_partition, ack_partition, desired,"
-        " state, copy_wanted FROM vsql_sync.streams WHERE chain = %s AND direction = 'in'",
+        "SELECT chain, kind, publication, origin, target, origin_name, audit_partition, ack_partition,"
+        " desired, state, copy_wanted FROM vsql_sync.streams WHERE chain = %s AND direction = 'in'",
         (chain,),
     ).fetchone()
     if row is None:
@@ -104,8 +104,8 @@ def set_stream_state(conn: Connection, chain: str, state: str, reason: str | Non
 def load_position(conn: Connection, chain: str) -> Position:
     """Where the stream goes on; the beginning of everything when it never applied anything."""
     row = conn.execute(
-        "SELECT epoch, incarnation, sequence, entry_hash, batch, lsn_end::text, commit_time, audit_offset, offsets"
-        " FROM vsql_sync.apply_progress WHERE chain = %s",
+        "SELECT epoch, incarnation, sequence, entry_hash, batch, lsn_end::text, commit_time, audit_offset,"
+        " offsets FROM vsql_sync.apply_progress WHERE chain = %s",
         (chain,),
     ).fetchone()
     if row is None:
@@ -132,8 +132,8 @@ def save_position(conn: Connection, chain: str, position: Position) -> None:
     conn.execute(
         "INSERT INTO vsql_sync.apply_progress AS p (chain, epoch, incarnation, sequence, entry_hash, batch,"
         " lsn_end, commit_time, audit_offset, offsets) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
-        " ON CONFLICT (chain) DO UPDATE SET (epoch, incarnation, sequence, entry_hash, batch, lsn_end, commit_time,"
-        " audit_offset, offsets, updated_at) = (excluded.epoch, excluded.incarnation, excluded.sequence,"
+        " ON CONFLICT (chain) DO UPDATE SET (epoch, incarnation, sequence, entry_hash, batch, lsn_end,"
+        " commit_time, audit_offset, offsets, updated_at) = (excluded.epoch, excluded.incarnation, excluded.sequence,"
         " excluded.entry_hash, excluded.batch, excluded.lsn_end, excluded.commit_time, excluded.audit_offset,"
         " excluded.offsets, now())",
         (
@@ -158,7 +158,8 @@ def save_receipts(conn: Connection, chain: str, receipts: Sequence[Receipt]) -> 
     with (
         conn.cursor() as cursor,
         cursor.copy(
-            "COPY vsql_sync.receipts (chain, sequence, epoch, batch, manifest, merkle_root, verdicts) FROM STDIN"
+            "COPY vsql_sync.receipts (chain, sequence, epoch, batch, manifest, merkle_root, verdicts)"
+            " FROM STDIN"
         ) as copy,
     ):
         for one in receipts:
@@ -272,8 +273,9 @@ def mark_table(conn: Connection, live_chain: str, table: TableName, state: str, 
     """Set a table's state in table_sync; `columns`: copy_lsn (int), copied_rows, reason."""
     at = columns.get("copy_lsn")
     conn.execute(
-        "INSERT INTO vsql_sync.table_sync AS t (chain, table_schema, table_name, state, copy_lsn, copied_rows,"
-        " reason) VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT (chain, table_schema, table_name) DO UPDATE SET"
+        "INSERT INTO vsql_sync.table_sync AS t (chain, table_schema, table_name, state, copy_lsn,"
+        " copied_rows, reason) VALUES (%s, %s, %s, %s, %s, %s, %s)"
+        " ON CONFLICT (chain, table_schema, table_name) DO UPDATE SET"
         " state = excluded.state, copy_lsn = coalesce(excluded.copy_lsn, t.copy_lsn),"
         " copied_rows = coalesce(excluded.copied_rows, t.copied_rows), reason = excluded.reason",
         (
