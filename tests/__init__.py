@@ -1,4 +1,4 @@
-"""Tests of vsql-sync: `unit` (bytes and values), `services` (one server), `topology` (whole streams), `chaos`.
+"""Tests: `unit` (bytes and values), `services` (one server), `topology` (whole streams), `chaos` (faults).
 
 `tests.stack` starts the real PostgreSQL and Kafka servers all but the unit tests run against.
 """

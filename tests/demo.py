@@ -176,7 +176,7 @@ def search_files(folder: Path, needles: list[bytes]) -> tuple[int, int]:
 def tamper(stack: Stack, pair: TwoNodes) -> None:
     """Stop B, write at A, copy the stream to another broker with one bit changed, and let B read that."""
     pair.b.stop("consumer")
-    pair.a.execute(f"INSERT INTO merchants SELECT g, 'late', 'x' FROM generate_series(1000, 1100) g")  # noqa: F541
+    pair.a.execute("INSERT INTO merchants SELECT g, 'late', 'x' FROM generate_series(1000, 1100) g")
     deadline = time.monotonic() + 30
     while pair.heads()[0] <= pair.heads()[1] and time.monotonic() < deadline:
         time.sleep(0.2)

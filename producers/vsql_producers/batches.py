@@ -30,8 +30,10 @@ class BatchLimits:
 
 @dataclass(slots=True)
 class Batch:
-    """Frames in source order; transaction i's begin at `starts[i]`. `end_lsn` is where the last whole
-    transaction ends, 0 when there is none (a fragment that continues)."""
+    """Frames in source order; transaction i's begin at `starts[i]`.
+
+    `end_lsn` is where the last whole transaction ends, 0 when there is none (a fragment that continues).
+    """
 
     transactions: list[Transaction] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
@@ -121,8 +123,10 @@ class Batches:
         return batch
 
     def _take_fragment(self) -> Batch:
-        """Cut as many frames off the open transaction as fit, at least one and never its last known one:
-        the last fragment needs a row, too."""
+        """Cut as many frames off the open transaction as fit.
+
+        At least one and never its last known one: the last fragment needs a row, too.
+        """
         source = self._open
         fitting = bisect_right(list(accumulate(map(len, source.frames))), self._limits.nbytes)
         count = max(1, min(fitting, self._limits.rows, len(source.frames) - 1))

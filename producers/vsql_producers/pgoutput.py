@@ -1,8 +1,8 @@
 """Decoder of what a walsender sends with the plugin pgoutput. Pure: bytes in, values out.
 
-Not here: tuples. INSERT, UPDATE and DELETE are only told apart by their kind and cut out of their frame; their
-bytes are sealed as they are and parsed where they are applied, so that the cost of a row does not grow
-with its columns. Formats: PostgreSQL manual, "Streaming Replication Protocol" and "Logical Replication
+Not here: tuples. INSERT, UPDATE and DELETE are only told apart by their kind and cut out of their frame;
+their bytes are sealed as they are and parsed where they are applied, so that the cost of a row does not
+grow with its columns. Formats: PostgreSQL manual, "Streaming Replication Protocol" and "Logical Replication
 Message Formats" (without streaming, every protocol version sends the same bytes).
 
 A *frame* is one CopyData of the walsender: 'w', start LSN, end LSN, time (25 bytes), then one message.

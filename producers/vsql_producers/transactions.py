@@ -38,7 +38,7 @@ _ROWS = re.compile(rb"[IUD]+")
 
 
 class Descriptor(NamedTuple):
-    """A table as it is described to the target: the sealed descriptor's plaintext, its hash, what it carries."""
+    """A table as the target is told of it: the sealed descriptor's plaintext, its hash, what it carries."""
 
     name: TableName
     encoded: bytes
@@ -140,7 +140,7 @@ class Transactions:
         elif isinstance(message, Truncate):
             self._on_truncate(message, pgoutput.frame_lsn(frame))
         else:
-            # Anyone may emit logical messages: nothing of ours travels in them, and users' are not carried yet.
+            # Anyone may emit logical messages: nothing of ours travels in them, users' are not carried yet.
             assert isinstance(message, Message)  # noqa: S101 - the last member of the union
 
     def _on_begin(self, begin: Begin) -> None:

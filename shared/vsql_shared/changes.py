@@ -11,13 +11,15 @@ from typing import NamedTuple
 
 
 class Op:
-    """The one-byte `op` of a record, as an int. What its plaintext holds:
+    """The one-byte `op` of a record, as an int. It says what the record's plaintext holds.
 
-    INSERT, UPDATE, DELETE  pgoutput's message after the relation id: 'N' TupleData, ('K'|'O' TupleData)?'N' TupleData,
-                            ('K'|'O') TupleData (manual, "Logical Replication Message Formats")
-    TRUNCATE                options byte (1 CASCADE, 2 RESTART IDENTITY), uint16 position, uint16 size of the group
-                            of tables truncated by one statement; one record per table, same lsn
-    COPY                    one row of binary COPY (int16 column count, then int32 length and bytes per column)
+    INSERT, UPDATE, DELETE  pgoutput's message after the relation id: 'N' TupleData,
+                            ('K'|'O' TupleData)?'N' TupleData, ('K'|'O') TupleData (manual, "Logical
+                            Replication Message Formats")
+    TRUNCATE                options byte (1 CASCADE, 2 RESTART IDENTITY), uint16 position, uint16 size of the
+                            group of tables truncated by one statement; one record per table, same lsn
+    COPY                    one row of binary COPY (int16 column count, then int32 length and bytes per
+                            column)
     RELATION                Avro `Relation`: the descriptor; not a change, not counted in row_count
     PIECE                   bytes of a plaintext too large for one message; the next record of the same
                             table continues it, the last one carries the true op; not counted in row_count
@@ -67,6 +69,8 @@ class Transaction(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Column:
+    """A column as the source described it; `key` when it belongs to the replica identity."""
+
     name: str
     key: bool
     type_oid: int
@@ -99,8 +103,11 @@ class PartitionRoot:
 
 @dataclass(slots=True)
 class OpenedBatch:
-    """A verified and opened batch, in source order: parallel lists, one item per record, PIECEs joined,
-    RELATIONs taken out into `relations` (hash → descriptor)."""
+    """A verified and opened batch, in source order.
+
+    Parallel lists with one item per change: PIECEs are joined, RELATIONs taken out into `relations`
+    (hash → descriptor).
+    """
 
     chain: str
     epoch: int

@@ -1,10 +1,11 @@
 """Failpoints: named places where a test makes a process die or dawdle, to force a schedule. Off by default.
 
-    VSQL_SYNC_ALLOW_FAILPOINTS=1 VSQL_SYNC_FAILPOINTS="producer.packs-acked=kill:3,producer.confirmed=sleep:200"
+    VSQL_SYNC_ALLOW_FAILPOINTS=1
+    VSQL_SYNC_FAILPOINTS="producer.packs-acked=kill:3,producer.confirmed=sleep:200"
 
-`kill[:n]` ends the process (SIGKILL) at the n-th hit, `sleep:ms[:n]` waits at each hit, or only at the n-th.
-Rules: places stand where progress becomes durable; without both variables, and outside of dev mode, `hit` does
-nothing; `arm` refuses a text it does not understand, so that a test never passes because of a misspelling.
+`kill[:n]` ends the process (SIGKILL) at the n-th hit; `sleep:ms[:n]` waits at each hit, or at the n-th only.
+Rules: places stand where progress becomes durable; without both variables, and outside of dev mode, `hit`
+does nothing; `arm` refuses a text it does not understand, so that a test never passes because of a misspelling.
 """
 
 from __future__ import annotations

@@ -13,8 +13,10 @@ _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789-")
 
 
 def topic_part(name: str) -> str:
-    """Escape one part of a topic name: every byte outside [a-z0-9-] becomes `_xx` (hex), so that
-    'Order Items' and 'order_items' cannot meet in one topic."""
+    """Escape one part of a topic name: every byte outside [a-z0-9-] becomes `_xx` (hex).
+
+    So 'Order Items' and 'order_items' cannot meet in one topic.
+    """
     return "".join(chr(b) if b in _PLAIN else f"_{b:02x}" for b in name.encode())
 
 
@@ -42,7 +44,7 @@ def ack_chain(chain: str, target: str) -> str:
 
 
 def data_topic(cluster: str, chain: str, schema: str, table: str) -> str:
-    """Topic of one table of one stream: `<cluster>.<publication>.<origin>[.copy.<target>].<schema>.<table>`."""
+    """One table's topic in a stream: `<cluster>.<publication>.<origin>[.copy.<target>].<schema>.<table>`."""
     return _topic(cluster, *chain.split("."), schema, table)
 
 

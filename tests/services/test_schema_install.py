@@ -122,7 +122,8 @@ def test_installers_at_the_same_time_apply_each_file_once(new_database: NewDatab
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(sum(done, [])) == [step.version for step in migrate.migrations()]
+    installed = sorted(version for versions in done for version in versions)
+    assert installed == [step.version for step in migrate.migrations()]
 
 
 def test_a_user_without_create_is_told_so(new_database: NewDatabase) -> None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from confluent_kafka import KafkaError, KafkaException
-
-# The package re-exports these without saying so to type checkers.
-from confluent_kafka.admin import (  # type: ignore[attr-defined]
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
     AdminClient,
     ConfigResource,
     NewTopic,
