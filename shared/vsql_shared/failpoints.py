@@ -5,7 +5,7 @@
 
 `kill[:n]` ends the process (SIGKILL) at the n-th hit; `sleep:ms[:n]` waits at each hit, or at the n-th only.
 Rules: places stand where progress becomes durable; without both variables, and outside of dev mode, `hit`
-does nothing; `arm` refuses a text it does not understand, so that a test never passes because of a misspelling.
+does nothing; `arm` refuses a text it does not understand, so that no test passes by a misspelling.
 """
 
 from __future__ import annotations
