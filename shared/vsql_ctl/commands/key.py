@@ -59,7 +59,7 @@ def key() -> None:
     help='Make a KEK file for provider "file" (development only).',
 )
 @click.option(
-    "--kek-id", metavar="NAME", help="Name of the KEK in the file; must equal encryption.kms.kek_id."
+    "--kek-id", metavar="NAME", help="Name of the KEK in the file; else the configured encryption.kms.kek_id."
 )
 @click.option("--rotate", is_flag=True, help="Add a new version to an existing --kek FILE.")
 @click.option("--kek-pkcs11", is_flag=True, help="Make a KEK, or its next version, in the configured token.")
@@ -77,15 +77,15 @@ def generate(
     A signing key belongs to one node. A KEK is shared: copy the file, or the key in the token, to every node
     that opens what this one seals.
     """
-    if directory is None and kek_file is None and not kek_pkcs11:
-        raise UserError("nothing to make", hint="give --output DIR, --kek FILE or --kek-pkcs11")
     if (rotate or kek_id) and kek_file is None:
         raise UserError("--rotate and --kek-id belong to --kek FILE", hint="name the file too")
+    if directory is None and kek_file is None and not kek_pkcs11:
+        raise UserError("nothing to make", hint="give --output DIR, --kek FILE or --kek-pkcs11")
     made: dict[str, object] = {}
     if directory is not None:
         made |= _make_signing_key(directory)
     if kek_file is not None:
-        made |= _make_kek_file(kek_file, kek_id, rotate=rotate)
+        made |= _make_kek_file(operator, kek_file, kek_id, rotate=rotate)
     if kek_pkcs11:
         made |= _make_kek_in_token(operator.settings.encryption.kms)
     click.echo(render_pairs(made))
@@ -104,13 +104,27 @@ def _make_signing_key(directory: Path) -> dict[str, object]:
     }
 
 
-def _make_kek_file(path: Path, kek_id: str | None, *, rotate: bool) -> dict[str, object]:
-    from vsql_shared.kms.file import DEFAULT_KEK_ID, generate_kek_file, rotate_kek_file
+def _make_kek_file(operator: Operator, path: Path, kek_id: str | None, *, rotate: bool) -> dict[str, object]:
+    from vsql_shared.kms.file import generate_kek_file, rotate_kek_file
 
     if rotate and kek_id:
         raise UserError("--rotate keeps the name that stands in the file", hint="leave --kek-id out")
-    made = rotate_kek_file(path) if rotate else generate_kek_file(path, kek_id or DEFAULT_KEK_ID)
-    return {"KEK file": path, "KEK": made}
+    made = (
+        rotate_kek_file(path) if rotate else generate_kek_file(path, kek_id or _configured_kek_id(operator))
+    )
+    return {"KEK": made, "KEK file": path}
+
+
+def _configured_kek_id(operator: Operator) -> str:
+    """The name the configuration expects; keys are often made before there is a configuration."""
+    from vsql_shared.kms.file import DEFAULT_KEK_ID
+
+    try:
+        return operator.settings.encryption.kms.kek_id
+    except ConfigError:
+        if operator.config_path is not None:
+            raise
+        return DEFAULT_KEK_ID
 
 
 def _make_kek_in_token(kms: KmsSettings) -> dict[str, object]:
@@ -337,14 +351,19 @@ def rotate_dek(
 
 
 def _outgoing(conn: Connection, chain: str | None) -> set[str]:
-    """The streams this node writes, or the one that was named."""
-    rows = conn.execute("SELECT chain FROM vsql_sync.streams WHERE direction = 'out' ORDER BY 1").fetchall()
-    chains = {str(row[0]) for row in rows}
-    if chain is not None and chain not in chains:
-        known = ", ".join(sorted(chains)) or "none"
+    """The running streams this node writes, or the one that was named."""
+    rows = conn.execute(
+        "SELECT chain, desired FROM vsql_sync.streams"
+        " WHERE direction = 'out' AND state <> 'FINISHED' ORDER BY chain"
+    ).fetchall()
+    desired = {str(name): str(wanted) for name, wanted in rows}
+    if chain is not None and chain not in desired:
+        known = ", ".join(desired) or "none"
         raise RefusedError(f"this node writes no stream {chain!r}", hint=f"its streams: {known}")
-    if not chains:
+    running = {name for name, wanted in desired.items() if wanted != "stopped" and chain in (None, name)}
+    if not running:
         raise RefusedError(
-            "this node writes no stream yet", hint="`syncctl publication create`, then `start`"
+            "none of this node's streams is started" if chain is None else f"stream {chain} is stopped",
+            hint="a stream makes a new data key whenever it starts: `syncctl start`",
         )
-    return chains if chain is None else {chain}
+    return running

@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from vsql_shared.errors import KeyUnavailableError, UnsealError
+from vsql_shared.observe.process import lock_memory
 
 ALGORITHM = "AES-256-GCM"
 SECRET_SIZE = 32
@@ -92,6 +93,7 @@ def zero(buffer: bytearray) -> None:
 class SealingKey:
     """The producer's data key: a cipher, its next nonce, and how much it has sealed. Thread-safe.
 
+    The secret lies in memory locked against swapping, where the limit allows it.
     `wipe` zeroes the secret and drops the cipher, whose key schedule OpenSSL cleanses when it is freed.
     Out of reach are copies OpenSSL and HKDF make inside of their calls, and the bytes object a KMS client
     is given to wrap: those pages are freed, not overwritten.
@@ -119,6 +121,7 @@ class SealingKey:
         self.tuples_used = self.bytes_used = 0
         self.nonce_prefix = _PREFIX.pack(worker, nonce_salt)
         self._secret = bytearray(secret)
+        lock_memory(self._secret)  # best effort: out of swap where the limit allows
         self._aead: AESGCM | None
         self._aead, self.commitment = _cipher(self._secret, key_context(cluster, chain, dek_id))
         self._process = os.getpid()
