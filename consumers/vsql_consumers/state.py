@@ -133,9 +133,9 @@ def save_position(conn: Connection, chain: str, position: Position) -> None:
         "INSERT INTO vsql_sync.apply_progress AS p (chain, epoch, incarnation, sequence, entry_hash, batch,"
         " lsn_end, commit_time, audit_offset, offsets) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
         " ON CONFLICT (chain) DO UPDATE SET (epoch, incarnation, sequence, entry_hash, batch, lsn_end,"
-        " commit_time, audit_offset, offsets, updated_at) = (excluded.epoch, excluded.incarnation, excluded.sequence,"
-        " excluded.entry_hash, excluded.batch, excluded.lsn_end, excluded.commit_time, excluded.audit_offset,"
-        " excluded.offsets, now())",
+        " commit_time, audit_offset, offsets, updated_at) = (excluded.epoch, excluded.incarnation,"
+        " excluded.sequence, excluded.entry_hash, excluded.batch, excluded.lsn_end, excluded.commit_time,"
+        " excluded.audit_offset, excluded.offsets, now())",
         (
             chain,
             head.epoch,
