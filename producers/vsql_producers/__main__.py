@@ -1,4 +1,4 @@
-"""`python -m vsql_producers [--config FILE] [--chain STREAM]`: the producer service, or one stream's worker."""
+"""`python -m vsql_producers [--config FILE] [--chain STREAM]`: the producer, or one stream's worker."""
 
 from __future__ import annotations
 

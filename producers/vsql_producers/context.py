@@ -1,4 +1,4 @@
-"""What one attempt to run a stream works with: settings, connection, keys, clients; opened once, closed together.
+"""What one attempt to run a stream works with: settings, connection, keys, clients. Opened and closed once.
 
 Not here: decisions. Everything that is opened through a context is closed by `closing`, in reverse order.
 """
@@ -17,6 +17,7 @@ from vsql_producers.keys import DataKeys
 from vsql_producers.publish import Publisher
 from vsql_producers.seal import Place
 from vsql_producers.stream import Stream
+from vsql_producers.targets import Targets
 from vsql_shared import names
 from vsql_shared.config import Settings
 from vsql_shared.kafka.clients import make_admin, make_consumer, make_producer
@@ -24,6 +25,14 @@ from vsql_shared.kafka.topics import ensure_topic
 from vsql_shared.kms.base import KekProvider
 from vsql_shared.observe.metrics import StreamMetrics
 from vsql_shared.pg.connect import Connection
+
+
+def open_consumer(settings: Settings, chain: str, closing: ExitStack) -> Consumer:
+    """A consumer that commits nothing."""
+    group = names.group_id(settings.cluster.name, chain, "producer")
+    consumer = make_consumer(settings, f"vsql-sync-producer-{chain}", group)
+    closing.callback(consumer.close)
+    return consumer
 
 
 def _nothing() -> None:
@@ -39,6 +48,7 @@ class Context:
     conn: Connection
     provider: KekProvider
     writing: Writing
+    targets: Targets
     metrics: StreamMetrics
     closing: ExitStack
     tick: Callable[[], None] = _nothing
@@ -65,10 +75,7 @@ class Context:
 
     def make_consumer(self) -> Consumer:
         """A reader of the audit topic."""
-        group = names.group_id(self.settings.cluster.name, self.stream.chain, "producer")
-        consumer = make_consumer(self.settings, f"vsql-sync-producer-{self.stream.chain}", group)
-        self.closing.callback(consumer.close)
-        return consumer
+        return open_consumer(self.settings, self.stream.chain, self.closing)
 
     def make_keys(self, place: Place, publisher: Publisher) -> DataKeys:
         """The data keys of an epoch; wiped when the attempt ends, however it ends."""

@@ -1,4 +1,4 @@
-"""Opening an epoch: compare the chain in Kafka with our own table, fence off older writers, find where to resume.
+"""Opening an epoch: compare Kafka's chain with our own table, fence off older writers, find where to resume.
 
 Not here: holding the slot, which must have happened before (pipeline.py). Rules (docs/design/0002):
 
@@ -133,9 +133,9 @@ def read_chain(
     """Read the chain to its end from where the table stands, and bring the table up to it (rules 1 and 3)."""
     known = recall_head(conn, writing.chain)
     head, offset = known or (EMPTY_HEAD, None)
-    reader = ChainReader(writing.cluster, writing.chain, writing.node, writing.trust, EMPTY_HEAD)
-    if offset is not None:
-        reader.head = head
+    # A head whose place is not known is found again from the beginning.
+    start = EMPTY_HEAD if offset is None else head
+    reader = ChainReader(writing.cluster, writing.chain, writing.node, writing.trust, start)
     tail = AuditTail(consumer, writing.topic, writing.partition, offset, tick)
     low, end = tail.bounds()
     if offset is not None and not low <= offset < end:

@@ -35,7 +35,8 @@ _log = logging.getLogger(__name__)
 class PublishNow(Protocol):
     """Publisher.publish_now."""
 
-    def __call__(self, topic: str, partition: int, key: bytes, value: bytes) -> int: ...
+    def __call__(self, topic: str, partition: int, key: bytes, value: bytes) -> int:
+        """Send one record and wait for its offset."""
 
 
 class DataKeys:
@@ -102,7 +103,8 @@ class DataKeys:
         self._retire()
         with errors("noting the data key"):
             self._conn.execute(
-                "INSERT INTO vsql_sync.deks (dek_id, chain, epoch, kms_provider, kek_id, algorithm, created_at)"
+                "INSERT INTO vsql_sync.deks"
+                " (dek_id, chain, epoch, kms_provider, kek_id, algorithm, created_at)"
                 " VALUES (%s, %s, %s, %s, %s, %s, %s)",
                 (
                     key.dek_id,

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from vsql_producers import seal
-from vsql_producers.batches import Batch
+from vsql_producers.batches import Batch, BatchLimits
 from vsql_producers.keys import DataKeys
 from vsql_producers.publish import Publisher
 from vsql_producers.seal import PackLimits, Place, Relations, SealedBatch
@@ -36,6 +36,12 @@ def pack_limits(limits: LimitsSettings) -> PackLimits:
     return PackLimits(limits.pack_max_tuples, limits.pack_max_bytes, largest)
 
 
+def batch_limits(limits: LimitsSettings, dek_max_tuples: int) -> BatchLimits:
+    """Bounds of batches: a batch must fit under one data key, descriptors included."""
+    rows = min(limits.batch_max_rows, max(1, dek_max_tuples // 2))
+    return BatchLimits(rows, limits.batch_max_bytes, limits.batch_linger_ms / 1000)
+
+
 class Outlet:
     """One epoch's batches on their way to Kafka."""
 
@@ -49,6 +55,7 @@ class Outlet:
         ensure_topic: Callable[[str], None],
         metrics: StreamMetrics,
         position: int,
+        *,
         target: str = "*",
     ) -> None:
         self._place, self._writer = place, writer

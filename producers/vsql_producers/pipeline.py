@@ -2,8 +2,8 @@
 
     WalStream → Transactions → Batches → Outlet (arrange, key, seal, publish) → Progress → WalStream.confirm
 
-Not here: retries, locks and operators (worker.py). Start order (docs/design/0002): the slot first, which fences
-off an older process; then the chain; then the epoch. Rules:
+Not here: retries, locks and operators (worker.py). Start order (docs/design/0002): the slot first, which
+fences off an older process; then the chain; then the epoch. Rules:
 
 * Bounded memory: nothing is read from the WAL while a cut batch waits for room among those under way.
 * One thread: Kafka's answers, the WAL and the database are served in turn; none is waited for longer than
@@ -18,10 +18,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vsql_producers import replication
-from vsql_producers.batches import Batch, Batches, BatchLimits
+from vsql_producers.batches import Batch, Batches
 from vsql_producers.context import Context
 from vsql_producers.epoch import open_epoch, read_chain
-from vsql_producers.outlet import Outlet
+from vsql_producers.outlet import Outlet, batch_limits
 from vsql_producers.progress import Progress
 from vsql_producers.publish import Acknowledged
 from vsql_producers.relations import Describer, load_scope, may_be_binary
@@ -32,7 +32,6 @@ from vsql_shared.errors import TransientError
 from vsql_shared.observe.metrics import Stage
 
 if TYPE_CHECKING:
-    from vsql_shared.config import LimitsSettings
     from vsql_shared.pg.connect import Connection
 
 # One drain, and so one run of a transaction, takes about this much.
@@ -43,12 +42,6 @@ _SHORT = 0.001
 _LONG = 0.1
 # Manifests are committed to the audit table in groups, at most this far apart.
 _RECORD_SECONDS = 0.02
-
-
-def batch_limits(limits: LimitsSettings, dek_max_tuples: int) -> BatchLimits:
-    """Bounds of batches: a batch must fit under one data key, descriptors included."""
-    rows = min(limits.batch_max_rows, max(1, dek_max_tuples // 2))
-    return BatchLimits(rows, limits.batch_max_bytes, limits.batch_linger_ms / 1000)
 
 
 class LivePipeline:
@@ -63,6 +56,8 @@ class LivePipeline:
         self._record_at = 0.0
         self._keepalive_lsn = 0
         self.epoch = self.sequence = 0
+        self.done = False
+        """Never: a live stream goes on."""
 
     def open(self) -> None:
         """Everything up to the first row: slot, fence, chain, epoch."""

@@ -1,6 +1,7 @@
 """Sends sealed batches to Kafka: packs first, and the manifest when all of them are acknowledged.
 
-Not here: what a manifest says (the caller builds it from the offsets) and the audit table (progress.py). Rules:
+Not here: what a manifest says (the caller builds it from the offsets) and the audit table (progress.py).
+Rules:
 
 * The manifest is the commit record: it goes out only after Kafka acknowledged every pack of its batch, and
   after the manifest before it was sent. Batches are pipelined, so packs of several are under way at a time.
@@ -132,7 +133,7 @@ class Publisher:
         return offsets[0]
 
     def poll(self, seconds: float) -> list[Acknowledged]:
-        """Serve Kafka's answers for up to `seconds`; returns batches whose manifest is acknowledged, in order."""
+        """Serve Kafka's answers for up to `seconds`; returns the batches whose manifest it has, in order."""
         self._producer.poll(seconds)
         self._raise_failure()
         while self._unsent and self._unsent[0].landed:

@@ -2,11 +2,11 @@
 
 Not here: decoding of relation messages (pgoutput.py) and when a descriptor is sent (seal.py). Rules:
 
-* A column the publication's own scope excludes never passes: a changed PostgreSQL publication stops the stream
-  before anything is sealed.
+* A column the publication's own scope excludes never passes: a changed PostgreSQL publication stops the
+  stream before anything is sealed.
 * A type whose binary form holds ids of this server (reg*, arrays and rows of user-defined types) makes the
   whole session text; pgoutput knows no finer choice.
-* A descriptor keeps its salt while the table stays the same, so that repeated relation messages change nothing.
+* A descriptor keeps its salt while the table stays the same: repeated relation messages change nothing.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ WITH RECURSIVE t(root, oid, by_id) AS (
     SELECT t.root, n.oid, n.by_id FROM t JOIN pg_catalog.pg_type p ON p.oid = t.oid CROSS JOIN LATERAL (
         SELECT p.typbasetype AS oid, false AS by_id WHERE p.typtype = 'd'
         UNION ALL SELECT p.typelem, true WHERE p.typcategory = 'A' AND p.typelem <> 0
-        UNION ALL SELECT r.rngsubtype, false FROM pg_catalog.pg_range r WHERE p.oid IN (r.rngtypid, r.rngmultitypid)
+        UNION ALL SELECT r.rngsubtype, false FROM pg_catalog.pg_range r
+                  WHERE p.oid IN (r.rngtypid, r.rngmultitypid)
         UNION ALL SELECT a.atttypid, true FROM pg_catalog.pg_attribute a
-                  WHERE p.typtype = 'c' AND a.attrelid = p.typrelid AND a.attnum > 0 AND NOT a.attisdropped) n)
-SELECT DISTINCT root FROM t WHERE oid = ANY(ARRAY{list(_REG_TYPES)}::oid[]) OR (by_id AND oid >= {FIRST_NORMAL_OID})
-"""
+                  WHERE p.typtype = 'c' AND a.attrelid = p.typrelid AND a.attnum > 0
+                  AND NOT a.attisdropped) n)
+SELECT DISTINCT root FROM t
+WHERE oid = ANY(ARRAY{list(_REG_TYPES)}::oid[]) OR (by_id AND oid >= {FIRST_NORMAL_OID})
+"""  # noqa: S608 - numbers of our own
 
 _PUBLISHED_TYPES = """
 SELECT DISTINCT a.atttypid FROM pg_catalog.pg_publication_tables p
@@ -85,7 +88,8 @@ def load_scope(conn: Connection, publication: str) -> Scope:
             "SELECT true FROM vsql_sync.publications WHERE name = %s", (publication,)
         ).fetchone()
         tables = conn.execute(
-            "SELECT table_schema, table_name, columns FROM vsql_sync.publication_tables WHERE publication = %s",
+            "SELECT table_schema, table_name, columns FROM vsql_sync.publication_tables"
+            " WHERE publication = %s",
             (publication,),
         ).fetchall()
         marked = conn.execute(

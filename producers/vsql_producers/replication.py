@@ -48,7 +48,7 @@ class Drained(NamedTuple):
 
 
 def open_replication(conninfo: str, application_name: str) -> Connection:
-    """A connection that takes replication commands and SQL. The walsender's text output follows its settings."""
+    """A connection for replication commands and SQL. The walsender's text output follows its settings."""
     return connect(conninfo, application_name=application_name, replication="database")
 
 
@@ -101,7 +101,8 @@ def find_slot(conn: Connection, name: str) -> Slot | None:
     with errors("looking for the replication slot"):
         row = conn.execute(
             "SELECT confirmed_flush_lsn::text, active_pid, wal_status, to_jsonb(s) ->> 'invalidation_reason',"
-            " plugin, database = current_database() FROM pg_catalog.pg_replication_slots s WHERE slot_name = %s",
+            " plugin, database = current_database()"
+            " FROM pg_catalog.pg_replication_slots s WHERE slot_name = %s",
             (name,),
         ).fetchone()
     if row is None:
@@ -222,7 +223,7 @@ class WalStream:
         return TransientError("the walsender ended the stream", hint="it is started again")
 
     def confirm(self, position: int) -> None:
-        """Everything below `position` is covered by manifests in the audit table: PostgreSQL may forget it."""
+        """Manifests in the audit table cover everything below `position`: PostgreSQL may forget it."""
         if position > self.confirmed:
             self.confirmed = position
             self._next_status = 0.0

@@ -25,6 +25,7 @@ class Stream:
     target: str
     slot_name: str
     audit_partition: int
+    ack_partition: int
     desired: str
     state: str
     slot_created: bool
@@ -34,8 +35,8 @@ def load(conn: Connection, chain: str) -> Stream:
     """The outgoing stream of this name. Raises DatabaseError when there is none."""
     with errors("reading vsql_sync.streams"):
         row = conn.execute(
-            "SELECT chain, kind, publication, origin, target, coalesce(slot_name, ''), audit_partition, desired, state,"
-            " slot_created FROM vsql_sync.streams WHERE chain = %s AND direction = 'out'",
+            "SELECT chain, kind, publication, origin, target, coalesce(slot_name, ''), audit_partition,"
+            " desired, state, slot_created FROM vsql_sync.streams WHERE chain = %s AND direction = 'out'",
             (chain,),
         ).fetchone()
     if row is None:
@@ -56,7 +57,8 @@ def lock(conn: Connection, chain: str) -> None:
         holder = conn.execute(
             "SELECT a.pid, a.application_name, a.client_addr::text FROM pg_catalog.pg_locks l"
             " JOIN pg_catalog.pg_stat_activity a USING (pid) WHERE l.locktype = 'advisory' AND l.granted"
-            " AND l.classid::bigint = (%s::bigint >> 32) & 4294967295 AND l.objid::bigint = %s::bigint & 4294967295",
+            " AND l.classid::bigint = (%s::bigint >> 32) & 4294967295"
+            " AND l.objid::bigint = %s::bigint & 4294967295",
             (key, key),
         ).fetchone()
     who = f"session {holder[0]} ({holder[1]}, {holder[2] or 'local'})" if holder else "another session"
@@ -70,8 +72,8 @@ def set_state(conn: Connection, chain: str, state: str, reason: str | None = Non
     """Write the stream's durable state."""
     with errors("writing the stream's state"):
         conn.execute(
-            "UPDATE vsql_sync.streams SET state = %s, state_reason = %s WHERE chain = %s AND direction = 'out'"
-            " AND (state, state_reason) IS DISTINCT FROM (%s, %s)",
+            "UPDATE vsql_sync.streams SET state = %s, state_reason = %s"
+            " WHERE chain = %s AND direction = 'out' AND (state, state_reason) IS DISTINCT FROM (%s, %s)",
             (state, reason, chain, state, reason),
         )
 

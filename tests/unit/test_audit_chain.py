@@ -109,8 +109,9 @@ def test_reader_that_starts_in_the_middle_comes_to_the_same_head(
 
 
 def only_a_prefix(history: History, documents: list[bytes], at: int) -> None:
-    """An attack at entry `at`: what was before it counts, nothing after it does, and it does not go unseen
-    unless all that follows opens epochs (which a reader cannot tell from lost races).
+    """An attack at entry `at`: what was before it counts, nothing after it does, and it is seen.
+
+    Unseen it goes only if all that follows opens epochs, which a reader cannot tell from lost races.
     """
     outcome = read(documents)
     assert outcome.accepted == hashes(history)[: len(outcome.accepted)]

@@ -223,7 +223,7 @@ def _verify_peer(
 
 
 def _other_side(chain: str, peer: str) -> str:
-    """The peer's chain that belongs to one of this node's: acknowledgements of it, or what it acknowledges."""
+    """The peer's chain that belongs to one of this node's: its acknowledgements, or what it acknowledges."""
     from vsql_shared.audit.compare import ack_target
     from vsql_shared.names import ack_chain
 
