@@ -1,4 +1,4 @@
-"""A source node for the producer's tests, made through the product's own functions, and a reader of its topics.
+"""A source node for the producer's tests, made by the product's own functions, and a reader of its topics.
 
 `SourceNode` has a database with schema vsql_sync, keys, a configuration file and a live stream, and starts
 workers as processes. `read_stream` takes the topics apart as a consumer must: chain and signatures verified,
@@ -93,7 +93,8 @@ class ReadBack:
 
 def parse_tuple(plaintext: bytes) -> tuple[bytes | None, ...]:
     """Values of the last tuple in a pgoutput row message (the new one; the key of a DELETE)."""
-    at, values = 0, []
+    at = 0
+    values: list[bytes | None] = []
     while at < len(plaintext):
         assert plaintext[at : at + 1] in (b"N", b"K", b"O")
         count, at = int.from_bytes(plaintext[at + 1 : at + 3], "big"), at + 3
@@ -192,12 +193,12 @@ enabled = false
     def execute(self, statement: str, conninfo: str | None = None) -> None:
         """Run statements in one transaction."""
         with psycopg.connect(conninfo or self.conninfo) as connection:
-            connection.execute(statement)  # type: ignore[arg-type]  # literal statements of tests
+            connection.execute(statement)
 
     def query(self, statement: str, *params: object) -> list[tuple[Any, ...]]:
         """Rows of a statement."""
         with psycopg.connect(self.conninfo, autocommit=True) as connection:
-            return connection.execute(statement, params or None).fetchall()  # type: ignore[arg-type]  # as above
+            return connection.execute(statement, params or None).fetchall()
 
     def start(
         self, chain: str | None = None, failpoints: str = "", log: str = "worker"

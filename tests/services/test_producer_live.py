@@ -1,4 +1,4 @@
-"""The live stream from a database's WAL to Kafka: nothing lost, nothing doubled, in the order of the source."""
+"""The live stream from a database's WAL to Kafka: nothing lost, nothing doubled, in the source's order."""
 
 from __future__ import annotations
 
