@@ -1,0 +1,269 @@
+"""Opened batches in, rows in PostgreSQL out, in one target transaction under the stream's origin.
+
+Not here: what progress and receipts hold (the caller writes them in the same transaction, through `finish`),
+how changes are folded (fold.py), and SQL (statements.py). Rules:
+
+1. Changes wait table by table; a TRUNCATE, another descriptor of the table and the end of `apply` end the
+   wait. Tables are independent of each other: foreign keys are not checked in a replica session. A table
+   whose changes keep their order ends the wait of all.
+2. Inserts are copied straight into the table where the bytes allow it; everything else is folded by key and
+   written as sets. What does not fit is undone to a savepoint and replayed change by change, in order.
+3. Changes of transactions that the table's first copy has already seen are passed over; their verdict is
+   "applied": their effect is there.
+4. The catalog is read again for a table that changed since: before a transaction's first write its tables are
+   locked against DDL and their versions compared.
+5. After any error the transaction is rolled back and nothing is kept of it: the same batches may be given
+   again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import psycopg
+
+from vsql_consumers import faults
+from vsql_consumers.frames import read_truncate
+from vsql_consumers.origin import OriginSession
+from vsql_consumers.plans import Plans
+from vsql_consumers.stage import Stages, run
+from vsql_consumers.statements import Plan, truncate_sql
+from vsql_consumers.window import Window, runs
+from vsql_consumers.write import ApplyLimits, OnAnomaly, Tally, Writer
+from vsql_shared.changes import Op, OpenedBatch, TableName
+from vsql_shared.errors import DecodeError
+
+if TYPE_CHECKING:
+    from vsql_shared.pg.connect import Connection
+
+log = logging.getLogger(__name__)
+# A run of changes joins its window in pieces of this many, so that the window's bounds are kept.
+_STRIDE = 1_000
+
+Verdicts = dict[str, int]
+APPLIED, MISSING = "applied", "missing"
+
+
+@dataclass(slots=True)
+class _TruncateGroup:
+    """Tables one TRUNCATE named that have come so far."""
+
+    options: int
+    size: int
+    tables: list[tuple[Plan, bool]]
+    """With each whether its first copy has already seen the TRUNCATE."""
+
+
+class Applier:
+    """Applies batches of one chain. One instance per connection, in one thread."""
+
+    def __init__(
+        self,
+        conn: Connection,
+        chain: str,
+        *,
+        limits: ApplyLimits | None = None,
+        on_anomaly: OnAnomaly = "continue",
+        skip: Mapping[TableName, int] | None = None,
+    ) -> None:
+        """`skip`: table → position of its first copy; what commits before is in it."""
+        self._conn, self._chain = conn, chain
+        self._limits = limits or ApplyLimits()
+        self._skip = dict(skip or {})
+        self._session = OriginSession(conn)
+        self._stages = Stages(conn, self._limits.copy_chunk_bytes)
+        self._writer = Writer(conn, self._stages, self._limits, on_anomaly)
+        self._plans = Plans(conn, self._stages)
+        self._windows: dict[TableName, Window] = {}
+        self._group: _TruncateGroup | None = None
+        self._unsettled: Counter[str] = Counter()
+        self.anomalies: Counter[str] = Counter()
+        """Anomalies committed so far, by kind."""
+
+    def setup(self, origin_name: str) -> None:
+        """Prepare the session and take the replication origin. Raises our errors."""
+        self._session.setup(origin_name)
+
+    def apply(self, batches: Sequence[OpenedBatch]) -> list[Verdicts]:
+        """Write the batches' changes in the open transaction (one is begun if none is); verdicts of each.
+
+        Raises DatabaseError, TransientError and DecodeError; the transaction is then rolled back.
+        """
+        with self._rolled_back(f"applying {self._chain}"):
+            self._session.begin()
+            self._plans.prepare(batches)
+            self._writer.tally = Tally()
+            for number, batch in enumerate(batches):
+                self._route(batches, number, batch)
+            self._flush_all()
+            return self._verdicts(batches)
+
+    def finish(
+        self, origin_lsn: int, origin_time_us: int, before_commit: Callable[[Connection], None]
+    ) -> int:
+        """Commit, with what `before_commit` writes; where the commit ends in the target's WAL."""
+        with self._rolled_back(f"committing {self._chain}"):
+            if self._group is not None:
+                raise DecodeError("a TRUNCATE's tables did not all come before its transaction ended")
+            self._session.begin()
+            before_commit(self._conn)
+            at = self._session.commit(origin_lsn, origin_time_us)
+        self._stages.settle()
+        self._plans.settle()
+        self.anomalies += self._unsettled
+        self._unsettled.clear()
+        return at
+
+    def abort(self) -> None:
+        """Roll back; nothing since the last `finish` is kept."""
+        self._session.rollback()
+        self._stages.forget()
+        self._plans.forget()
+        self._windows.clear()
+        self._group = None
+        self._unsettled.clear()
+
+    def rest(self) -> None:
+        """Nothing comes for a while: drop the staging tables (stage.py says why)."""
+        with self._rolled_back(f"tidying up after {self._chain}"):
+            self._stages.drop_all()
+
+    @contextmanager
+    def _rolled_back(self, doing: str) -> Iterator[None]:
+        """On any error inside: roll back; psycopg's errors become ours."""
+        try:
+            yield
+        except psycopg.Error as error:
+            self.abort()
+            raise faults.fault(error, doing) from None
+        except BaseException:
+            self.abort()
+            raise
+
+    def _route(self, batches: Sequence[OpenedBatch], number: int, batch: OpenedBatch) -> None:
+        """Put a batch's changes where they wait."""
+        for start, stop in runs(batch):
+            op, plan = batch.ops[start], self._plans.of(batch, batch.relation_of[start])
+            if op == Op.TRUNCATE:
+                for at in range(start, stop):
+                    self._truncate(plan, batch, at)
+                continue
+            if self._group is not None:
+                raise DecodeError(f"a TRUNCATE of {self._group.size} tables is interrupted by other changes")
+            if op in (Op.UPDATE, Op.DELETE) and not plan.identified:
+                raise DecodeError(f"an update or delete of {plan.name}, which has no replica identity")
+            for first, last in self._not_copied(plan.name, batch, start, stop):
+                self._wait(Window(plan, batches, op == Op.COPY), number, first, last, op)
+
+    def _not_copied(
+        self, name: TableName, batch: OpenedBatch, start: int, stop: int
+    ) -> Iterator[tuple[int, int]]:
+        """What of changes [start, stop) the table's first copy has not seen."""
+        before = self._skip.get(name)
+        if before is None or before <= min((t.commit_lsn for t in batch.transactions), default=before):
+            yield start, stop
+            return
+        seen = [t.commit_lsn < before for t in batch.transactions]
+        at = start
+        for copied, changes in groupby(batch.tx_of[start:stop], seen.__getitem__):
+            end = at + sum(1 for _ in changes)
+            if not copied:
+                yield at, end
+            at = end
+
+    def _wait(self, new: Window, number: int, start: int, stop: int, op: int) -> None:
+        """Let changes wait in their table's window; write it first where they cannot join it."""
+        plan, limits = new.plan, self._limits
+        if plan.target.ordered:
+            self._flush_all()
+        for first in range(start, stop, _STRIDE):
+            last = min(stop, first + _STRIDE)
+            window = self._windows.get(plan.name)
+            if window is not None and not _joins(window, new, op, limits.direct_rows):
+                self._flush(plan.name)
+                window = None
+            if window is None:
+                window = self._windows[plan.name] = Window(plan, new.batches, new.copied)
+            window.add(number, first, last, op)
+            if window.rows >= limits.window_rows or window.size >= limits.window_bytes:
+                self._flush(plan.name)
+        if plan.target.ordered:
+            self._flush_all()
+
+    def _flush(self, name: TableName) -> None:
+        window = self._windows.pop(name, None)
+        if window is not None:
+            self._writer.write(window)
+
+    def _flush_all(self) -> None:
+        for name in list(self._windows):
+            self._flush(name)
+
+    def _truncate(self, plan: Plan, batch: OpenedBatch, at: int) -> None:
+        """Take one table of a TRUNCATE; the last one runs it."""
+        options, position, size = read_truncate(batch.plaintexts[at])
+        group = self._group
+        if group is None:
+            group = self._group = _TruncateGroup(options, size, [])
+        if (options, size, position) != (group.options, group.size, len(group.tables)):
+            raise DecodeError(f"a TRUNCATE of {group.size} tables lacks table {len(group.tables)}")
+        before = self._skip.get(plan.name, 0)
+        group.tables.append((plan, batch.transactions[batch.tx_of[at]].commit_lsn < before))
+        if len(group.tables) < size:
+            return
+        self._flush_all()
+        self._group = None
+        statements = truncate_sql(
+            [found for found, seen in group.tables if not seen], len(group.tables), options
+        )
+        run(self._conn, statements)
+
+    def _verdicts(self, batches: Sequence[OpenedBatch]) -> list[Verdicts]:
+        tally = self._writer.tally
+        _write_anomalies(self._conn, self._chain, tally)
+        for (_, kind), count in tally.anomalies.items():
+            self._unsettled[kind] += count
+        verdicts = []
+        for number, batch in enumerate(batches):
+            missing = tally.missing[number]
+            counts = {APPLIED: len(batch.ops) - missing, MISSING: missing}
+            verdicts.append({verdict: count for verdict, count in counts.items() if count})
+        return verdicts
+
+
+def _joins(window: Window, new: Window, op: int, direct_rows: int) -> bool:
+    """Whether changes may wait together with those of a window.
+
+    Inserts alone are copied; folded with others they cost more, so many of them go first by themselves.
+    Without folding, inserts and other changes never mix.
+    """
+    if window.plan is not new.plan or window.copied != new.copied:
+        return False
+    inserts = op in (Op.INSERT, Op.COPY)
+    if inserts == window.only_inserts:
+        return True
+    if not new.plan.folds:
+        return False
+    return inserts or window.rows < direct_rows
+
+
+def _write_anomalies(conn: Connection, chain: str, tally: Tally) -> None:
+    """Add up a transaction's anomalies in vsql_sync.anomalies, and log them: counts only."""
+    for (name, kind), count in tally.anomalies.items():
+        batch = tally.last_batch[name, kind]
+        conn.execute(
+            "INSERT INTO vsql_sync.anomalies AS a (chain, table_schema, table_name, kind, count, last_batch)"
+            " VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT (chain, table_schema, table_name, kind) DO UPDATE"
+            " SET count = a.count + excluded.count, last_batch = excluded.last_batch, last_at = now()",
+            (chain, name.schema, name.table, kind, count, batch),
+        )
+        log.warning(
+            "changes did not fit the target's rows",
+            extra={"chain": chain, "table": str(name), "kind": kind, "count": count, "batch": batch},
+        )

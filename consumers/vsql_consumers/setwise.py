@@ -1,0 +1,104 @@
+"""Write a folded step as sets: one statement for each kind of change, however many rows there are.
+
+Not here: savepoints (apply.py) and what follows when a set does not fit (slowpath.py). Rules:
+
+* Deletes first, then updates, then inserts: what one row gives up another may take.
+* Each statement must have written exactly the rows it was given; a step of which one did not is undone by the
+  caller and replayed change by change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vsql_consumers.fold import Folded, Moved
+from vsql_consumers.frames import Fields, field_chunks
+from vsql_consumers.stage import Stage, Stages, copy_in, run
+from vsql_consumers.statements import NEW, OLD, Plan
+
+if TYPE_CHECKING:
+    from vsql_shared.pg.connect import Connection
+
+
+def needs_stage(plan: Plan, step: Folded | Moved) -> bool:
+    """Whether a step is more than rows that can be copied straight into the table."""
+    if isinstance(step, Moved) or not plan.direct(step.layout):
+        return True
+    return bool(step.deletes or step.vanished or step.updates)
+
+
+def write_folded(
+    conn: Connection, plan: Plan, stages: Stages, stage: Stage | None, step: Folded, chunk_bytes: int
+) -> bool:
+    """Write a folded step; false when a statement did not write what it was given. No stage: only inserts."""
+    direct = plan.direct(step.layout)
+    if stage is not None:
+        tasks = _tasks(plan, stages, stage, step, with_inserts=not direct)
+        stages.fill(stage)
+        if run(conn, [sql for sql, _ in tasks]) != [expected for _, expected in tasks]:
+            return False
+    if direct and step.inserts:
+        copy_in(conn, plan.copy(), field_chunks(step.inserts, len(plan.columns), chunk_bytes))
+    return True
+
+
+def _tasks(
+    plan: Plan, stages: Stages, stage: Stage, step: Folded, *, with_inserts: bool
+) -> list[tuple[str, int]]:
+    """Stage a step's rows; statements and the rows each must write."""
+    tasks: list[tuple[str, int]] = []
+    found = plan.found_by_key(step.layout, NEW)
+
+    def staged(rows: Sequence[Fields]) -> str:
+        number = stages.number()
+        for fields in rows:
+            stage.add(number, fields)
+        return f"s.k = {number}"
+
+    for rows, expected in ((step.deletes, len(step.deletes)), (step.vanished, 0)):
+        if rows:
+            tasks.append((plan.delete(stage.name, staged(rows), found), expected))
+    for unchanged, rows in step.updates.items():
+        sql = plan.update(stage.name, staged(rows), found, step.layout, unchanged, keep=plan.key)
+        tasks.append((sql, len(rows)))
+    if with_inserts and step.inserts:
+        unchecked = plan.index is not None and not plan.index.immediate
+        sql = plan.insert(stage.name, staged(step.inserts), step.layout, absent=unchecked)
+        tasks.append((sql, len(step.inserts)))
+    return tasks
+
+
+def write_moved(conn: Connection, plan: Plan, stages: Stages, stage: Stage, step: Moved) -> bool:
+    """Write updates that change the key, found by the old one; false when one was not found."""
+    found = plan.found_by_key(step.layout, OLD)
+    tasks = []
+    for unchanged, moves in step.moves.items():
+        number = stages.number()
+        for old, new in moves:
+            stage.add(number, new, [old[n] for n in plan.key])
+        where = f"s.k = {number}"
+        if plan.always:
+            sql = plan.replace(stage.name, where, found, step.layout, unchanged)
+        else:
+            sql = plan.update(stage.name, where, found, step.layout, unchanged, keep=())
+        tasks.append((sql, len(moves)))
+    stages.fill(stage)
+    return run(conn, [sql for sql, _ in tasks]) == [expected for _, expected in tasks]
+
+
+def upsert(conn: Connection, plan: Plan, stages: Stages, stage: Stage, step: Folded) -> int | None:
+    """Write inserts, as updates where the key is there already; how many those were, None on a mismatch."""
+    number = stages.number()
+    for fields in step.inserts:
+        stage.add(number, fields)
+    stages.fill(stage)
+    where, found = f"s.k = {number}", plan.found_by_key(step.layout, NEW)
+    updated, inserted = run(
+        conn,
+        [
+            plan.update(stage.name, where, found, step.layout, (), keep=()),
+            plan.insert(stage.name, where, step.layout, absent=True),
+        ],
+    )
+    return updated if updated + inserted == len(step.inserts) else None

@@ -1,0 +1,205 @@
+"""Write the changes of one window: the fastest way that fits, and the next one where it does not.
+
+Not here: which changes wait together (apply.py). The ways, each under a savepoint but the last:
+
+1. Inserts whose bytes the table takes as they are: COPY straight into it.
+2. Anything with a key: folded, then written as sets.
+3. Inserts some of whose keys are there already: update those, insert the others, as two sets.
+4. Change by change, in the order of the source. Tables without a unique key, and tables whose changes keep
+   their order, go this way with every update and delete.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import psycopg
+
+from vsql_consumers import faults, setwise
+from vsql_consumers.fold import Folded, Step, fold, only_inserts
+from vsql_consumers.frames import Layout, LayoutChange, copied_chunks, insert_chunks
+from vsql_consumers.slowpath import INSERT_EXISTS, Replay
+from vsql_consumers.stage import Stages, copy_in, run
+from vsql_consumers.statements import binary_layout
+from vsql_consumers.window import Window
+from vsql_shared.changes import TableName
+from vsql_shared.errors import DatabaseError
+
+if TYPE_CHECKING:
+    from vsql_shared.pg.connect import Connection
+
+OnAnomaly: TypeAlias = Literal["continue", "stop"]
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyLimits:
+    """Bounds of what is held to be written together, for one table."""
+
+    window_rows: int = 20_000
+    """Changes that wait."""
+    window_bytes: int = 16 * 2**20
+    """Bytes of tuples that wait."""
+    copy_chunk_bytes: int = 2**20
+    """Bytes of COPY data given to the connection at once."""
+    direct_rows: int = 1_000
+    """Inserts that are copied by themselves when another change of their table comes; fewer are folded."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What did not fit: verdict "missing" by batch (of those given), anomalies by table and kind."""
+
+    missing: Counter[int] = field(default_factory=Counter)
+    anomalies: Counter[tuple[TableName, str]] = field(default_factory=Counter)
+    last_batch: dict[tuple[TableName, str], int] = field(default_factory=dict)
+
+    def add(self, name: TableName, kind: str, count: int, batch: int) -> None:
+        """Count anomalies of a table."""
+        self.anomalies[name, kind] += count
+        self.last_batch[name, kind] = batch
+
+
+class _Outcome(Enum):
+    """How an attempt ended: written; a unique key was violated; a row did not fit; other rows than given."""
+
+    DONE = 1
+    UNIQUE = 2
+    FAILED = 3
+    MISMATCH = 4
+
+
+class Writer:
+    """Writes windows in the open transaction."""
+
+    def __init__(self, conn: Connection, stages: Stages, limits: ApplyLimits, on_anomaly: OnAnomaly) -> None:
+        self._conn, self._stages, self._limits, self._on_anomaly = conn, stages, limits, on_anomaly
+        self._layouts: dict[TableName, Layout] = {}
+        self.tally = Tally()
+
+    def write(self, window: Window) -> None:
+        """Write a window's changes. Raises our errors and psycopg's; the transaction is then lost."""
+        plan = window.plan
+        layout = self._layouts.get(plan.name, b"")
+        if len(layout) != len(plan.columns):
+            layout = binary_layout(plan.relation)
+        plaintexts = window.plaintexts()
+        if window.only_inserts:
+            self._inserts(window, plaintexts, layout)
+            return
+        ops = window.ops()
+        if not plan.folds:
+            self._replay(window, ops, plaintexts, layout, 0)
+            return
+        for step in fold(ops, plaintexts, layout, plan.key):
+            self._step(window, ops, plaintexts, step)
+
+    def _inserts(self, window: Window, plaintexts: Sequence[bytes], layout: Layout) -> None:
+        plan, chunk_bytes = window.plan, self._limits.copy_chunk_bytes
+        tried: _Outcome | None = None
+        if plan.direct(layout):
+            try:
+                if window.copied:
+                    chunks = copied_chunks(plaintexts, len(plan.columns), chunk_bytes)
+                else:
+                    chunks = insert_chunks(plaintexts, layout, chunk_bytes)
+            except LayoutChange:
+                pass
+            else:
+                doing = f"copying into {window.naming_range(0, window.rows)}"
+                tried = self._attempt(doing, lambda: copy_in(self._conn, plan.copy(), chunks))
+                if tried is _Outcome.DONE:
+                    return
+        ops = window.ops()
+        for step in only_inserts(plaintexts, layout, copied=window.copied):
+            self._step(window, ops, plaintexts, step, tried)
+
+    def _step(
+        self,
+        window: Window,
+        ops: Sequence[int],
+        plaintexts: Sequence[bytes],
+        step: Step,
+        tried: _Outcome | None = None,
+    ) -> None:
+        """Write a step; `tried`: how the attempt ended that was made with all of them at once."""
+        plan = window.plan
+        self._layouts[plan.name] = step.layout
+        outcome = tried or self._attempt(
+            f"writing {window.naming_range(step.start, step.stop)}", self._write_set(window, step)
+        )
+        if outcome is _Outcome.DONE:
+            return
+        if outcome is not _Outcome.FAILED and self._upsert(window, step):
+            return
+        part = slice(step.start, step.stop)
+        self._replay(window, ops[part], plaintexts[part], step.layout, step.start)
+
+    def _write_set(self, window: Window, step: Step) -> Callable[[], bool]:
+        """How to write a step as sets, once its staging table is there."""
+        plan, stages, conn = window.plan, self._stages, self._conn
+        if isinstance(step, Folded):
+            stage = stages.ready(plan, step.layout) if setwise.needs_stage(plan, step) else None
+            size = self._limits.copy_chunk_bytes
+            return lambda: setwise.write_folded(conn, plan, stages, stage, step, size)
+        moving = stages.ready(plan, step.layout, plan.key)
+        return lambda: setwise.write_moved(conn, plan, stages, moving, step)
+
+    def _upsert(self, window: Window, step: Step) -> bool:
+        """Write inserts as updates where their keys are there; false if that is not what the step is."""
+        plan = window.plan
+        if not isinstance(step, Folded) or step.deletes or step.vanished or step.updates or not plan.folds:
+            return False
+        if self._on_anomaly == "stop":
+            return False  # change by change, so that the first one can be named
+        stage = self._stages.ready(plan, step.layout)
+        updated: list[int] = []
+
+        def write() -> bool:
+            count = setwise.upsert(self._conn, plan, self._stages, stage, step)
+            updated.append(count or 0)
+            return count is not None
+
+        doing = f"writing {window.naming_range(step.start, step.stop)}"
+        if self._attempt(doing, write) is not _Outcome.DONE:
+            return False
+        if updated[0]:
+            batch = window.batches[window.place(step.stop - 1)[0]].batch
+            self.tally.add(plan.name, INSERT_EXISTS, updated[0], batch)
+        return True
+
+    def _attempt(self, doing: str, act: Callable[[], bool | None]) -> _Outcome:
+        """Act under a savepoint; undone unless it is DONE. `act` returns false on a mismatch."""
+        self._conn.execute("SAVEPOINT vsql_step", prepare=False)
+        try:
+            outcome = _Outcome.MISMATCH if act() is False else _Outcome.DONE
+        except psycopg.Error as error:
+            if not faults.is_row_error(error):
+                raise faults.fault(error, doing) from None
+            outcome = _Outcome.UNIQUE if error.sqlstate == faults.UNIQUE_VIOLATION else _Outcome.FAILED
+        undo = [] if outcome is _Outcome.DONE else ["ROLLBACK TO SAVEPOINT vsql_step"]
+        run(self._conn, [*undo, "RELEASE SAVEPOINT vsql_step"])
+        return outcome
+
+    def _replay(
+        self, window: Window, ops: Sequence[int], plaintexts: Sequence[bytes], layout: Layout, first: int
+    ) -> None:
+        name = window.plan.name
+
+        def anomaly(at: int, kind: str) -> None:
+            if self._on_anomaly == "stop":
+                raise DatabaseError(
+                    f"{kind} at {window.naming(at)}",
+                    hint="compare both tables, repair the target's row, then retry; "
+                    '[apply] on_anomaly = "continue" counts it and goes on',
+                )
+            batch, _ = window.place(at)
+            if kind != INSERT_EXISTS:
+                self.tally.missing[batch] += 1
+            self.tally.add(name, kind, 1, window.batches[batch].batch)
+
+        replay = Replay(self._conn, window.plan, self._stages, anomaly, window.naming)
+        self._layouts[name] = replay.run(ops, plaintexts, layout, first)
