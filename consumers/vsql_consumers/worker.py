@@ -57,7 +57,7 @@ _STATES = {
     "copying": StreamState.COPYING,
     "paused": StreamState.PAUSED,
     "waiting": StreamState.WAITING,
-    "refused": StreamState.STOPPED,
+    "refused": StreamState.REFUSED,
     "diverged": StreamState.DIVERGED,
     "stopped": StreamState.STOPPED,
 }

@@ -41,7 +41,7 @@ connection = "host=b password={SECRET}"
 
 
 def _environment(**more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("VSQL_SYNC", "COV"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("VSQL_SYNC")}
     return {**kept, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **more}
 
 

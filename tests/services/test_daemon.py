@@ -212,6 +212,16 @@ def test_a_state_folder_that_cannot_be_made_is_named(node: Path) -> None:
         start_in_background(_settings(node))
 
 
+def test_a_daemon_that_cannot_start_says_why_in_its_own_words(node: Path) -> None:
+    settings = _settings(node)
+    (node / "vsql-sync.toml").write_text("[cluster]\n")
+    with pytest.raises(EnvironmentFault, match="the daemon ended with exit code 3") as caught:
+        start_in_background(settings)
+    assert "cluster.name: missing" in caught.value.message
+    assert caught.value.exit_code == 3
+    assert launch.look(node / "state") is None
+
+
 def test_the_plan_names_both_services_and_the_file(node: Path) -> None:
     plan = plan_of(_settings(node), to_files=True)
     assert list(plan.commands) == ["producer", "consumer"]
@@ -312,6 +322,17 @@ def test_a_recycled_process_id_is_not_signalled(tmp_path: Path) -> None:
     finally:
         bystander.kill()
         bystander.wait()
+
+
+def test_a_daemon_that_does_not_answer_is_killed_with_its_services(daemon: Daemon) -> None:
+    daemon.start_and_wait()
+    found = daemon.found()
+    os.kill(found.pid, signal.SIGSTOP)
+    pids = [found.pid, daemon.pid("producer"), daemon.pid("consumer")]
+    stopped = launch.stop(daemon.folder, 0.2, lambda _seconds: None, grace_seconds=0.3)
+    assert stopped.killed[0] == "daemon"
+    assert set(stopped.killed) <= {"daemon", "producer", "consumer"}
+    _until(lambda: all(_is_gone(pid) for pid in pids), "killed, or ended with the daemon")
 
 
 DAMAGED = {

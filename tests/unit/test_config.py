@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from vsql_shared.config import (
     Settings,
+    advice,
     check_files,
     masked,
     not_built,
@@ -314,6 +315,27 @@ def test_a_configuration_that_says_no_mode_is_prod() -> None:
     said = refused(MINIMAL.replace('mode = "dev"', ""))
     assert "server.tls.cert_path: missing; prod mode requires it" in said
     assert 'server.mode = "dev"' in said
+
+
+UNWISE = {
+    "dev": (MINIMAL, ['server.mode = "dev"', "audit.signing_key_path"]),
+    "one broker": (PROD, ["kafka.min_insync_replicas = 1", 'kafka.security.protocol = "PLAINTEXT"']),
+    "database across a network": (
+        PROD.replace('database = "d"', 'database = "d"\nhost = "db1"')
+        + '[kafka]\nreplication_factor = 3\nmin_insync_replicas = 2\nsecurity = { protocol = "SSL" }',
+        ['connection.sslmode = "prefer"'],
+    ),
+    "loopback": (
+        PROD.replace('database = "d"', 'database = "d"\nhost = "::1"')
+        + '[kafka]\nreplication_factor = 3\nmin_insync_replicas = 2\nsecurity = { protocol = "SSL" }',
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "keys"), UNWISE.values(), ids=UNWISE.keys())
+def test_what_is_allowed_and_unwise_is_said(text: str, keys: list[str]) -> None:
+    assert [line.split(": ")[0] for line in advice(parse(text))] == keys
 
 
 def test_several_mistakes_are_listed_one_line_each() -> None:

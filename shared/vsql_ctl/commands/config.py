@@ -14,7 +14,7 @@ from vsql_ctl.context import (
     yes_option,
 )
 from vsql_ctl.output import emit, render_table
-from vsql_shared.errors import ConfigError
+from vsql_ctl.session import open_node
 
 
 @click.group("config", epilog=example("syncctl config check"))
@@ -80,27 +80,19 @@ def apply(operator: Operator, output: OutputFormat, dry_run: bool, yes: bool) ->
 
     Shows the difference first. What is in the database and not in the file stays.
     """
-    try:
-        from vsql_shared.pg import config_apply
-    except ImportError:
-        raise ConfigError(
-            "this build has no `config apply`", hint="use `syncctl publication` and `node`"
-        ) from None
-    import psycopg
-
     from vsql_shared.config import require_built
+    from vsql_shared.pg import config_apply
 
     settings = operator.settings
     require_built(settings)
-    with psycopg.connect(settings.connection.conninfo(), application_name="vsql_sync_ctl") as conn:
+    with open_node(operator) as conn:
         changes = config_apply.plan(conn, settings)
-        rows = [(change.kind, change.name, change.action, change.detail) for change in changes]
         names = ("kind", "name", "action", "detail")
-        if not rows:
-            emit(output, [], lambda: "The database has all that the file asks for.")
-            return
-        emit(output, [dict(zip(names, row, strict=True)) for row in rows], lambda: render_table(names, rows))
-        if dry_run:
+        rows = [(change.kind, change.name, change.action, change.detail) for change in changes]
+        shown = [dict(zip(names, row, strict=True)) for row in rows]
+        nothing = "The database has all that the file asks for."
+        emit(output, shown, lambda: render_table(names, rows) if rows else nothing)
+        if not rows or dry_run:
             return
         confirm("Apply these changes?", yes=yes)
         config_apply.apply(conn, settings, changes)

@@ -110,8 +110,17 @@ class Stopped:
     """Services that had to be killed; the daemon itself is "daemon"."""
 
 
-def stop(folder: Path, stop_seconds: float, waiting: Callable[[float], None]) -> Stopped:
-    """Ask the daemon of a state folder to stop and wait; `waiting` is told the seconds so far."""
+def stop(
+    folder: Path,
+    stop_seconds: float,
+    waiting: Callable[[float], None],
+    *,
+    grace_seconds: float = _STOP_GRACE_SECONDS,
+) -> Stopped:
+    """Ask the daemon of a state folder to stop and wait; `waiting` is told the seconds so far.
+
+    A daemon that has not ended `grace_seconds` after its services should have is killed, and they too.
+    """
     found = disk.read(folder)
     if not disk.is_held(folder) or found is None:
         raise RefusedError("no daemon of this node runs", hint="start one with `syncctl daemon start`")
@@ -121,7 +130,7 @@ def stop(folder: Path, stop_seconds: float, waiting: Callable[[float], None]) ->
             hint="a daemon is just starting or ending: try again in a moment",
         )
     began = time.monotonic()
-    limit = stop_seconds + _STOP_GRACE_SECONDS
+    limit = stop_seconds + grace_seconds
     while found.process.is_running():
         seconds = time.monotonic() - began
         if seconds > limit:

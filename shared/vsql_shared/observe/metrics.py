@@ -62,6 +62,7 @@ class StreamState(Enum):
     WAITING = "waiting"
     PAUSED = "paused"
     STOPPED = "stopped"
+    REFUSED = "refused"
     DIVERGED = "diverged"
 
 
