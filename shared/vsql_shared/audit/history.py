@@ -95,8 +95,11 @@ def read_topic(consumer: Consumer, topic: str, history: KafkaHistory) -> None:
     from vsql_shared.kafka.clients import from_exception, kafka_error
 
     try:
-        partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
-        for number in partitions:
+        found = consumer.list_topics(topic, timeout=10).topics[topic]
+        # A topic that is not there has no partitions: without this it would read as an empty one.
+        if found.error is not None:
+            raise kafka_error(found.error, f"read {topic}")
+        for number in found.partitions:
             place = TopicPartition(topic, number, OFFSET_BEGINNING)
             low, high = consumer.get_watermark_offsets(place, timeout=10)
             consumer.assign([place])
