@@ -11,6 +11,7 @@ Not here: the rows themselves, which go the way of all batches. Rules:
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,6 @@ class CopyKeeper:
         self.tables: dict[TableName, int] = {}
         """Table → rows expected."""
         self._rows: dict[TableName, int] = {}
-        self._done: set[TableName] = set()
         self._current: TableName | None = None
         if self.is_copy:
             self._recall(conn)
@@ -49,7 +49,7 @@ class CopyKeeper:
         """For the `copy` key of the status."""
         return {
             "table": str(self._current) if self._current else "",
-            "tables_done": len(self._done),
+            "tables_done": len(self._rows),
             "tables_total": len(self.tables),
             "rows": sum(self._rows.values()),
             "rows_expected": sum(self.tables.values()),
@@ -66,46 +66,36 @@ class CopyKeeper:
         elif entry.event_type == COPY_FINISHED:
             self.finished = True
             final = _tables(entry)
-            rows = dict(self._rows)
-            group.also.append(lambda conn: self._end(conn, final, rows))
+            group.also.append(lambda conn: self._end(conn, final))
 
     def batch(self, opened: OpenedBatch, group: Group) -> None:
         """Rows of a copy came: their transaction carries the position of their snapshot."""
         if not self.is_copy:
             return
-        found: dict[TableName, tuple[int, int]] = {}
-        for name, place in zip(opened.relation_of, opened.tx_of, strict=True):
-            table = opened.relations[name].name
-            rows, _ = found.get(table, (0, 0))
-            found[table] = (rows + 1, opened.transactions[place].commit_lsn)
-        for table, (rows, at) in found.items():
-            self._current = table
-            self._rows[table] = self._rows.get(table, 0) + rows
-            total = self._rows[table]
-            group.also.append(self._write_rows(table, at, total))
+        at = opened.transactions[-1].commit_lsn
+        for name, rows in Counter(opened.relation_of).items():
+            self._current = table = opened.relations[name].name
+            group.copied[table] = (at, group.copied.get(table, (0, 0))[1] + rows)
 
-    def _write_rows(self, table: TableName, at: int, rows: int) -> Any:
-        chain = self._live_chain
-        return lambda conn: state.mark_table(conn, chain, table, "COPYING", copy_lsn=at, copied_rows=rows)
+    def write(self, conn: Connection, group: Group) -> None:
+        """Write what the group copied, in its transaction: a table is one transaction of the copy."""
+        for table, (at, rows) in group.copied.items():
+            state.mark_table(conn, self._live_chain, table, "COPYING", copy_lsn=at, copied_rows=rows)
+
+    def committed(self, group: Group) -> None:
+        """The group is committed: its tables are complete."""
+        for table, (_, rows) in group.copied.items():
+            self._rows[table] = rows
 
     def _begin(self, conn: Connection, tables: list[TableName]) -> None:
         for table in tables:
             state.mark_table(conn, self._live_chain, table, "COPYING")
         state.set_stream_state(conn, self._stream.chain, "COPYING")
 
-    def _end(
-        self, conn: Connection, tables: Mapping[TableName, Mapping[str, Any]], rows: dict[TableName, int]
-    ) -> None:
+    def _end(self, conn: Connection, tables: Mapping[TableName, Mapping[str, Any]]) -> None:
         for table, said in tables.items():
             at = lsn.parse(said["lsn"]) if isinstance(said.get("lsn"), str) else None
-            state.mark_table(
-                conn,
-                self._live_chain,
-                table,
-                "SYNCHRONIZED",
-                copy_lsn=at,
-                copied_rows=rows.get(table, 0),
-            )
+            state.mark_table(conn, self._live_chain, table, "SYNCHRONIZED", copy_lsn=at, copied_rows=None)
         conn.execute(
             "UPDATE vsql_sync.table_sync SET state = 'SYNCHRONIZED' WHERE chain = %s AND state = 'COPYING'",
             (self._live_chain,),
@@ -123,7 +113,8 @@ class CopyKeeper:
         for schema, table, count in rows:
             name = TableName(schema, table)
             self.tables.setdefault(name, 0)
-            self._rows[name] = count or 0
+            if count is not None:
+                self._rows[name] = count
 
 
 def _tables(entry: AuditEntry) -> dict[TableName, dict[str, Any]]:

@@ -18,7 +18,7 @@ from vsql_consumers.collect import Ready
 from vsql_consumers.state import Position, Receipt
 from vsql_consumers.unseal import Descriptor
 from vsql_shared.audit.entries import EPOCH_OPENED
-from vsql_shared.changes import OpenedBatch
+from vsql_shared.changes import OpenedBatch, TableName
 from vsql_shared.pg.connect import Connection
 
 Writes = Callable[[Connection], None]
@@ -41,6 +41,8 @@ class Group:
     fragments: bool = False
     descriptors: dict[bytes, Descriptor] = field(default_factory=dict)
     forget_descriptors: bool = False
+    copied: dict[TableName, tuple[int, int]] = field(default_factory=dict)
+    """First copy: table → position of its snapshot, rows."""
     also: list[Writes] = field(default_factory=list)
     """Further writes of the applying transaction."""
 

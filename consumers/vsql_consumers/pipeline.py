@@ -20,19 +20,20 @@ from typing import TYPE_CHECKING
 from vsql_consumers import state
 from vsql_consumers.acknowledge import Acknowledger
 from vsql_consumers.apply import Applier
-from vsql_consumers.collect import Collector, Ready
+from vsql_consumers.collect import Awaited, Collector, Ready
 from vsql_consumers.copying import CopyKeeper
 from vsql_consumers.groups import Group
 from vsql_consumers.source import Source
 from vsql_consumers.state import Position, Stream
 from vsql_consumers.unseal import Announcements, Descriptor, open_batch
 from vsql_consumers.verify import batch_name, verify_batch
+from vsql_consumers.write import ApplyLimits
 from vsql_shared import failpoints, names
 from vsql_shared.audit.chain import ChainReader
 from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry
 from vsql_shared.changes import OpenedBatch
 from vsql_shared.crypto.announce import KeyRing
-from vsql_shared.errors import TransientError, VerificationError
+from vsql_shared.errors import DecodeError, RecordError, TransientError, VerificationError, VsqlSyncError
 from vsql_shared.observe.metrics import Stage, StreamMetrics, Verdict
 from vsql_shared.pg.connect import Connection, errors
 
@@ -58,6 +59,8 @@ class Totals:
     batches: int = 0
     orphans: int = 0
     clock_offset_us: int | None = None
+    one_by_one: bool = False
+    """Batches are not merged: one of them holds a tuple that cannot be read."""
 
 
 @dataclass(slots=True)
@@ -86,12 +89,18 @@ class Pipeline:
         cluster = settings.cluster.name
         self._live_chain = names.live_chain(stream.publication, stream.origin)
         with errors("reading the stream's progress"):
+            skip = {} if stream.kind == "copy" else state.copy_lsns(means.control, self._live_chain)
+        self._applier = Applier(
+            conn, stream.chain, limits=ApplyLimits(), on_anomaly=settings.apply.on_anomaly, skip=skip
+        )
+        # The fence: whoever holds the origin is the only one, so what it reads now stays true.
+        self._applier.setup(stream.origin_name)
+        with errors("reading the stream's progress"):
             self.position: Position = state.load_position(conn, stream.chain)
             self._descriptors: dict[bytes, Descriptor] = state.load_descriptors(conn, stream.chain)
             decisions = state.load_decisions(
                 means.control, stream.chain, names.ack_chain(stream.chain, stream.target)
             )
-            skip = {} if stream.kind == "copy" else state.copy_lsns(conn, self._live_chain)
         head = self.position.head
         self._audit = (names.audit_topic(cluster), stream.audit_partition)
         self._keys = (names.keys_topic(cluster), 0)
@@ -109,10 +118,10 @@ class Pipeline:
             cluster, stream.chain, stream.origin, means.trust, KeyRing(), head.epoch
         )
         self._keys_next = 0
-        self._applier = Applier(conn, stream.chain, settings, skip)
         self.copy = CopyKeeper(conn, stream, self._live_chain)
         self._group = Group.after(self.position, self._live_chain)
-        self._waiting_since: float | None = None
+        self._awaited: list[Awaited] = []
+        self._awaited_since = 0.0
         self._offsets_due = 0.0
         self._orphans_told = self._voids_told = 0
         self.finished = False
@@ -192,7 +201,7 @@ class Pipeline:
                 if ready is None:
                     break
                 self._take(ready)
-                full = self._group.rows >= limits.merge_max_rows
+                full = self._group.rows >= limits.merge_max_rows or self._means.totals.one_by_one
                 if full or self._group.size >= limits.collect_buffer_bytes:
                     self._flush()
         except VerificationError as error:
@@ -278,7 +287,22 @@ class Pipeline:
         with means.metrics.timed(Stage.APPLY, rows=rows, size=group.size):
             means.totals.rows += rows
             means.totals.batches += len(group.batches)
-            group.applied(self._applier.apply(group.batches))
+            try:
+                group.applied(self._applier.apply(group.batches))
+            except DecodeError as error:
+                raise self._unreadable(error, group) from error
+
+    def _unreadable(self, error: DecodeError, group: Group) -> VsqlSyncError:
+        """A signed tuple that is none: found again batch by batch, so that the refusal names one."""
+        totals, count = self._means.totals, len(group.batches)
+        if count > 1:
+            totals.one_by_one = True
+            return TransientError(f"{error.message}; the last {count} batches are applied one by one")
+        opened = group.batches[0]
+        return RecordError(
+            f"a tuple of batch {opened.batch} cannot be read: {error.message}",
+            record=f"{opened.chain} sequence {opened.sequence} (epoch {opened.epoch}, batch {opened.batch})",
+        )
 
     def _flush(self) -> None:
         """Commit the group, if it may end here, and acknowledge it."""
@@ -290,15 +314,20 @@ class Pipeline:
         moment = position.commit_time if position.commit_time is not None else time.time_ns() // 1000
         failpoints.hit("consumer.before-apply-commit")
         target_lsn = self._applier.finish(
-            position.head.lsn_end, moment, lambda conn: group.write(conn, self._chain)
+            position.head.lsn_end, moment, lambda conn: self._write(conn, group)
         )
         failpoints.hit("consumer.after-apply-commit")
         self.position = position
+        self.copy.committed(group)
         self._group = Group.after(position, self._live_chain)
         means.metrics.progressed()
         with means.metrics.timed(Stage.ACKNOWLEDGE, rows=group.rows, size=0):
             means.acknowledger.acknowledge(group.receipts, target_lsn)
         self._commit_offsets()
+
+    def _write(self, conn: Connection, group: Group) -> None:
+        self.copy.write(conn, group)
+        group.write(conn, self._chain)
 
     def _commit_offsets(self, *, wait: bool = False) -> None:
         now = time.monotonic()
@@ -313,13 +342,10 @@ class Pipeline:
     def _look_for_lost(self) -> None:
         """A batch that stays incomplete: ask Kafka whether its records still exist."""
         awaited, now = self.collector.awaited(), time.monotonic()
-        if not awaited:
-            self._waiting_since = None
-            return
-        if self._waiting_since is None:
-            self._waiting_since = now
-        if now - self._waiting_since >= LOST_AFTER_SECONDS:
-            self._waiting_since = now
+        if awaited != self._awaited:
+            self._awaited, self._awaited_since = awaited, now
+        elif awaited and now - self._awaited_since >= LOST_AFTER_SECONDS:
+            self._awaited_since = now
             for place in awaited:
                 ends = self._means.source.ends(place.topic, place.partition)
                 self.collector.check_log(place.topic, place.partition, *ends)

@@ -5,7 +5,6 @@ Not here: what is done in them. Rules:
 * The control session holds the stream's advisory lock: one worker a stream. The applying session holds the
   stream's replication origin, which only one session can: the fence that also stops a worker whose lock was
   lost. Progress is read in that session.
-* The applying session fires no ordinary triggers (session_replication_role = replica).
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from vsql_shared.errors import RefusedError
 from vsql_shared.pg.connect import Connection, connect, errors
 
 if TYPE_CHECKING:
-    from vsql_consumers.state import Stream
     from vsql_shared.config import Settings
     from vsql_shared.crypto.signing import Signer
 
@@ -69,24 +67,9 @@ def _holder(conn: Connection, key: int) -> str:
     return f"backend {row[0]}, {row[1]!r} from {row[2]} since {row[3]}"
 
 
-def open_applying(settings: Settings, stream: Stream) -> Connection:
-    """The applying session, holding the stream's origin. TransientError while another session holds it."""
-    conn = connect(
-        settings.connection.conninfo("consumer"), application_name=f"vsql-sync apply {stream.chain}"
-    )
-    try:
-        with errors("setting up the replication origin"):
-            conn.execute("SET session_replication_role = replica")
-            conn.execute(
-                "SELECT pg_catalog.pg_replication_origin_create(%s)"
-                " WHERE pg_catalog.pg_replication_origin_oid(%s) IS NULL",
-                (stream.origin_name, stream.origin_name),
-            )
-            conn.execute("SELECT pg_catalog.pg_replication_origin_session_setup(%s)", (stream.origin_name,))
-    except BaseException:
-        conn.close()
-        raise
-    return conn
+def open_applying(settings: Settings, chain: str) -> Connection:
+    """The applying session; the applier takes the stream's replication origin in it."""
+    return connect(settings.connection.conninfo("consumer"), application_name=f"vsql-sync apply {chain}")
 
 
 def own_trust(conn: Connection, node: str, signer: Signer | None) -> TrustStore:

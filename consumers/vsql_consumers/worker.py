@@ -187,7 +187,7 @@ class Worker:
     def _open_pipeline(self, conn: Connection, stream: Stream, closing: ExitStack) -> Pipeline:
         settings = self._settings
         cluster, node = settings.cluster.name, settings.cluster.node_name
-        applying = open_applying(settings, stream)
+        applying = open_applying(settings, self._chain)
         closing.callback(applying.close)
         admin = make_admin(settings)
         ensure_topic(admin, names.audit_topic(cluster), "audit", settings)
