@@ -14,17 +14,21 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Protocol
 
 import psycopg
 from confluent_kafka import KafkaException
 
 from vsql_producers import stream as streams
-from vsql_producers.context import Context
-from vsql_producers.control import Command, Control
+from vsql_producers.context import Context, open_consumer
+from vsql_producers.control import Control
 from vsql_producers.epoch import Writing
+from vsql_producers.outlet import Outlet
 from vsql_producers.pipeline import LivePipeline
+from vsql_producers.snapshot.pipeline import CopyPipeline
+from vsql_producers.targets import Targets
 from vsql_shared import failpoints, lsn, names
 from vsql_shared.audit.store import ensure_partitions
 from vsql_shared.config import Settings
@@ -41,12 +45,15 @@ from vsql_shared.kafka.clients import from_exception
 from vsql_shared.kms import open_provider
 from vsql_shared.observe.metrics import StreamMetrics, StreamState
 from vsql_shared.observe.process import resident_bytes
+from vsql_shared.pg.commands import Command
 from vsql_shared.pg.connect import Connection, connect, errors, translate
+from vsql_shared.pg.status import write_status
 
 _log = logging.getLogger(__name__)
 
 # Seconds between looks at a stream that only an operator can set going again.
 _DIVERGED_POLL = 1.0
+_VOLUME_SECONDS = 60.0
 _STATES = {
     "running": StreamState.STREAMING,
     "paused": StreamState.PAUSED,
@@ -57,8 +64,31 @@ _STATES = {
 }
 
 
-class Stopped(Exception):  # noqa: N818 - no error: somebody asked for it
-    """The worker was told to stop."""
+class Stopped(Exception):
+    """The worker was told to stop, or its copy is done. No error."""
+
+
+class Pipeline(Protocol):
+    """One epoch of a stream, live or first copy: `open`, then `turn` until told to stop, then `finish`."""
+
+    done: bool
+    """The stream has come to its end."""
+    epoch: int
+    sequence: int
+
+    def open(self) -> None: ...
+
+    def turn(self, *, reading: bool = True) -> None: ...
+
+    def finish(self, seconds: float, tick: Callable[[], None]) -> None: ...
+
+    def status(self, wal_lsn: int) -> dict[str, Any]: ...
+
+    @property
+    def outlet(self) -> Outlet: ...
+
+    @property
+    def totals(self) -> tuple[int, int, int]: ...
 
 
 def run_worker(settings: Settings, chain: str) -> int:
@@ -87,6 +117,8 @@ class Worker:
         self._last_error = ""
         self._last_error_at = 0.0
         self._totals = (0, 0, 0)
+        self._next_volume = 0.0
+        self._volume: dict[str, Any] = {}
         self._rates: tuple[float, int, int] = (time.monotonic(), 0, 0)
 
     def run(self) -> int:
@@ -125,43 +157,51 @@ class Worker:
         if stream.state == "DIVERGED":
             raise DivergedError(f"stream {self._chain} is marked as diverged")
         ensure_partitions(conn)
-        control = Control(
-            conn,
-            self._chain,
-            settings.limits.command_poll_ms / 1000,
-            settings.limits.status_interval_ms / 1000,
-        )
+        control = Control(conn, self._chain, settings.limits)
         provider = open_provider(settings.encryption.kms, strict=settings.is_prod)
         closing.callback(provider.close)
-        context = Context(
-            settings, stream, conn, provider, self._writing(conn, stream), self._metrics, closing
+        writing = self._writing(conn, stream)
+        targets = Targets(
+            conn,
+            open_consumer(settings, self._chain, closing),
+            writing.cluster,
+            self._chain,
+            writing.topic,
+            stream.ack_partition,
+            allow_unsigned=not settings.is_prod,
         )
+        context = Context(settings, stream, conn, provider, writing, targets, self._metrics, closing)
         context.ensure_control_topics()
-        pipeline = LivePipeline(context)
+        pipeline: Pipeline = CopyPipeline(context) if stream.kind == "copy" else LivePipeline(context)
         pipeline.open()
-        streams.set_state(conn, self._chain, "SYNCHRONIZED")
+        streams.set_state(conn, self._chain, "COPYING" if stream.kind == "copy" else "SYNCHRONIZED")
         self._failures = 0
         self._last_error = ""
         try:
-            self._turn_until_stopped(pipeline, control, conn)
+            self._turn_until_stopped(pipeline, control, context)
         finally:
             self._totals = tuple(a + b for a, b in zip(self._totals, pipeline.totals, strict=True))  # type: ignore[assignment]  # three of three
 
-    def _turn_until_stopped(self, pipeline: LivePipeline, control: Control, conn: Connection) -> None:
-        while not self.stop.is_set():
+    def _turn_until_stopped(self, pipeline: Pipeline, control: Control, context: Context) -> None:
+        conn, targets = context.conn, context.targets
+        running = "copying" if context.stream.kind == "copy" else "running"
+        while not self.stop.is_set() and not pipeline.done:
             now = time.monotonic()
             for command in control.poll(now):
                 self._obey(command, control, pipeline)
             paused = control.desired == "paused"
-            state = "paused" if paused else "running"
+            state = "paused" if paused else running
             if control.status_due(state, now):
-                self._say(control, state, pipeline.status(_wal_position(conn)), pipeline)
+                self._say(control, state, pipeline, context)
+            targets.poll(now)
             pipeline.turn(reading=not paused)
-        pipeline.finish(self._settings.server.stop_timeout.total_seconds() * 0.8, lambda: None)
-        self._say(control, "stopped", pipeline.status(_wal_position(conn)), pipeline)
+        pipeline.finish(self._settings.server.stop_timeout.total_seconds() * 0.8, context.on_tick)
+        if pipeline.done:
+            streams.set_state(conn, self._chain, "FINISHED")
+        self._say(control, "stopped", pipeline, context)
         raise Stopped
 
-    def _obey(self, command: Command, control: Control, pipeline: LivePipeline) -> None:
+    def _obey(self, command: Command, control: Control, pipeline: Pipeline) -> None:
         if command.verb == "rotate-dek":
             pipeline.outlet.keys.rotate("command")
             control.answer(command, ok=True, message="the next batch is sealed under a new data key")
@@ -197,7 +237,10 @@ class Worker:
             conn.execute("SET synchronous_commit = local")
         return conn
 
-    def _say(self, control: Control, state: str, detail: dict[str, Any], pipeline: LivePipeline) -> None:
+    def _say(self, control: Control, state: str, pipeline: Pipeline, context: Context) -> None:
+        detail = pipeline.status(_wal_position(context.conn))
+        detail["targets"] = context.targets.detail(pipeline.sequence)
+        detail |= self._audit_volume(context.conn)
         rows, size, batches = (a + b for a, b in zip(self._totals, pipeline.totals, strict=True))
         now = time.monotonic()
         before, rows_before, size_before = self._rates
@@ -214,6 +257,21 @@ class Worker:
         control.say(state, detail, now)
         self._metrics.state(_STATES[state])
         self._metrics.memory(resident=resident_bytes())
+
+    def _audit_volume(self, conn: Connection) -> dict[str, Any]:
+        """Entries of the trail in the last day and their bytes; asked for about once a minute."""
+        now = time.monotonic()
+        if now >= self._next_volume:
+            self._next_volume = now + _VOLUME_SECONDS
+            with errors("measuring the audit trail"):
+                row = conn.execute(
+                    "SELECT count(*), coalesce(sum(octet_length(document)), 0)::bigint"
+                    " FROM vsql_sync.vsql_sync_audit"
+                    " WHERE chain = %s AND event_timestamp > now() - INTERVAL '1 day'",
+                    (self._chain,),
+                ).fetchone()
+            self._volume = {"audit_entries": row[0], "audit_bytes_per_day": row[1]} if row else {}
+        return self._volume
 
     def _error_detail(self) -> dict[str, Any]:
         return {"last_error": self._last_error, "last_error_at": self._last_error_at or None}
@@ -240,7 +298,7 @@ class Worker:
                     streams.set_state(conn, self._chain, stream_state, self._last_error)
                 rows, size, batches = self._totals
                 detail = {"rows": rows, "bytes": size, "batches": batches, **self._error_detail()}
-                Control(conn, self._chain, 1.0, 1.0).say(state, detail)
+                write_status(conn, self._chain, "out", state, detail)
         except (VsqlSyncError, psycopg.Error):
             _log.debug("the status could not be written")
 
@@ -250,14 +308,14 @@ class Worker:
         while not self.stop.wait(_DIVERGED_POLL):
             try:
                 with self._connect() as conn:
-                    control = Control(conn, self._chain, 0.0, 1.0)
-                    for command in control.poll():
+                    control = Control(conn, self._chain, self._settings.limits)
+                    for command in control.poll(time.monotonic()):
                         if command.verb == "retry":
                             streams.set_state(conn, self._chain, "PREPARING", command.reason)
                             control.answer(command, ok=True, message="the stream is tried again")
                             return
                         control.answer(command, ok=False, message=f"the stream is diverged: {error}")
-                    control.say("diverged", self._error_detail())
+                    control.say("diverged", self._error_detail(), time.monotonic())
             except (VsqlSyncError, psycopg.Error):
                 _log.debug("the database is away while the stream is diverged")
 

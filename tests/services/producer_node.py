@@ -185,6 +185,21 @@ enabled = false
 """
         )
 
+    def add_copy(self, target: str = "node-b") -> str:
+        """Add the stream of a first copy for a target; returns its chain."""
+        chain = names.copy_chain(PUBLICATION, NODE, target)
+        slot = names.slot_name(self.cluster, PUBLICATION, NODE, target)
+        with psycopg.connect(self.conninfo) as connection:
+            connection.execute(
+                "INSERT INTO vsql_sync.streams (chain, direction, kind, publication, origin, target, slot_name,"
+                " desired) VALUES (%s, 'out', 'copy', %s, %s, %s, %s, 'running')",
+                (chain, PUBLICATION, NODE, target, slot),
+            )
+            connection.execute(
+                "INSERT INTO vsql_sync.stream_targets (chain, target) VALUES (%s, %s)", (chain, target)
+            )
+        return chain
+
     @property
     def settings(self) -> Settings:
         """The node's configuration."""

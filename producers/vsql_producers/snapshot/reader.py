@@ -1,0 +1,122 @@
+"""Reads a table by binary COPY inside of an exported snapshot: rows as frames, a chunk at a time.
+
+Not here: which tables and columns (tables.py). Rules:
+
+* The snapshot comes from a temporary logical slot: its consistent point S is exact. (A plain snapshot and the
+  WAL position beside it are not: a commit that waits for a standby is in the WAL and not visible.)
+* The slot is dropped once the snapshot is imported, so that a long copy holds no WAL of its own.
+* One CopyData is one row (manual, "COPY Operations"); the header comes before the first one. A row is not
+  parsed, only its column count is compared.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from typing import NamedTuple
+
+import psycopg
+from psycopg import pq, sql
+
+from vsql_producers.pgoutput import frame_prefix
+from vsql_producers.snapshot.tables import CopyTable
+from vsql_shared import lsn
+from vsql_shared.changes import Op
+from vsql_shared.errors import DatabaseError, DecodeError, TransientError
+from vsql_shared.pg.connect import Connection, errors, translate
+
+_SIGNATURE = b"PGCOPY\n\xff\r\n\0"
+_HEADER_SIZE = len(_SIGNATURE) + 8
+_TRAILER = b"\xff\xff"
+_SILENCE_SECONDS = 600.0
+
+
+class Snapshot(NamedTuple):
+    """An exported snapshot and the WAL position it is exact for."""
+
+    lsn: int
+    name: str
+
+
+def export_snapshot(replication: Connection, slot: str) -> Snapshot:
+    """Make a temporary slot; its snapshot lives until the next command of this connection."""
+    command = sql.SQL("CREATE_REPLICATION_SLOT {} TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')")
+    with errors("making the slot of the copy's snapshot"):
+        row = replication.execute(command.format(sql.Identifier(slot))).fetchone()
+    if row is None or not row[2]:
+        raise DatabaseError("the server exported no snapshot for the copy")
+    return Snapshot(lsn.parse(row[1]), row[2])
+
+
+def import_snapshot(conn: Connection, snapshot: Snapshot) -> None:
+    """Begin a transaction on `conn` that sees exactly this snapshot."""
+    with errors("importing the copy's snapshot"):
+        conn.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        conn.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot.name)))
+
+
+class TableReader:
+    """The rows of one table, as frames of op COPY."""
+
+    def __init__(self, conn: Connection, table: CopyTable, snapshot_lsn: int) -> None:
+        self._pq: pq.abc.PGconn = conn.pgconn
+        self._table = table
+        self._prefix = frame_prefix(Op.COPY, table.key, snapshot_lsn)
+        self._columns = table.columns.to_bytes(2, "big")
+        self._first = True
+        self.done = False
+        result = self._pq.exec_(table.command)
+        if result.status != pq.ExecStatus.COPY_OUT:
+            error = psycopg.errors.error_from_result(result)
+            raise translate(error, f"copying table {table.name}")
+
+    def read(self, max_bytes: int) -> list[bytes]:
+        """The next rows, about `max_bytes` of them; `done` after the last."""
+        frames: list[bytes] = []
+        size = 0
+        deadline = time.monotonic() + _SILENCE_SECONDS
+        try:
+            while size < max_bytes and not self.done:
+                length, data = self._pq.get_copy_data(1)
+                if length > 0:
+                    size += length
+                    self._take(bytes(data), frames)
+                elif length < 0:
+                    self._end()
+                elif frames:
+                    # What is here goes out before the next is waited for.
+                    self._pq.consume_input()
+                    if not self._readable(0):
+                        break
+                else:
+                    if not self._readable(1.0) and time.monotonic() > deadline:
+                        raise TransientError(f"table {self._table.name} gives no rows")
+                    self._pq.consume_input()
+        except psycopg.Error as error:
+            raise translate(error, f"copying table {self._table.name}") from error
+        return frames
+
+    def _readable(self, seconds: float) -> bool:
+        return bool(select.select([self._pq.socket], [], [], seconds)[0])
+
+    def _take(self, row: bytes, frames: list[bytes]) -> None:
+        if self._first:
+            self._first = False
+            if row[: len(_SIGNATURE)] != _SIGNATURE or len(row) < _HEADER_SIZE:
+                raise DecodeError(f"table {self._table.name}: COPY does not begin with its signature")
+            extension = int.from_bytes(row[_HEADER_SIZE - 4 : _HEADER_SIZE], "big")
+            row = row[_HEADER_SIZE + extension :]
+            if not row:
+                return
+        if row == _TRAILER:
+            return
+        if row[:2] != self._columns:
+            raise DecodeError(f"table {self._table.name}: COPY gave a row of another number of columns")
+        frames.append(self._prefix + row)
+
+    def _end(self) -> None:
+        while (result := self._pq.get_result()) is not None:
+            if result.status == pq.ExecStatus.FATAL_ERROR:
+                error = psycopg.errors.error_from_result(result)
+                raise translate(error, f"copying table {self._table.name}")
+        self.done = True

@@ -1,0 +1,235 @@
+"""What the targets of a stream acknowledged: their signed chains, read and compared with our own manifests.
+
+Not here: what follows from it (worker.py, snapshot/). Procedure for each acknowledgement:
+
+1. It is an entry of the target's chain for this stream, signed by the target's pinned key (a forged one).
+2. It names one of our manifests by sequence, epoch and hash (an acknowledgement of something we never sent).
+3. Its root, computed by the target over what it received, is the manifest's (a record that was altered).
+
+A target whose acknowledgements do not hold is marked with the first reason, loudly, and stays marked; the
+stream itself goes on, because other targets are not to blame.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPartition
+
+from vsql_shared import lsn, names
+from vsql_shared.audit.chain import EMPTY_HEAD, Accepted, ChainReader
+from vsql_shared.audit.dsse import document_hash
+from vsql_shared.audit.entries import BATCH_APPLIED, BATCH_REFUSED, BATCH_SKIPPED, AuditEntry
+from vsql_shared.audit.store import recall_head, remember_head
+from vsql_shared.crypto.signing import PinnedKey, TrustStore
+from vsql_shared.errors import DecodeError, VerificationError
+from vsql_shared.kafka.clients import from_exception, kafka_error
+from vsql_shared.pg.connect import Connection, errors
+
+_log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.25
+_REFRESH_SECONDS = 5.0
+_COUNTED = frozenset({BATCH_APPLIED, BATCH_SKIPPED})
+
+
+@dataclass(slots=True)
+class Target:
+    """One target: its chain, how far it is, and what is wrong with it."""
+
+    name: str
+    reader: ChainReader
+    offset: int | None
+    acked_sequence: int
+    mismatch: str
+    waiting: list[AuditEntry] = field(default_factory=list)
+    """Acknowledgements that came before our own table had their manifests."""
+    moved: bool = False
+
+
+class Targets:
+    """The targets of one outgoing stream."""
+
+    def __init__(
+        self,
+        conn: Connection,
+        consumer: Consumer,
+        cluster: str,
+        chain: str,
+        topic: str,
+        partition: int,
+        *,
+        allow_unsigned: bool,
+    ) -> None:
+        self._conn, self._consumer = conn, consumer
+        self._cluster, self._chain = cluster, chain
+        self._topic, self._partition = topic, partition
+        self._allow_unsigned = allow_unsigned
+        self._targets: dict[str, Target] = {}
+        self._next_poll = self._next_refresh = 0.0
+
+    def poll(self, now: float | None = None) -> None:
+        """Look at what came; returns at once. Costs nothing while there are no targets."""
+        now = time.monotonic() if now is None else now
+        if now < self._next_poll:
+            return
+        self._next_poll = now + _POLL_SECONDS
+        if now >= self._next_refresh:
+            self._next_refresh = now + _REFRESH_SECONDS
+            self._refresh()
+        if not self._targets:
+            return
+        for message in self._consumer.consume(500, timeout=0):
+            if (error := message.error()) is not None:
+                raise kafka_error(error, "read acknowledgements")
+            offset, value = message.offset(), message.value()
+            if offset is not None and value is not None:
+                self._take(offset, value)
+        for target in self._targets.values():
+            self._settle(target)
+
+    def acknowledged(self, sequence: int) -> bool:
+        """Whether every target acknowledged our manifest of this sequence and all before it, without a mismatch."""
+        return bool(self._targets) and all(
+            target.acked_sequence >= sequence and not target.mismatch for target in self._targets.values()
+        )
+
+    def detail(self, sequence: int) -> dict[str, Any]:
+        """The `targets` key of the status row; `sequence` is our chain's last one."""
+        return {
+            target.name: {
+                "acked_sequence": target.acked_sequence,
+                "lag_batches": max(0, sequence - target.acked_sequence),
+                "mismatch": target.mismatch or None,
+            }
+            for target in self._targets.values()
+        }
+
+    def _refresh(self) -> None:
+        """Targets are added while the stream runs; a new one may have acknowledged before we knew it."""
+        with errors("reading the targets"):
+            rows = self._conn.execute(
+                "SELECT target, acked_sequence, coalesce(mismatch, '') FROM vsql_sync.stream_targets"
+                " WHERE chain = %s AND target <> '*'",
+                (self._chain,),
+            ).fetchall()
+        new = [row for row in rows if row[0] not in self._targets]
+        for name, acked, mismatch in new:
+            chain = names.ack_chain(self._chain, name)
+            known = recall_head(self._conn, chain)
+            reader = ChainReader(
+                self._cluster, chain, name, self._trust(name), known[0] if known else EMPTY_HEAD
+            )
+            self._targets[name] = Target(name, reader, known[1] if known else None, acked, mismatch)
+        if new:
+            offsets = [target.offset for target in self._targets.values()]
+            starts = [offset + 1 for offset in offsets if offset is not None]
+            start = min(starts) if len(starts) == len(offsets) else OFFSET_BEGINNING
+            try:
+                self._consumer.assign([TopicPartition(self._topic, self._partition, start)])
+            except KafkaException as error:
+                raise from_exception(error, "read acknowledgements") from error
+
+    def _trust(self, target: str) -> TrustStore:
+        with errors("reading the pinned keys"):
+            rows = self._conn.execute(
+                "SELECT node_name, public_key, fingerprint, revoked_at IS NOT NULL FROM vsql_sync.signers"
+                " WHERE node_name = %s",
+                (target,),
+            ).fetchall()
+        pins = [PinnedKey(node, bytes(key), print_, revoked) for node, key, print_, revoked in rows]
+        return TrustStore(pins, allow_unsigned=self._allow_unsigned)
+
+    def _take(self, offset: int, value: bytes) -> None:
+        where = f"{self._topic}/{self._partition}/{offset}"
+        for target in self._targets.values():
+            if target.mismatch or (target.offset is not None and offset <= target.offset):
+                continue
+            try:
+                found = target.reader.accept(value, where)
+            except (VerificationError, DecodeError) as error:
+                self._mark(target, str(error))
+                continue
+            if isinstance(found, Accepted):
+                target.offset, target.moved = offset, True
+                self._note(target, found.entry)
+
+    def _note(self, target: Target, entry: AuditEntry) -> None:
+        if entry.event_type in _COUNTED and entry.ref_sequence:
+            target.waiting.append(entry)
+        if entry.event_type in (BATCH_REFUSED, BATCH_SKIPPED):
+            _log.warning(
+                "a target says %s", entry.event_type,
+                extra={"target": target.name, "sequence": entry.ref_sequence},
+            )  # fmt: skip
+
+    def _settle(self, target: Target) -> None:
+        """Compare what waits with our manifests, and remember how far the target is."""
+        if not target.moved and not target.waiting:
+            return
+        with errors("reading our manifests"):
+            rows = self._conn.execute(
+                "SELECT sequence, epoch, document, merkle_root FROM vsql_sync.vsql_sync_audit"
+                " WHERE chain = %s AND sequence = ANY(%s)",
+                (self._chain, [entry.ref_sequence for entry in target.waiting]),
+            ).fetchall()
+        head = recall_head(self._conn, self._chain)
+        last = head[0].sequence if head else 0
+        ours = {row[0]: (row[1], document_hash(bytes(row[2])), bytes(row[3])) for row in rows}
+        done: AuditEntry | None = None
+        # Beyond our table's end: Kafka had our manifest, and so its reader, before the table did.
+        while target.waiting and target.waiting[0].ref_sequence <= last:
+            entry = target.waiting.pop(0)
+            problem = _compare(entry, ours.get(entry.ref_sequence))
+            if problem:
+                self._mark(target, problem)
+                target.waiting.clear()
+                break
+            done = entry
+        self._remember(target, done)
+
+    def _remember(self, target: Target, done: AuditEntry | None) -> None:
+        if done is not None:
+            target.acked_sequence = max(target.acked_sequence, done.ref_sequence)
+        with errors("noting acknowledgements"), self._conn.transaction():
+            if done is not None:
+                self._conn.execute(
+                    "UPDATE vsql_sync.stream_targets SET acked_sequence = %s, acked_lsn = %s, acked_at = now()"
+                    " WHERE chain = %s AND target = %s",
+                    (target.acked_sequence, lsn.text(done.batch_lsn_end), self._chain, target.name),
+                )
+            # What still waits would be passed over after a restart: the head is remembered with it, not before.
+            if not target.waiting and target.moved:
+                remember_head(self._conn, target.reader.chain, target.reader.head, target.offset)
+                target.moved = False
+
+    def _mark(self, target: Target, problem: str) -> None:
+        target.mismatch = problem
+        _log.error(
+            "acknowledgements of target %s do not hold: %s", target.name, problem,
+            extra={"target": target.name},
+        )  # fmt: skip
+        with errors("marking a target"):
+            self._conn.execute(
+                "UPDATE vsql_sync.stream_targets SET mismatch = %s WHERE chain = %s AND target = %s"
+                " AND mismatch IS NULL",
+                (problem, self._chain, target.name),
+            )
+
+
+def _compare(entry: AuditEntry, manifest: tuple[int, bytes, bytes] | None) -> str:
+    """Steps 2 and 3; '' when the acknowledgement is right. `manifest` is ours: epoch, hash, root."""
+    if entry.event_type == BATCH_SKIPPED:
+        # An operator there decided; what was skipped may have been unreadable, so there is nothing to compare.
+        return ""
+    if manifest is None or (entry.ref_epoch, entry.ref_hash) != manifest[:2]:
+        return f"acknowledgement {entry.sequence} names a manifest {entry.ref_sequence} that is not ours"
+    if entry.merkle_root != manifest[2]:
+        return (
+            f"batch {entry.batch}: the target computed root {entry.merkle_root.hex()},"
+            f" our manifest {entry.ref_sequence} has {manifest[2].hex()}"
+        )
+    return ""
