@@ -52,13 +52,13 @@ _TAKE_BYTES = 8 << 20
 _TAKE_MOST = 500
 
 # Public names of librdkafka that begin with an underscore.
-_PARTITION_EOF = KafkaError._PARTITION_EOF  # noqa: SLF001
-_OFFSET_RESET = KafkaError._AUTO_OFFSET_RESET  # noqa: SLF001
-_NO_OFFSET = KafkaError._NO_OFFSET  # noqa: SLF001
+_PARTITION_EOF = KafkaError._PARTITION_EOF  # noqa: SLF001 - as said above
+_OFFSET_RESET = KafkaError._AUTO_OFFSET_RESET  # noqa: SLF001 - as said above
+_NO_OFFSET = KafkaError._NO_OFFSET  # noqa: SLF001 - as said above
 _UNKNOWN = (
     KafkaError.UNKNOWN_TOPIC_OR_PART,
-    KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001
-    KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001
+    KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001 - as said above
+    KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001 - as said above
 )
 
 
