@@ -6,6 +6,7 @@ Read from the syntax trees and comments of all Python below the source roots; no
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import tokenize
 from collections.abc import Iterator
@@ -34,6 +35,18 @@ FILES = sorted(
     for path in (REPOSITORY / root).rglob("*.py")
     if not any(part.startswith((".", "__pycache__")) for part in path.relative_to(REPOSITORY).parts)
 )
+
+
+@functools.cache
+def _tree(path: Path) -> ast.AST:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _comments(path: Path) -> list[tuple[int, str]]:
+    with tokenize.open(path) as stream:
+        tokens = tokenize.generate_tokens(stream.readline)
+        return [(token.start[0], token.string) for token in tokens if token.type == tokenize.COMMENT]
 
 
 def _at(path: Path, line: int) -> str:
@@ -83,13 +96,6 @@ def _unexplained_skips(tree: ast.AST) -> Iterator[int]:
             yield node.lineno
 
 
-def _comments(path: Path) -> Iterator[tuple[int, str]]:
-    with tokenize.open(path) as stream:
-        for token in tokenize.generate_tokens(stream.readline):
-            if token.type == tokenize.COMMENT:
-                yield token.start[0], token.string
-
-
 def _unexplained(comment: str) -> bool:
     """Whether the comment silences a tool and does not say why."""
     ends = [match.end() for match in SILENCERS.finditer(comment)]
@@ -102,20 +108,12 @@ def test_the_files_are_found() -> None:
 
 
 def test_nothing_real_is_replaced_by_a_double() -> None:
-    found = [
-        f"{_at(path, line)}: {what}"
-        for path in FILES
-        for line, what in _doubles(ast.parse(path.read_text(encoding="utf-8")))
-    ]
+    found = [f"{_at(path, line)}: {what}" for path in FILES for line, what in _doubles(_tree(path))]
     assert found == []
 
 
 def test_every_skip_says_why() -> None:
-    found = [
-        _at(path, line)
-        for path in FILES
-        for line in _unexplained_skips(ast.parse(path.read_text(encoding="utf-8")))
-    ]
+    found = [_at(path, line) for path in FILES for line in _unexplained_skips(_tree(path))]
     assert found == []
 
 
