@@ -1,4 +1,4 @@
-"""A source without PostgreSQL and Kafka: real keys, packs, manifests and announcements, in logs that are lists.
+"""A source without PostgreSQL and Kafka: real keys, packs, manifests, announcements, in logs that are lists.
 
 Offsets are positions in a list, as in Kafka. A test alters the lists and reads them with the consumer's own
 collector; nothing of the product is replaced.
@@ -234,6 +234,25 @@ class Reading:
         return [text for batch in self.batches for text in batch.plaintexts]
 
 
+def _open_all(
+    reading: Reading,
+    collector: Collector,
+    announcements: Announcements,
+    descriptors: dict[bytes, Descriptor],
+) -> None:
+    """Verify and open what is complete, and learn the tables it describes."""
+    while (ready := collector.next_ready()) is not None:
+        reading.entries.append(ready.sequence)
+        if ready.skipped:
+            reading.skipped.append(ready.sequence)
+        elif ready.entry is not None and ready.parts:
+            verified = verify_batch(ready.entry, ready.parts, ORIGIN)
+            data_key = announcements.open(ready.entry, kek())
+            opened, new = open_batch(verified, data_key, descriptors, ready.entry_hash)
+            descriptors.update(new)
+            reading.batches.append(opened)
+
+
 def read(
     log: Mapping[tuple[str, int], Sequence[tuple[bytes | None, bytes | None]]],
     trust: TrustStore,
@@ -275,16 +294,7 @@ def read(
                 collector.feed(*place, next_at[place], log[place][next_at[place]][1])
                 next_at[place] += 1
                 reading.most_buffered = max(reading.most_buffered, collector.buffered)
-            while (ready := collector.next_ready()) is not None:
-                reading.entries.append(ready.sequence)
-                if ready.skipped:
-                    reading.skipped.append(ready.sequence)
-                elif ready.entry is not None and ready.parts:
-                    verified = verify_batch(ready.entry, ready.parts, ORIGIN)
-                    key = announcements.open(ready.entry, kek())
-                    opened, new = open_batch(verified, key, descriptors, ready.entry_hash)
-                    descriptors |= new
-                    reading.batches.append(opened)
+            _open_all(reading, collector, announcements, descriptors)
             flow = collector.flow()
             paused = (paused | set(flow.pause)) - set(flow.resume)
             if not ready_to_read:

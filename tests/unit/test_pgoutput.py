@@ -1,4 +1,4 @@
-"""The decoder of pgoutput takes apart what the manual describes and refuses everything else by its own error."""
+"""The decoder of pgoutput takes apart what the manual describes, and refuses all else by its own error."""
 
 from __future__ import annotations
 
