@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
@@ -36,6 +38,7 @@ from vsql_shared.audit.store import (
 )
 from vsql_shared.audit.verify import Report, verify_table
 from vsql_shared.errors import ChainError, DatabaseError, DecodeError
+from vsql_shared.pg import roles
 from vsql_shared.pg.connect import Connection, connect
 from vsql_shared.pg.migrate import install
 
@@ -166,6 +169,57 @@ def test_process_that_lost_its_epoch_cannot_write_to_the_trail(conn: Connection)
     with pytest.raises(ChainError, match=r"epoch 1|fork|never opened"):
         insert_entries(conn, [(late.encoded, 2)])
     assert check(conn).chains[0].entries == 2
+
+
+def test_two_first_writers_at_once_have_one_winner(conn: Connection) -> None:
+    one, two = History(), History()
+    one.open(1)
+    two.open(2)
+    with (
+        connect(conn.info.dsn, application_name="rival") as rival,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        with conn.transaction():
+            insert_entries(conn, [(one.documents[0], None)])
+            late = pool.submit(insert_entries, rival, [(two.documents[0], None)])
+            wait_for_lock(conn)
+        with pytest.raises(ChainError, match="another process"):
+            late.result(30)
+    assert [found.encoded for found in iterate(conn, CHAIN)] == one.documents
+
+
+def wait_for_lock(conn: Connection) -> None:
+    """Until the rival waits for this transaction."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        waits = conn.execute(
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE application_name = 'rival' AND wait_event_type = 'Lock'"
+        ).fetchone()
+        if waits == (1,):
+            return
+        # The statistics of a transaction are a snapshot: drop it.
+        conn.execute("SELECT pg_stat_clear_snapshot()")
+        time.sleep(0.02)
+    raise AssertionError("the rival never waited")
+
+
+def test_services_write_and_a_viewer_verifies_with_their_own_rights(conn: Connection) -> None:
+    roles.create(conn)
+    source = ordinary()
+    conn.execute("SET ROLE vsql_sync_producer")
+    store(conn, source)
+    ensure_partitions(conn)
+    assert load_head(conn, CHAIN) == source.head
+    conn.execute("SET ROLE vsql_sync_consumer")
+    store(conn, acknowledged(source))
+    assert remember_head(conn, "bills.node-a", source.head, 1)
+    conn.execute("SET ROLE vsql_sync_viewer")
+    assert check(conn).ok
+    with pytest.raises(DatabaseError, match="permission denied"):
+        store(conn, History(chain="bills.node-c"), ordinary())
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        conn.execute(f"TRUNCATE {TABLE}")
 
 
 @pytest.mark.parametrize("skipped", [0, 3, 8])

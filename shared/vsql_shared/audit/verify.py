@@ -12,12 +12,12 @@ Not here: comparing the two sides of a stream (compare.py) and reading Kafka (hi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from psycopg import sql
 
-from vsql_shared.audit.chain import Accepted, ChainReader, Void, writer_of
+from vsql_shared.audit.chain import ChainReader, Void, writer_of
 from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry
 from vsql_shared.audit.rows import COLUMNS, columns_of, parse
 from vsql_shared.errors import ChainError, DecodeError, SignatureError
@@ -90,10 +90,6 @@ class Report:
     def ok(self) -> bool:
         """True when nothing is wrong."""
         return not self.problems
-
-    def with_problems(self, found: list[Problem]) -> Report:
-        """The same report and what another check found."""
-        return replace(self, problems=self.problems + tuple(found))
 
 
 def verify_table(conn: Connection, trust: TrustStore, cluster: str, chain: str | None = None) -> Report:
@@ -199,12 +195,8 @@ def _check_row(reader: ChainReader, row: dict[str, Any], report: ChainReport) ->
     wrong = [name for name in COLUMNS if row[name] != wanted[name]]
     if wrong:
         return problem(f"differs from its signed document in {', '.join(wrong)}")
-    _count(report, outcome)
-    return None
-
-
-def _count(report: ChainReport, outcome: Accepted) -> None:
     report.count(outcome.entry, outcome.entry_hash)
+    return None
 
 
 def _cut(report: ChainReport, sequence: int, entry_hash: bytes, whose: str) -> Problem | None:
