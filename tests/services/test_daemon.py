@@ -27,7 +27,8 @@ from vsql_ctl.daemon.state import DaemonState
 from vsql_shared.config import Settings, load_settings
 from vsql_shared.errors import EnvironmentFault, RefusedError
 
-UP = "import signal, sys, time\n{}\nprint('up', flush=True)\nwhile True: time.sleep(0.05)\n"
+# One write, so that two services never share a line.
+UP = "import os, signal, sys, time\n{}\nos.write(1, b'up\\n')\nwhile True: time.sleep(0.05)\n"
 WAITS = UP.format("signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))")
 DEAF = UP.format("signal.signal(signal.SIGTERM, signal.SIG_IGN)")
 
