@@ -6,7 +6,6 @@ once an interval, at once when the state changes, and holds no row value.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import psycopg

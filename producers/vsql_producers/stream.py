@@ -36,7 +36,8 @@ def load(conn: Connection, chain: str) -> Stream:
     with errors("reading vsql_sync.streams"):
         row = conn.execute(
             "SELECT chain, kind, publication, origin, target, coalesce(slot_name, ''), audit_partition,"
-            " ack_partition, desired, state, slot_created FROM vsql_sync.streams WHERE chain = %s AND direction = 'out'",
+            " ack_partition, desired, state, slot_created FROM vsql_sync.streams"
+            " WHERE chain = %s AND direction = 'out'",
             (chain,),
         ).fetchone()
     if row is None:

@@ -92,7 +92,7 @@ class Targets:
             self._settle(target)
 
     def acknowledged(self, sequence: int) -> bool:
-        """Whether every target acknowledged our manifest of this sequence and all before it, without a mismatch."""
+        """Whether every target acknowledged our manifests up to this sequence, without a mismatch."""
         return bool(self._targets) and all(
             target.acked_sequence >= sequence and not target.mismatch for target in self._targets.values()
         )
@@ -197,11 +197,12 @@ class Targets:
         with errors("noting acknowledgements"), self._conn.transaction():
             if done is not None:
                 self._conn.execute(
-                    "UPDATE vsql_sync.stream_targets SET acked_sequence = %s, acked_lsn = %s, acked_at = now()"
+                    "UPDATE vsql_sync.stream_targets"
+                    " SET acked_sequence = %s, acked_lsn = %s, acked_at = now()"
                     " WHERE chain = %s AND target = %s",
                     (target.acked_sequence, lsn.text(done.batch_lsn_end), self._chain, target.name),
                 )
-            # What still waits would be passed over after a restart: the head is remembered with it, not before.
+            # What still waits would be passed over after a restart: the head is remembered with it.
             if not target.waiting and target.moved:
                 remember_head(self._conn, target.reader.chain, target.reader.head, target.offset)
                 target.moved = False
@@ -223,7 +224,7 @@ class Targets:
 def _compare(entry: AuditEntry, manifest: tuple[int, bytes, bytes] | None) -> str:
     """Steps 2 and 3; '' when the acknowledgement is right. `manifest` is ours: epoch, hash, root."""
     if entry.event_type == BATCH_SKIPPED:
-        # An operator there decided; what was skipped may have been unreadable, so there is nothing to compare.
+        # An operator there decided; what was skipped may have been unreadable: nothing to compare.
         return ""
     if manifest is None or (entry.ref_epoch, entry.ref_hash) != manifest[:2]:
         return f"acknowledgement {entry.sequence} names a manifest {entry.ref_sequence} that is not ours"

@@ -76,19 +76,25 @@ class Pipeline(Protocol):
     epoch: int
     sequence: int
 
-    def open(self) -> None: ...
+    def open(self) -> None:
+        """Take the slot, open an epoch, make the stages."""
 
-    def turn(self, *, reading: bool = True) -> None: ...
+    def turn(self, *, reading: bool = True) -> None:
+        """Serve everything once; without `reading` only what is under way."""
 
-    def finish(self, seconds: float, tick: Callable[[], None]) -> None: ...
+    def finish(self, seconds: float, tick: Callable[[], None]) -> None:
+        """Bring what is under way to its end, for so long at most."""
 
-    def status(self, wal_lsn: int) -> dict[str, Any]: ...
+    def status(self, wal_lsn: int) -> dict[str, Any]:
+        """What `syncctl status` shows of the stream."""
 
     @property
-    def outlet(self) -> Outlet: ...
+    def outlet(self) -> Outlet:
+        """Where batches leave."""
 
     @property
-    def totals(self) -> tuple[int, int, int]: ...
+    def totals(self) -> tuple[int, int, int]:
+        """Rows, bytes and batches sent in this epoch."""
 
 
 def run_worker(settings: Settings, chain: str) -> int:

@@ -191,8 +191,9 @@ enabled = false
         slot = names.slot_name(self.cluster, PUBLICATION, NODE, target)
         with psycopg.connect(self.conninfo) as connection:
             connection.execute(
-                "INSERT INTO vsql_sync.streams (chain, direction, kind, publication, origin, target, slot_name,"
-                " desired) VALUES (%s, 'out', 'copy', %s, %s, %s, %s, 'running')",
+                "INSERT INTO vsql_sync.streams"
+                " (chain, direction, kind, publication, origin, target, slot_name, desired)"
+                " VALUES (%s, 'out', 'copy', %s, %s, %s, %s, 'running')",
                 (chain, PUBLICATION, NODE, target, slot),
             )
             connection.execute(

@@ -32,7 +32,8 @@ def test_a_copy_of_an_idle_database_ends_and_names_empty_tables(stack: Stack, tm
     node.wait(
         lambda: bool(
             node.query(
-                "SELECT 1 FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND event_type = 'copy_finished'", chain
+                "SELECT 1 FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND event_type = 'copy_finished'",
+                chain,
             )
         ),
         what=f"the copy does not end\n{node.log('copy')}",

@@ -1,7 +1,7 @@
 """What a copy's own chain says is done already. Pure: entries in, values out.
 
-A copy that is interrupted goes on in a new epoch with a new snapshot. Tables whose last batch has a manifest keep
-the snapshot they were read from; a table that was cut off in the middle is void and read again.
+A copy that is interrupted goes on in a new epoch with a new snapshot. Tables whose last batch has a manifest
+keep the snapshot they were read from; a table that was cut off in the middle is void and read again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vsql_shared.audit.entries import COPY_FINISHED, EPOCH_OPENED, REPLICATION_B
 
 @dataclass(slots=True)
 class CopyHistory:
-    """Tables that are complete (quoted names) with their rows and snapshot position; and the end, if it came."""
+    """Complete tables (quoted names) with their rows and snapshot position; and the end, if it came."""
 
     rows: dict[str, int] = field(default_factory=dict)
     snapshot: dict[str, int] = field(default_factory=dict)

@@ -1,8 +1,8 @@
 """Which tables a copy reads, with which columns, and by which SQL.
 
-Not here: reading (reader.py). Rules: exactly what PostgreSQL's publication sends later on is copied: its tables,
-column lists and row filters, partitioned tables as a whole where their root is published. A column whose
-binary form means nothing on another server is read as text, and described as text.
+Not here: reading (reader.py). Rules: exactly what PostgreSQL's publication sends later on is copied: its
+tables, column lists and row filters, partitioned tables as a whole where their root is published. A column
+whose binary form means nothing on another server is read as text, and described as text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from vsql_shared.pg.connect import Connection, errors
 _TEXT_OID = 25
 
 _TABLES = """
-SELECT p.schemaname, p.tablename, p.attnames::text[], p.rowfilter, c.oid, c.relkind = 'p', greatest(c.reltuples, 0)::bigint
+SELECT p.schemaname, p.tablename, p.attnames::text[], p.rowfilter, c.oid, c.relkind = 'p',
+    greatest(c.reltuples, 0)::bigint
 FROM pg_catalog.pg_publication_tables p
 JOIN pg_catalog.pg_namespace n ON n.nspname = p.schemaname
 JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
@@ -29,7 +30,8 @@ WHERE p.pubname = %s AND p.schemaname <> 'vsql_sync' ORDER BY 1, 2
 """
 _COLUMNS = """
 SELECT a.attname, a.atttypid::bigint, a.atttypmod, pg_catalog.format_type(a.atttypid, a.atttypmod)
-FROM pg_catalog.pg_attribute a WHERE a.attrelid = %s AND a.attname = ANY(%s) AND NOT a.attisdropped ORDER BY a.attnum
+FROM pg_catalog.pg_attribute a
+WHERE a.attrelid = %s AND a.attname = ANY(%s) AND NOT a.attisdropped ORDER BY a.attnum
 """
 
 
@@ -46,7 +48,7 @@ class CopyTable:
 
 
 def tables_to_copy(conn: Connection, publication: str, scope: Scope, salts: list[bytes]) -> list[CopyTable]:
-    """The publication's tables as this transaction's snapshot has them; one salt each is taken from `salts`."""
+    """The publication's tables as this transaction's snapshot has them; each takes one of `salts`."""
     with errors("listing the published tables"):
         rows = conn.execute(_TABLES, (publication,)).fetchall()
     found = []
