@@ -16,11 +16,17 @@ from vsql_ctl.session import open_node
 def start(operator: Operator, output: OutputFormat, streams: tuple[str, ...]) -> None:
     """Begin or resume this node's streams.
 
-    The services do the work: the first time, the producer creates the replication slot.
+    The first time it makes the replication slots, which waits for transactions that are open: from then on
+    every commit is captured. The services do the rest.
     """
-    from vsql_shared.pg import control
+    from vsql_shared.pg import control, slots
 
     with open_node(operator) as conn:
+        for wanted in slots.missing(conn, streams):
+            if count := slots.open_transactions(conn):
+                text = f"{wanted.chain}: its slot is made when {count} open transaction(s) have ended"
+                click.echo(text, err=True)
+            slots.make(conn, wanted)
         changed = control.start(conn, streams)
     data = {"started": [{"chain": chain, "direction": direction} for chain, direction in changed.streams]}
     lines = [
