@@ -181,6 +181,7 @@ class Worker:
                 return control.desired == "running" and state.pinned_keys(conn) == trusted
 
             _log.info("running", extra={"sequence": pipeline.position.head.sequence})
+            self._say(control, say_running, self._detail(pipeline))
             pipeline.run(tick)
             self._say(control, say_running, self._detail(pipeline))
 
