@@ -23,7 +23,7 @@ from vsql_ctl.cli import main
 from vsql_shared.audit.rows import timestamp
 from vsql_shared.audit.store import remember_head
 from vsql_shared.names import audit_topic
-from vsql_shared.pg import nodes
+from vsql_shared.pg import nodes, roles
 from vsql_shared.pg.connect import Connection, connect
 from vsql_shared.pg.migrate import install
 
@@ -41,6 +41,7 @@ class Pair:
         self._folder, self._capsys = folder, capsys
         self.cluster = cluster
         self.bootstrap = "127.0.0.1:1"
+        self.user = ""
         for number, (name, info) in enumerate(self.infos.items(), 1):
             conn = connect(info, application_name="test")
             install(conn)
@@ -59,7 +60,7 @@ class Pair:
         path.write_text(
             f'[cluster]\nname = "{self.cluster}"\nnode_id = {1 + (node == "node-b")}\nnode_name = "{node}"\n'
             f'[connection]\nhost = "{values.host}"\nport = {values.port}\ndatabase = "{values.dbname}"\n'
-            f'user = "{values.user}"\n[server]\nmode = "dev"\n'
+            f'user = "{self.user or values.user}"\n[server]\nmode = "dev"\n'
             f'[kafka]\nbootstrap_servers = ["{self.bootstrap}"]\n'
         )
         return path
@@ -424,6 +425,28 @@ def test_export_hides_no_broken_document_and_leaves_no_half_file(replicated: Pai
     code, _, _ = replicated.syncctl("node-a", "audit", "export", "--output", str(folder / "report.json"))
     assert code == 5
     assert [(one.name, one.read_bytes()) for one in folder.iterdir()] == [("report.json", before)]
+
+
+def test_viewer_verifies_and_only_an_operator_exports(
+    replicated: Pair, tmp_path: Path, cluster_name: str
+) -> None:
+    conn = replicated.conns["node-a"]
+    roles.create(conn)
+    users = {role: f"{role}_{cluster_name}" for role in (roles.VIEWER, roles.OPERATOR)}
+    for role, user in users.items():
+        conn.execute(f'CREATE ROLE "{user}" LOGIN IN ROLE {role}')
+    try:
+        target = str(tmp_path / "report.json")
+        replicated.user = users[roles.VIEWER]
+        assert replicated.verify("node-a")[0] == 0
+        assert replicated.syncctl("node-a", "audit", "list")[0] == 0
+        code, _, err = replicated.syncctl("node-a", "audit", "export", "--output", target)
+        assert (code, "permission denied" in err) == (5, True)
+        replicated.user = users[roles.OPERATOR]
+        assert replicated.syncctl("node-a", "audit", "export", "--output", target)[0] == 0
+    finally:
+        for user in users.values():
+            conn.execute(f'DROP ROLE "{user}"')
 
 
 def test_export_to_nowhere_is_one_clear_error(replicated: Pair, tmp_path: Path) -> None:

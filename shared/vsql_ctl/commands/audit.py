@@ -278,10 +278,14 @@ def export_trail(operator: Operator, form: str, target: Path, since: datetime | 
     """Write signed entries and public keys to a file that can be verified without this database."""
     from vsql_shared.audit.export import export
     from vsql_shared.pg import nodes, oplog
+    from vsql_shared.pg.connect import errors
 
     with _node(operator.settings) as conn:
         node = nodes.local(conn)
-        oplog.record(conn, "audit.export", "file", str(target), new={"since": since and since.isoformat()})
+        with errors("noting the export in the operators' log"):
+            oplog.record(
+                conn, "audit.export", "file", str(target), new={"since": since and since.isoformat()}
+            )
         pieces = export(conn, node.cluster, node.name, datetime.now(UTC), since)
         with _complete_file(target) as file:
             count = _write(file, form, pieces)
