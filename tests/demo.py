@@ -246,7 +246,7 @@ def run(stack: Stack, folder: Path, marker: str, seconds: float) -> None:
     """The steps, in the order of the data path."""
     title(1, "Two PostgreSQL 18 servers and a Kafka broker")
     servers = [stack.own_postgres(18) for _ in range(2)]
-    kafka = stack.kafka()
+    kafka = stack.own_kafka()
     for server, label in zip(servers, "AB", strict=True):
         say(f"   PostgreSQL of node {label}: {server.conninfo('postgres')}")
     say(f"   Kafka: {kafka.bootstrap_servers}")
@@ -255,6 +255,7 @@ def run(stack: Stack, folder: Path, marker: str, seconds: float) -> None:
         stack,
         folder,
         SCHEMA,
+        kafka=kafka.bootstrap_servers,
         conninfos=(servers[0].conninfo("postgres"), servers[1].conninfo("postgres")),
         echo=echo,
     )

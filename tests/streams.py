@@ -101,7 +101,7 @@ def create_like(source: str, target: str, cluster: str) -> None:
 
 def append(bootstrap: str, records: Iterable[Record]) -> None:
     """Append records in the given order, each to its topic and partition."""
-    producer = Producer({"bootstrap.servers": bootstrap, "enable.idempotence": True})
+    producer = Producer({"bootstrap.servers": bootstrap, "enable.idempotence": True, "log_level": 3})
     failures: list[str] = []
 
     def delivered(error: object, _message: object) -> None:
