@@ -5,7 +5,8 @@ Not here: holding the slot, which must have happened before (pipeline.py). Rules
 1. The chain in Kafka must equal or extend the table's. A table that knows more means that Kafka lost its
    tail: DIVERGED, because targets may never see what the slot has already forgotten.
 2. `epoch_opened` is appended, and the partition read up to it. The first valid one wins; a loser reads on
-   and tries again. What an older writer appends after it is void for every reader.
+   and tries again. What an older writer appends after it is void for every reader. Our own entries count
+   only once they have been read back without a later epoch before them (Watch).
 3. Entries Kafka has and the table lacks go into the table before anything else is written.
 4. Positions compare only within one timeline of one system.
 """
@@ -21,7 +22,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPar
 
 from vsql_producers.publish import Publisher
 from vsql_producers.replication import Identity
-from vsql_shared import lsn
+from vsql_shared import failpoints, lsn
 from vsql_shared.audit.chain import (
     EMPTY_HEAD,
     Accepted,
@@ -30,15 +31,17 @@ from vsql_shared.audit.chain import (
     ChainWriter,
     new_incarnation,
 )
-from vsql_shared.audit.dsse import document_hash
+from vsql_shared.audit.dsse import AUDIT_ENTRY, SignedDocument, document_hash, verify_document
+from vsql_shared.audit.entries import EPOCH_OPENED, AuditEntry, peek_chain
 from vsql_shared.audit.store import insert_entries, recall_head
 from vsql_shared.crypto.signing import Signer, TrustStore
-from vsql_shared.errors import DivergedError, TransientError
+from vsql_shared.errors import ChainError, DecodeError, DivergedError, SignatureError, TransientError
 from vsql_shared.kafka.clients import from_exception, kafka_error
 from vsql_shared.pg.connect import Connection
 
 _log = logging.getLogger(__name__)
 _SILENCE_SECONDS = 30.0
+_POLL_SECONDS = 0.005
 _ATTEMPTS = 20
 
 
@@ -55,10 +58,10 @@ class Writing(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """An epoch of ours: its writer, and the head it began from."""
+    """An epoch of ours: its writer, and what tells whether it still is."""
 
     writer: ChainWriter
-    resumed_from: ChainHead
+    watch: Watch
 
 
 class AuditTail:
@@ -85,24 +88,80 @@ class AuditTail:
             raise from_exception(error, f"read the end of {self._name}") from error
         return low, high
 
+    @property
+    def position(self) -> int:
+        """Every record below this offset has been read."""
+        return self._next
+
+    def take(self) -> list[tuple[int, bytes]]:
+        """What has arrived; waits for nothing."""
+        out: list[tuple[int, bytes]] = []
+        for message in self._consumer.consume(500, timeout=0):
+            if (error := message.error()) is not None:
+                raise kafka_error(error, f"read {self._name}")
+            offset, value = message.offset(), message.value()
+            if offset is not None:
+                self._next = offset + 1
+                if value is not None:
+                    out.append((offset, value))
+        return out
+
     def read_below(self, end: int) -> Iterator[tuple[int, bytes]]:
         """Records below offset `end`, as (offset, value); tombstones are passed over."""
         silent_until = time.monotonic() + _SILENCE_SECONDS
         while self._next < end:
-            messages = self._consumer.consume(500, timeout=0.1)
+            found = self.take()
             self._tick()
-            if not messages and time.monotonic() > silent_until:
-                raise TransientError(f"Kafka: {self._name} gives nothing below offset {end}")
-            for message in messages:
-                if (error := message.error()) is not None:
-                    raise kafka_error(error, f"read {self._name}")
+            if found:
                 silent_until = time.monotonic() + _SILENCE_SECONDS
-                offset, value = message.offset(), message.value()
-                if offset is None:
-                    continue  # only errors have none
-                self._next = offset + 1
-                if value is not None:
-                    yield offset, value
+            elif time.monotonic() > silent_until:
+                raise TransientError(f"Kafka: {self._name} gives nothing below offset {end}")
+            else:
+                time.sleep(_POLL_SECONDS)
+            yield from found
+
+
+class Watch:
+    """Reads our chain behind our own writing, to see whether the epoch is still ours.
+
+    A process that was stopped after it had read the chain may append its `epoch_opened` much later, when its slot
+    has long been taken over; from there on our entries are void for every reader. So an entry of ours counts
+    only once everything before it has been read (docs/design/0003).
+    """
+
+    def __init__(self, writing: Writing, tail: AuditTail, incarnation: bytes) -> None:
+        self._writing, self._tail, self._incarnation = writing, tail, incarnation
+
+    def read(self) -> int:
+        """Entries below this offset are known to stand. Raises FencedOff when another epoch was opened."""
+        for _, value in self._tail.take():
+            # Only a genuine one: anybody who can write to the topic could stop us otherwise.
+            try:
+                entry = self._opening_of_another(value)
+            except (DecodeError, SignatureError) as error:
+                _log.error("a record that is no entry of ours lies among them: %s", error)
+                continue
+            if entry is None:
+                continue
+            raise FencedOff(
+                f"another process opened epoch {entry.epoch} of chain {entry.chain}",
+                hint="this one reads the chain again and opens a new epoch",
+            )
+        return self._tail.position
+
+    def _opening_of_another(self, value: bytes) -> AuditEntry | None:
+        document = SignedDocument.decode(value)
+        if document.payload_type != AUDIT_ENTRY or peek_chain(document.payload)[1] != self._writing.chain:
+            return None
+        entry = AuditEntry.decode(document.payload)
+        if entry.event_type != EPOCH_OPENED or entry.incarnation == self._incarnation:
+            return None
+        verify_document(self._writing.trust, self._writing.node, document, AUDIT_ENTRY)
+        return entry
+
+
+class FencedOff(TransientError):  # noqa: N818 - says what happened
+    """Another writer opened an epoch after ours."""
 
 
 def check_source(head: ChainHead, identity: Identity, switch_points: dict[int, int]) -> None:
@@ -140,27 +199,49 @@ def read_chain(
     low, end = tail.bounds()
     if offset is not None and not low <= offset < end:
         raise _lost(writing, head, f"it holds offsets {low} to {end - 1}, our last entry lay at {offset}")
+    accepted = _catch_up(writing, reader, tail, head, offset, end)
+    insert_entries(conn, accepted)
+    if accepted:
+        _log.info("entries that Kafka had and the table lacked", extra={"entries": len(accepted)})
+    return reader, tail
+
+
+def _catch_up(
+    writing: Writing, reader: ChainReader, tail: AuditTail, head: ChainHead, offset: int | None, end: int
+) -> list[tuple[bytes, int | None]]:
+    """Entries after the table's head. Raises DivergedError where Kafka does not have that head (rule 1)."""
     accepted: list[tuple[bytes, int | None]] = []
     seen = head.sequence == 0
     for at, value in tail.read_below(end):
-        if offset is not None and at == offset:
-            if document_hash(value) != head.entry_hash:
-                raise _lost(writing, head, f"offset {at} holds another record")
+        if offset is not None and not seen:
+            # Reading began at the head's own place.
+            if at != offset or document_hash(value) != head.entry_hash:
+                raise _lost(writing, head, f"offset {offset} holds another record")
             seen = True
             continue
-        if offset is not None and not seen:
-            raise _lost(writing, head, f"our last entry is not at offset {offset}")
-        found = reader.accept(value, f"{writing.topic}/{writing.partition}/{at}")
-        if isinstance(found, Accepted):
+        found = _accept(reader, value, f"{writing.topic}/{writing.partition}/{at}")
+        if found is not None:
             seen = seen or found.entry_hash == head.entry_hash
             if found.entry.sequence > head.sequence:
                 accepted.append((value, at))
     if not seen:
         raise _lost(writing, head, f"it ends at sequence {reader.head.sequence}")
-    insert_entries(conn, accepted)
-    if accepted:
-        _log.info("entries that Kafka had and the table lacked", extra={"entries": len(accepted)})
-    return reader, tail
+    return accepted
+
+
+def _accept(reader: ChainReader, value: bytes, where: str) -> Accepted | None:
+    """An entry of ours that counts. What does not verify cannot be ours, and must not stop us."""
+    try:
+        found = reader.accept(value, where)
+    except (DecodeError, SignatureError) as error:
+        _log.error("a record that is no entry of ours lies among them: %s", error)
+        return None
+    except ChainError as error:
+        raise DivergedError(
+            f"our own chain does not hold together: {error}",
+            hint="run `syncctl audit verify`; two processes may have signed with this node's key",
+        ) from error
+    return found if isinstance(found, Accepted) else None
 
 
 def _lost(writing: Writing, head: ChainHead, found: str) -> DivergedError:
@@ -191,11 +272,11 @@ def open_epoch(
             system_identifier=identity.system_identifier,
             timeline=identity.timeline,
         )
+        failpoints.hit("producer.opening")
         offset = publisher.publish_entry(opening)
         accepted: list[tuple[bytes, int | None]] = []
         for at, value in tail.read_below(offset + 1):
-            found = reader.accept(value, f"{writing.topic}/{writing.partition}/{at}")
-            if isinstance(found, Accepted):
+            if _accept(reader, value, f"{writing.topic}/{writing.partition}/{at}") is not None:
                 accepted.append((value, at))
         insert_entries(conn, accepted)
         if reader.head.entry_hash == opening.entry_hash:
@@ -203,7 +284,7 @@ def open_epoch(
             _log.info(
                 "epoch opened", extra={"epoch": opening.entry.epoch, "sequence": opening.entry.sequence}
             )
-            return Opened(writer, head)
+            return Opened(writer, Watch(writing, tail, writer.incarnation))
         _log.warning(
             "another writer opened the epoch first; trying again", extra={"epoch": opening.entry.epoch}
         )

@@ -83,6 +83,7 @@ class LivePipeline:
         c.check_source(reader.head, identity, points)
         opened = open_epoch(c.conn, c.writing, reader, tail, publisher, identity, slot.confirmed_lsn)
         failpoints.hit("producer.epoch-opened")
+        self._watch = opened.watch
         head = opened.writer.head
         self.epoch, self.sequence = head.epoch, head.sequence
         place = c.place(head.epoch)
@@ -165,15 +166,29 @@ class LivePipeline:
         """Make durable what Kafka has, and tell PostgreSQL."""
         idle = not outlet.publisher.inflight
         if self._acknowledged and (idle or now >= self._record_at):
-            self._record(self._acknowledged)
-            self._acknowledged = []
+            self._record()
             self._record_at = now + _RECORD_SECONDS
-        if idle and not self._ready and self._batches.is_empty and not self._transactions.is_open:
+        if (
+            idle
+            and not self._acknowledged
+            and not self._ready
+            and self._batches.is_empty
+            and not self._transactions.is_open
+        ):
             self._progress.nothing_outstanding(max(self._keepalive_lsn, self._transactions.received_lsn))
+        before = wal.confirmed
         wal.confirm(self._progress.confirmed)
         wal.report(now)
+        if wal.confirmed != before:
+            failpoints.hit("producer.confirmed")
 
-    def _record(self, acknowledged: list[Acknowledged]) -> None:
+    def _record(self) -> None:
+        """Those that are known to stand: everything before them in the partition has been read back."""
+        known = self._watch.read()
+        acknowledged = [one for one in self._acknowledged if one.offset < known]
+        if not acknowledged:
+            return
+        self._acknowledged = self._acknowledged[len(acknowledged) :]
         self._progress.record(acknowledged)
         metrics = self._context.metrics
         now = time.monotonic()
@@ -189,18 +204,15 @@ class LivePipeline:
         wal, outlet = self._opened()
         self._ready += self._batches.rest()
         deadline = time.monotonic() + seconds
-        while self._ready or outlet.publisher.inflight:
+        while self._ready or outlet.publisher.inflight or self._acknowledged:
             if time.monotonic() > deadline:
                 raise TransientError("Kafka did not acknowledge the last batches before the stop")
             self._send_what_fits(outlet, time.monotonic())
-            self._acknowledged += outlet.publisher.poll(_SHORT * 10)
+            self._acknowledged += outlet.publisher.poll(_SHORT * 5)
+            self._record()
             tick()
-        if self._acknowledged:
-            self._record(self._acknowledged)
-            self._acknowledged = []
         wal.confirm(self._progress.confirmed)
         wal.report()
-        failpoints.hit("producer.confirmed")
         outlet.keys.close()
 
     def status(self, wal_lsn: int) -> dict[str, Any]:

@@ -259,6 +259,14 @@ enabled = false
         rows = self.query("SELECT state, detail FROM vsql_sync.stream_status WHERE chain = %s", self.chain)
         return (rows[0][0], rows[0][1]) if rows else ("", {})
 
+    def cut_off(self) -> None:
+        """End every session of a worker at the server, as a network that fails does; the process is not told."""
+        self.query(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND application_name LIKE 'vsql-sync%%' AND pid <> %s",
+            0,
+        )
+
     def read(self, chain: str | None = None) -> ReadBack:
         """Read the topics back and verify everything a consumer would."""
         return read_stream(self, read_topics(self.kafka, self.cluster), chain or self.chain)

@@ -78,6 +78,7 @@ class CopyPipeline:
         identity = replication.identify(replica)
         c.check_source(reader.head, identity, replication.switch_points(replica, identity.timeline))
         opened = open_epoch(c.conn, c.writing, reader, tail, publisher, identity, identity.wal_lsn)
+        self._watch = opened.watch
         head = opened.writer.head
         self.epoch, self.sequence, self._writer = head.epoch, head.sequence, opened.writer
         place = c.place(head.epoch)
@@ -182,7 +183,7 @@ class CopyPipeline:
         full = outlet.publisher.inflight >= most
         pause = (_LONG if not outlet.publisher.inflight else _SHORT) if resting or not reading else 0.0
         self._acknowledged += outlet.publisher.poll(_SHORT if full else pause)
-        self._record(outlet)
+        self._record()
         if resting and not outlet.publisher.inflight and not self._acknowledged:
             self._end()
 
@@ -211,18 +212,22 @@ class CopyPipeline:
             self._ready += self._batches.rest()
             self._reader = None
 
-    def _record(self, outlet: Outlet) -> None:
+    def _record(self) -> None:
         if not self._acknowledged:
             return
-        self._progress.record(self._acknowledged)
+        known = self._watch.read()
+        acknowledged = [one for one in self._acknowledged if one.offset < known]
+        if not acknowledged:
+            return
+        self._acknowledged = self._acknowledged[len(acknowledged) :]
+        self._progress.record(acknowledged)
         failpoints.hit("copy.recorded")
-        for one in self._acknowledged:
+        for one in acknowledged:
             self.sequence = one.prepared.entry.sequence
             self._history.last_manifest = self.sequence
             self._history.topics.update(part.topic for part in one.prepared.entry.partitions)
             self._context.metrics.audited(1, len(one.prepared.encoded))
         self._context.metrics.progressed()
-        self._acknowledged = []
 
     def _end(self) -> None:
         """Everything is sent: say so once; then wait until it is applied, and delete the topics."""
@@ -239,12 +244,12 @@ class CopyPipeline:
         """A graceful stop: batches under way are recorded; a table cut off in the middle is read again."""
         _, outlet = self._require_open()
         deadline = time.monotonic() + seconds
-        while outlet.publisher.inflight:
+        while outlet.publisher.inflight or self._acknowledged:
             if time.monotonic() > deadline:
                 raise TransientError("Kafka did not acknowledge the last batches before the stop")
             self._acknowledged += outlet.publisher.poll(_SHORT)
+            self._record()
             tick()
-        self._record(outlet)
         outlet.keys.close()
 
     def status(self, wal_lsn: int) -> dict[str, Any]:
