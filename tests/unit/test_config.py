@@ -388,6 +388,46 @@ def test_the_environment_overrides_the_file() -> None:
     assert settings.kafka.bootstrap_servers == "k1:9092,k2:9092"
 
 
+def test_a_variable_overrides_one_key_of_a_section_and_leaves_the_others() -> None:
+    text = (
+        MINIMAL
+        + """
+[kafka]
+partitions = 4
+[kafka.client_options]
+"linger.ms" = 5
+"socket.nagle.disable" = true
+[[peers]]
+node_id = 9
+node_name = "from-file"
+connection = "host=x"
+"""
+    )
+    env = {
+        "VSQL_SYNC__KAFKA__RETENTION": "2d",
+        "VSQL_SYNC__KAFKA__CLIENT_OPTIONS__LINGER.MS": "7",
+        "VSQL_SYNC__PEERS": '[{"node_id": 2, "node_name": "b", "connection": "host=b"}]',
+    }
+    settings = parse(text, env)
+    assert (settings.kafka.partitions, settings.kafka.retention) == (4, timedelta(days=2))
+    assert settings.kafka.client_options == {"linger.ms": "7", "socket.nagle.disable": True}
+    assert [peer.node_name for peer in settings.peers] == ["b"], "a list is replaced, not merged"
+
+
+def test_only_the_environment_that_is_given_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VSQL_SYNC__CLUSTER__NAME", "from-the-process")
+    assert parse(MINIMAL).cluster.name == "c"
+
+
+def test_no_debugging_of_the_library_shows_a_secret(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PYDANTIC_SETTINGS_DEBUG", "1")
+    caplog.set_level("DEBUG")
+    parse(MINIMAL, {"VSQL_SYNC__CONNECTION__PASSWORD": "marker-of-a-password"})
+    assert "marker-of-a-password" not in caplog.text
+
+
 BAD_VARIABLES = {
     "unknown": ({"VSQL_SYNC__KAFKA__PARTITION": "1"}, 'did you mean "partitions"'),
     "value": (
@@ -401,6 +441,9 @@ BAD_VARIABLES = {
         "peers[0] (set by VSQL_SYNC__PEERS): holds a NUL character",
     ),
     "too deep": ({"VSQL_SYNC__PEERS": "[" * 20 + "]" * 20}, "tables nested too deep"),
+    "unknown section": ({"VSQL_SYNC__KAFAK__PARTITIONS": "1"}, "kafak (set by VSQL_SYNC__KAFAK__PARTITIONS)"),
+    "one of a list": ({"VSQL_SYNC__PEERS__NODE_ID": "2"}, "peers (set by VSQL_SYNC__PEERS__NODE_ID)"),
+    "null": ({"VSQL_SYNC__PEERS": "null"}, "must be a JSON list or object"),
     "into a value": ({"VSQL_SYNC__CLUSTER__NAME__X": "1"}, "is no section in the file"),
     "empty": ({"VSQL_SYNC__": "1"}, "unknown key"),
 }
@@ -409,6 +452,25 @@ BAD_VARIABLES = {
 @pytest.mark.parametrize(("env", "words"), BAD_VARIABLES.values(), ids=BAD_VARIABLES.keys())
 def test_a_wrong_variable_is_named(env: dict[str, str], words: str) -> None:
     assert words in refused(MINIMAL, env)
+
+
+def test_all_wrong_variables_are_listed_with_what_is_wrong_in_the_file() -> None:
+    env = {
+        "VSQL_SYNC__KAFAK__X": "1",
+        "VSQL_SYNC__PEERS": "{",
+        "VSQL_SYNC__KAFKA": "1",
+        "VSQL_SYNC__LOG__LEVEL": "loud",
+    }
+    said = refused(MINIMAL + "[limits]\nbatch_max_rows = 0\n", env)
+    assert said.splitlines()[0] == "environment: 5 errors"
+    assert all(variable in said for variable in env)
+    assert "limits.batch_max_rows = 0: must be at least 1" in said
+
+
+def test_a_section_that_the_file_writes_as_a_value_is_not_hidden_by_a_variable() -> None:
+    said = refused("kafka = 1\n" + MINIMAL, {"VSQL_SYNC__KAFKA__PARTITIONS": "2"})
+    assert "kafka: must be a section" in said
+    assert "kafka (set by VSQL_SYNC__KAFKA__PARTITIONS): is no section in the file" in said
 
 
 def test_the_first_place_that_has_a_file_counts(tmp_path: Path) -> None:

@@ -12,19 +12,19 @@ from vsql_shared.config.settings import Settings
 Location = tuple[int | str, ...]
 
 
-def _unwrap(annotation: object) -> list[object]:
+def unwrap(annotation: object) -> list[object]:
     """The types an annotation allows, without Annotated and None."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        return _unwrap(get_args(annotation)[0])
+        return unwrap(get_args(annotation)[0])
     if origin is Union or type(annotation).__name__ == "UnionType":
-        return [kind for part in get_args(annotation) for kind in _unwrap(part) if part is not type(None)]
+        return [kind for part in get_args(annotation) for kind in unwrap(part) if part is not type(None)]
     return [annotation]
 
 
 def model_of(annotation: object) -> type[BaseModel] | None:
     """The section an annotation stands for, directly or as the entries of a list."""
-    for kind in _unwrap(annotation):
+    for kind in unwrap(annotation):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
         if get_origin(kind) is list:
@@ -65,12 +65,12 @@ def model_at(at: Location) -> type[BaseModel] | None:
 def takes_json(at: Location) -> bool:
     """Whether the key holds a list or a table of free keys, which a variable gives as JSON."""
     field = field_at(at)
-    return field is not None and any(get_origin(kind) in (list, dict) for kind in _unwrap(field.annotation))
+    return field is not None and any(get_origin(kind) in (list, dict) for kind in unwrap(field.annotation))
 
 
 def is_secret_field(field: FieldInfo) -> bool:
     """Whether the field's value may hold a secret."""
-    return any(isinstance(kind, type) and issubclass(kind, SecretStr) for kind in _unwrap(field.annotation))
+    return any(isinstance(kind, type) and issubclass(kind, SecretStr) for kind in unwrap(field.annotation))
 
 
 def may_show(at: Location) -> bool:
@@ -78,4 +78,4 @@ def may_show(at: Location) -> bool:
     field = field_at(at)
     if field is None or is_secret_field(field) or model_of(field.annotation) is not None:
         return False
-    return not any(get_origin(kind) is dict for kind in _unwrap(field.annotation))
+    return not any(get_origin(kind) is dict for kind in unwrap(field.annotation))

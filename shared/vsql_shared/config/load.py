@@ -1,37 +1,36 @@
-"""Find the file, read it, lay the environment over it, validate it.
+"""Find the file, read it, let pydantic-settings lay the environment over it, validate it.
 
 Rules:
 
 1. The first of --config, VSQL_SYNC_CONFIG, ./vsql-sync.toml, /etc/vsql-sync/vsql-sync.toml is read; only one.
 2. VSQL_SYNC__SECTION__KEY overrides a key; a variable that names no key is an error like a misspelt key.
 3. Whatever is wrong, the caller gets one ConfigError that lists all of it (`report.py`), nothing else.
+   That is why the file is read here: the library's own TOML source passes over what is no regular file, reads
+   without a bound and raises as it pleases.
 4. No file needs to exist when the environment gives the keys: containers are often run so.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
-from vsql_shared.config.fields import Location, model_at, takes_json
-from vsql_shared.config.report import Problem, explain, raise_problems
+from vsql_shared.config.report import explain, raise_problems, unusable
 from vsql_shared.config.settings import Settings
+from vsql_shared.config.sources import ENV_PREFIX, Reading, reading
+from vsql_shared.config.variables import check_variables
 from vsql_shared.errors import ConfigError
 
 CONFIG_VARIABLE = "VSQL_SYNC_CONFIG"
-ENV_PREFIX = "VSQL_SYNC__"
 FILE_NAME = "vsql-sync.toml"
 SYSTEM_PATH = Path("/etc/vsql-sync") / FILE_NAME
 # A configuration of thousands of tables is below this; more is not a configuration.
 MAX_FILE_BYTES = 4 * 2**20
-# Deeper than any key of ours; the parser and we recurse, the interpreter's own limit is far above.
-MAX_DEPTH = 12
 
 
 def load_settings(path: Path | str | None = None) -> Settings:
@@ -86,14 +85,14 @@ def _read(source: Path) -> bytes:
 def parse_settings(content: bytes | str, *, source: Path | None, env: Mapping[str, str]) -> Settings:
     """Settings from the text of a file and an environment."""
     name = str(source) if source is not None else "environment"
-    data = _parse_toml(content, name)
-    problems = list(_unusable(data, ()))
-    if problems:
-        raise_problems(name, problems)
-    origins, problems = _overlay(data, env)
-    base = source.parent if source is not None else None
+    tables = _parse_toml(content, name)
+    if found := unusable(tables, ()):
+        raise_problems(name, found)
+    usable, origins, problems = check_variables(env, tables)
+    folder = source.parent if source is not None else None
     try:
-        settings = Settings.model_validate(data, context={"base": base})
+        with reading(Reading(tables, usable, folder)):
+            settings = Settings()
     except ValidationError as error:
         raise_problems(name, [*problems, *explain(error, origins)])
     if problems:
@@ -101,7 +100,7 @@ def parse_settings(content: bytes | str, *, source: Path | None, env: Mapping[st
     return settings.read_from(source)
 
 
-def _parse_toml(content: bytes | str, name: str) -> dict[str, object]:
+def _parse_toml(content: bytes | str, name: str) -> dict[str, Any]:
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         return tomllib.loads(text)
@@ -115,63 +114,3 @@ def _parse_toml(content: bytes | str, name: str) -> dict[str, object]:
             f"{name}: not TOML: a number too long or tables nested too deep",
             hint="vsql-sync.toml.example shows the form",
         ) from None
-
-
-def _unusable(value: object, at: Location) -> list[Problem]:
-    """NUL cannot stand in a path, a connection string or a name; refuse it before anything stumbles on it."""
-    if len(at) > MAX_DEPTH:
-        return [Problem(at, "tables nested too deep")]
-    if isinstance(value, dict):
-        return [problem for key in value for problem in _unusable(value[key], (*at, key))]
-    if isinstance(value, list):
-        return [problem for index, item in enumerate(value) for problem in _unusable(item, (*at, index))]
-    if isinstance(value, str) and "\0" in value:
-        return [Problem(at, "holds a NUL character; remove it")]
-    return []
-
-
-def _overlay(data: dict[str, object], env: Mapping[str, str]) -> tuple[dict[Location, str], list[Problem]]:
-    """Put VSQL_SYNC__SECTION__KEY variables into `data`; returns which variable set which key."""
-    origins: dict[Location, str] = {}
-    problems: list[Problem] = []
-    for variable in sorted(name for name in env if name.startswith(ENV_PREFIX)):
-        at: Location = tuple(variable.removeprefix(ENV_PREFIX).lower().split("__"))
-        value: object = env[variable]
-        if model_at(at) is not None:
-            problems.append(Problem(at, "names a section; name a key in it", variable))
-            continue
-        if takes_json(at):
-            value = _json_or_none(env[variable])
-            if value is None:
-                problems.append(Problem(at, "must be a JSON list or object", variable))
-                continue
-        # JSON has an escape for NUL, and nests as deep as it likes.
-        if unusable := _unusable(value, at):
-            problems += [replace(problem, variable=variable) for problem in unusable]
-            continue
-        if _set(data, at, value):
-            origins[at] = variable
-        else:
-            problems.append(
-                Problem(at[:-1], "is no section in the file; a variable sets a key in it", variable)
-            )
-    return origins, problems
-
-
-def _json_or_none(text: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _set(data: dict[str, object], at: Location, value: object) -> bool:
-    """Set one key, making the tables on the way; False where something else than a table stands there."""
-    table = data
-    for part in at[:-1]:
-        inner = table.setdefault(str(part), {})
-        if not isinstance(inner, dict):
-            return False
-        table = inner
-    table[str(at[-1])] = value
-    return True

@@ -22,6 +22,8 @@ from vsql_shared.errors import ConfigError
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _SHOWN_MAX = 80
+# Deeper than any key of ours; the parser and we recurse, the interpreter's own limit is far above.
+MAX_DEPTH = 12
 # A file of garbage would scroll the first, useful lines away.
 _LISTED_MAX = 50
 
@@ -34,6 +36,19 @@ class Problem:
     text: str
     variable: str | None = None
     value: str | None = None
+
+
+def unusable(value: object, at: Location) -> list[Problem]:
+    """NUL cannot stand in a path, a connection string or a name; refuse it before anything stumbles on it."""
+    if len(at) > MAX_DEPTH:
+        return [Problem(at, "tables nested too deep")]
+    if isinstance(value, dict):
+        return [problem for key in value for problem in unusable(value[key], (*at, key))]
+    if isinstance(value, list):
+        return [problem for index, item in enumerate(value) for problem in unusable(item, (*at, index))]
+    if isinstance(value, str) and "\0" in value:
+        return [Problem(at, "holds a NUL character; remove it")]
+    return []
 
 
 def raise_problems(name: str, problems: list[Problem]) -> NoReturn:
@@ -112,7 +127,7 @@ def _text(detail: ErrorDetails, at: Location) -> str:
     if kind == "missing":
         return f"missing; add {_example(at)}"
     if kind == "extra_forbidden":
-        return _unknown(at)
+        return unknown_key(at)
     if kind in ("literal_error", "enum"):
         return "must be " + str(context["expected"]).replace("'", '"')
     plain = _PLAIN.get(kind)
@@ -157,8 +172,8 @@ def _example(at: Location) -> str:
     return f"{show_location(at[-1:])} = …{where}"
 
 
-def _unknown(at: Location) -> str:
-    """The key that was meant, or all that there are."""
+def unknown_key(at: Location) -> str:
+    """What to say of an unknown key: the one that was meant, or all that there are."""
     section = section_at(at[:-1])
     known = sorted(section.model_fields) if section is not None else []
     close = difflib.get_close_matches(str(at[-1]).lower(), known, n=1, cutoff=0.6)

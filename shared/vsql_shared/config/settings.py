@@ -28,8 +28,8 @@ from vsql_shared.config.governance import (
 )
 from vsql_shared.config.kafka import KafkaSettings
 from vsql_shared.config.limits import LimitsSettings
-from vsql_shared.config.section import Section
 from vsql_shared.config.service import ClusterSettings, LogSettings, MetricsSettings, ServerSettings
+from vsql_shared.config.sources import LayeredSettings
 from vsql_shared.config.topology import PciSettings, PeerSettings, PublicationSettings
 
 _T = TypeVar("_T")
@@ -40,7 +40,7 @@ _PROD = "prod mode requires it"
 _DEV_WAY = '(for a trial: server.mode = "dev")'
 
 
-class Settings(Section):
+class Settings(LayeredSettings):
     """vsql-sync.toml, validated."""
 
     cluster: ClusterSettings

@@ -14,8 +14,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator
 from pydantic_core import PydanticCustomError
+
+from vsql_shared.config.sources import folder_of_paths
 
 _DURATION_UNITS_MS = {
     "ms": 1,
@@ -115,14 +117,14 @@ def _not_bool(value: object) -> object:
     return value
 
 
-def _path(value: Path, info: ValidationInfo) -> Path:
+def _path(value: Path) -> Path:
     """A relative path is meant from the folder of the file that names it, not from where a service runs."""
-    base = (info.context or {}).get("base")
+    folder = folder_of_paths()
     try:
         expanded = value.expanduser()
     except RuntimeError:
         raise refusal("the home directory behind ~ is not known; write the whole path") from None
-    return (Path(base) / expanded) if base is not None else expanded
+    return folder / expanded if folder is not None else expanded
 
 
 def _identifier(value: str) -> str:
