@@ -19,9 +19,10 @@ def start(operator: Operator, output: OutputFormat, streams: tuple[str, ...]) ->
     The first time it makes the replication slots, which waits for transactions that are open: from then on
     every commit is captured. The services do the rest.
     """
-    from vsql_shared.pg import control, slots
+    from vsql_shared.pg import control, nodes, slots
 
     with open_node(operator) as conn:
+        nodes.local(conn)
         for wanted in slots.missing(conn, streams):
             if count := slots.open_transactions(conn):
                 text = f"{wanted.chain}: its slot is made when {count} open transaction(s) have ended"

@@ -187,10 +187,11 @@ def _connect_reason(text: str, parameters: dict[str, str]) -> str:
 def _where(parameters: dict[str, str]) -> str:
     """'to database shop at db1:5432 as user vsql_sync', of parts that look like what they should be."""
 
-    def shown(name: str, default: str) -> str:
+    def shown(name: str, default: str, looks: str = r"[\w.,:/ -]{1,200}") -> str:
         value = parameters.get(name, default)
-        return value if re.fullmatch(r"[\w.,:/ -]{1,200}", value) else "(not shown)"
+        return value if re.fullmatch(looks, value) else "(not shown)"
 
-    place = f"at {shown('host', shown('hostaddr', 'the local socket'))}:{shown('port', '5432')}"
+    port = shown("port", "5432", "[0-9,]{1,60}")
+    place = f"at {shown('host', shown('hostaddr', 'the local socket'))}:{port}"
     user = f" as user {shown('user', '')}" if "user" in parameters else ""
     return f"to database {shown('dbname', '(default)')} {place}{user}"

@@ -23,7 +23,7 @@ _HEAD = (
     "-- Made from the numbered SQL files of vsql-sync; do not edit.\n"
     f'\\echo Use "CREATE EXTENSION {EXTENSION}" to load this file. \\quit\n'
 )
-# Rows of extension tables are not dumped unless asked for. Unlogged ones (status) are worth nothing later, and
+# Rows of extension tables are not dumped unless asked for. Unlogged ones (status) are worth nothing later;
 # schema_version is filled by the script that a restore runs.
 _DUMP_ROWS = """
 DO $$

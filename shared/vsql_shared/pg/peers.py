@@ -87,7 +87,8 @@ def look(origin: Connection, peer: Connection, request: PeerRequest) -> PeerPlan
     with errors("comparing the tables of both nodes"):
         problems = [line for publication in chosen for line in target_problems(origin, peer, publication)]
         problems += _overlaps(origin, chosen, there.name)
-        problems += _filled(peer, chosen, streams) if request.copy else []
+        # Only tables that are there can be looked into.
+        problems += _filled(peer, chosen, streams) if request.copy and not problems else []
     if problems:
         lines = "\n  ".join(problems)
         raise RefusedError(f"peer {there.name} is refused, nothing was changed:\n  {lines}")

@@ -1,0 +1,197 @@
+"""Commands, orders and status: what operators ask of streams, and what they are shown."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+
+from tests.conftest import NewDatabase
+from vsql_shared.errors import RefusedError, UserError
+from vsql_shared.pg import commands, control, migrate, nodes, status
+from vsql_shared.pg.connect import Connection, connect
+
+LIVE = "pub.node-a"
+
+
+@pytest.fixture
+def conninfo(new_database: NewDatabase) -> str:
+    """A node with an outgoing and an incoming stream."""
+    text = new_database("control")
+    with connect(text, application_name="test") as conn:
+        migrate.install(conn)
+        nodes.register_local(conn, 1, "node-a", "c", None)
+        conn.execute(
+            "INSERT INTO vsql_sync.streams (chain, direction, publication, origin, slot_name)"
+            " VALUES (%s, 'out', 'pub', 'node-a', 'vsql_none'), ('pub.node-b', 'in', 'pub', 'node-b', NULL)",
+            (LIVE,),
+        )
+    return text
+
+
+@pytest.fixture
+def conn(conninfo: str) -> Iterator[Connection]:
+    with connect(conninfo, application_name="test") as opened:
+        yield opened
+
+
+def _actions(conn: Connection) -> list[str]:
+    rows = conn.execute("SELECT action FROM vsql_sync.audit_log WHERE action LIKE 'stream.%' ORDER BY id")
+    return [row[0] for row in rows]
+
+
+def test_a_command_is_run_once_by_each_worker_it_names_across_restarts(conn: Connection) -> None:
+    first = commands.request(conn, "producer", "rotate-dek", {"force": True}, "why", LIVE)
+    everyone = commands.request(conn, "producer", "retry", {}, "")
+    assert [(one.id, one.verb) for one in commands.pending(conn, LIVE, "producer")] == [
+        (first, "rotate-dek"),
+        (everyone, "retry"),
+    ]
+    assert commands.pending(conn, LIVE, "producer")[0].args == {"force": True}
+    assert commands.pending(conn, "pub.node-b", "consumer") == []
+    assert commands.finish(conn, first, LIVE, "out", True, "rotated")
+    assert not commands.finish(conn, first, LIVE, "out", False, "a second time")
+    assert [one.id for one in commands.pending(conn, LIVE, "producer")] == [everyone]
+    assert commands.pending(conn, LIVE, "producer", everyone) == []
+    assert commands.answers(conn, first) == [commands.Answer(LIVE, "out", True, "rotated")]
+
+
+def test_a_command_for_all_is_not_for_streams_made_later(conn: Connection) -> None:
+    commands.request(conn, "consumer", "retry", {}, "")
+    conn.execute(
+        "INSERT INTO vsql_sync.streams (chain, direction, publication, origin)"
+        " VALUES ('late', 'in', 'p', 'x')"
+    )
+    assert commands.pending(conn, "late", "consumer") == []
+    assert len(commands.pending(conn, "pub.node-b", "consumer")) == 1
+
+
+def test_a_listener_is_woken_by_a_command(conn: Connection, conninfo: str) -> None:
+    with connect(conninfo, application_name="worker") as worker:
+        worker.execute(f"LISTEN {commands.CHANNEL}".encode())
+        number = commands.request(conn, "producer", "retry", {}, "")
+        notes = list(worker.notifies(timeout=5, stop_after=1))
+        assert [note.payload for note in notes] == [str(number)]
+
+
+def test_waiting_ends_with_the_last_answer_or_with_the_time(conn: Connection, conninfo: str) -> None:
+    number = commands.request(conn, "producer", "retry", {}, "", LIVE)
+    began = time.monotonic()
+    assert commands.wait(conn, number, 1, 0.3) == []
+    assert time.monotonic() - began < 3
+
+    def answer() -> None:
+        with connect(conninfo, application_name="worker") as worker:
+            commands.finish(worker, number, LIVE, "out", True)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    assert len(commands.wait(conn, number, 1, 10)) == 1
+    thread.join()
+
+
+def test_start_pause_and_resume_change_what_is_wanted_tell_the_workers_and_are_logged(
+    conn: Connection,
+) -> None:
+    both = [(LIVE, "out"), ("pub.node-b", "in")]
+    assert control.start(conn).streams == both
+    assert control.start(conn).streams == []
+    paused = control.pause(conn, " IR-7 ")
+    assert paused.streams == both
+    assert len(paused.command_ids) == 2
+    wanted = conn.execute("SELECT DISTINCT desired, desired_reason FROM vsql_sync.streams").fetchall()
+    assert wanted == [("paused", "IR-7")]
+    assert control.resume(conn, [LIVE]).streams == [(LIVE, "out")]
+    assert control.start(conn).streams == [("pub.node-b", "in")]
+    assert [one.verb for one in commands.pending(conn, LIVE, "producer")] == ["pause", "resume"]
+    assert _actions(conn) == [
+        "stream.start", "stream.start", "stream.pause", "stream.pause", "stream.resume", "stream.start",
+    ]  # fmt: skip
+
+
+def test_a_finished_copy_is_not_started_again(conn: Connection) -> None:
+    conn.execute("UPDATE vsql_sync.streams SET state = 'FINISHED' WHERE chain = %s", (LIVE,))
+    assert control.start(conn).streams == [("pub.node-b", "in")]
+
+
+def test_orders_that_make_no_sense_are_refused_and_not_logged(conn: Connection) -> None:
+    for act, expected in (
+        (lambda: control.pause(conn, "  "), "needs a reason"),
+        (lambda: control.start(conn, ["nope"]), "there is no stream nope"),
+        (lambda: control.skip_batch(conn, LIVE, 3, "x"), "no incoming stream"),
+        (lambda: control.skip_batch(conn, "pub.node-b", 0, "x"), "no sequence number"),
+        (lambda: control.skip_batch(conn, "pub.node-b", 1, ""), "needs a reason"),
+        (lambda: control.ignore_record(conn, "pub.node-b", "t/1", "x"), "TOPIC/PARTITION/OFFSET"),
+        (lambda: control.ignore_record(conn, "pub.node-b", "t/x/1", "x"), "TOPIC/PARTITION/OFFSET"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            act()
+    assert _actions(conn) == []
+
+
+def test_a_decision_is_written_once_told_to_the_consumer_and_logged(conn: Connection) -> None:
+    first = control.ignore_record(conn, "pub.node-b", "c.pub.node-b.public.t/0/42", "forged")
+    second = control.skip_batch(conn, "pub.node-b", 7, "key lost")
+    rows = conn.execute(
+        "SELECT id, kind, topic, partition, kafka_offset, sequence, reason"
+        " FROM vsql_sync.decisions ORDER BY id"
+    ).fetchall()
+    assert rows == [
+        (first, "ignore-record", "c.pub.node-b.public.t", 0, 42, None, "forged"),
+        (second, "skip-batch", None, None, None, 7, "key lost"),
+    ]
+    told = commands.pending(conn, "pub.node-b", "consumer")
+    assert [(one.verb, one.args) for one in told] == [
+        ("retry", {"decision": first}),
+        ("retry", {"decision": second}),
+    ]
+    with pytest.raises(RefusedError, match="was decided before"):
+        control.skip_batch(conn, "pub.node-b", 7, "again")
+    assert _actions(conn) == ["stream.ignore-record", "stream.skip-batch"]
+
+
+def test_a_worker_that_falls_silent_is_shown_as_not_running(conn: Connection) -> None:
+    status.write_status(conn, LIVE, "out", "running", {"rows": 5})
+    assert status.read(conn)[0].state == "running"
+    status.write_status(conn, LIVE, "out", "waiting", {"rows": 6})
+    shown = status.read(conn)[0]
+    assert (shown.state, shown.stale, shown.detail) == ("waiting", False, {"rows": 6})
+    conn.execute("UPDATE vsql_sync.stream_status SET updated_at = now() - interval '1 minute'")
+    shown = status.read(conn)[0]
+    assert (shown.state, shown.stale, shown.detail) == ("not running", True, {"rows": 6})
+    assert not status.read(conn, timedelta(hours=1))[0].stale
+    status.write_status(conn, LIVE, "out", "stopped", {})
+    conn.execute("UPDATE vsql_sync.stream_status SET updated_at = now() - interval '1 minute'")
+    assert status.read(conn)[0].state == "stopped"
+
+
+def test_the_slot_is_shown_as_postgresql_has_it(conn: Connection) -> None:
+    assert status.read(conn)[0].slot is None
+    name = f"s_{conn.info.dbname}"
+    conn.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", (name,))
+    conn.execute("UPDATE vsql_sync.streams SET slot_name = %s WHERE chain = %s", (name, LIVE))
+    slot = status.read(conn)[0].slot
+    assert slot is not None
+    assert (slot["active"], slot["wal_status"]) == (False, "reserved")
+    assert slot["lag_bytes"] >= 0
+
+
+def test_an_order_says_which_workers_answered(conn: Connection, conninfo: str) -> None:
+    control.start(conn)
+    status.write_status(conn, LIVE, "out", "running", {})
+    changed = control.pause(conn, "why")
+
+    def worker() -> None:
+        with connect(conninfo, application_name="worker") as other:
+            for one in commands.pending(other, LIVE, "producer"):
+                commands.finish(other, one.id, LIVE, "out", True, "paused")
+
+    thread = threading.Thread(target=worker)
+    thread.start()
+    told = {one["chain"]: one["answer"] for one in control.outcome(conn, changed, 10)}
+    thread.join()
+    assert told[LIVE] == "done: paused"
+    assert "does not run now" in told["pub.node-b"]
