@@ -74,9 +74,10 @@ WRITES: dict[str, dict[str, str]] = {
     },
     # Columns that say who and when are left out: their defaults fill them.
     OPERATOR: {
+        # slot_created: `syncctl start` makes the slot where its user has REPLICATION.
         "commands": "INSERT (role, chain, verb, args, reason)",
         "decisions": "INSERT (chain, kind, topic, partition, kafka_offset, sequence, reason)",
-        "streams": "UPDATE (desired, desired_reason)",
+        "streams": "UPDATE (desired, desired_reason, slot_created)",
     },
     ADMIN: dict.fromkeys(("commands", "decisions"), "INSERT, DELETE"),
 }
