@@ -124,8 +124,8 @@ class AuditTail:
 class Watch:
     """Reads our chain behind our own writing, to see whether the epoch is still ours.
 
-    A process that was stopped after it had read the chain may append its `epoch_opened` much later, when its slot
-    has long been taken over; from there on our entries are void for every reader. So an entry of ours counts
+    A process that was stopped after it had read the chain may append its `epoch_opened` much later, when its
+    slot has long been taken over; from there on our entries are void for every reader. So an entry of ours counts
     only once everything before it has been read (docs/design/0003).
     """
 
@@ -160,7 +160,7 @@ class Watch:
         return entry
 
 
-class FencedOff(TransientError):  # noqa: N818 - says what happened
+class FencedOff(TransientError):
     """Another writer opened an epoch after ours."""
 
 

@@ -103,15 +103,15 @@ class CopyPipeline:
         stream, conn = self._context.stream, self._context.conn
         with errors("looking for the live stream"):
             row = conn.execute(
-                "SELECT r.slot_name IS NOT NULL FROM vsql_sync.streams s LEFT JOIN pg_catalog.pg_replication_slots r"
-                " ON r.slot_name = s.slot_name AND r.confirmed_flush_lsn IS NOT NULL"
+                "SELECT r.slot_name IS NOT NULL FROM vsql_sync.streams s"
+                " LEFT JOIN pg_catalog.pg_replication_slots r ON r.slot_name = s.slot_name AND r.confirmed_flush_lsn IS NOT NULL"
                 " WHERE s.publication = %s AND s.origin = %s AND s.direction = 'out' AND s.kind = 'live'"
                 " AND s.slot_created",
                 (stream.publication, stream.origin),
             ).fetchone()
         if row is None or not row[0]:
             raise TransientError(
-                f"the first copy waits for the replication slot of stream {stream.publication}.{stream.origin}",
+                f"the first copy waits for the slot of stream {stream.publication}.{stream.origin}",
                 hint="start the live stream; the copy follows",
             )
 
@@ -254,6 +254,7 @@ class CopyPipeline:
 
     def status(self, wal_lsn: int) -> dict[str, Any]:
         """Detail of the status row."""
+        del wal_lsn  # a snapshot does not fall behind the WAL
         if self._outlet is None:
             return {}
         key = self._outlet.keys.current
