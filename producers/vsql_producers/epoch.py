@@ -125,8 +125,8 @@ class Watch:
     """Reads our chain behind our own writing, to see whether the epoch is still ours.
 
     A process that was stopped after it had read the chain may append its `epoch_opened` much later, when its
-    slot has long been taken over; from there on our entries are void for every reader. So an entry of ours counts
-    only once everything before it has been read (docs/design/0003).
+    slot has long been taken over; from there on our entries are void for every reader. So an entry of ours
+    counts only once everything before it has been read (docs/design/0003).
     """
 
     def __init__(self, writing: Writing, tail: AuditTail, incarnation: bytes) -> None:

@@ -104,7 +104,8 @@ class CopyPipeline:
         with errors("looking for the live stream"):
             row = conn.execute(
                 "SELECT r.slot_name IS NOT NULL FROM vsql_sync.streams s"
-                " LEFT JOIN pg_catalog.pg_replication_slots r ON r.slot_name = s.slot_name AND r.confirmed_flush_lsn IS NOT NULL"
+                " LEFT JOIN pg_catalog.pg_replication_slots r"
+                " ON r.slot_name = s.slot_name AND r.confirmed_flush_lsn IS NOT NULL"
                 " WHERE s.publication = %s AND s.origin = %s AND s.direction = 'out' AND s.kind = 'live'"
                 " AND s.slot_created",
                 (stream.publication, stream.origin),
