@@ -288,31 +288,38 @@ class Collector:
             self._take_entry(outcome, value, offset)
 
     def _accept(self, value: bytes, where: str, offset: int) -> Accepted | Void | None:
-        """The chain reader's answer; entries an operator skips are bridged."""
+        """The chain reader's answer; an entry an operator skips is passed over, or bridged where it is gone."""
         try:
             return self._reader.accept(value, where)
         except (ChainError, SignatureError, DecodeError):
-            if self._reader.head.sequence + 1 not in self._decisions.skipped:
+            due = self._reader.head.sequence + 1
+            if due not in self._decisions.skipped:
                 raise
-            if not self._bridge(value, offset):
+            entry = self._genuine(value)
+            if entry is None or entry.sequence == due:
                 self.ignored += 1  # the very entry the operator wants passed over
                 return None
+            if not self._bridge(entry, offset):
+                raise
             return self._reader.accept(value, where)
 
-    def _bridge(self, value: bytes, offset: int) -> bool:
-        """Step over one entry that is missing or cannot be read, if `value` is the genuine entry after it.
-
-        Its own place is then taken from what its successor, signed by the same node, says of it.
-        """
-        head = self._reader.head
+    def _genuine(self, value: bytes) -> AuditEntry | None:
+        """The entry, if it is one of this chain by its own writer, wherever it stands."""
         try:
             entry = AuditEntry.decode(
                 open_document(self._trust, self._reader.writer_node, value, AUDIT_ENTRY)
             )
         except (SignatureError, DecodeError):
-            return False
-        if (entry.cluster, entry.chain) != (self._reader.cluster, self._reader.chain):
-            return False
+            return None
+        ours = (entry.cluster, entry.chain) == (self._reader.cluster, self._reader.chain)
+        return entry if ours else None
+
+    def _bridge(self, entry: AuditEntry, offset: int) -> bool:
+        """Step over one entry that is missing or cannot be read, if `entry` is the genuine one after it.
+
+        Its own place is then taken from what its successor, signed by the same node, says of it.
+        """
+        head = self._reader.head
         opens = entry.event_type == EPOCH_OPENED
         if (entry.sequence, entry.epoch) != (head.sequence + 2, head.epoch + opens):
             return False

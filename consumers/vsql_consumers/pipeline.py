@@ -25,7 +25,7 @@ from vsql_consumers.copying import CopyKeeper
 from vsql_consumers.groups import Group
 from vsql_consumers.source import Source
 from vsql_consumers.state import Position, Stream
-from vsql_consumers.unseal import Announcements, Descriptor, open_batch
+from vsql_consumers.unseal import Announcements, Descriptor, name_altered, open_batch
 from vsql_consumers.verify import batch_name, verify_batch
 from vsql_consumers.write import ApplyLimits
 from vsql_shared import failpoints, names
@@ -255,6 +255,8 @@ class Pipeline:
             with metrics.timed(Stage.OPEN, rows=entry.row_count, size=size):
                 opened, new = open_batch(verified, key, self._descriptors, ready.entry_hash)
         except VerificationError as error:
+            if isinstance(error, RecordError) and self._announcements.knows(entry.dek_id):
+                name_altered(error, ready.parts, self._announcements.open(entry, self._means.provider))
             error.record = error.record or batch_name(entry)
             raise
         metrics.verified(Verdict.ACCEPTED)

@@ -14,17 +14,23 @@ given. Rules:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vsql_consumers.verify import VerifiedBatch, batch_name, record_name
+from vsql_consumers.verify import Part, VerifiedBatch, batch_name, record_name
 from vsql_shared.audit.dsse import SignedDocument, verify_document
 from vsql_shared.changes import Op, OpenedBatch, Relation, TableName
 from vsql_shared.crypto.announce import MEDIA_TYPE, KeyAnnouncement, KeyRing, decode_announcement
 from vsql_shared.crypto.seal import open_tuples
 from vsql_shared.errors import DecodeError, RecordError, SignatureError, UnsealError
-from vsql_shared.wire.pack import PackHeader, decode_relation, relation_hash
+from vsql_shared.wire.pack import (
+    PackHeader,
+    decode_relation,
+    decode_tuples,
+    header_digest,
+    relation_hash,
+)
 
 if TYPE_CHECKING:
     from vsql_shared.audit.entries import AuditEntry
@@ -162,6 +168,21 @@ def first_unopenable(batch: VerifiedBatch, key: OpeningKey) -> int | None:
         except UnsealError:
             return at
     return None
+
+
+def name_altered(error: RecordError, parts: Sequence[Part], key: OpeningKey) -> None:
+    """Have an error about a whole partition name the one record that does not open, where one does not.
+
+    A root says that something was altered, not what; each record's own tag does. Slow, for a refusal's text.
+    """
+    for part in parts:
+        for pack in part.packs:
+            try:
+                digest = header_digest(pack.message[: pack.body])
+                open_tuples(key, decode_tuples(pack.message, pack.body, digest))
+            except (UnsealError, DecodeError):
+                error.record = record_name(part.root.topic, part.root.partition, pack.offset)
+                return
 
 
 def _plain(batch: VerifiedBatch, plaintexts: list[bytes], opened: OpenedBatch) -> None:

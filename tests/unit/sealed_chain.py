@@ -19,7 +19,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from vsql_consumers.collect import Collector, Decisions
-from vsql_consumers.unseal import Announcements, Descriptor, open_batch
+from vsql_consumers.unseal import Announcements, Descriptor, name_altered, open_batch
 from vsql_consumers.verify import verify_batch
 from vsql_shared import names
 from vsql_shared.audit import merkle
@@ -31,7 +31,7 @@ from vsql_shared.crypto.announce import MEDIA_TYPE, KeyAnnouncement, KeyRing, an
 from vsql_shared.crypto.dek import KeyLimits, SealingKey
 from vsql_shared.crypto.seal import seal_tuples
 from vsql_shared.crypto.signing import PinnedKey, Signer, TrustStore
-from vsql_shared.errors import VerificationError
+from vsql_shared.errors import RecordError, VerificationError
 from vsql_shared.kms.file import FileKek, generate_kek_file
 from vsql_shared.wire.pack import (
     CLEAR,
@@ -183,9 +183,7 @@ class SealedChain:
             topic, 0, offsets[0], offsets[-1], len(offsets), len(leaves), merkle.root(leaves)
         )
 
-    def pack(
-        self, table: str, heads: list[Transaction], records: list[tuple[int, int, int, bytes]]
-    ) -> bytes:
+    def pack(self, table: str, heads: list[Transaction], records: list[tuple[int, int, int, bytes]]) -> bytes:
         """Seal one pack of the current batch."""
         header = PackHeader(
             CLUSTER,

@@ -177,9 +177,7 @@ def test_reading_goes_on_from_every_stored_position(cut: int) -> None:
         for batch in whole.batches
         for text in map(encode_relation, batch.relations.values())
     }
-    rest = read(
-        chain.log, chain.trust, head=head, audit_offset=audit_offset, offsets=position, known=known
-    )
+    rest = read(chain.log, chain.trust, head=head, audit_offset=audit_offset, offsets=position, known=known)
     assert rest.error is None
     done = sum(1 for batch in whole.batches if batch.sequence <= cut)
     assert [b.plaintexts for b in rest.batches] == [b.plaintexts for b in whole.batches[done:]]
