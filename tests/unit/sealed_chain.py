@@ -244,7 +244,12 @@ def _open_all(
         if ready.skipped:
             reading.skipped.append(ready.sequence)
         elif ready.entry is not None and ready.parts:
-            verified = verify_batch(ready.entry, ready.parts, ORIGIN)
+            try:
+                verified = verify_batch(ready.entry, ready.parts, ORIGIN)
+            except RecordError as error:
+                if announcements.knows(ready.entry.dek_id):
+                    name_altered(error, ready.parts, announcements.open(ready.entry, kek()))
+                raise
             data_key = announcements.open(ready.entry, kek())
             opened, new = open_batch(verified, data_key, descriptors, ready.entry_hash)
             descriptors.update(new)
