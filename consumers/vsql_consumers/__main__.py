@@ -1,4 +1,4 @@
-"""`python -m vsql_consumers`: the consumer service, or with --chain the worker of one stream."""
+"""`python -m vsql_consumers`: the consumer service; with --chain a stream's worker, with --tail a reader."""
 
 from __future__ import annotations
 
@@ -15,5 +15,13 @@ def _run_worker(settings: Settings, chain: str) -> int:
     return run_worker(settings, chain)
 
 
+def _main(argv: list[str]) -> int:
+    if any(word == "--tail" or word.startswith("--tail=") for word in argv):
+        from vsql_consumers.tail import main
+
+        return main(argv)
+    return service_main("consumer", "vsql_consumers", _run_worker, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(service_main("consumer", "vsql_consumers", _run_worker))
+    sys.exit(_main(sys.argv[1:]))

@@ -48,6 +48,8 @@ class Announcements:
         self._cluster, self._chain, self._origin, self._trust = cluster, chain, origin, trust
         self._ring, self._first_epoch = ring, first_epoch
         self._known: dict[str, KeyAnnouncement] = {}
+        self.next_offset = 0
+        """Next offset of the keys topic; all before it was taken."""
 
     def __len__(self) -> int:
         return len(self._known)
@@ -60,6 +62,7 @@ class Announcements:
         3. Signed by the origin; cluster, chain and origin as expected; filed under its own dek_id.
         4. Never a second content under one dek_id.
         """
+        self.next_offset = offset + 1
         if value is None:
             return
         where = record_name(topic, partition, offset)
