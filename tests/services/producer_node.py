@@ -17,15 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
 from psycopg.conninfo import conninfo_to_dict
 
 from tests.stack import Stack, spawn
-from tests.streams import Record, read_topics
+from tests.streams import Record, cluster_topics, read_topics
 from vsql_shared import names
 from vsql_shared.audit import merkle
-from vsql_shared.audit.chain import Accepted, ChainReader, Void
-from vsql_shared.audit.dsse import KEY_ANNOUNCEMENT, open_document
-from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry
+from vsql_shared.audit.chain import (
+    EMPTY_HEAD,
+    Accepted,
+    ChainReader,
+    ChainWriter,
+    Prepared,
+    Void,
+    new_incarnation,
+)
+from vsql_shared.audit.dsse import KEY_ANNOUNCEMENT, document_hash, open_document
+from vsql_shared.audit.entries import BATCH_APPLIED, EPOCH_OPENED, REPLICATION_BATCH, AuditEntry
+from vsql_shared.audit.rows import parse
 from vsql_shared.changes import CHANGE_OPS, Op, PartitionRoot, Relation, TableName, Transaction
 from vsql_shared.config import Settings, load_settings
 from vsql_shared.crypto.announce import decode_announcement, unwrap
@@ -37,6 +49,7 @@ from vsql_shared.crypto.signing import (
     fingerprint,
     generate_signing_key,
     load_public_key,
+    load_signer,
 )
 from vsql_shared.kms import open_provider
 from vsql_shared.kms.file import generate_kek_file
@@ -127,7 +140,9 @@ class SourceNode:
         conninfo: str | None = None,
         pci_columns: Sequence[tuple[str, str]] = (),
     ) -> None:
+        self._workers: list[subprocess.Popen[bytes]] = []
         self.folder, self.cluster = folder, stack.new_cluster_name("p")
+        self._made_database = conninfo is None
         self.conninfo = conninfo or stack.new_database(version, "source")
         self.kafka = kafka or stack.kafka().bootstrap_servers
         self.chain = CHAIN
@@ -222,7 +237,17 @@ enabled = false
         """Start a worker; `failpoints` as VSQL_SYNC_FAILPOINTS."""
         env = {"VSQL_SYNC_ALLOW_FAILPOINTS": "1", "VSQL_SYNC_FAILPOINTS": failpoints} if failpoints else {}
         command = [sys.executable, "-m", "vsql_producers", "--config", str(self.config)]
-        return spawn([*command, "--chain", chain or self.chain], log=self.folder / f"{log}.log", env=env)
+        chain = chain or self.chain
+        process = spawn([*command, "--chain", chain], log=self.folder / f"{log}.log", env=env)
+        self._workers.append(process)
+        return process
+
+    def kill_workers(self) -> None:
+        """End what a failed test left running."""
+        for process in self._workers:
+            if process.poll() is None:
+                process.kill()
+            process.wait(20)
 
     def stop(self, process: subprocess.Popen[bytes]) -> None:
         """SIGTERM a worker; it must end by itself and well."""
@@ -259,8 +284,23 @@ enabled = false
         rows = self.query("SELECT state, detail FROM vsql_sync.stream_status WHERE chain = %s", self.chain)
         return (rows[0][0], rows[0][1]) if rows else ("", {})
 
+    def drop(self, stack: Stack) -> None:
+        """Drop the database, with its slot, where the stack made it."""
+        if self._made_database:
+            stack.drop_database(self.conninfo)
+
+    def topics(self) -> list[str]:
+        """Names of the cluster's topics."""
+        return list(cluster_topics(self.kafka, self.cluster))
+
+    def make_topic(self, name: str) -> None:
+        """Create one of the cluster's topics in the broker's default shape."""
+        topic = NewTopic(f"{self.cluster}.{name}", num_partitions=1, replication_factor=1)
+        admin = AdminClient({"bootstrap.servers": self.kafka})
+        admin.create_topics([topic])[topic.topic].result(20)
+
     def cut_off(self) -> None:
-        """End every session of a worker at the server, as a network that fails does; the process is not told."""
+        """End every session of a worker at the server; the process is not told before it uses one."""
         self.query(
             "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
             " WHERE datname = current_database() AND application_name LIKE 'vsql-sync%%' AND pid <> %s",
@@ -270,6 +310,71 @@ enabled = false
     def read(self, chain: str | None = None) -> ReadBack:
         """Read the topics back and verify everything a consumer would."""
         return read_stream(self, read_topics(self.kafka, self.cluster), chain or self.chain)
+
+
+class PeerNode:
+    """A target as the source sees it: a pinned key, and signed acknowledgements of a chain's manifests."""
+
+    def __init__(self, source: SourceNode, name: str) -> None:
+        self._source, self.name = source, name
+        folder = source.folder / name
+        folder.mkdir()
+        private, public = generate_signing_key(folder)
+        self._signer = load_signer(private, name)
+        self._writers: dict[str, ChainWriter] = {}
+        raw = load_public_key(public)
+        with psycopg.connect(source.conninfo) as connection:
+            connection.execute(
+                "INSERT INTO vsql_sync.signers (fingerprint, node_name, public_key) VALUES (%s, %s, %s)",
+                (fingerprint(raw), name, raw),
+            )
+
+    def acknowledge(self, chain: str, root: bytes | None = None) -> None:
+        """Acknowledge every manifest that was not acknowledged yet; `root` replaces the last one's."""
+        writer = self._writers.get(chain)
+        made: list[Prepared] = []
+        if writer is None:
+            writer = ChainWriter(
+                self._signer,
+                self._source.cluster,
+                names.ack_chain(chain, self.name),
+                EMPTY_HEAD,
+                new_incarnation(),
+            )
+            self._writers[chain] = writer
+            made.append(writer.open_epoch(lsn=1, system_identifier="1", timeline=1, source_node_id=NODE))
+        rows = self._source.query(
+            "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s"
+            " AND event_type = 'replication_batch' AND batch > %s ORDER BY sequence",
+            chain,
+            writer.tip.batch,
+        )
+        for place, (document,) in enumerate(rows, 1):
+            manifest = parse(bytes(document)).entry
+            last = root if root is not None and place == len(rows) else manifest.merkle_root
+            made.append(
+                writer.prepare(
+                    event_type=BATCH_APPLIED,
+                    source_node_id=NODE,
+                    target_node_id=self.name,
+                    batch=manifest.batch,
+                    batch_lsn_start=manifest.batch_lsn_start,
+                    batch_lsn_end=manifest.batch_lsn_end,
+                    row_count=manifest.row_count,
+                    merkle_root=last,
+                    ref_epoch=manifest.epoch,
+                    ref_sequence=manifest.sequence,
+                    ref_hash=document_hash(bytes(document)),
+                    continues=manifest.continues,
+                    verdicts=(("applied", manifest.row_count),),
+                )
+            )
+        producer = Producer({"bootstrap.servers": self._source.kafka, "enable.idempotence": True})
+        for one in made:
+            entry = one.entry
+            key = names.audit_key(entry.chain, entry.epoch, entry.incarnation, entry.sequence)
+            producer.produce(names.audit_topic(self._source.cluster), one.encoded, key=key, partition=0)
+        assert producer.flush(20) == 0
 
 
 def read_stream(node: SourceNode, records: list[Record], chain: str) -> ReadBack:

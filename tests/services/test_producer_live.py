@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from tests.services.producer_node import SourceNode
-from tests.stack import Stack
+from tests.services.conftest import NewSource
 
 TABLES = """
 CREATE TABLE one (id bigint PRIMARY KEY, note text);
@@ -16,8 +13,8 @@ CREATE TABLE two (id bigint PRIMARY KEY, amount numeric(12,2));
 
 
 @pytest.mark.parametrize("version", [15, 18])
-def test_changes_of_several_tables_arrive_in_source_order(stack: Stack, tmp_path: Path, version: int) -> None:
-    node = SourceNode(stack, tmp_path, TABLES, ["one", "two"], version=version)
+def test_changes_of_several_tables_arrive_in_source_order(new_source: NewSource, version: int) -> None:
+    node = new_source(TABLES, ["one", "two"], version=version)
     worker = node.start()
     node.wait(lambda: node.state()[0] == "running", what="the stream does not run")
     node.execute(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient
 
+from tests.services.conftest import NewSource
 from tests.services.producer_node import SourceNode
-from tests.stack import Stack
 from vsql_shared import names
+from vsql_shared.audit.chain import ChainWriter, new_incarnation
 from vsql_shared.audit.entries import EPOCH_OPENED
+from vsql_shared.audit.store import load_head
+from vsql_shared.crypto.signing import load_signer
+from vsql_shared.pg.connect import connect
 
 TABLE = "CREATE TABLE t (id bigint PRIMARY KEY, note text)"
 SMALL_BATCHES = """
@@ -49,8 +51,8 @@ POINTS = [
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_a_producer_killed_at_any_point_is_resumed_exactly(stack: Stack, tmp_path: Path, point: str) -> None:
-    node = SourceNode(stack, tmp_path, TABLE, ["t"], config=SMALL_BATCHES)
+def test_a_producer_killed_at_any_point_is_resumed_exactly(new_source: NewSource, point: str) -> None:
+    node = new_source(TABLE, ["t"], config=SMALL_BATCHES)
     first = node.start(failpoints=point)
     node.wait(lambda: first.poll() is not None or node.state()[0] == "running")
     if first.poll() is None:
@@ -74,9 +76,9 @@ def test_a_producer_killed_at_any_point_is_resumed_exactly(stack: Stack, tmp_pat
 
 
 def test_rule_1_a_late_manifest_of_a_replaced_process_is_void_and_its_rows_are_sent_again(
-    stack: Stack, tmp_path: Path
+    new_source: NewSource,
 ) -> None:
-    node = SourceNode(stack, tmp_path, TABLE, ["t"], config=SMALL_BATCHES)
+    node = new_source(TABLE, ["t"], config=SMALL_BATCHES)
     # A falls asleep with the packs of its second batch in Kafka, and their manifest not yet sent.
     old = node.start(failpoints="producer.packs-acked=sleep:9000:2", log="old")
     node.wait(lambda: node.state()[0] == "running", what=node.log("old"))
@@ -97,10 +99,8 @@ def test_rule_1_a_late_manifest_of_a_replaced_process_is_void_and_its_rows_are_s
     assert ids(node) == [1, 2, 3]
 
 
-def test_rule_2_of_two_openers_the_first_valid_entry_wins_and_nothing_is_lost(
-    stack: Stack, tmp_path: Path
-) -> None:
-    node = SourceNode(stack, tmp_path, TABLE, ["t"], config=SMALL_BATCHES)
+def test_rule_2_of_two_openers_the_first_valid_entry_wins_and_nothing_is_lost(new_source: NewSource) -> None:
+    node = new_source(TABLE, ["t"], config=SMALL_BATCHES)
     # A has read the chain and signed its opening entry, and sends it only when B has long been at work.
     old = node.start(failpoints="producer.opening=sleep:8000:1", log="old")
     node.wait(lambda: '"failpoint"' in node.log("old"), what="A did not fall asleep")
@@ -119,10 +119,10 @@ def test_rule_2_of_two_openers_the_first_valid_entry_wins_and_nothing_is_lost(
 
 
 def test_an_epoch_opened_by_a_process_that_lost_its_slot_fences_us_off_before_we_confirm(
-    stack: Stack, tmp_path: Path
+    new_source: NewSource,
 ) -> None:
     """A wakes up and appends an opening that *is* valid: B's later entries are void, and B must notice."""
-    node = SourceNode(stack, tmp_path, TABLE, ["t"], config=SMALL_BATCHES)
+    node = new_source(TABLE, ["t"], config=SMALL_BATCHES)
     worker = node.start(failpoints="producer.manifest-acked=sleep:3000:2")
     node.wait(lambda: node.state()[0] == "running")
     node.execute("INSERT INTO t VALUES (1, 'a')")
@@ -140,11 +140,6 @@ def test_an_epoch_opened_by_a_process_that_lost_its_slot_fences_us_off_before_we
 
 def append_opening(node: SourceNode) -> None:
     """Append a valid `epoch_opened` with the node's own key, as a stopped process of it would."""
-    from vsql_shared.audit.chain import ChainWriter, new_incarnation  # noqa: PLC0415 - only this schedule needs them
-    from vsql_shared.audit.store import load_head  # noqa: PLC0415
-    from vsql_shared.crypto.signing import load_signer  # noqa: PLC0415
-    from vsql_shared.pg.connect import connect  # noqa: PLC0415
-
     path = node.settings.audit.signing_key_path
     assert path is not None
     with connect(node.conninfo, application_name="test") as conn:
@@ -160,10 +155,8 @@ def append_opening(node: SourceNode) -> None:
     assert producer.flush(20) == 0
 
 
-def test_garbage_and_forged_entries_on_the_audit_topic_do_not_stop_a_producer(
-    stack: Stack, tmp_path: Path
-) -> None:
-    node = SourceNode(stack, tmp_path, TABLE, ["t"], config=SMALL_BATCHES)
+def test_garbage_and_forged_entries_on_the_audit_topic_do_not_stop_a_producer(new_source: NewSource) -> None:
+    node = new_source(TABLE, ["t"], config=SMALL_BATCHES)
     worker = node.start()
     node.wait(lambda: node.state()[0] == "running")
     producer = Producer({"bootstrap.servers": node.kafka})
@@ -178,8 +171,8 @@ def test_garbage_and_forged_entries_on_the_audit_topic_do_not_stop_a_producer(
     node.stop(worker)
 
 
-def test_rule_5_a_chain_that_kafka_lost_is_diverged_and_nothing_is_sent(stack: Stack, tmp_path: Path) -> None:
-    node = SourceNode(stack, tmp_path, TABLE, ["t"], config=SMALL_BATCHES)
+def test_rule_5_a_chain_that_kafka_lost_is_diverged_and_nothing_is_sent(new_source: NewSource) -> None:
+    node = new_source(TABLE, ["t"], config=SMALL_BATCHES)
     worker = node.start()
     node.wait(lambda: node.state()[0] == "running")
     node.execute("INSERT INTO t VALUES (1, 'a')")
@@ -195,8 +188,8 @@ def test_rule_5_a_chain_that_kafka_lost_is_diverged_and_nothing_is_sent(stack: S
     node.stop(worker)
 
 
-def test_a_slot_that_was_dropped_is_a_gap_and_not_made_anew(stack: Stack, tmp_path: Path) -> None:
-    node = SourceNode(stack, tmp_path, TABLE, ["t"], config=SMALL_BATCHES)
+def test_a_slot_that_was_dropped_is_a_gap_and_not_made_anew(new_source: NewSource) -> None:
+    node = new_source(TABLE, ["t"], config=SMALL_BATCHES)
     worker = node.start()
     node.wait(lambda: node.state()[0] == "running")
     node.stop(worker)
@@ -208,8 +201,8 @@ def test_a_slot_that_was_dropped_is_a_gap_and_not_made_anew(stack: Stack, tmp_pa
     node.stop(worker)
 
 
-def test_a_second_worker_of_a_stream_is_told_who_has_it(stack: Stack, tmp_path: Path) -> None:
-    node = SourceNode(stack, tmp_path, TABLE, ["t"], config=SMALL_BATCHES)
+def test_a_second_worker_of_a_stream_is_told_who_has_it(new_source: NewSource) -> None:
+    node = new_source(TABLE, ["t"], config=SMALL_BATCHES)
     worker = node.start()
     node.wait(lambda: node.state()[0] == "running")
     second = node.start(log="second")

@@ -31,7 +31,7 @@ from vsql_producers.snapshot.history import CopyHistory, read_history
 from vsql_producers.snapshot.reader import Snapshot, TableReader, export_snapshot, import_snapshot
 from vsql_producers.snapshot.tables import CopyTable, count_tables, tables_to_copy
 from vsql_producers.transactions import RelationChange, Run
-from vsql_shared import failpoints, lsn
+from vsql_shared import failpoints, lsn, names
 from vsql_shared.audit.chain import ChainWriter, Prepared
 from vsql_shared.audit.entries import COPY_FINISHED, COPY_STARTED, canonical_json
 from vsql_shared.audit.store import insert_entries, iterate
@@ -101,6 +101,7 @@ class CopyPipeline:
 
     def _require_live_slot(self) -> None:
         stream, conn = self._context.stream, self._context.conn
+        live = (stream.publication, stream.origin)
         with errors("looking for the live stream"):
             row = conn.execute(
                 "SELECT r.slot_name IS NOT NULL FROM vsql_sync.streams s"
@@ -108,11 +109,11 @@ class CopyPipeline:
                 " ON r.slot_name = s.slot_name AND r.confirmed_flush_lsn IS NOT NULL"
                 " WHERE s.publication = %s AND s.origin = %s AND s.direction = 'out' AND s.kind = 'live'"
                 " AND s.slot_created",
-                (stream.publication, stream.origin),
+                live,
             ).fetchone()
         if row is None or not row[0]:
             raise TransientError(
-                f"the first copy waits for the slot of stream {stream.publication}.{stream.origin}",
+                f"the first copy waits for the slot of stream {names.live_chain(*live)}",
                 hint="start the live stream; the copy follows",
             )
 
