@@ -288,7 +288,7 @@ class Collector:
             self._take_entry(outcome, value, offset)
 
     def _accept(self, value: bytes, where: str, offset: int) -> Accepted | Void | None:
-        """The chain reader's answer; an entry an operator skips is passed over, or bridged where it is gone."""
+        """The chain reader's answer; one an operator skips is passed over, or bridged where it is gone."""
         try:
             return self._reader.accept(value, where)
         except (ChainError, SignatureError, DecodeError):

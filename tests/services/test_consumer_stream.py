@@ -137,7 +137,8 @@ def test_killed_where_progress_becomes_durable_nothing_is_lost_or_doubled(
     # Kafka has each entry of the table, in order, once.
     in_kafka = [r.key for r in read_topics(pair.a.kafka, pair.cluster) if r.key and b".ack.node-b/" in r.key]
     in_table = pair.b.query(
-        "SELECT epoch, incarnation, sequence FROM vsql_sync.vsql_sync_audit WHERE chain = %s ORDER BY sequence",
+        "SELECT epoch, incarnation, sequence FROM vsql_sync.vsql_sync_audit"
+        " WHERE chain = %s ORDER BY sequence",
         names.ack_chain(pair.chain, "node-b"),
     )
     ack_chain = names.ack_chain(pair.chain, "node-b")
@@ -186,8 +187,8 @@ def test_a_skipped_batch_is_signed_its_tables_are_marked_and_later_batches_come(
     refused = _refusal(pair)
     assert refused["record"].startswith(_topic(pair, "t"))
     pair.b.ctl(
-        "stream", "ignore-record", "--chain", pair.chain, "--record", refused["record"], "--reason", "replayed",
-        "--yes",
+        "stream", "ignore-record", "--chain", pair.chain, "--record", refused["record"],
+        "--reason", "replayed", "--yes",
     )  # fmt: skip
     pair.wait_in_step()
     assert pair.heads()[1] >= head

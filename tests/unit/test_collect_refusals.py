@@ -237,7 +237,7 @@ def test_any_flipped_byte_of_any_kind_of_record_is_refused(byte: int) -> None:
 
 
 def _decided(chain: SealedChain, **decisions: frozenset[object]) -> Reading:
-    return read(chain.log, chain.trust, decisions=Decisions(**decisions))  # type: ignore[arg-type]
+    return read(chain.log, chain.trust, decisions=Decisions(**decisions))  # type: ignore[arg-type]  # any field
 
 
 def test_an_ignored_record_is_passed_over_and_the_stream_goes_on_complete() -> None:
