@@ -212,6 +212,8 @@ def test_every_published_table_can_be_updated_at_the_source(conn: Connection) ->
     conn.execute("INSERT INTO public.chosen VALUES (1, 1); INSERT INTO public.whole VALUES (1, 'p')")
     conn.execute("UPDATE public.payments SET pan = 'q'; UPDATE public.parted SET v = 'y'")
     conn.execute("UPDATE public.chosen SET y = 2; DELETE FROM public.whole")
+    kept = conn.execute("SELECT pan, v, y FROM public.payments, public.parted, public.chosen").fetchall()
+    assert kept == [("q", "y", 2)]
 
 
 def test_a_publication_made_by_somebody_else_is_not_taken_over(conn: Connection) -> None:
