@@ -15,6 +15,8 @@ import pytest
 
 from tests.stack import POSTGRES_VERSIONS, Kafka, Postgres, Stack
 
+pytest_plugins = ["tests.pairs"]
+
 _FOLDER_MARKS = {"unit": "unit", "services": "services", "topology": "topology", "chaos": "chaos"}
 
 

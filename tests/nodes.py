@@ -27,7 +27,7 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
-from tests.stack import Stack, spawn
+from tests.stack import Stack, kill_tree, spawn
 
 PUBLICATION = "pub"
 Echo = Callable[[str, Sequence[str]], None]
@@ -244,6 +244,13 @@ class TwoNodes:
         for node in (self.a, self.b):
             for role in list(node.services):
                 node.stop(role)
+
+    def end(self) -> None:
+        """Kill whatever still runs, for a test that ended half-way."""
+        for node in (self.a, self.b):
+            for process in node.services.values():
+                kill_tree(process)
+            node.services.clear()
 
     def heads(self) -> tuple[int, int]:
         """(last sequence in A's chain, last sequence B applied)."""

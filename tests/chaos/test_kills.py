@@ -10,12 +10,12 @@ import random
 import signal
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.nodes import Node, TwoNodes
+from tests.nodes import Node
+from tests.pairs import Pairs
 from tests.stack import KafkaBroker, Stack
 from tests.topology import workload
 
@@ -69,12 +69,12 @@ def _kill_one(node: Node, role: str, rng: random.Random) -> None:
         return
 
 
-def _survive(stack: Stack, folder: Path, kills: int, parts: tuple[str, ...]) -> None:
+def _survive(stack: Stack, pairs: Pairs, kills: int, parts: tuple[str, ...]) -> None:
     print(f"SEED={SEED} RUNS={kills}")
     rng = random.Random(SEED)
     broker: KafkaBroker | None = stack.own_kafka() if "kafka" in parts else None
     kafka = broker.bootstrap_servers if broker else None
-    pair = TwoNodes(stack, folder, workload.TABLES_SQL, kafka=kafka)
+    pair = pairs(workload.TABLES_SQL, kafka=kafka)
     workload.prepare(pair.a.conninfo)
     pair.create(workload.TABLES, copy=False)
     for node in (pair.a, pair.b):
@@ -107,11 +107,11 @@ def _survive(stack: Stack, folder: Path, kills: int, parts: tuple[str, ...]) -> 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("part", ["producer", "consumer", "kafka"])
-def test_killed_at_random_moments_nothing_is_lost_or_doubled(stack: Stack, tmp_path: Path, part: str) -> None:
-    _survive(stack, tmp_path, RUNS, (part,))
+def test_killed_at_random_moments_nothing_is_lost_or_doubled(stack: Stack, pairs: Pairs, part: str) -> None:
+    _survive(stack, pairs, RUNS, (part,))
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_ten_kills_of_each_part_under_load(stack: Stack, tmp_path: Path) -> None:
-    _survive(stack, tmp_path, 10, ("producer", "consumer", "kafka"))
+def test_ten_kills_of_each_part_under_load(stack: Stack, pairs: Pairs) -> None:
+    _survive(stack, pairs, 10, ("producer", "consumer", "kafka"))

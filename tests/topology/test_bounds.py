@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from tests.nodes import TwoNodes
+from tests.pairs import Pairs
 from tests.stack import Stack
 
 pytestmark = pytest.mark.topology
@@ -44,8 +45,8 @@ def _insert(pair: TwoNodes, first: int, rows: int, per_tx: int) -> None:
             )
 
 
-def _pass_rows(stack: Stack, folder: Path, rows: int) -> None:
-    pair = TwoNodes(stack, folder, ROWS)
+def _pass_rows(pairs: Pairs, rows: int) -> None:
+    pair = pairs(ROWS)
     pair.create(["t(*)"])
     pair.start()
     _insert(pair, 1, rows, 1000)
@@ -60,18 +61,14 @@ def _pass_rows(stack: Stack, folder: Path, rows: int) -> None:
 
 
 @pytest.mark.timeout(240)
-def test_memory_stays_bounded_with_many_transactions_and_with_a_large_one(
-    stack: Stack, tmp_path: Path
-) -> None:
-    _pass_rows(stack, tmp_path, 100_000)
+def test_memory_stays_bounded_with_many_transactions_and_with_a_large_one(pairs: Pairs) -> None:
+    _pass_rows(pairs, 100_000)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_memory_stays_bounded_with_a_million_rows_and_one_transaction_of_a_million(
-    stack: Stack, tmp_path: Path
-) -> None:
-    _pass_rows(stack, tmp_path, 1_000_000)
+def test_memory_stays_bounded_with_a_million_rows_and_one_transaction_of_a_million(pairs: Pairs) -> None:
+    _pass_rows(pairs, 1_000_000)
 
 
 def _confirmed(pair: TwoNodes) -> int:
@@ -84,8 +81,8 @@ def _confirmed(pair: TwoNodes) -> int:
     )
 
 
-def _idle(stack: Stack, folder: Path, seconds: float) -> None:
-    pair = TwoNodes(stack, folder, ROWS)
+def _idle(stack: Stack, pairs: Pairs, seconds: float) -> None:
+    pair = pairs(ROWS)
     pair.create(["t(*)"])
     pair.start()
     pair.wait_in_step()
@@ -107,22 +104,22 @@ def _idle(stack: Stack, folder: Path, seconds: float) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_an_idle_stream_confirms_wal_of_other_databases(stack: Stack, tmp_path: Path) -> None:
-    _idle(stack, tmp_path, 8)
+def test_an_idle_stream_confirms_wal_of_other_databases(stack: Stack, pairs: Pairs) -> None:
+    _idle(stack, pairs, 8)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(240)
-def test_an_idle_stream_confirms_wal_for_a_whole_minute(stack: Stack, tmp_path: Path) -> None:
-    _idle(stack, tmp_path, 60)
+def test_an_idle_stream_confirms_wal_for_a_whole_minute(stack: Stack, pairs: Pairs) -> None:
+    _idle(stack, pairs, 60)
 
 
 @pytest.mark.timeout(240)
-def test_kafka_and_both_databases_may_go_away_and_come_back(stack: Stack, tmp_path: Path) -> None:
+def test_kafka_and_both_databases_may_go_away_and_come_back(stack: Stack, pairs: Pairs) -> None:
     broker = stack.own_kafka()
     servers = [stack.own_postgres(18, fast=True) for _ in range(2)]
-    pair = TwoNodes(
-        stack, tmp_path, ROWS, kafka=broker.bootstrap_servers,
+    pair = pairs(
+        ROWS, kafka=broker.bootstrap_servers,
         conninfos=(servers[0].conninfo("postgres"), servers[1].conninfo("postgres")),
     )  # fmt: skip
     pair.create(["t(*)"])

@@ -14,6 +14,7 @@ import pytest
 from psycopg import sql
 
 from tests.nodes import TwoNodes
+from tests.pairs import Pairs
 from tests.stack import Stack
 
 pytestmark = pytest.mark.topology
@@ -73,12 +74,14 @@ def _scrape(port: int) -> bytes:
 
 
 @pytest.mark.timeout(240)
-def test_markers_of_every_type_are_nowhere_outside_the_databases(stack: Stack, tmp_path: Path) -> None:
+def test_markers_of_every_type_are_nowhere_outside_the_databases(
+    stack: Stack, pairs: Pairs, tmp_path: Path
+) -> None:
     columns = ", ".join(f'"c{i}" {name}' for i, name in enumerate(CARRIERS))
     config = '[log]\nlevel = "debug"\n'
     broker = stack.own_kafka()
-    pair = TwoNodes(
-        stack, tmp_path, f"CREATE TABLE carriers (id int PRIMARY KEY, {columns})", config=config,
+    pair = pairs(
+        f"CREATE TABLE carriers (id int PRIMARY KEY, {columns})", config=config,
         kafka=broker.bootstrap_servers,
     )  # fmt: skip
     markers = [secrets.token_hex(12) for _ in range(6)]

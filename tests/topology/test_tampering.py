@@ -10,13 +10,13 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from confluent_kafka.admin import AdminClient
 
 from tests.nodes import TwoNodes
+from tests.pairs import Pairs
 from tests.stack import KafkaBroker, Stack
 from tests.streams import Record, append, cluster_topics, copy_topics, create_like, read_topics
 
@@ -67,7 +67,7 @@ def scene(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sc
     records = read_topics(pair.a.kafka, pair.cluster)
     other = stack.own_kafka()
     yield Scene(pair, other, records, seen, _rows(pair))
-    pair.stop()
+    pair.end()
 
 
 def _rows(pair: TwoNodes) -> list[tuple[Any, ...]]:
@@ -228,10 +228,8 @@ def _whole_batches(scene: Scene, rows: list[tuple[Any, ...]]) -> bool:
 
 
 @pytest.mark.timeout(120)
-def test_what_is_appended_to_the_live_topics_is_refused_until_an_operator_decides(
-    stack: Stack, tmp_path: Path
-) -> None:
-    pair = TwoNodes(stack, tmp_path, TABLES)
+def test_what_is_appended_to_the_live_topics_is_refused_until_an_operator_decides(pairs: Pairs) -> None:
+    pair = pairs(TABLES)
     pair.create(["t(*)", "u(*)"])
     pair.start()
     pair.a.execute("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 10) g")

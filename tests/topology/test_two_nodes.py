@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 
 import pytest
 
-from tests.nodes import TwoNodes
-from tests.stack import Stack
+from tests.pairs import Pairs
 from tests.topology import workload
 
 pytestmark = pytest.mark.topology
 
 
-def _drive(stack: Stack, folder: Path, version: int, changes: int, max_tx: int) -> None:
-    pair = TwoNodes(stack, folder, workload.TABLES_SQL, version=version)
+def _drive(pairs: Pairs, version: int, changes: int, max_tx: int) -> None:
+    pair = pairs(workload.TABLES_SQL, version=version)
     workload.prepare(pair.a.conninfo)
     pair.create(workload.TABLES)
     pair.start()
@@ -35,9 +33,9 @@ def _drive(stack: Stack, folder: Path, version: int, changes: int, max_tx: int) 
 )
 @pytest.mark.timeout(300)
 def test_every_change_arrives_once_and_the_chain_counts_them(
-    stack: Stack, tmp_path: Path, version: int, changes: int, max_tx: int
+    pairs: Pairs, version: int, changes: int, max_tx: int
 ) -> None:
-    _drive(stack, tmp_path, version, changes, max_tx)
+    _drive(pairs, version, changes, max_tx)
 
 
 @pytest.mark.long
@@ -45,13 +43,13 @@ def test_every_change_arrives_once_and_the_chain_counts_them(
 @pytest.mark.parametrize(
     ("version", "changes"), [(18, 1_000_000), (15, 100_000), (16, 100_000), (17, 100_000)]
 )
-def test_a_million_changes_arrive_once(stack: Stack, tmp_path: Path, version: int, changes: int) -> None:
-    _drive(stack, tmp_path, version, changes, 50_000)
+def test_a_million_changes_arrive_once(pairs: Pairs, version: int, changes: int) -> None:
+    _drive(pairs, version, changes, 50_000)
 
 
 @pytest.mark.timeout(180)
-def test_first_copy_and_changes_made_during_it_give_equal_tables(stack: Stack, tmp_path: Path) -> None:
-    pair = TwoNodes(stack, tmp_path, workload.TABLES_SQL)
+def test_first_copy_and_changes_made_during_it_give_equal_tables(pairs: Pairs) -> None:
+    pair = pairs(workload.TABLES_SQL)
     workload.prepare(pair.a.conninfo)
     workload.run(pair.a.conninfo, 40_000, 5_000)
     pair.create(workload.TABLES)

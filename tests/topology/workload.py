@@ -26,58 +26,61 @@ _PROCEDURE = """
 CREATE OR REPLACE PROCEDURE run_load(first bigint, wanted bigint, max_tx int, seed float8, INOUT done bigint)
 LANGUAGE plpgsql AS $$
 DECLARE
-    k bigint := first; n int; c bigint; step int := 0; s text := repeat('x', 40);
+    k bigint := first; size int; counted bigint; step int := 0; s text := repeat('x', 40);
 BEGIN
     PERFORM setseed(seed);
     done := 0;
     WHILE done < wanted LOOP
         -- sizes from 1 up: most are small, some are as large as allowed
-        n := least(greatest(1, floor(max_tx ^ random())::int), greatest(1, wanted - done)::int);
+        size := least(greatest(1, floor(max_tx ^ random())::int), greatest(1, wanted - done)::int);
         step := step + 1;
         CASE step % 7
         WHEN 0 THEN
             INSERT INTO composite SELECT 'r' || (g % 7), g, g * 1.5, (g % 32)::int::bit(5)
-                FROM generate_series(k, k + n - 1) g;
+                FROM generate_series(k, k + size - 1) g;
         WHEN 1 THEN
             INSERT INTO documents SELECT md5(g::text)::uuid, jsonb_build_object('n', g, 'a', ARRAY[1,2]),
                 CASE WHEN g % 50 = 0 THEN repeat(md5(g::text), 200) ELSE s END,
                 ARRAY['a', NULL, g::text], g % 1000
-                FROM generate_series(k, k + n - 1) g;
+                FROM generate_series(k, k + size - 1) g;
         WHEN 2 THEN
             INSERT INTO "Mixed Case" SELECT g, g / 3.0, date '2020-01-01' + (g % 1000)::int,
                 '10.0.0.1'::inet + g % 9999
-                FROM generate_series(k, k + n - 1) g;
+                FROM generate_series(k, k + size - 1) g;
         WHEN 3 THEN
             INSERT INTO by_index SELECT 'c' || g % 10,
                 daterange(date '2020-01-01', date '2020-01-02' + (g % 99)::int), g / 7.0, g
-                FROM generate_series(k, k + n - 1) g;
+                FROM generate_series(k, k + size - 1) g;
         ELSE
             INSERT INTO plain SELECT g, g % 1000, CASE WHEN g % 3 = 0 THEN NULL ELSE s || g END
-                FROM generate_series(k, k + n - 1) g;
+                FROM generate_series(k, k + size - 1) g;
         END CASE;
-        done := done + n;
-        k := k + n;
+        done := done + size;
+        k := k + size;
         IF step % 2 = 0 THEN
-            UPDATE plain SET n = n + 1, label = label || '!' WHERE id BETWEEN k - 3 * n AND k - 2 * n;
-            GET DIAGNOSTICS c = ROW_COUNT; done := done + c;
-            UPDATE composite SET amount = amount + 1 WHERE region = 'r1' AND number BETWEEN k - 5 * n AND k;
-            GET DIAGNOSTICS c = ROW_COUNT; done := done + c;
+            UPDATE plain SET n = plain.n + 1, label = label || '!'
+                WHERE id BETWEEN k - 3 * size AND k - 2 * size;
+            GET DIAGNOSTICS counted = ROW_COUNT; done := done + counted;
+            UPDATE composite SET amount = amount + 1
+                WHERE region = 'r1' AND number BETWEEN k - 5 * size AND k;
+            GET DIAGNOSTICS counted = ROW_COUNT; done := done + counted;
         END IF;
         IF step % 3 = 0 THEN
             UPDATE documents SET body = body || '{"seen": true}' WHERE part = step % 1000;
-            GET DIAGNOSTICS c = ROW_COUNT; done := done + c;
-            UPDATE "Mixed Case" SET "Some Value" = -"Some Value" WHERE "Key" BETWEEN k - 4 * n AND k - 3 * n;
-            GET DIAGNOSTICS c = ROW_COUNT; done := done + c;
-            UPDATE by_index SET rate = rate * 2 WHERE id BETWEEN k - 4 * n AND k - 3 * n;
-            GET DIAGNOSTICS c = ROW_COUNT; done := done + c;
+            GET DIAGNOSTICS counted = ROW_COUNT; done := done + counted;
+            UPDATE "Mixed Case" SET "Some Value" = -"Some Value"
+                WHERE "Key" BETWEEN k - 4 * size AND k - 3 * size;
+            GET DIAGNOSTICS counted = ROW_COUNT; done := done + counted;
+            UPDATE by_index SET rate = rate * 2 WHERE id BETWEEN k - 4 * size AND k - 3 * size;
+            GET DIAGNOSTICS counted = ROW_COUNT; done := done + counted;
         END IF;
         IF step % 5 = 0 THEN
-            DELETE FROM plain WHERE id BETWEEN k - 9 * n AND k - 8 * n;
-            GET DIAGNOSTICS c = ROW_COUNT; done := done + c;
-            DELETE FROM by_index WHERE id BETWEEN k - 9 * n AND k - 8 * n;
-            GET DIAGNOSTICS c = ROW_COUNT; done := done + c;
+            DELETE FROM plain WHERE id BETWEEN k - 9 * size AND k - 8 * size;
+            GET DIAGNOSTICS counted = ROW_COUNT; done := done + counted;
+            DELETE FROM by_index WHERE id BETWEEN k - 9 * size AND k - 8 * size;
+            GET DIAGNOSTICS counted = ROW_COUNT; done := done + counted;
             UPDATE plain SET id = -id WHERE id BETWEEN k - 2 AND k;
-            GET DIAGNOSTICS c = ROW_COUNT; done := done + c;
+            GET DIAGNOSTICS counted = ROW_COUNT; done := done + counted;
         END IF;
         IF step % 11 = 0 THEN  -- a rolled back subtransaction leaves nothing
             BEGIN
