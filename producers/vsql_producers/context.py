@@ -53,11 +53,14 @@ class Context:
     closing: ExitStack
     tick: Callable[[], None] = _nothing
     """What must go on while something else is waited for: reports to the walsender."""
+    interrupt: Callable[[], None] = _nothing
+    """Raises when the attempt is to be given up, before anything was sent."""
     check_source = staticmethod(check_source)
     _admin: AdminClient | None = field(default=None)
 
     def on_tick(self) -> None:
-        """Call the present `tick`."""
+        """Call the present `interrupt` and `tick`."""
+        self.interrupt()
         self.tick()
 
     def place(self, epoch: int) -> Place:

@@ -54,6 +54,7 @@ _log = logging.getLogger(__name__)
 # Seconds between looks at a stream that only an operator can set going again.
 _DIVERGED_POLL = 1.0
 _VOLUME_SECONDS = 60.0
+_SAY_AGAIN_SECONDS = 60.0
 _STATES = {
     "running": StreamState.STREAMING,
     "paused": StreamState.PAUSED,
@@ -121,7 +122,7 @@ class Worker:
         self._signer = _signer(settings)
         self._failures = 0
         self._last_error = ""
-        self._last_error_at = 0.0
+        self._last_error_at = self._logged_at = 0.0
         self._totals = (0, 0, 0)
         self._next_volume = 0.0
         self._volume: dict[str, Any] = {}
@@ -179,14 +180,20 @@ class Worker:
         context = Context(settings, stream, conn, provider, writing, targets, self._metrics, closing)
         context.ensure_control_topics()
         pipeline: Pipeline = CopyPipeline(context) if stream.kind == "copy" else LivePipeline(context)
+        context.interrupt = self._raise_when_stopped
         pipeline.open()
+        context.interrupt = _go_on
         streams.set_state(conn, self._chain, "COPYING" if stream.kind == "copy" else "SYNCHRONIZED")
         self._failures = 0
-        self._last_error = ""
         try:
             self._turn_until_stopped(pipeline, control, context)
         finally:
             self._totals = tuple(a + b for a, b in zip(self._totals, pipeline.totals, strict=True))  # type: ignore[assignment]  # three of three
+
+    def _raise_when_stopped(self) -> None:
+        """What waits while a stream is opened ends at a stop; nothing has been sent yet."""
+        if self.stop.is_set():
+            raise Stopped
 
     def _turn_until_stopped(self, pipeline: Pipeline, control: Control, context: Context) -> None:
         conn, targets = context.conn, context.targets
@@ -284,8 +291,13 @@ class Worker:
 
     def _failed(self, error: VsqlSyncError) -> None:
         self._metrics.failed(error)
+        # A cause that stays is said once a minute, not at every retry.
+        again = str(error) == self._last_error and time.time() - self._logged_at < _SAY_AGAIN_SECONDS
         self._last_error, self._last_error_at = str(error), time.time()
-        _log.error("%s", error, extra={"error": type(error).__name__})
+        if not again:
+            self._logged_at = self._last_error_at
+        level = logging.DEBUG if again else logging.ERROR
+        _log.log(level, "%s", error, extra={"error": type(error).__name__})
 
     def _back_off(self, *, longest: bool) -> None:
         limits = self._settings.limits
@@ -324,6 +336,10 @@ class Worker:
                     control.say("diverged", self._error_detail(), time.monotonic())
             except (VsqlSyncError, psycopg.Error):
                 _log.debug("the database is away while the stream is diverged")
+
+
+def _go_on() -> None:
+    """Nothing interrupts an open stream: it ends by `finish`."""
 
 
 def _wal_position(conn: Connection) -> int:
