@@ -85,6 +85,8 @@ class Applier:
         self._unsettled: Counter[str] = Counter()
         self.anomalies: Counter[str] = Counter()
         """Anomalies committed so far, by kind."""
+        self.ways: Counter[str] = Counter()
+        """Changes by the way they were written (copied, folded, upserted, replayed), rolled back or not."""
 
     def setup(self, origin_name: str) -> None:
         """Prepare the session and take the replication origin. Raises our errors."""
@@ -227,6 +229,7 @@ class Applier:
     def _verdicts(self, batches: Sequence[OpenedBatch]) -> list[Verdicts]:
         tally = self._writer.tally
         _write_anomalies(self._conn, self._chain, tally)
+        self.ways += tally.ways
         for (_, kind), count in tally.anomalies.items():
             self._unsettled[kind] += count
         verdicts = []

@@ -15,7 +15,9 @@ from vsql_shared.pg.connect import translate
 _ROW_CLASSES = ("21", "22", "23", "P0", "54")
 # Classes whose texts name objects and settings only.
 _QUIET_CLASSES = ("25", "42", "55", "57", "58", "0A", "53")
-_BAD_FORMAT = ("22P03", "22P04")
+# What a receive function calls a value of the wrong size: class 08, but the connection is not lost.
+_BAD_VALUE = "08P01"
+_BAD_FORMAT = ("22P03", "22P04", _BAD_VALUE)
 UNIQUE_VIOLATION = "23505"
 
 _HINTS = {
@@ -34,14 +36,15 @@ _HINTS = {
 
 def is_row_error(error: psycopg.Error) -> bool:
     """Whether one of the rows is at fault, so that writing them one by one finds it."""
-    return error.sqlstate is not None and error.sqlstate[:2] in _ROW_CLASSES
+    state = error.sqlstate
+    return state is not None and (state == _BAD_VALUE or state[:2] in _ROW_CLASSES)
 
 
 def fault(error: psycopg.Error, doing: str) -> VsqlSyncError:
     """Our error for psycopg's: TransientError where the same may succeed later, else DatabaseError."""
     state = error.sqlstate
     known = translate(error, doing)
-    if isinstance(known, TransientError) or state is None:
+    if state is None or (isinstance(known, TransientError) and state != _BAD_VALUE):
         return known
     hint = _HINTS.get(state, known.hint)
     if state in _BAD_FORMAT:

@@ -226,6 +226,8 @@ def _learn(data: bytes, pos: int, layout: Layout) -> Layout:
             pos += 1
         else:
             raise DecodeError(f"a tuple with the unknown marker {kind} for column {column + 1} at byte {pos}")
+    if pos > len(data):
+        raise _cut_off(data)
     return bytes(learnt)
 
 

@@ -5,6 +5,9 @@ Not here: what is written. Rules:
 * A replication origin is held by one session: who cannot have it is a second applier, and waits.
 * The origin's position and time are given to one commit only: left in the session, the next commit would
   claim them too, whatever it writes. They are taken back after each commit and each rollback.
+* A rollback moves the origin to a position that was set, too (tried on 18). So what can fail is done before,
+  and position and COMMIT travel in one message; and what was applied is known by vsql_sync.apply_progress,
+  which is committed with it, never by the origin's position.
 """
 
 from __future__ import annotations
@@ -92,10 +95,14 @@ class OriginSession:
             at = _EPOCH + timedelta(microseconds=origin_time_us)
         except OverflowError:
             raise DecodeError(f"a commit time of {origin_time_us} µs is out of range") from None
-        self._conn.execute(
-            "SELECT pg_replication_origin_xact_setup(%s::pg_lsn, %s::timestamptz)", (lsn.text(origin_lsn), at)
+        run(
+            self._conn,
+            [
+                "SET CONSTRAINTS ALL IMMEDIATE",
+                f"SELECT pg_replication_origin_xact_setup('{lsn.text(origin_lsn)}', '{at.isoformat()}')",
+                "COMMIT",
+            ],
         )
-        self._conn.execute("COMMIT", prepare=False)
         row = self._conn.execute(
             "SELECT local_lsn::text, pg_replication_origin_xact_reset()"
             " FROM pg_show_replication_origin_status() WHERE external_id = %s",

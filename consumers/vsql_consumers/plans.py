@@ -49,7 +49,7 @@ class Plans:
         return plan
 
     def prepare(self, batches: Sequence[OpenedBatch]) -> None:
-        """Lock the tables these batches change, unless the transaction already did, and forget outdated plans."""
+        """Lock the tables these batches change, unless that was done, and forget outdated plans."""
         digests = [(batch, digest) for batch in batches for digest in set(batch.relation_of)]
         names = {_relation(batch, digest).name for batch, digest in digests} - self._locked
         if not names:
@@ -71,17 +71,11 @@ class Plans:
         tables = ", ".join(f"ONLY {table_sql(name)}" for name in names)
         try:
             run(self._conn, [f"LOCK TABLE {tables} IN ACCESS SHARE MODE"])
-        except (
-            psycopg.errors.UndefinedTable,
-            psycopg.errors.InvalidSchemaName,
-            psycopg.errors.WrongObjectType,
-        ):
+        except _NO_TABLE:
             self._conn.rollback()
             for name in names:
                 read_table(self._conn, name)  # says which one is missing, and what to do
-            raise TransientError(
-                "a table was created or replaced meanwhile", hint="it is tried again"
-            ) from None
+            raise TransientError("a table was replaced meanwhile", hint="it is tried again") from None
 
     def _make(self, relation: Relation) -> Plan:
         name = relation.name

@@ -185,7 +185,8 @@ class Plan:
                 f"CAST({self.value(n, layout, side)} AS {c.type.sql})" for n, c in enumerate(self.columns)
             ),
         ]
-        return f"ROW({rows[0]}) OPERATOR(pg_catalog.*=) ROW({rows[1]})"
+        # Without the casts this would be the grammar's comparison of two rows, column by column.
+        return f"CAST(ROW({rows[0]}) AS record) OPERATOR(pg_catalog.*=) CAST(ROW({rows[1]}) AS record)"
 
     # Whole statements. `stage` is the staging table's name; `where` further conditions on s.
 
@@ -197,7 +198,7 @@ class Plan:
     def insert(
         self, stage: str, where: str, layout: Layout, *, absent: bool = False, race: bool = False
     ) -> str:
-        """Insert staged rows; `absent`: those whose key is not there; `race`: a key that appears is no error."""
+        """Insert staged rows; absent: those whose key is not there; race: a key that appears is no error."""
         names = ", ".join(self.column(n) for n in self.written)
         values = ", ".join(self.value(n, layout) for n in self.written)
         into = f"({names}) OVERRIDING SYSTEM VALUE" if names else ""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vsql_shared.pg.connect import Connection
 
 OnAnomaly: TypeAlias = Literal["continue", "stop"]
+COPIED, FOLDED, UPSERTED, REPLAYED = "copied", "folded", "upserted", "replayed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +52,10 @@ class ApplyLimits:
 
 @dataclass(slots=True)
 class Tally:
-    """What did not fit: verdict "missing" by batch (of those given), anomalies by table and kind."""
+    """Changes by the way they were written; verdict "missing" by batch of those given; anomalies."""
 
     missing: Counter[int] = field(default_factory=Counter)
+    ways: Counter[str] = field(default_factory=Counter)
     anomalies: Counter[tuple[TableName, str]] = field(default_factory=Counter)
     last_batch: dict[tuple[TableName, str], int] = field(default_factory=dict)
 
@@ -112,6 +114,7 @@ class Writer:
                 doing = f"copying into {window.naming_range(0, window.rows)}"
                 tried = self._attempt(doing, lambda: copy_in(self._conn, plan.copy(), chunks))
                 if tried is _Outcome.DONE:
+                    self.tally.ways[COPIED] += window.rows
                     return
         ops = window.ops()
         for step in only_inserts(plaintexts, layout, copied=window.copied):
@@ -132,6 +135,7 @@ class Writer:
             f"writing {window.naming_range(step.start, step.stop)}", self._write_set(window, step)
         )
         if outcome is _Outcome.DONE:
+            self.tally.ways[FOLDED] += step.stop - step.start
             return
         if outcome is not _Outcome.FAILED and self._upsert(window, step):
             return
@@ -166,6 +170,7 @@ class Writer:
         doing = f"writing {window.naming_range(step.start, step.stop)}"
         if self._attempt(doing, write) is not _Outcome.DONE:
             return False
+        self.tally.ways[UPSERTED] += len(step.inserts)
         if updated[0]:
             batch = window.batches[window.place(step.stop - 1)[0]].batch
             self.tally.add(plan.name, INSERT_EXISTS, updated[0], batch)
@@ -188,6 +193,7 @@ class Writer:
         self, window: Window, ops: Sequence[int], plaintexts: Sequence[bytes], layout: Layout, first: int
     ) -> None:
         name = window.plan.name
+        self.tally.ways[REPLAYED] += len(ops)
 
         def anomaly(at: int, kind: str) -> None:
             if self._on_anomaly == "stop":
