@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -47,7 +48,7 @@ class Workers:
             worker = self._workers[chain]
             if worker.process is not None and worker.process.poll() is not None:
                 ended.append(chain)
-                self._note_end(chain, worker, worker.process.returncode, now)
+                self._note_end(chain, worker, worker.process.returncode, now, wanted=chain in wanted)
             if chain not in wanted:
                 if worker.process is None:
                     del self._workers[chain]
@@ -62,7 +63,12 @@ class Workers:
                 _log.info("worker started", extra={"stream": chain, "pid": worker.process.pid})
         return ended
 
-    def _note_end(self, chain: str, worker: _Worker, code: int, now: float) -> None:
+    def _note_end(self, chain: str, worker: _Worker, code: int, now: float, *, wanted: bool) -> None:
+        if not wanted and code in (0, -signal.SIGTERM):
+            # A finished copy ends by itself; our SIGTERM may meet it while the interpreter shuts down.
+            worker.process = None
+            _log.info("worker ended", extra={"stream": chain, "code": code})
+            return
         worker.failures = 1 if now - worker.started > _HEALTHY_AFTER else worker.failures + 1
         pause = 0.0 if code == 0 else min(self._backoff * 2 ** (worker.failures - 1), self._backoff_max)
         worker.next_start = now + pause
