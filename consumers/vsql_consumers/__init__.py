@@ -1,1 +1,1 @@
-"""The target side: collects, verifies, opens, applies, acknowledges. Never imports the producer or syncctl."""
+"""The target side: collects, verifies, opens, applies, acknowledges. Imports neither producer nor syncctl."""

@@ -172,8 +172,7 @@ def test_a_forged_record_stops_the_stream_until_an_operator_has_it_ignored(pair:
 
 
 @pytest.mark.timeout(180)
-def test_a_skipped_batch_is_signed_its_tables_are_marked_and_later_batches_come(pair: TwoNodes) -> None:
-    """The batch's tuples cannot be opened: its data key's announcement never came (deleted by compaction)."""
+def test_a_replayed_pack_stops_the_stream_and_ignoring_it_loses_nothing(pair: TwoNodes) -> None:
     pair.b.start("consumer")
     pair.a.execute("INSERT INTO t VALUES (1, 'a')")
     pair.wait_in_step()
@@ -216,9 +215,10 @@ def test_a_batch_an_operator_skips_leaves_a_signed_gap_and_marked_tables(pair: T
     pair.b.stop("consumer")
     pair.b.start("consumer")
     pair.a.execute("INSERT INTO t VALUES (2, 'skipped')")
+    _until(lambda: pair.heads()[0] >= sequence)  # a batch of its own
     pair.a.execute("INSERT INTO u VALUES (3, 3)")
     _until(lambda: pair.b.query("SELECT 1 FROM u WHERE id = 3"))
-    assert pair.b.query("SELECT id FROM t ORDER BY id") in ([(1,)], [(1,), (2,)])
+    assert pair.b.query("SELECT id FROM t ORDER BY id") == [(1,)]
     skipped = [row for row in _acks(pair) if row[0] == "batch_skipped"]
     assert len(skipped) == 1
     marked = pair.b.query("SELECT table_name, state FROM vsql_sync.table_sync WHERE state = 'DIVERGED'")
