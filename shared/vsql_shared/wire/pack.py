@@ -199,9 +199,11 @@ def decode_tuples(message: bytes, offset: int, digest: bytes) -> list[SealedTupl
         if body >= end:
             raise DecodeError(f"truncated tuple at byte {pos}")
         # Lengths up to 8191 take one or two bytes: the common case without a call.
-        size = message[body]
+        size, second = message[body], message[body + 1] if body + 1 < end else 0
         if size < 0x80 and not size & 1:
             size, start = size >> 1, body + 1
+        elif 0 < second < 0x80 <= size and not size & 1:
+            size, start = (size & 0x7F | second << 7) >> 1, body + 2
         else:
             size, start = _read_varint(message, body)
             if length_prefix(size) != message[body:start]:
