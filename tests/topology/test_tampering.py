@@ -1,7 +1,8 @@
 """What the owner of the broker can do to the topics; node B refuses it, names it, applies nothing.
 
-One pair of nodes; B is stopped while A writes, the topics are copied to a second broker with one alteration,
-B reads that copy. B's progress is untouched by a refusal, so every attack starts from the same point.
+One pair of nodes; B is stopped while A writes, the topics are copied to a second broker with one alteration
+to the first records B has not seen, B reads that copy. A refusal leaves B's progress where it was, so every
+attack starts from the same point.
 """
 
 from __future__ import annotations
@@ -75,18 +76,18 @@ def _rows(pair: TwoNodes) -> list[tuple[Any, ...]]:
 
 
 def _flip_tuple(scene: Scene) -> list[Record]:
-    i = scene.new(".t")[1]
+    i = scene.new(".t")[0]
     return [r.flip(len(r.value or b"") - 30) if n == i else r for n, r in enumerate(scene.records)]
 
 
 def _flip_header(scene: Scene) -> list[Record]:
-    i = scene.new(".t")[1]
+    i = scene.new(".t")[0]
     return [r.flip(8, 1) if n == i else r for n, r in enumerate(scene.records)]
 
 
 def _drop(suffix: str) -> Callable[[Scene], list[Record]]:
     def change(scene: Scene) -> list[Record]:
-        i = scene.new(suffix)[1]
+        i = scene.new(suffix)[0]
         return [r for n, r in enumerate(scene.records) if n != i]
 
     return change
@@ -127,9 +128,9 @@ def _flip_manifest(scene: Scene) -> list[Record]:
 
 
 def _forge_manifest(scene: Scene) -> list[Record]:
-    i = scene.new(".audit")[-1]
+    i = scene.new(".audit")[0]
     forged = scene.records[i].flip(len(scene.records[i].value or b"") - 5)
-    return [*scene.records[: i + 1], forged, *scene.records[i + 1 :]]
+    return [*scene.records[:i], forged, *scene.records[i:]]
 
 
 def _garbage(suffix: str) -> Callable[[Scene], list[Record]]:
@@ -213,18 +214,11 @@ def test_an_altered_copy_of_the_topics_is_refused_and_nothing_of_the_batch_appli
         pair.b.start("consumer")
         said = _refusal(pair)
         assert re.search(names, said), said
-        assert _whole_batches(scene, _rows(pair))
+        assert _rows(pair) == scene.rows_before
     finally:
         if "consumer" in pair.b.services:
             pair.b.stop("consumer")
         pair.b.config.write_text(true_config)
-
-
-def _whole_batches(scene: Scene, rows: list[tuple[Any, ...]]) -> bool:
-    """Batches before the altered one may be applied, whole: t and u always have equal numbers of new rows."""
-    (_, t_before, _), (_, u_before, _) = scene.rows_before
-    (_, t_now, _), (_, u_now, _) = rows
-    return (t_now - t_before) == (u_now - u_before) and (t_now - t_before) in (0, 150, 300)
 
 
 @pytest.mark.timeout(120)
@@ -239,12 +233,12 @@ def test_what_is_appended_to_the_live_topics_is_refused_until_an_operator_decide
     append(pair.a.kafka, [replace(victim, value=(victim.value or b"")[:-7] + b"forged!")])
     pair.a.execute("INSERT INTO t SELECT g, 'x' FROM generate_series(11, 20) g")
     said = _refusal(pair)
-    where = re.search(r"(\S+\.t)\D+(\d+)\D+(\d+)", said)
+    where = re.search(r"([a-z0-9.-]+\.t)\D+(\d+)\D+(\d+)", said)
     assert where, said
     assert pair.b.query("SELECT count(*) FROM t") == [(10,)]
     pair.b.ctl(
         "stream", "ignore-record", "--chain", pair.chain, "--record", "/".join(where.groups()),
-        "--reason", "forged",
+        "--reason", "forged", "--yes",
     )  # fmt: skip
     pair.wait_in_step(timeout=60)
     assert pair.differences() == []
