@@ -81,6 +81,8 @@ class Batches:
     def add(self, run: Run, now: float) -> list[Batch]:
         """Take a run; returns the batches it fills."""
         out: list[Batch] = []
+        if self._add_small(run, now):
+            return out
         self._open.append(run.transaction, run.frames, run.relations)
         if self._whole.frames and self._over(
             len(self._whole.frames) + len(self._open.frames), self._whole.nbytes + self._open.nbytes
@@ -91,6 +93,25 @@ class Batches:
         if run.end_lsn:
             self._end_transaction(run.end_lsn, now, out)
         return out
+
+    def _add_small(self, run: Run, now: float) -> bool:
+        """The common case at less cost: a whole transaction that fits behind the others and fills nothing."""
+        whole, frames = self._whole, run.frames
+        if not run.end_lsn or not frames or self._open.frames or self._fragmented:
+            return False
+        rows, nbytes = len(whole.frames) + len(frames), whole.nbytes + sum(map(len, frames))
+        if rows >= self._limits.rows or nbytes >= self._limits.nbytes:
+            return False
+        if not whole.frames:
+            self.deadline = now + self._limits.linger
+        if run.relations:
+            at = len(whole.frames)
+            whole.relations += [change._replace(position=change.position + at) for change in run.relations]
+        whole.transactions.append(run.transaction)
+        whole.starts.append(len(whole.frames))
+        whole.frames += frames
+        whole.nbytes, whole.end_lsn = nbytes, run.end_lsn
+        return True
 
     def due(self, now: float) -> list[Batch]:
         """The batch of whole transactions if it has waited long enough."""
