@@ -13,7 +13,7 @@ from vsql_consumers.render import changes
 from vsql_shared.changes import Column, Op, OpenedBatch, Relation, TableName, Transaction
 from vsql_shared.errors import DecodeError, RecordError
 
-_NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1, max_size=20)
+_NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20)
 
 
 @given(_NAMES, _NAMES)
