@@ -191,7 +191,8 @@ class _Writer:
                 return INSERT_EXISTS
             if self._run(number, "", ("insert",), lambda: plan.insert(stage, _SET, layout, race=True)):
                 return ""
-        return None
+        # A trigger that fires for replicas may swallow a row; without one, others keep writing it.
+        return "" if plan.target.ordered else None
 
     def _update(self, number: int, found: str, unchanged: Unchanged, keep: tuple[int, ...]) -> int:
         plan, stage, layout = self._plan, self._stage.name, self._layout

@@ -79,7 +79,7 @@ def test_a_row_the_target_refuses_is_named_without_its_value(pair: Pair, name: s
         pair.carry()
     assert error_name in str(caught.value)
     assert place in str(caught.value)
-    assert "public.t (batch 3, change " in str(caught.value)
+    assert "public.t (batch 4, change " in str(caught.value)
     assert MARKER not in _shown(caught.value)
     assert pair.target.execute("SELECT * FROM t ORDER BY 1").fetchall() == before
 
@@ -315,3 +315,10 @@ def test_an_error_after_the_last_row_is_ours_too(pair: Pair) -> None:
     pair.target.execute("DROP TABLE vsql_sync.anomalies")
     with pytest.raises(VsqlSyncError, match="anomalies"):
         pair.current().apply([_batch((Op.DELETE, b"K" + _tuple(1)))])
+
+
+def test_a_refused_row_of_a_table_without_a_key_is_named(pair: Pair) -> None:
+    pair.tables(TABLE, "CREATE TABLE public.t (id int, v text CHECK (v <> 'bad'))")
+    changes = [(Op.INSERT, b"N" + _tuple(n, b"bad" if n == 4 else b"good")) for n in range(9)]
+    with pytest.raises(DatabaseError, match=r"CheckViolation .*public.t \(batch 17, change 4\)"):
+        pair.current().apply([_batch(*changes)])

@@ -489,3 +489,88 @@ def test_an_impossible_commit_time_is_refused(pair: Pair) -> None:
         pair.current().finish(1, 2**63 - 1, lambda conn: note_progress(conn, 3))
     assert isinstance(pair.current(), Applier)
     assert pair.target.execute("SELECT count(*) FROM vsql_sync.progress").fetchone() == (0,)
+
+
+def test_a_key_is_matched_whole_although_the_targets_index_has_a_part_of_it(pair: Pair) -> None:
+    pair.tables(
+        "CREATE TYPE public.pair AS (a int, b text);"
+        'CREATE TABLE public.t (id int, p public.pair NOT NULL, k text COLLATE "C" NOT NULL, v int,'
+        " PRIMARY KEY (id, p, k))",
+        "CREATE TYPE public.pair AS (a int, b text);"
+        'CREATE TABLE public.t (id int PRIMARY KEY, p public.pair, k text COLLATE "POSIX", v int)',
+    )
+    pair.do("INSERT INTO t SELECT i, ROW(i, 'x')::public.pair, 'k', 0 FROM generate_series(1, 9) i")
+    pair.carry()
+    pair.target.execute("UPDATE t SET p = ROW(0, 'other') WHERE id = 2")
+    pair.do("UPDATE t SET v = 1", "DELETE FROM t WHERE id > 5")
+    assert pair.carry() == [{"applied": 12, "missing": 1}]
+    assert pair.target.execute("SELECT id, v FROM t ORDER BY 1").fetchall() == [
+        (1, 1), (2, 0), (3, 1), (4, 1), (5, 1)
+    ]  # fmt: skip
+
+
+def test_rows_without_a_key_are_missing_too_and_the_equal_row_is_taken_first(pair: Pair) -> None:
+    pair.tables("CREATE TABLE public.t (n numeric, v text); ALTER TABLE t REPLICA IDENTITY FULL")
+    pair.do("INSERT INTO t VALUES (1.0, NULL), (1.00, NULL), (2, 'a'), (3, 'a')")
+    pair.carry()
+    pair.target.execute("DELETE FROM t WHERE n > 1")
+    pair.do(
+        "DELETE FROM t WHERE n::text = '1.00'",
+        "UPDATE t SET v = 'b' WHERE n = 2",
+        "DELETE FROM t WHERE n = 3",
+    )
+    assert pair.carry() == [{"applied": 1, "missing": 2}]
+    assert pair.target.execute("SELECT n::text FROM t").fetchall() == [("1.0",)]
+    assert pair.anomalies() == {"update_missing": 1, "delete_missing": 1}
+
+
+def test_copied_rows_with_one_key_twice_are_written_one_by_one(pair: Pair) -> None:
+    pair.tables(TABLE)
+    relation = Relation(T, "d", (Column("id", True, 23, -1, "integer"), Column("v", False, 25, -1, "text")))
+    batch = empty_batch()
+    for number, text in ((1, b"a"), (2, b"b"), (1, b"c")):
+        plain = b"\0\2" + b"\0\0\0\4" + number.to_bytes(4, "big") + b"\0\0\0\1" + text
+        add_change(batch, relation, Op.COPY, plain)
+    applier = pair.current()
+    assert applier.apply([batch]) == [{"applied": 3}]
+    finish(applier, [batch])
+    assert pair.target.execute("SELECT * FROM t ORDER BY 1").fetchall() == [(1, "c"), (2, "b")]
+    assert pair.anomalies() == {"insert_exists": 1}
+
+
+def test_staging_tables_outlive_a_rollback_and_are_made_anew_for_a_new_plan(pair: Pair) -> None:
+    pair.tables(TABLE)
+    pair.do("INSERT INTO t SELECT i, 'a' FROM generate_series(1, 3000) i")
+    pair.carry()
+    for text in "bcd":
+        pair.do(f"UPDATE t SET v = '{text}'")
+        batches = pair.source.batches()
+        applier = pair.current()
+        applier.apply(batches)
+        applier.abort()
+        applier.apply(batches)
+        finish(applier, batches)
+        pair.equal("public.t")
+    pair.do("UPDATE t SET v = 'e' WHERE id < 2000", "UPDATE t SET v = 'f' WHERE id < 1000")
+    applier = pair.current()
+    batches = pair.source.batches(max_rows=1500)
+    for batch in batches:
+        applier.apply([batch])
+    finish(applier, batches)
+    pair.equal("public.t")
+    made = "SELECT count(*) FROM pg_class WHERE relname LIKE 'vsql_stage%' AND relkind = 'r'"
+    assert pair.target.execute(made).fetchone() == (1,)
+
+
+def test_a_row_that_a_trigger_of_the_target_swallows_counts_as_applied(pair: Pair) -> None:
+    pair.tables(
+        TABLE,
+        TABLE + "; CREATE FUNCTION public.eat() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';"
+        "CREATE TRIGGER eat BEFORE INSERT ON public.t FOR EACH ROW WHEN (new.id = 3)"
+        " EXECUTE FUNCTION public.eat(); ALTER TABLE public.t ENABLE ALWAYS TRIGGER eat",
+    )
+    pair.target.execute("INSERT INTO t VALUES (2, 'mine')")
+    pair.do("INSERT INTO t VALUES (2, 'a'), (3, 'a'), (4, 'a')")
+    assert pair.carry() == [{"applied": 3}]
+    assert pair.target.execute("SELECT * FROM t ORDER BY 1").fetchall() == [(2, "a"), (4, "a")]
+    assert pair.anomalies() == {"insert_exists": 1}
