@@ -47,6 +47,7 @@ _log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
 LOST_AFTER_SECONDS = 5.0
 """How long a batch may lack records before Kafka is asked whether it still has them."""
+REST_AFTER_SECONDS = 2.0
 _COMMIT_OFFSETS_SECONDS = 0.5
 
 
@@ -122,6 +123,7 @@ class Pipeline:
         self._group = Group.after(self.position, self._live_chain)
         self._awaited: list[Awaited] = []
         self._awaited_since = 0.0
+        self._busy_until, self._rested = 0.0, True
         self._offsets_due = 0.0
         self._orphans_told = self._voids_told = 0
         self.finished = False
@@ -146,13 +148,14 @@ class Pipeline:
 
     def turn(self) -> None:
         """One round: take what has arrived, apply what is ready."""
-        self._pump(POLL_SECONDS)
+        came = self._pump(POLL_SECONDS)
         refused = self._take_ready()
         self._means.acknowledger.poll()
         if refused is not None:
             raise refused
         self._look_for_lost()
         self._tell_strays()
+        self._rest(came)
 
     # Taking records
 
@@ -340,6 +343,17 @@ class Pipeline:
             self._means.source.commit(offsets, wait=wait)
 
     # Watching
+
+    def _rest(self, came: int) -> None:
+        """After a while without records: tidy up, once."""
+        now = time.monotonic()
+        if came or self._group.fragments:
+            self._busy_until, self._rested = now + REST_AFTER_SECONDS, False
+        elif not self._rested and now >= self._busy_until:
+            self._rested = True
+            self._applier.rest()
+            self._means.acknowledger.settle()
+            self._commit_offsets(wait=False)
 
     def _look_for_lost(self) -> None:
         """A batch that stays incomplete: ask Kafka whether its records still exist."""
