@@ -277,7 +277,7 @@ class TwoNodes:
                 lsn,
             )
             head, applied = self.heads()
-            if confirmed and applied >= head:
+            if confirmed and applied >= head and self._copied():
                 return
             self._check_services()
             time.sleep(poll)
@@ -285,6 +285,12 @@ class TwoNodes:
             f"not in step after {timeout:.0f} s: wanted {lsn}, confirmed {bool(confirmed)}, head {head},"
             f" applied {applied}\n--- producer of a\n{self.a.tail('producer')}"
             f"\n--- consumer of b\n{self.b.tail('consumer')}"
+        )
+
+    def _copied(self) -> bool:
+        """Whether no first copy of this pair is under way."""
+        return not self.b.query(
+            "SELECT 1 FROM vsql_sync.streams WHERE direction = 'in' AND kind = 'copy' AND state <> 'FINISHED'"
         )
 
     def _check_services(self) -> None:

@@ -39,7 +39,8 @@ def pack_limits(limits: LimitsSettings) -> PackLimits:
 def batch_limits(limits: LimitsSettings, dek_max_tuples: int) -> BatchLimits:
     """Bounds of batches: a batch must fit under one data key, descriptors included."""
     rows = min(limits.batch_max_rows, max(1, dek_max_tuples // 2))
-    return BatchLimits(rows, limits.batch_max_bytes, limits.batch_linger_ms / 1000)
+    linger, longest = limits.batch_linger_ms / 1000, limits.batch_linger_max_ms / 1000
+    return BatchLimits(rows, limits.batch_max_bytes, linger, longest)
 
 
 class Outlet:

@@ -124,7 +124,9 @@ class LivePipeline:
         dry = True
         if reading and not self._ready:
             dry = not self._receive(wal)
-        self._send_what_fits(outlet, now)
+        # Looked at only when a batch is due: is the WAL ahead of us, or are we waiting for it?
+        due = self._batches.deadline is not None and now >= self._batches.deadline
+        self._send_what_fits(outlet, now, more=due and reading and wal.wait(0.0))
         busy = outlet.publisher.inflight or not self._batches.is_empty
         if dry and not busy and reading:
             wal.wait(_LONG if not self._acknowledged else _SHORT)
@@ -153,11 +155,11 @@ class LivePipeline:
         self._keepalive_lsn = max(self._keepalive_lsn, drained.keepalive_lsn)
         return drained.more
 
-    def _send_what_fits(self, outlet: Outlet, now: float) -> None:
+    def _send_what_fits(self, outlet: Outlet, now: float, *, more: bool = False) -> None:
         most = self._context.settings.limits.inflight_batches
         while outlet.publisher.inflight < most:
             if not self._ready:
-                self._ready += self._batches.due(now)
+                self._ready += self._batches.due(now, more=more)
             if not self._ready:
                 return
             outlet.send(self._ready.popleft())

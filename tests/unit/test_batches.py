@@ -65,6 +65,22 @@ def test_the_last_fragment_has_a_row_even_when_the_rows_fit_exactly() -> None:
     assert [(len(b.frames), b.continues) for b in out] == [(10, True), (10, False)]
 
 
+def test_behind_a_batch_waits_longer_for_more_but_not_for_ever() -> None:
+    made = Batches(BatchLimits(100, 10_000, 0.02, 0.25))
+    made.add(run(1, 1), 5.0)
+    assert made.due(5.1, more=True) == []
+    (batch,) = made.due(5.1)
+    assert len(batch.frames) == 1
+    made.add(run(2, 1), 6.0)
+    assert len(made.due(6.25, more=True)) == 1
+
+
+def test_without_linger_a_commit_never_waits_even_behind() -> None:
+    made = Batches(BatchLimits(100, 10_000, 0.0, 0.25))
+    made.add(run(1, 1), 5.0)
+    assert len(made.due(5.0, more=True)) == 1
+
+
 def test_linger_counts_from_the_first_whole_transaction() -> None:
     made = batches(linger=0.02)
     made.add(run(1, 1), 5.0)

@@ -23,6 +23,8 @@ class LimitsSettings(Section):
     """Bytes of tuples in a batch."""
     batch_linger_ms: Annotated[Whole, Field(ge=0, le=60_000)] = 20
     """Milliseconds a batch waits for more transactions; 0 sends each commit at once."""
+    batch_linger_max_ms: Annotated[Whole, Field(ge=0, le=60_000)] = 250
+    """Milliseconds it waits while WAL arrives faster than it is sent: larger batches cost less a row."""
     pack_max_tuples: Annotated[Whole, Field(ge=1, le=4_096)] = 64
     """Tuples in one Kafka message."""
     pack_max_bytes: Annotated[Size, Field(ge=KIB, le=64 * MIB)] = 256 * KIB
