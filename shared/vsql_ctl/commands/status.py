@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -122,7 +123,11 @@ def _troubles(one: StreamStatus) -> Iterator[str]:
     if one.init_state in ("DIVERGED", "FAILED"):
         yield f"{one.init_state}: {printable(one.init_reason)}"
     if said.get("last_error"):
-        yield f"{printable(said['last_error'])} ({printable(said.get('last_error_at'))})"
+        at = said.get("last_error_at")
+        when = (
+            datetime.fromtimestamp(at, UTC).isoformat(" ", "seconds") if isinstance(at, int | float) else at
+        )
+        yield f"last error, {printable(when)}: {printable(said['last_error'])}"
     for target, ack in (said.get("targets") or {}).items():
         if ack.get("mismatch"):
             yield f"{target} computed another root: {printable(ack['mismatch'])}"

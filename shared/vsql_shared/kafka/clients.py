@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient
+from typing_extensions import override
 
 from vsql_shared.errors import BrokerError, TransientError, VsqlSyncError
 
 if TYPE_CHECKING:
     from vsql_shared.config import Settings
     from vsql_shared.config.kafka import ClientOption
-
-_log = logging.getLogger(__name__)
 
 # Codes that mean "a broker is not there (yet)" although librdkafka does not flag them retriable.
 _AWAY = frozenset(
@@ -67,13 +66,39 @@ def from_exception(exception: KafkaException, doing: str) -> VsqlSyncError:
     return BrokerError(f"Kafka: cannot {doing}: {exception}")
 
 
+# librdkafka repeats itself several times a second, in each client, while a broker is away.
+_REPEAT_SECONDS = 60.0
+
+
+class _NowAndThen(logging.Filter):
+    """Passes a kind of line once a minute, as a warning at most: what needs an answer reaches us by calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed: dict[str, float] = {}
+
+    @override
+    def filter(self, record: logging.LogRecord) -> bool:
+        # "FAIL [client] [thread]: …" from its log; from its error callback the code stands beside the text.
+        kind = str(getattr(record, "code", "")) or record.getMessage().partition(" ")[0]
+        if record.created - self._passed.get(kind, 0.0) < _REPEAT_SECONDS:
+            return False
+        self._passed[kind] = record.created
+        if record.levelno > logging.WARNING:
+            record.levelno, record.levelname = logging.WARNING, "WARNING"
+        return True
+
+
+_chatter = logging.getLogger(f"{__name__}.librdkafka")
+_chatter.addFilter(_NowAndThen())
+
+
 def _on_error(error: KafkaError) -> None:
-    # Informational by librdkafka's contract: what needs an answer reaches us through the calls themselves.
-    _log.warning("kafka client: %s", error.str(), extra={"code": error.name()})
+    _chatter.warning("%s", error.str(), extra={"code": error.name()})
 
 
 def _options(config: dict[str, ClientOption]) -> dict[str, Any]:
-    return {**config, "error_cb": _on_error, "logger": _log}
+    return {**config, "error_cb": _on_error, "logger": _chatter}
 
 
 def make_producer(settings: Settings, client_id: str) -> Producer:

@@ -16,7 +16,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     ResourceType,
 )
 
-from vsql_shared.errors import BrokerError
+from vsql_shared.errors import BrokerError, TransientError
 from vsql_shared.kafka.clients import from_exception
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["data", "audit", "keys"]
 TIMEOUT_SECONDS = 30.0
+# A broker that is there answers in milliseconds; TLS and SASL take a second at worst.
+ANSWER_SECONDS = 5.0
 
 
 def _wanted(kind: Kind, settings: Settings) -> dict[str, str]:
@@ -53,14 +55,35 @@ def ensure_topic(admin: AdminClient, name: str, kind: Kind, settings: Settings) 
         replication_factor=settings.kafka.replication_factor,
         config=_wanted(kind, settings),
     )
+    require_broker(admin, settings)
     try:
         admin.create_topics([topic], operation_timeout=TIMEOUT_SECONDS, request_timeout=TIMEOUT_SECONDS)[
             name
         ].result(TIMEOUT_SECONDS)
+    except TimeoutError:
+        raise _silent(settings, f"creating topic {name}") from None
     except KafkaException as error:
         if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
             raise from_exception(error, f"create topic {name}") from error
         check_topic(admin, name, kind, settings)
+
+
+def require_broker(admin: AdminClient, settings: Settings) -> None:
+    """Raise TransientError unless a broker answers; soon, so that a wrong address is said soon."""
+    try:
+        admin.describe_cluster(request_timeout=ANSWER_SECONDS).result(ANSWER_SECONDS + 1)
+    except TimeoutError:
+        raise _silent(settings, "connecting") from None
+    except KafkaException as error:
+        ours = from_exception(error, "connect")
+        raise (_silent(settings, "connecting") if isinstance(ours, TransientError) else ours) from error
+
+
+def _silent(settings: Settings, doing: str) -> TransientError:
+    return TransientError(
+        f"no Kafka broker answers at {settings.kafka.bootstrap_servers} while {doing}",
+        hint="check kafka.bootstrap_servers, [kafka.security] and that the brokers run; it is tried again",
+    )
 
 
 def check_topic(admin: AdminClient, name: str, kind: Kind, settings: Settings) -> None:
@@ -71,21 +94,24 @@ def check_topic(admin: AdminClient, name: str, kind: Kind, settings: Settings) -
             TIMEOUT_SECONDS
         )
         metadata = admin.list_topics(name, timeout=TIMEOUT_SECONDS).topics[name]
+    except TimeoutError:
+        raise _silent(settings, f"describing topic {name}") from None
     except KafkaException as error:
         raise from_exception(error, f"describe topic {name}") from error
     wanted = _wanted(kind, settings)
-    for key in ("cleanup.policy", "unclean.leader.election.enable"):
-        actual = found[key].value
-        if actual != wanted[key]:
-            raise BrokerError(
-                f"topic {name} has {key}={actual}, expected {wanted[key]}",
-                hint=f"alter it, e.g. kafka-configs --alter --topic {name} --add-config {key}={wanted[key]}",
-            )
+    wrong = [
+        f"{key} = {found[key].value}, expected {wanted[key]}"
+        for key in ("cleanup.policy", "unclean.leader.election.enable")
+        if found[key].value != wanted[key]
+    ]
     partitions = _partitions(kind, settings)
     if len(metadata.partitions) != partitions:
+        wrong.append(f"{len(metadata.partitions)} partitions, expected {partitions}")
+    if wrong:
         raise BrokerError(
-            f"topic {name} has {len(metadata.partitions)} partitions, expected {partitions}",
-            hint="set kafka.partitions to that number, or delete the topic before the first start",
+            f"topic {name} is not of the shape it needs: {'; '.join(wrong)}",
+            hint="if it is empty, delete it: vsql-sync creates it as it must be; else alter it"
+            f" (kafka-configs --entity-type topics --entity-name {name} --alter --add-config …)",
         )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vsql_shared.config import advice, check_files, load_settings, require_built
-from vsql_shared.errors import VsqlSyncError
+from vsql_shared.errors import TransientError, VsqlSyncError
 from vsql_shared.observe import shared_metrics
 from vsql_shared.observe.logging import setup
 from vsql_shared.observe.process import die_with_parent, harden
@@ -55,7 +55,21 @@ def service_main(role: Role, package: str, run_worker: RunWorker, argv: list[str
         return error.exit_code
 
 
+def _check_keys(settings: Settings) -> None:
+    """Say now what would end every worker: a key that cannot be read, a KEK that is not there."""
+    from vsql_shared.crypto.signing import load_signer
+    from vsql_shared.kms import open_provider
+
+    if settings.audit.signing_key_path is not None:
+        load_signer(settings.audit.signing_key_path, settings.cluster.node_name, strict=settings.is_prod)
+    try:
+        open_provider(settings.encryption.kms, strict=settings.is_prod).close()
+    except TransientError as error:
+        _log.warning("%s", error)
+
+
 def _run_service(settings: Settings, role: Role, package: str) -> int:
+    _check_keys(settings)
     first_connection(settings, role)
     shared_metrics.begin()
     # Only now: prometheus_client decides at import whether values are shared between processes.

@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING, Literal
 
 from vsql_shared import names
-from vsql_shared.errors import RefusedError, TransientError, VsqlSyncError
+from vsql_shared.errors import DatabaseError, RefusedError, TransientError, VsqlSyncError
 from vsql_shared.observe import shared_metrics
 from vsql_shared.pg.connect import Connection, connect, errors
 from vsql_shared.service.workers import Workers
@@ -115,15 +115,11 @@ class Supervisor:
             self._settings.connection.conninfo(self._role),
             application_name=f"vsql-sync {self._role} supervisor",
         )
-        key = names.advisory_key(f"service {self._settings.cluster.node_name}", self._role)
-        with errors("taking the lock of the service"):
-            row = connection.execute("SELECT pg_try_advisory_lock(%s)", (key,)).fetchone()
-        if row is None or not row[0]:
+        try:
+            _lock_service(connection, self._settings, self._role)
+        except VsqlSyncError:
             connection.close()
-            raise RefusedError(
-                f"another {self._role} of node {self._settings.cluster.node_name} is already running",
-                hint="stop it first (`syncctl daemon stop`, or the other container)",
-            )
+            raise
         return connection
 
     def _read(self, connection: Connection) -> tuple[list[str], list[str]]:
@@ -146,8 +142,25 @@ class Supervisor:
         return [row[0] for row in rows], troubles
 
 
+def _lock_service(connection: Connection, settings: Settings, role: Role) -> None:
+    """Take the lock of the node's one service of a role, for this session."""
+    node = settings.cluster.node_name
+    with errors("taking the lock of the service"):
+        row = connection.execute(
+            "SELECT pg_try_advisory_lock(%s)", (names.advisory_key(f"service {node}", role),)
+        ).fetchone()
+    if row is None or not row[0]:
+        raise RefusedError(
+            f"another {role} of node {node} is already running",
+            hint="stop it first (`syncctl daemon stop`, or the other container)",
+        )
+
+
 def first_connection(settings: Settings, role: Role) -> None:
-    """Fail at once, with one message, for what retrying cannot mend (wrong password, no schema)."""
+    """Fail at once, with one message, for what retrying cannot mend: wrong password, no schema, a second one.
+
+    Where the database is away, the supervisor finds the same later.
+    """
     try:
         connection = connect(
             settings.connection.conninfo(role), application_name=f"vsql-sync {role} supervisor"
@@ -156,9 +169,37 @@ def first_connection(settings: Settings, role: Role) -> None:
         _log.warning("%s", error)
         return
     with connection, errors("looking for schema vsql_sync"):
-        row = connection.execute("SELECT to_regclass('vsql_sync.streams')").fetchone()
-    if row is None or row[0] is None:
-        raise RefusedError(
-            "this database is not a node yet: schema vsql_sync is missing",
-            hint="run `syncctl node init` first",
+        row = connection.execute("SELECT to_regnamespace('vsql_sync')").fetchone()
+        if row is None or row[0] is None:
+            raise RefusedError(
+                "this database is not a node yet: schema vsql_sync is missing",
+                hint="run `syncctl node init` first",
+            )
+        _require_privileges(connection, role)
+        _lock_service(connection, settings, role)
+        # Now, and not when this session has ended at the server: the supervisor takes it on its own session.
+        connection.execute("SELECT pg_advisory_unlock_all()")
+
+
+# What only the role of the service, its members and owners may.
+_TELLING_TABLE: dict[Role, str] = {"producer": "deks", "consumer": "apply_progress"}
+
+
+def _require_privileges(connection: Connection, role: Role) -> None:
+    row = connection.execute(
+        "SELECT current_user, has_schema_privilege('vsql_sync', 'USAGE') AND EXISTS (SELECT FROM pg_class"
+        " WHERE relnamespace = to_regnamespace('vsql_sync') AND relname = %s"
+        " AND has_table_privilege(oid, 'INSERT')), rolsuper OR rolreplication"
+        " FROM pg_roles WHERE rolname = current_user",
+        (_TELLING_TABLE[role],),
+    ).fetchone()
+    user, allowed, replicates = row or ("", False, False)
+    if not allowed:
+        raise DatabaseError(
+            f"user {user} has not the privileges of a {role}", hint=f"GRANT vsql_sync_{role} TO {user}"
+        )
+    if role == "producer" and not replicates:
+        raise DatabaseError(
+            f"user {user} may not replicate; members of vsql_sync_producer do not inherit that",
+            hint=f"ALTER ROLE {user} REPLICATION",
         )
