@@ -6,6 +6,7 @@ target has acknowledged them (the producer deletes below that): its retention is
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Literal
 
 from confluent_kafka import KafkaError, KafkaException
@@ -26,6 +27,8 @@ Kind = Literal["data", "audit", "keys"]
 TIMEOUT_SECONDS = 30.0
 # A broker that is there answers in milliseconds; TLS and SASL take a second at worst.
 ANSWER_SECONDS = 5.0
+APPEAR_SECONDS = 10.0
+_APPEARING = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.LEADER_NOT_AVAILABLE)
 
 
 def _wanted(kind: Kind, settings: Settings) -> dict[str, str]:
@@ -88,31 +91,45 @@ def _silent(settings: Settings, doing: str) -> TransientError:
 
 def check_topic(admin: AdminClient, name: str, kind: Kind, settings: Settings) -> None:
     """Raise BrokerError unless the topic has the shape this kind needs."""
-    resource = ConfigResource(ResourceType.TOPIC, name)
-    try:
-        found = admin.describe_configs([resource], request_timeout=TIMEOUT_SECONDS)[resource].result(
-            TIMEOUT_SECONDS
-        )
-        metadata = admin.list_topics(name, timeout=TIMEOUT_SECONDS).topics[name]
-    except TimeoutError:
-        raise _silent(settings, f"describing topic {name}") from None
-    except KafkaException as error:
-        raise from_exception(error, f"describe topic {name}") from error
+    found, count = _describe(admin, name, settings)
     wanted = _wanted(kind, settings)
     wrong = [
-        f"{key} = {found[key].value}, expected {wanted[key]}"
+        f"{key} = {found.get(key)}, expected {wanted[key]}"
         for key in ("cleanup.policy", "unclean.leader.election.enable")
-        if found[key].value != wanted[key]
+        if found.get(key) != wanted[key]
     ]
     partitions = _partitions(kind, settings)
-    if len(metadata.partitions) != partitions:
-        wrong.append(f"{len(metadata.partitions)} partitions, expected {partitions}")
+    if count != partitions:
+        wrong.append(f"{count} partitions, expected {partitions}")
     if wrong:
         raise BrokerError(
             f"topic {name} is not of the shape it needs: {'; '.join(wrong)}",
             hint="if it is empty, delete it: vsql-sync creates it as it must be; else alter it"
             f" (kafka-configs --entity-type topics --entity-name {name} --alter --add-config …)",
         )
+
+
+def _describe(admin: AdminClient, name: str, settings: Settings) -> tuple[dict[str, str | None], int]:
+    """(settings, number of partitions) of a topic that is there.
+
+    One that another process created this moment is there for the controller and not yet for every broker.
+    """
+    resource = ConfigResource(ResourceType.TOPIC, name)
+    deadline = time.monotonic() + APPEAR_SECONDS
+    while True:
+        try:
+            metadata = admin.list_topics(name, timeout=TIMEOUT_SECONDS).topics[name]
+            if metadata.error is not None:
+                raise KafkaException(metadata.error)  # noqa: TRY301 - one way for both answers
+            future = admin.describe_configs([resource], request_timeout=TIMEOUT_SECONDS)[resource]
+            found = {key: entry.value for key, entry in future.result(TIMEOUT_SECONDS).items()}
+            return found, len(metadata.partitions)
+        except TimeoutError:
+            raise _silent(settings, f"describing topic {name}") from None
+        except KafkaException as error:
+            if error.args[0].code() not in _APPEARING or time.monotonic() > deadline:
+                raise from_exception(error, f"describe topic {name}") from error
+        time.sleep(0.1)
 
 
 def delete_topics(admin: AdminClient, names: list[str]) -> None:
