@@ -53,13 +53,15 @@ def read_topics(bootstrap: str, cluster: str, timeout: float = 60) -> list[Recor
     )  # fmt: skip
     records: list[Record] = []
     try:
+        starts: dict[tuple[str, int], int] = {}
         ends: dict[tuple[str, int], int] = {}
         for topic, partitions in cluster_topics(bootstrap, cluster).items():
             for partition in range(partitions):
                 low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=20)
                 if high > low:
-                    ends[topic, partition] = high
-        consumer.assign([TopicPartition(t, p, 0) for t, p in ends])
+                    # The source deletes what all targets have: a partition need not begin at 0.
+                    starts[topic, partition], ends[topic, partition] = low, high
+        consumer.assign([TopicPartition(*place, low) for place, low in starts.items()])
         deadline = time.monotonic() + timeout
         while ends and time.monotonic() < deadline:
             for message in consumer.consume(1000, timeout=1.0):

@@ -5,6 +5,7 @@ Not here: decisions. Everything that is opened through a context is closed by `c
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,7 +19,9 @@ from vsql_producers.publish import Publisher
 from vsql_producers.seal import Place
 from vsql_producers.stream import Stream
 from vsql_producers.targets import Targets
+from vsql_producers.volume import AuditVolume
 from vsql_shared import names
+from vsql_shared.audit.chain import Prepared
 from vsql_shared.config import Settings
 from vsql_shared.kafka.clients import make_admin, make_consumer, make_producer
 from vsql_shared.kafka.topics import ensure_topic
@@ -56,12 +59,20 @@ class Context:
     interrupt: Callable[[], None] = _nothing
     """Raises when the attempt is to be given up, before anything was sent."""
     check_source = staticmethod(check_source)
+    volume: AuditVolume = field(default_factory=lambda: AuditVolume(time.monotonic()))
+    text_only: bool = False
+    """The session before this one met a type that cannot travel in binary."""
     _admin: AdminClient | None = field(default=None)
 
     def on_tick(self) -> None:
         """Call the present `interrupt` and `tick`."""
         self.interrupt()
         self.tick()
+
+    def appended(self, prepared: Prepared) -> None:
+        """Count an entry that is in Kafka and in the table."""
+        self.volume.add(1, len(prepared.encoded))
+        self.metrics.audited(1, len(prepared.encoded))
 
     def place(self, epoch: int) -> Place:
         """Where an epoch's records belong."""

@@ -3,7 +3,8 @@
 Not here: holding the slot, which must have happened before (pipeline.py). Rules (docs/design/0002):
 
 1. The chain in Kafka must equal or extend the table's. A table that knows more means that Kafka lost its
-   tail: DIVERGED, because targets may never see what the slot has already forgotten.
+   tail: it is published again where its records are still there (level.py), else the stream is DIVERGED,
+   because targets may never see what the slot has already forgotten.
 2. `epoch_opened` is appended, and the partition read up to it. The first valid one wins; a loser reads on
    and tries again. What an older writer appends after it is void for every reader. Our own entries count
    only once they have been read back without a later epoch before them (Watch).
@@ -43,6 +44,8 @@ _log = logging.getLogger(__name__)
 _SILENCE_SECONDS = 30.0
 _POLL_SECONDS = 0.005
 _ATTEMPTS = 20
+# Entries the table lacks are stored in groups of so many: a table restored from a backup may lack a million.
+_GROUP = 1_000
 
 
 class Writing(NamedTuple):
@@ -186,10 +189,17 @@ def check_source(head: ChainHead, identity: Identity, switch_points: dict[int, i
         )
 
 
+class LostEnd(DivergedError):
+    """Kafka does not have the entry the audit table ends with."""
+
+
 def read_chain(
     conn: Connection, writing: Writing, consumer: Consumer, tick: Callable[[], None]
 ) -> tuple[ChainReader, AuditTail]:
-    """Read the chain to its end from where the table stands, and bring the table up to it (rules 1 and 3)."""
+    """Read the chain to its end from where the table stands, and bring the table up to it (rules 1 and 3).
+
+    Raises LostEnd where Kafka is behind the table.
+    """
     known = recall_head(conn, writing.chain)
     head, offset = known or (EMPTY_HEAD, None)
     # A head whose place is not known is found again from the beginning.
@@ -199,18 +209,24 @@ def read_chain(
     low, end = tail.bounds()
     if offset is not None and not low <= offset < end:
         raise _lost(writing, head, f"it holds offsets {low} to {end - 1}, our last entry lay at {offset}")
-    accepted = _catch_up(writing, reader, tail, head, offset, end)
+    accepted: list[tuple[bytes, int | None]] = []
+    added = 0
+    for entry in _catch_up(writing, reader, tail, head, offset, end):
+        accepted.append(entry)
+        added += 1
+        if len(accepted) >= _GROUP:
+            insert_entries(conn, accepted)
+            accepted.clear()
     insert_entries(conn, accepted)
-    if accepted:
-        _log.info("entries that Kafka had and the table lacked", extra={"entries": len(accepted)})
+    if added:
+        _log.info("entries that Kafka had and the table lacked", extra={"entries": added})
     return reader, tail
 
 
 def _catch_up(
     writing: Writing, reader: ChainReader, tail: AuditTail, head: ChainHead, offset: int | None, end: int
-) -> list[tuple[bytes, int | None]]:
-    """Entries after the table's head. Raises DivergedError where Kafka does not have that head (rule 1)."""
-    accepted: list[tuple[bytes, int | None]] = []
+) -> Iterator[tuple[bytes, int | None]]:
+    """Entries after the table's head. Raises LostEnd where Kafka does not have that head (rule 1)."""
     seen = head.sequence == 0
     for at, value in tail.read_below(end):
         if offset is not None and not seen:
@@ -219,17 +235,16 @@ def _catch_up(
                 raise _lost(writing, head, f"offset {offset} holds another record")
             seen = True
             continue
-        found = _accept(reader, value, f"{writing.topic}/{writing.partition}/{at}")
+        found = accept(reader, value, f"{writing.topic}/{writing.partition}/{at}")
         if found is not None:
             seen = seen or found.entry_hash == head.entry_hash
             if found.entry.sequence > head.sequence:
-                accepted.append((value, at))
+                yield value, at
     if not seen:
-        raise _lost(writing, head, f"it ends at sequence {reader.head.sequence}")
-    return accepted
+        raise _lost(writing, head, f"the chain ends at sequence {reader.head.sequence}")
 
 
-def _accept(reader: ChainReader, value: bytes, where: str) -> Accepted | None:
+def accept(reader: ChainReader, value: bytes, where: str) -> Accepted | None:
     """An entry of ours that counts. What does not verify cannot be ours, and must not stop us."""
     try:
         found = reader.accept(value, where)
@@ -244,8 +259,8 @@ def _accept(reader: ChainReader, value: bytes, where: str) -> Accepted | None:
     return found if isinstance(found, Accepted) else None
 
 
-def _lost(writing: Writing, head: ChainHead, found: str) -> DivergedError:
-    return DivergedError(
+def _lost(writing: Writing, head: ChainHead, found: str) -> LostEnd:
+    return LostEnd(
         f"Kafka lost the end of chain {writing.chain}: the audit table has sequence {head.sequence},"
         f" but in {writing.topic}/{writing.partition} {found}",
         hint="restore the topic, or initialise the targets anew",
@@ -276,7 +291,7 @@ def open_epoch(
         offset = publisher.publish_entry(opening)
         accepted: list[tuple[bytes, int | None]] = []
         for at, value in tail.read_below(offset + 1):
-            if _accept(reader, value, f"{writing.topic}/{writing.partition}/{at}") is not None:
+            if accept(reader, value, f"{writing.topic}/{writing.partition}/{at}") is not None:
                 accepted.append((value, at))
         insert_entries(conn, accepted)
         if reader.head.entry_hash == opening.entry_hash:

@@ -61,7 +61,7 @@ class DataKeys:
         self._key: SealingKey | None = None
         self._saved = (0, 0)
         self._due: RotationReason | None = "session"
-        self.kek_id = ""
+        self.kek_id = self._kms = ""
 
     @property
     def current(self) -> SealingKey | None:
@@ -93,6 +93,21 @@ class DataKeys:
         limits = KeyLimits(dek.max_tuples, dek.max_bytes)
         key = SealingKey.generate(place.cluster, place.chain, self._worker, limits)
         try:
+            self._announce(key)
+            self._retire()
+            self._note(key)
+        except BaseException:
+            # Nobody keeps it: not even `forget` would find it.
+            key.wipe()
+            raise
+        self._key, self._saved, self._due = key, (0, 0), None
+        self._metrics.dek_rotated(reason)
+        _log.info("new data key", extra={"dek_id": key.dek_id, "kek_id": self.kek_id, "reason": reason})
+        return key
+
+    def _announce(self, key: SealingKey) -> None:
+        place = self._place
+        try:
             said = announce(key, place.cluster, place.chain, place.origin, place.epoch, self._provider)
         except KeyUnavailableError:
             self._metrics.kms_called("wrap", ok=False)
@@ -100,7 +115,10 @@ class DataKeys:
         self._metrics.kms_called("wrap", ok=True)
         document = sign_document(self._signer, KEY_ANNOUNCEMENT, encode_announcement(said))
         self._publish(names.keys_topic(place.cluster), 0, key.dek_id.encode(), document)
-        self._retire()
+        self.kek_id, self._kms = said.kek_id, said.kms_provider
+
+    def _note(self, key: SealingKey) -> None:
+        place = self._place
         with errors("noting the data key"):
             self._conn.execute(
                 "INSERT INTO vsql_sync.deks"
@@ -110,17 +128,12 @@ class DataKeys:
                     key.dek_id,
                     place.chain,
                     place.epoch,
-                    said.kms_provider,
-                    said.kek_id,
+                    self._kms,
+                    self.kek_id,
                     ALGORITHM,
                     timestamp(key.created_at),
                 ),
             )
-        self._key, self._saved, self._due = key, (0, 0), None
-        self.kek_id = said.kek_id
-        self._metrics.dek_rotated(reason)
-        _log.info("new data key", extra={"dek_id": key.dek_id, "kek_id": said.kek_id, "reason": reason})
-        return key
 
     def save_usage(self) -> None:
         """Write how much the key has sealed, where that changed."""

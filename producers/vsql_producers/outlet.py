@@ -5,13 +5,14 @@ come from and what happens after the acknowledgement (progress.py). Rules:
 
 * Batch numbers follow the chain's head and grow by one; they are given out when a batch is sealed.
 * A topic is created before the first pack for it.
+* An operator's act stands in the chain, too, in the order it was obeyed in.
 * Manifests cover the positions of the source without a hole: each begins where the one before ended.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from vsql_producers import seal
 from vsql_producers.batches import Batch, BatchLimits
@@ -19,7 +20,7 @@ from vsql_producers.keys import DataKeys
 from vsql_producers.publish import Publisher
 from vsql_producers.seal import PackLimits, Place, Relations, SealedBatch
 from vsql_shared.audit.chain import ChainWriter, Prepared
-from vsql_shared.audit.entries import REPLICATION_BATCH
+from vsql_shared.audit.entries import OPERATOR_ACTION, REPLICATION_BATCH, canonical_json
 from vsql_shared.audit.merkle import batch_root
 from vsql_shared.changes import PartitionRoot
 from vsql_shared.config import LimitsSettings
@@ -67,7 +68,6 @@ class Outlet:
         self._position, self._target = position, target
         self._relations = Relations()
         self._topics: set[str] = set()
-        self._kek_of: dict[str, str] = {}
         self._number = writer.tip.batch
         self.rows = self.nbytes = self.batches = 0
         publisher.begin(self._manifest)
@@ -82,8 +82,8 @@ class Outlet:
         began = time.perf_counter()
         parts = seal.arrange(batch, self._relations, self._limits.plaintext)
         key = self.keys.key_for(*seal.needs(parts))
-        self._kek_of[key.dek_id] = self.keys.kek_id
         sealed = seal.seal(batch, parts, self._number + 1, key, self._place, self._limits)
+        sealed = sealed._replace(kek_id=self.keys.kek_id)
         self._number += 1
         for topic in sealed.topics:
             if topic.topic not in self._topics:
@@ -94,6 +94,18 @@ class Outlet:
         self._metrics.transactions(sealed.transactions)
         self.publisher.send(sealed)
         self.rows, self.nbytes, self.batches = self.rows + rows, self.nbytes + size, self.batches + 1
+
+    def act(self, detail: Mapping[str, object]) -> None:
+        """Put an operator's act into the chain, behind the manifests made so far."""
+        at = self._position
+        prepared = self._writer.prepare(
+            event_type=OPERATOR_ACTION,
+            target_node_id=self._target,
+            batch_lsn_start=at,
+            batch_lsn_end=at,
+            detail=canonical_json(detail),
+        )
+        self.publisher.send_entry(prepared)
 
     def _manifest(self, batch: SealedBatch, roots: tuple[PartitionRoot, ...]) -> Prepared:
         start, end = self._position, batch.end_lsn or self._position
@@ -108,7 +120,7 @@ class Outlet:
             contains_pci=bool(batch.pci_columns),
             pci_columns=batch.pci_columns,
             dek_id=batch.dek_id,
-            kek_id=self._kek_of[batch.dek_id],
+            kek_id=batch.kek_id,
             algorithm=ALGORITHM,
             merkle_root=batch_root([root.sub_root for root in roots]),
             record_count=batch.record_count,

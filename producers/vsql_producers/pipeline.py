@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 from vsql_producers import replication
 from vsql_producers.batches import Batch, Batches
 from vsql_producers.context import Context
-from vsql_producers.epoch import open_epoch, read_chain
+from vsql_producers.epoch import open_epoch
+from vsql_producers.level import read_or_level
 from vsql_producers.outlet import Outlet, batch_limits
 from vsql_producers.progress import Progress
 from vsql_producers.publish import Acknowledged
-from vsql_producers.relations import Describer, load_scope, may_be_binary
+from vsql_producers.relations import Describer, ScopeChanged, load_scope, may_be_binary
+from vsql_producers.retention import Retention
 from vsql_producers.stream import slot_made
 from vsql_producers.transactions import Transactions
 from vsql_shared import failpoints, lsn
@@ -42,6 +44,8 @@ _SHORT = 0.001
 _LONG = 0.1
 # Manifests are committed to the audit table in groups, at most this far apart.
 _RECORD_SECONDS = 0.02
+# What an operator decides about columns holds after so many seconds at most.
+_SCOPE_SECONDS = 5.0
 
 
 class LivePipeline:
@@ -55,6 +59,7 @@ class LivePipeline:
         self._acknowledged: list[Acknowledged] = []
         self._record_at = 0.0
         self._keepalive_lsn = 0
+        self._next_scope = 0.0
         self.epoch = self.sequence = 0
         self.done = False
         """Never: a live stream goes on."""
@@ -63,8 +68,8 @@ class LivePipeline:
         """Everything up to the first row: slot, fence, chain, epoch."""
         c = self._context
         settings = c.settings
-        binary = may_be_binary(c.conn, c.stream.publication)
-        scope = load_scope(c.conn, c.stream.publication)
+        binary = not c.text_only and may_be_binary(c.conn, c.stream.publication)
+        self._scope = scope = load_scope(c.conn, c.stream.publication)
         connection = replication.open_replication(
             settings.connection.conninfo("producer"), f"vsql-sync producer {c.stream.chain}"
         )
@@ -79,7 +84,7 @@ class LivePipeline:
         failpoints.hit("producer.slot-held")
         c.tick = wal.report
         publisher = c.make_publisher()
-        reader, tail = read_chain(c.conn, c.writing, c.make_consumer(), c.on_tick)
+        reader, tail = read_or_level(c.conn, c.writing, c.make_consumer(), publisher, c.on_tick)
         c.check_source(reader.head, identity, points)
         opened = open_epoch(c.conn, c.writing, reader, tail, publisher, identity, slot.confirmed_lsn)
         failpoints.hit("producer.epoch-opened")
@@ -93,7 +98,8 @@ class LivePipeline:
             place, opened.writer, publisher, keys, settings.limits, c.ensure_data_topic, c.metrics, position
         )
         self._progress = Progress(c.conn, opened.writer, slot.confirmed_lsn)
-        describe = Describer(c.conn, scope, binary=binary)
+        describe = Describer(c.conn, c.stream.publication, scope, binary=binary)
+        self._retention = Retention(c.conn, lambda: c.admin, c.stream.chain, settings.kafka.retention)
         self._transactions = Transactions(describe, head.lsn_end)
         self._batches = Batches(batch_limits(settings.limits, settings.encryption.dek.max_tuples))
 
@@ -133,6 +139,18 @@ class LivePipeline:
         pause = _SHORT if busy and dry else 0.0
         self._acknowledged += outlet.publisher.poll(pause if reading else _LONG)
         self._settle(wal, outlet, now)
+        self._retention.turn(now)
+        if now >= self._next_scope:
+            self._next_scope = now + _SCOPE_SECONDS
+            self._require_same_scope()
+
+    def _require_same_scope(self) -> None:
+        """Descriptors and PCI marks are those of the epoch's start: other ones need another epoch."""
+        publication = self._context.stream.publication
+        if load_scope(self._context.conn, publication) != self._scope:
+            raise ScopeChanged(
+                f"what publication {publication} may carry was changed", hint="the stream goes on with it"
+            )
 
     def _opened(self) -> tuple[replication.WalStream, Outlet]:
         if self._wal is None:
@@ -196,8 +214,10 @@ class LivePipeline:
         now = time.monotonic()
         for one in acknowledged:
             batch = one.batch
-            metrics.passed(Stage.PUBLISH, rows=batch.row_count, size=batch.nbytes, seconds=now - one.sent_at)
-            metrics.audited(1, len(one.prepared.encoded))
+            if batch is not None:
+                seconds = now - one.sent_at
+                metrics.passed(Stage.PUBLISH, rows=batch.row_count, size=batch.nbytes, seconds=seconds)
+            self._context.appended(one.prepared)
             self.sequence = one.prepared.entry.sequence
         metrics.progressed()
 

@@ -35,7 +35,7 @@ class Acknowledged(NamedTuple):
 
     prepared: Prepared
     offset: int
-    batch: SealedBatch
+    batch: SealedBatch | None
     sent_at: float
 
 
@@ -55,20 +55,28 @@ class _Receipts:
 
 
 class _Flight:
-    """A batch under way."""
+    """A batch whose packs are under way."""
 
-    __slots__ = ("batch", "offset", "prepared", "receipts", "sent_at")
+    __slots__ = ("batch", "receipts", "sent_at")
 
     def __init__(self, batch: SealedBatch) -> None:
         self.batch = batch
         self.receipts = [_Receipts(topic) for topic in batch.topics]
-        self.prepared: Prepared | None = None
-        self.offset = -1
         self.sent_at = time.monotonic()
 
     @property
     def landed(self) -> bool:
         return not any(receipts.missing for receipts in self.receipts)
+
+
+class _Sent:
+    """A chain entry under way; `offset` is negative until Kafka has it."""
+
+    __slots__ = ("batch", "offset", "prepared", "sent_at")
+
+    def __init__(self, prepared: Prepared, batch: SealedBatch | None, sent_at: float) -> None:
+        self.prepared, self.batch, self.sent_at = prepared, batch, sent_at
+        self.offset = -1
 
 
 class Publisher:
@@ -82,14 +90,15 @@ class Publisher:
         self._audit_topic, self._audit_partition = audit_topic, audit_partition
         self._tick = tick
         self._flights: deque[_Flight] = deque()
-        self._unsent: deque[_Flight] = deque()
+        # In the order of the chain, which is the order they were made and sent in.
+        self._sent: deque[_Sent] = deque()
         self._make_manifest: MakeManifest | None = None
         self._failure: VsqlSyncError | None = None
 
     @property
     def inflight(self) -> int:
-        """Batches sent and not yet acknowledged with their manifest."""
-        return len(self._flights)
+        """Batches and entries sent and not yet acknowledged, a batch with its manifest."""
+        return len(self._flights) + len(self._sent)
 
     def begin(self, make_manifest: MakeManifest) -> None:
         """The epoch is open: batches may be sent from now on."""
@@ -107,7 +116,15 @@ class Publisher:
             receipts.topic = receipts.topic._replace(messages=[b""] * len(receipts.topic.messages))
         flight.batch = batch._replace(topics=[])
         self._flights.append(flight)
-        self._unsent.append(flight)
+
+    def send_entry(self, prepared: Prepared, batch: SealedBatch | None = None, sent_at: float = 0.0) -> None:
+        """Queue a chain entry behind the one made before it; `poll` gives it back when Kafka has it."""
+        entry = prepared.entry
+        sent = _Sent(prepared, batch, sent_at or time.monotonic())
+        self._sent.append(sent)
+        key = names.audit_key(entry.chain, entry.epoch, entry.incarnation, entry.sequence)
+        delivered = partial(self._on_entry, sent)
+        self._produce(self._audit_topic, self._audit_partition, key, prepared.encoded, delivered)
 
     def publish_entry(self, prepared: Prepared) -> int:
         """Append a chain entry by itself and wait; returns its offset."""
@@ -133,17 +150,17 @@ class Publisher:
         return offsets[0]
 
     def poll(self, seconds: float) -> list[Acknowledged]:
-        """Serve Kafka's answers for up to `seconds`; returns the batches whose manifest it has, in order."""
+        """Serve Kafka's answers for up to `seconds`; returns the entries it has got, in the chain's order."""
         self._producer.poll(seconds)
         self._raise_failure()
-        while self._unsent and self._unsent[0].landed:
-            self._send_manifest(self._unsent.popleft())
+        while self._flights and self._flights[0].landed:
+            self._send_manifest(self._flights.popleft())
         out: list[Acknowledged] = []
-        while self._flights and self._flights[0].offset >= 0:
-            flight = self._flights.popleft()
-            assert flight.prepared is not None  # noqa: S101 - it has an offset
-            out.append(Acknowledged(flight.prepared, flight.offset, flight.batch, flight.sent_at))
-            failpoints.hit("producer.manifest-acked")
+        while self._sent and self._sent[0].offset >= 0:
+            sent = self._sent.popleft()
+            out.append(Acknowledged(sent.prepared, sent.offset, sent.batch, sent.sent_at))
+            if sent.batch is not None:
+                failpoints.hit("producer.manifest-acked")
         return out
 
     def close(self) -> None:
@@ -155,11 +172,7 @@ class Publisher:
         failpoints.hit("producer.packs-acked")
         assert self._make_manifest is not None  # noqa: S101 - `begin` comes before `send`
         roots = tuple(receipts.root() for receipts in flight.receipts)
-        flight.prepared = prepared = self._make_manifest(flight.batch, roots)
-        entry = prepared.entry
-        key = names.audit_key(entry.chain, entry.epoch, entry.incarnation, entry.sequence)
-        delivered = partial(self._on_manifest, flight)
-        self._produce(self._audit_topic, self._audit_partition, key, prepared.encoded, delivered)
+        self.send_entry(self._make_manifest(flight.batch, roots), flight.batch, flight.sent_at)
 
     def _produce(
         self,
@@ -197,11 +210,11 @@ class Publisher:
         receipts.last = offset
         receipts.missing -= 1
 
-    def _on_manifest(self, flight: _Flight, error: KafkaError | None, message: Message) -> None:
+    def _on_entry(self, sent: _Sent, error: KafkaError | None, message: Message) -> None:
         if error is not None:
             self._fail(error, f"write to topic {self._audit_topic}")
         else:
-            flight.offset = _offset(message)
+            sent.offset = _offset(message)
 
     def _fail(self, error: KafkaError, doing: str) -> None:
         self._failure = self._failure or kafka_error(error, doing)

@@ -11,6 +11,7 @@ Not here: decoding of relation messages (pgoutput.py) and when a descriptor is s
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -21,6 +22,8 @@ from vsql_shared.changes import Column, Relation, TableName, quote_ident
 from vsql_shared.errors import DatabaseError, TransientError
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.wire.pack import encode_relation, relation_hash
+
+_log = logging.getLogger(__name__)
 
 # oids from which on objects are not built in, so that each server has its own (access/transam.h).
 FIRST_NORMAL_OID = 16384
@@ -53,7 +56,14 @@ WHERE p.pubname = %s AND p.schemaname <> 'vsql_sync'
 
 
 class BinaryRefused(TransientError):
-    """A table with a column whose type is bound to its server turned up in a binary session."""
+    """A table with a column whose type is bound to its server turned up in a binary session.
+
+    The next session must be text: the catalog may know nothing of a column the WAL still holds.
+    """
+
+
+class ScopeChanged(TransientError):
+    """An operator changed what the publication may carry, or marked PCI columns."""
 
 
 class Scope(NamedTuple):
@@ -93,8 +103,9 @@ def load_scope(conn: Connection, publication: str) -> Scope:
             (publication,),
         ).fetchall()
         marked = conn.execute(
-            "SELECT table_schema, table_name, column_name, p.exclude_pci AND c.marked_at > p.created_at"
-            " FROM vsql_sync.pci_columns c, vsql_sync.publications p WHERE p.name = %s",
+            "SELECT c.table_schema, c.table_name, c.column_name, p.exclude_pci AND c.marked_at > p.created_at"
+            " FROM vsql_sync.pci_columns c JOIN vsql_sync.publication_tables USING (table_schema, table_name)"
+            " JOIN vsql_sync.publications p ON p.name = publication WHERE p.name = %s",
             (publication,),
         ).fetchall()
     if there is None:
@@ -121,7 +132,7 @@ def pci_in(scope: Scope, table: TableName, columns: Sequence[str]) -> tuple[str,
     if table not in scope.columns:
         raise DatabaseError(
             f"PostgreSQL's publication sends table {table}, which was not published through vsql-sync",
-            hint="take it out with ALTER PUBLICATION … DROP TABLE",
+            hint="take it out with ALTER PUBLICATION … DROP TABLE; what was written meanwhile is passed over",
         )
     listed = scope.columns[table]
     extra = set() if listed is None else set(columns) - listed
@@ -130,7 +141,8 @@ def pci_in(scope: Scope, table: TableName, columns: Sequence[str]) -> tuple[str,
         raise DatabaseError(
             f"table {table}: PostgreSQL's publication sends column {quote_ident(min(extra))},"
             " which the publication leaves out",
-            hint="mend it with ALTER PUBLICATION … SET TABLE, naming the columns",
+            hint="mend it with ALTER PUBLICATION … SET TABLE, naming the columns; rows that were written"
+            " meanwhile hold the column: publish it too, or initialise the targets anew",
         )
     found = sorted(scope.pci.get(table, frozenset()).intersection(columns))
     return tuple(f"{table}.{quote_ident(column)}" for column in found)
@@ -142,33 +154,43 @@ class Describer:
     def __init__(
         self,
         conn: Connection,
+        publication: str,
         scope: Scope,
         *,
         binary: bool,
         random: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self._conn = conn
+        self._publication = publication
         self._scope = scope
         self._binary = binary
         self._random = random
         self._known: dict[int, tuple[RelationMessage, tuple[Column, ...], Descriptor]] = {}
 
-    def __call__(self, message: RelationMessage, types: Mapping[int, TypeMessage]) -> Descriptor:
-        """The descriptor of a table; the same one while the table stays the same."""
+    def __call__(self, message: RelationMessage, types: Mapping[int, TypeMessage]) -> Descriptor | None:
+        """The descriptor of a table, the same one while the table stays the same.
+
+        None for a table that is not ours to send: never published through vsql-sync, or no longer, and out of
+        PostgreSQL's publication by now. The WAL still holds what was written while it was in.
+        """
+        name = TableName(message.schema, message.table)
+        if name not in self._scope.columns and not self._published_now(name):
+            _log.warning("changes of a table that is not published any more are passed over: %s", name)
+            return None
         if self._binary and bound_types(self._conn, [c.type_oid for c in message.columns]):
             raise BinaryRefused(
                 f"table {message.schema}.{message.table} has a column that cannot travel in binary"
             )
-        names = self._type_names(message, types)
+        type_names = self._type_names(message, types)
         columns = tuple(
-            Column(c.name, c.key, c.type_oid, c.typmod, name)
-            for c, name in zip(message.columns, names, strict=True)
+            Column(c.name, c.key, c.type_oid, c.typmod, type_name)
+            for c, type_name in zip(message.columns, type_names, strict=True)
         )
         known = self._known.get(message.relation_id)
         if known is not None and known[:2] == (message, columns):
             return known[2]
         descriptor = describe(
-            TableName(message.schema, message.table),
+            name,
             message.replica_identity,
             columns,
             self._scope,
@@ -176,6 +198,15 @@ class Describer:
         )
         self._known[message.relation_id] = (message, columns, descriptor)
         return descriptor
+
+    def _published_now(self, name: TableName) -> bool:
+        with errors("looking at the publication"):
+            row = self._conn.execute(
+                "SELECT EXISTS (SELECT FROM pg_catalog.pg_publication_tables"
+                " WHERE pubname = %s AND schemaname = %s AND tablename = %s)",
+                (self._publication, *name),
+            ).fetchone()
+        return bool(row and row[0])
 
     def _type_names(self, message: RelationMessage, types: Mapping[int, TypeMessage]) -> list[str]:
         """SQL names, schema-qualified where not built in: the session's search_path holds pg_catalog only."""

@@ -187,12 +187,17 @@ class WalStream:
         keepalive = size = length = 0
         append, read = frames.append, self._pq.get_copy_data
         try:
-            if not self._pending:
-                self._pq.consume_input()
+            fresh = False
             while size < max_bytes:
                 length, data = read(1)
+                if length == 0 and not fresh:
+                    # libpq's buffer holds some dozens of rows, the socket's thousands: look again.
+                    self._pq.consume_input()
+                    fresh = True
+                    continue
                 if length <= 0:
                     break
+                fresh = False
                 size += length
                 if data[0] == 0x77:  # 'w'
                     append(bytes(data))

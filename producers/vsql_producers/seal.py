@@ -96,6 +96,7 @@ class SealedBatch(NamedTuple):
     continues: bool
     transactions: int
     oldest_commit_time: int
+    kek_id: str = ""
 
 
 class Relations:

@@ -20,12 +20,12 @@ from typing import Any
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPartition
 
 from vsql_shared import lsn, names
-from vsql_shared.audit.chain import EMPTY_HEAD, Accepted, ChainReader
+from vsql_shared.audit.chain import EMPTY_HEAD, Accepted, ChainHead, ChainReader, Void
 from vsql_shared.audit.dsse import document_hash
 from vsql_shared.audit.entries import BATCH_APPLIED, BATCH_REFUSED, BATCH_SKIPPED, AuditEntry
 from vsql_shared.audit.store import recall_head, remember_head
 from vsql_shared.crypto.signing import PinnedKey, TrustStore
-from vsql_shared.errors import DecodeError, VerificationError
+from vsql_shared.errors import DecodeError, SignatureError, VerificationError
 from vsql_shared.kafka.clients import from_exception, kafka_error
 from vsql_shared.pg.connect import Connection, errors
 
@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
 _REFRESH_SECONDS = 5.0
+# Records taken at a look, in portions: a target that was away for long is caught up with in minutes, not hours.
+_PORTION, _PORTIONS = 500, 8
 _COUNTED = frozenset({BATCH_APPLIED, BATCH_SKIPPED})
 
 
@@ -82,12 +84,16 @@ class Targets:
             self._refresh()
         if not self._targets:
             return
-        for message in self._consumer.consume(500, timeout=0):
-            if (error := message.error()) is not None:
-                raise kafka_error(error, "read acknowledgements")
-            offset, value = message.offset(), message.value()
-            if offset is not None and value is not None:
-                self._take(offset, value)
+        for _ in range(_PORTIONS):
+            messages = self._consumer.consume(_PORTION, timeout=0)
+            for message in messages:
+                if (error := message.error()) is not None:
+                    raise kafka_error(error, "read acknowledgements")
+                offset, value = message.offset(), message.value()
+                if offset is not None and value is not None:
+                    self._take(offset, value)
+            if len(messages) < _PORTION:
+                break
         for target in self._targets.values():
             self._settle(target)
 
@@ -109,21 +115,21 @@ class Targets:
         }
 
     def _refresh(self) -> None:
-        """Targets are added while the stream runs; a new one may have acknowledged before we knew it."""
+        """Targets come and go while the stream runs; a new one may have acknowledged before we knew it."""
         with errors("reading the targets"):
             rows = self._conn.execute(
                 "SELECT target, acked_sequence, coalesce(mismatch, '') FROM vsql_sync.stream_targets"
                 " WHERE chain = %s AND target <> '*'",
                 (self._chain,),
             ).fetchall()
+        for gone in self._targets.keys() - {row[0] for row in rows}:
+            del self._targets[gone]
         new = [row for row in rows if row[0] not in self._targets]
         for name, acked, mismatch in new:
             chain = names.ack_chain(self._chain, name)
             known = recall_head(self._conn, chain)
-            reader = ChainReader(
-                self._cluster, chain, name, self._trust(name), known[0] if known else EMPTY_HEAD
-            )
-            self._targets[name] = Target(name, reader, known[1] if known else None, acked, mismatch)
+            head, offset = known or (EMPTY_HEAD, None)
+            self._targets[name] = Target(name, self._reader(name, head), offset, acked, mismatch)
         if new:
             offsets = [target.offset for target in self._targets.values()]
             starts = [offset + 1 for offset in offsets if offset is not None]
@@ -132,6 +138,10 @@ class Targets:
                 self._consumer.assign([TopicPartition(self._topic, self._partition, start)])
             except KafkaException as error:
                 raise from_exception(error, "read acknowledgements") from error
+
+    def _reader(self, target: str, head: ChainHead) -> ChainReader:
+        chain = names.ack_chain(self._chain, target)
+        return ChainReader(self._cluster, chain, target, self._trust(target), head)
 
     def _trust(self, target: str) -> TrustStore:
         with errors("reading the pinned keys"):
@@ -149,13 +159,21 @@ class Targets:
             if target.mismatch or (target.offset is not None and offset <= target.offset):
                 continue
             try:
-                found = target.reader.accept(value, where)
+                found = self._accept(target, value, where)
             except (VerificationError, DecodeError) as error:
                 self._mark(target, str(error))
                 continue
             if isinstance(found, Accepted):
                 target.offset, target.moved = offset, True
                 self._note(target, found.entry)
+
+    def _accept(self, target: Target, value: bytes, where: str) -> Accepted | Void | None:
+        try:
+            return target.reader.accept(value, where)
+        except SignatureError:
+            # Its key may have been pinned, or revoked, since we looked.
+            target.reader = self._reader(target.name, target.reader.head)
+            return target.reader.accept(value, where)
 
     def _note(self, target: Target, entry: AuditEntry) -> None:
         if entry.event_type in _COUNTED and entry.ref_sequence:

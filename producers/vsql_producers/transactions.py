@@ -6,7 +6,7 @@ Not here: how batches are cut (batches.py) and what a tuple holds. Rules:
   chunk holds of one transaction. Its commit position is known from its BEGIN on.
 * Dropped: transactions that reached this node through a replication origin (they are another node's),
   transactions whose commit record starts before the resume position (already in a manifest), tables of schema
-  vsql_sync, and logical messages. What is left without a change makes no run, only a position.
+  vsql_sync and such as are not published any more, and logical messages. What is left without a change makes no run, only a position.
 * TRUNCATE of several tables becomes one record per table.
 * A relation message counts even where its transaction is dropped: the walsender sends it once a session.
 """
@@ -54,7 +54,8 @@ class RelationChange(NamedTuple):
     descriptor: Descriptor
 
 
-Describe = Callable[[RelationMessage, Mapping[int, TypeMessage]], Descriptor]
+Describe = Callable[[RelationMessage, Mapping[int, TypeMessage]], Descriptor | None]
+"""None: the table is not one to replicate."""
 
 
 @dataclass(slots=True)
@@ -77,7 +78,7 @@ class Transactions:
         self._dropped = self._begun = False
         self._run: Run | None = None
         self._known: set[bytes] = set()
-        self._own: set[bytes] = set()
+        self._passed_over: set[bytes] = set()
         self._types: dict[int, TypeMessage] = {}
         self._changes: list[RelationChange] = []
         self.received_lsn = 0
@@ -110,8 +111,8 @@ class Transactions:
             raise DecodeError("a row outside of a transaction")
         if self._dropped:
             return
-        if self._own:
-            frames = [frame for frame in frames if frame[RELATION_ID] not in self._own]
+        if self._passed_over:
+            frames = [frame for frame in frames if frame[RELATION_ID] not in self._passed_over]
         if frames:
             self._current(self._begin).frames += frames
 
@@ -164,11 +165,12 @@ class Transactions:
     def _on_relation(self, message: RelationMessage) -> None:
         key = relation_key(message.relation_id)
         self._known.add(key)
-        if message.schema == OWN_SCHEMA:
-            self._own.add(key)
+        descriptor = None if message.schema == OWN_SCHEMA else self._describe(message, self._types)
+        if descriptor is None:
+            self._passed_over.add(key)
             return
-        self._own.discard(key)
-        self._changes.append(RelationChange(0, key, self._describe(message, self._types)))
+        self._passed_over.discard(key)
+        self._changes.append(RelationChange(0, key, descriptor))
 
     def _on_truncate(self, message: Truncate, lsn: int) -> None:
         if self._begin is None:
@@ -176,7 +178,7 @@ class Transactions:
         keys = [relation_key(relation_id) for relation_id in message.relation_ids]
         if not self._known.issuperset(keys):
             raise DecodeError("a TRUNCATE of a table that was not described")
-        keys = [key for key in keys if key not in self._own]
+        keys = [key for key in keys if key not in self._passed_over]
         if self._dropped or not keys:
             return
         size = len(keys).to_bytes(2, "big")

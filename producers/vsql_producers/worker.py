@@ -21,14 +21,17 @@ from typing import Any, Protocol
 import psycopg
 from confluent_kafka import KafkaException
 
+from vsql_producers import acts
 from vsql_producers import stream as streams
 from vsql_producers.context import Context, open_consumer
 from vsql_producers.control import Control
 from vsql_producers.epoch import Writing
 from vsql_producers.outlet import Outlet
 from vsql_producers.pipeline import LivePipeline
+from vsql_producers.relations import BinaryRefused
 from vsql_producers.snapshot.pipeline import CopyPipeline
 from vsql_producers.targets import Targets
+from vsql_producers.volume import AuditVolume
 from vsql_shared import failpoints, lsn, names
 from vsql_shared.audit.store import ensure_partitions
 from vsql_shared.config import Settings
@@ -53,7 +56,11 @@ _log = logging.getLogger(__name__)
 
 # Seconds between looks at a stream that only an operator can set going again.
 _DIVERGED_POLL = 1.0
-_VOLUME_SECONDS = 60.0
+# … at whether a paused one is to go on.
+_PAUSED_POLL = 0.1
+_DAY_SECONDS = 86_400.0
+# Of server.stop_timeout, after which the supervisor kills.
+_STOP_SHARE = 0.8
 _SAY_AGAIN_SECONDS = 60.0
 _STATES = {
     "running": StreamState.STREAMING,
@@ -63,6 +70,9 @@ _STATES = {
     "diverged": StreamState.DIVERGED,
     "stopped": StreamState.STOPPED,
 }
+
+
+_ACTS = frozenset({"pause", "resume", "rotate-dek", "retry"})
 
 
 class Stopped(Exception):
@@ -122,10 +132,13 @@ class Worker:
         self._signer = _signer(settings)
         self._failures = 0
         self._last_error = ""
-        self._last_error_at = self._logged_at = 0.0
+        self._last_error_at = 0.0
+        self._logged_at = float("-inf")
         self._totals = (0, 0, 0)
-        self._next_volume = 0.0
-        self._volume: dict[str, Any] = {}
+        self._volume = AuditVolume(time.monotonic())
+        self._text_only = False
+        self._owed: list[Command] = []
+        self._stop_by: float | None = None
         self._rates: tuple[float, int, int] = (time.monotonic(), 0, 0)
 
     def run(self) -> int:
@@ -137,6 +150,7 @@ class Worker:
             except Stopped:
                 break
             except (TransientError, EnvironmentFault) as error:
+                self._text_only = isinstance(error, BinaryRefused)
                 self._failed(error)
                 self._back_off(longest=isinstance(error, EnvironmentFault))
             except DivergedError as error:
@@ -146,7 +160,7 @@ class Worker:
         return 0
 
     def _attempt(self) -> None:
-        """One epoch; returns at a graceful stop."""
+        """One epoch; returns when the stream was paused."""
         with ExitStack() as closing:
             try:
                 self._epoch(closing)
@@ -165,6 +179,8 @@ class Worker:
             raise DivergedError(f"stream {self._chain} is marked as diverged")
         ensure_partitions(conn)
         control = Control(conn, self._chain, settings.limits)
+        if stream.kind == "live":
+            self._hold_while_paused(conn, control, stream)
         provider = open_provider(settings.encryption.kms, strict=settings.is_prod)
         closing.callback(provider.close)
         writing = self._writing(conn, stream)
@@ -178,11 +194,12 @@ class Worker:
             allow_unsigned=not settings.is_prod,
         )
         context = Context(settings, stream, conn, provider, writing, targets, self._metrics, closing)
+        context.volume, context.text_only = self._volume, self._text_only
         context.ensure_control_topics()
         pipeline: Pipeline = CopyPipeline(context) if stream.kind == "copy" else LivePipeline(context)
         context.interrupt = self._raise_when_stopped
         pipeline.open()
-        context.interrupt = _go_on
+        context.interrupt = self._raise_when_overdue
         streams.set_state(conn, self._chain, "COPYING" if stream.kind == "copy" else "SYNCHRONIZED")
         self._failures = 0
         try:
@@ -195,26 +212,68 @@ class Worker:
         if self.stop.is_set():
             raise Stopped
 
+    def _raise_when_overdue(self) -> None:
+        """What waits in an open stream for something that does not answer is given up at a stop's end."""
+        if self.stop.is_set() and self._time_to_stop() <= 0:
+            raise TransientError("the stop did not find an end in time; what was not sent comes again")
+
+    def _time_to_stop(self) -> float:
+        """Seconds that are left for a graceful stop, which begins when this is first asked."""
+        if self._stop_by is None:
+            self._stop_by = (
+                time.monotonic() + self._settings.server.stop_timeout.total_seconds() * _STOP_SHARE
+            )
+        return self._stop_by - time.monotonic()
+
+    def _hold_while_paused(self, conn: Connection, control: Control, stream: streams.Stream) -> None:
+        """Stay without a walsender: one that is not read keeps its server from shutting down.
+
+        Commands stay unanswered until the stream runs again, because they belong into its chain.
+        """
+        while True:
+            control.poll(time.monotonic())
+            if control.desired != "paused":
+                return
+            if control.status_due("paused", time.monotonic()):
+                detail = {"lag_bytes": streams.slot_lag(conn, stream.slot_name), **self._error_detail()}
+                control.say("paused", detail, time.monotonic())
+                self._metrics.state(_STATES["paused"])
+            if self.stop.wait(_PAUSED_POLL):
+                raise Stopped
+
     def _turn_until_stopped(self, pipeline: Pipeline, control: Control, context: Context) -> None:
         conn, targets = context.conn, context.targets
-        running = "copying" if context.stream.kind == "copy" else "running"
+        is_copy = context.stream.kind == "copy"
+        running = "copying" if is_copy else "running"
+        next_day = time.monotonic() + _DAY_SECONDS
+        while self._owed:
+            pipeline.outlet.act(acts.describe(conn, self._owed.pop()))
         while not self.stop.is_set() and not pipeline.done:
             now = time.monotonic()
             for command in control.poll(now):
-                self._obey(command, control, pipeline)
+                self._obey(command, control, pipeline, conn)
             paused = control.desired == "paused"
+            if paused and not is_copy:
+                pipeline.finish(self._settings.server.stop_timeout.total_seconds(), context.on_tick)
+                return
+            if now >= next_day:
+                next_day = now + _DAY_SECONDS
+                ensure_partitions(conn)
             state = "paused" if paused else running
             if control.status_due(state, now):
                 self._say(control, state, pipeline, context)
             targets.poll(now)
             pipeline.turn(reading=not paused)
-        pipeline.finish(self._settings.server.stop_timeout.total_seconds() * 0.8, context.on_tick)
+        pipeline.finish(self._time_to_stop(), context.on_tick)
         if pipeline.done:
             streams.set_state(conn, self._chain, "FINISHED")
         self._say(control, "stopped", pipeline, context)
         raise Stopped
 
-    def _obey(self, command: Command, control: Control, pipeline: Pipeline) -> None:
+    def _obey(self, command: Command, control: Control, pipeline: Pipeline, conn: Connection) -> None:
+        """Do what an operator orders, and put the act into the chain."""
+        if command.verb in _ACTS:
+            pipeline.outlet.act(acts.describe(conn, command))
         if command.verb == "rotate-dek":
             pipeline.outlet.keys.rotate("command")
             control.answer(command, ok=True, message="the next batch is sealed under a new data key")
@@ -253,7 +312,7 @@ class Worker:
     def _say(self, control: Control, state: str, pipeline: Pipeline, context: Context) -> None:
         detail = pipeline.status(_wal_position(context.conn))
         detail["targets"] = context.targets.detail(pipeline.sequence)
-        detail |= self._audit_volume(context.conn)
+        detail |= self._audit_volume()
         rows, size, batches = (a + b for a, b in zip(self._totals, pipeline.totals, strict=True))
         now = time.monotonic()
         before, rows_before, size_before = self._rates
@@ -271,20 +330,14 @@ class Worker:
         self._metrics.state(_STATES[state])
         self._metrics.memory(resident=resident_bytes())
 
-    def _audit_volume(self, conn: Connection) -> dict[str, Any]:
-        """Entries of the trail in the last day and their bytes; asked for about once a minute."""
-        now = time.monotonic()
-        if now >= self._next_volume:
-            self._next_volume = now + _VOLUME_SECONDS
-            with errors("measuring the audit trail"):
-                row = conn.execute(
-                    "SELECT count(*), coalesce(sum(octet_length(document)), 0)::bigint"
-                    " FROM vsql_sync.vsql_sync_audit"
-                    " WHERE chain = %s AND event_timestamp > now() - INTERVAL '1 day'",
-                    (self._chain,),
-                ).fetchone()
-            self._volume = {"audit_entries": row[0], "audit_bytes_per_day": row[1]} if row else {}
-        return self._volume
+    def _audit_volume(self) -> dict[str, Any]:
+        """Entries since the start, and what a day brings at the present pace."""
+        entries, nbytes = self._volume.per_day(time.monotonic())
+        return {
+            "audit_entries": self._volume.entries,
+            "audit_entries_per_day": entries,
+            "audit_bytes_per_day": nbytes,
+        }
 
     def _error_detail(self) -> dict[str, Any]:
         return {"last_error": self._last_error, "last_error_at": self._last_error_at or None}
@@ -292,10 +345,11 @@ class Worker:
     def _failed(self, error: VsqlSyncError) -> None:
         self._metrics.failed(error)
         # A cause that stays is said once a minute, not at every retry.
-        again = str(error) == self._last_error and time.time() - self._logged_at < _SAY_AGAIN_SECONDS
+        now = time.monotonic()
+        again = str(error) == self._last_error and now - self._logged_at < _SAY_AGAIN_SECONDS
         self._last_error, self._last_error_at = str(error), time.time()
         if not again:
-            self._logged_at = self._last_error_at
+            self._logged_at = now
         level = logging.DEBUG if again else logging.ERROR
         _log.log(level, "%s", error, extra={"error": type(error).__name__})
 
@@ -329,6 +383,8 @@ class Worker:
                     control = Control(conn, self._chain, self._settings.limits)
                     for command in control.poll(time.monotonic()):
                         if command.verb == "retry":
+                            # Its entry is made when there is an epoch to put it into.
+                            self._owed.append(command)
                             streams.set_state(conn, self._chain, "PREPARING", command.reason)
                             control.answer(command, ok=True, message="the stream is tried again")
                             return
@@ -336,10 +392,6 @@ class Worker:
                     control.say("diverged", self._error_detail(), time.monotonic())
             except (VsqlSyncError, psycopg.Error):
                 _log.debug("the database is away while the stream is diverged")
-
-
-def _go_on() -> None:
-    """Nothing interrupts an open stream: it ends by `finish`."""
 
 
 def _wal_position(conn: Connection) -> int:

@@ -22,7 +22,8 @@ from typing import Any
 from vsql_producers import replication
 from vsql_producers.batches import Batch, Batches
 from vsql_producers.context import Context
-from vsql_producers.epoch import open_epoch, read_chain
+from vsql_producers.epoch import open_epoch
+from vsql_producers.level import read_or_level
 from vsql_producers.outlet import Outlet, batch_limits
 from vsql_producers.progress import Progress
 from vsql_producers.publish import Acknowledged
@@ -33,16 +34,18 @@ from vsql_producers.snapshot.tables import CopyTable, count_tables, tables_to_co
 from vsql_producers.transactions import RelationChange, Run
 from vsql_shared import failpoints, lsn, names
 from vsql_shared.audit.chain import ChainWriter, Prepared
-from vsql_shared.audit.entries import COPY_FINISHED, COPY_STARTED, canonical_json
+from vsql_shared.audit.entries import COPY_FINISHED, COPY_STARTED, MAX_DETAIL_SIZE, canonical_json
 from vsql_shared.audit.store import insert_entries, iterate
 from vsql_shared.changes import Transaction
-from vsql_shared.errors import TransientError
+from vsql_shared.errors import DatabaseError, TransientError
 from vsql_shared.kafka.topics import delete_topics
 from vsql_shared.pg.connect import Connection, connect, errors
 
 _READ_BYTES = 1 << 20
 _SHORT = 0.005
 _LONG = 0.1
+# What stands beside a table's name in an entry's detail, at most: numbers of 19 digits, escaped quotes.
+_TABLE_DETAIL_BYTES = 80
 
 
 class CopyPipeline:
@@ -70,7 +73,7 @@ class CopyPipeline:
         c = self._context
         self._require_live_slot()
         publisher = c.make_publisher()
-        reader, tail = read_chain(c.conn, c.writing, c.make_consumer(), c.on_tick)
+        reader, tail = read_or_level(c.conn, c.writing, c.make_consumer(), publisher, c.on_tick)
         replica = replication.open_replication(
             c.settings.connection.conninfo("producer"), f"vsql-sync copy {c.stream.chain}"
         )
@@ -143,10 +146,16 @@ class CopyPipeline:
 
     def _started_detail(self, snapshot: Snapshot) -> dict[str, Any]:
         at = lsn.text(snapshot.lsn)
-        return {
-            "lsn": at,
-            "tables": {str(table.name): {"rows": table.estimated_rows, "lsn": at} for table in self._tables},
-        }
+        tables = {str(table.name): {"rows": table.estimated_rows, "lsn": at} for table in self._tables}
+        # `copy_finished` names all of them once more, with numbers that may be longer.
+        longest = sum(len(name.encode()) + _TABLE_DETAIL_BYTES for name in {*tables, *self._history.rows})
+        if longest > MAX_DETAIL_SIZE:
+            raise DatabaseError(
+                f"publication {self._context.stream.publication} has {len(tables)} tables, and their names do"
+                " not fit into one audit entry",
+                hint="split the tables over several publications",
+            )
+        return {"lsn": at, "tables": tables}
 
     def _say(self, event: str, snapshot: Snapshot | None, detail: dict[str, Any]) -> None:
         """Append an entry of the copy itself; nothing is under way then."""
@@ -162,6 +171,7 @@ class CopyPipeline:
         offset = outlet.publisher.publish_entry(prepared)
         insert_entries(self._context.conn, [(prepared.encoded, offset)])
         self.sequence = writer.commit(prepared.entry_hash).sequence
+        self._context.appended(prepared)
 
     def _require_open(self) -> tuple[ChainWriter, Outlet]:
         if self._writer is None or self._outlet is None:
@@ -207,7 +217,7 @@ class CopyPipeline:
         run = Run(self._transaction, frames, self._relations if frames else [], end)
         if frames:
             self._relations = []
-        if frames or not self._batches.is_empty:
+        if frames or (reader.done and not self._batches.is_empty):
             self._ready += self._batches.add(run, time.monotonic())
         if reader.done:
             # The next table begins a batch of its own.
@@ -226,9 +236,10 @@ class CopyPipeline:
         failpoints.hit("copy.recorded")
         for one in acknowledged:
             self.sequence = one.prepared.entry.sequence
-            self._history.last_manifest = self.sequence
+            if one.batch is not None:
+                self._history.last_manifest = self.sequence
             self._history.topics.update(part.topic for part in one.prepared.entry.partitions)
-            self._context.metrics.audited(1, len(one.prepared.encoded))
+            self._context.appended(one.prepared)
         self._context.metrics.progressed()
 
     def _end(self) -> None:

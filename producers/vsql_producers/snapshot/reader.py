@@ -12,7 +12,6 @@ Not here: which tables and columns (tables.py). Rules:
 from __future__ import annotations
 
 import select
-import time
 from typing import NamedTuple
 
 import psycopg
@@ -28,7 +27,7 @@ from vsql_shared.pg.connect import Connection, errors, translate
 _SIGNATURE = b"PGCOPY\n\xff\r\n\0"
 _HEADER_SIZE = len(_SIGNATURE) + 8
 _TRAILER = b"\xff\xff"
-_SILENCE_SECONDS = 600.0
+_WAIT_SECONDS = 0.1
 
 
 class Snapshot(NamedTuple):
@@ -64,18 +63,34 @@ class TableReader:
         self._prefix = frame_prefix(Op.COPY, table.key, snapshot_lsn)
         self._columns = table.columns.to_bytes(2, "big")
         self._first = True
-        self.done = False
-        result = self._pq.exec_(table.command)
-        if result.status != pq.ExecStatus.COPY_OUT:
-            error = psycopg.errors.error_from_result(result)
-            raise translate(error, f"copying table {table.name}")
+        self._begun = self.done = False
+        try:
+            self._pq.send_query(table.command)
+        except psycopg.Error as error:
+            raise translate(error, f"copying table {table.name}") from error
+
+    def _begin(self) -> bool:
+        """Whether the server gives rows already: it may wait for a lock, as long as another holds it."""
+        if self._pq.is_busy():
+            self._readable(_WAIT_SECONDS)
+            self._pq.consume_input()
+            if self._pq.is_busy():
+                return False
+        result = self._pq.get_result()
+        if result is None or result.status != pq.ExecStatus.COPY_OUT:
+            if result is None:
+                raise TransientError(f"table {self._table.name}: the server began no COPY")
+            raise translate(psycopg.errors.error_from_result(result), f"copying table {self._table.name}")
+        self._begun = True
+        return True
 
     def read(self, max_bytes: int) -> list[bytes]:
-        """The next rows, about `max_bytes` of them; `done` after the last."""
+        """The next rows, about `max_bytes` of them, perhaps none yet; `done` after the last."""
         frames: list[bytes] = []
         size = 0
-        deadline = time.monotonic() + _SILENCE_SECONDS
         try:
+            if not self._begun and not self._begin():
+                return frames
             while size < max_bytes and not self.done:
                 length, data = self._pq.get_copy_data(1)
                 if length > 0:
@@ -83,14 +98,10 @@ class TableReader:
                     self._take(bytes(data), frames)
                 elif length < 0:
                     self._end()
-                elif frames:
-                    # What is here goes out before the next is waited for.
-                    self._pq.consume_input()
-                    if not self._readable(0):
-                        break
                 else:
-                    if not self._readable(1.0) and time.monotonic() > deadline:
-                        raise TransientError(f"table {self._table.name} gives no rows")
+                    # What is here goes out before more is waited for; a stop is noticed while nothing comes.
+                    if not self._readable(0 if frames else _WAIT_SECONDS):
+                        break
                     self._pq.consume_input()
         except psycopg.Error as error:
             raise translate(error, f"copying table {self._table.name}") from error

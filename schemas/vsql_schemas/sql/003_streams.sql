@@ -61,6 +61,7 @@ CREATE TABLE vsql_sync.streams (
     state_reason    TEXT,
     slot_created    BOOLEAN NOT NULL DEFAULT false,     -- once true a missing slot is a gap, never re-created
     copy_wanted     BOOLEAN NOT NULL DEFAULT true,      -- 'in' live streams: first copy asked for
+    pruned_sequence BIGINT NOT NULL DEFAULT 0,          -- 'out' live streams: records up to this entry were deleted
     created_at      TIMESTAMPTZ NOT NULL DEFAULT now(),
     PRIMARY KEY (chain, direction)
 );

@@ -324,14 +324,17 @@ def rotate_dek(
     operator: Operator, output: OutputFormat, chain: str | None, reason: str, timeout: float
 ) -> None:
     """Have this node's producer seal with a new data key from the next batch on."""
-    from vsql_shared.pg import commands
-    from vsql_shared.pg.connect import connect
+    from vsql_shared.pg import commands, oplog
+    from vsql_shared.pg.connect import connect, errors
     from vsql_shared.pg.migrate import require_current
 
     with connect(operator.settings.connection.conninfo(), application_name="vsql_sync_ctl") as conn:
         require_current(conn)
         streams = _outgoing(conn, chain)
-        asked = commands.request(conn, "producer", "rotate-dek", {}, reason, chain)
+        with errors("asking for a new data key"), conn.transaction():
+            line = oplog.record(conn, "key.rotate-dek", "stream", chain or "*", new={"reason": reason})
+            args = {"audit_log": line}
+            asked = commands.request(conn, "producer", "rotate-dek", args, reason, chain)
         answers = commands.wait(conn, asked, len(streams), timeout)
     rows = [{"stream": a.chain, "done": a.ok, "message": a.message} for a in answers]
     if rows:

@@ -114,6 +114,15 @@ def _write_head(conn: Connection, chain: str, head: ChainHead, offset: int | Non
     return conn.execute(_WRITE_HEAD, values).rowcount == 1
 
 
+def move_offset(conn: Connection, chain: str, entry_hash: bytes, kafka_offset: int) -> None:
+    """An own chain's head lies elsewhere in Kafka now: it was published again."""
+    with errors("noting where a chain's head lies"):
+        conn.execute(
+            "UPDATE vsql_sync.chain_heads SET kafka_offset = %s WHERE chain = %s AND own AND entry_hash = %s",
+            (kafka_offset, chain, entry_hash),
+        )
+
+
 def recall_head(conn: Connection, chain: str) -> tuple[ChainHead, int | None] | None:
     """The remembered head of a chain and its Kafka offset; None when nothing was remembered."""
     with errors("reading a chain's remembered head"):

@@ -58,6 +58,16 @@ def kafka_error(error: KafkaError, doing: str) -> VsqlSyncError:
     return BrokerError(text)
 
 
+def is_unknown_topic(exception: KafkaException) -> bool:
+    """Whether a call failed because the topic, or the partition, is not there."""
+    error = exception.args[0] if exception.args else None
+    return isinstance(error, KafkaError) and error.code() in (
+        KafkaError.UNKNOWN_TOPIC_OR_PART,
+        KafkaError._UNKNOWN_TOPIC,
+        KafkaError._UNKNOWN_PARTITION,
+    )
+
+
 def from_exception(exception: KafkaException, doing: str) -> VsqlSyncError:
     """The same for an exception of the client."""
     error = exception.args[0] if exception.args else None

@@ -80,11 +80,11 @@ def _want(
         ids = []
         for chain, direction in sorted(rows):
             role: commands.Role = "producer" if direction == "out" else "consumer"
+            new = {"desired": desired, "direction": direction, "reason": reason}
+            line = oplog.record(conn, f"stream.{verb}", "stream", chain, new=new)
             # A worker that does not run yet is started by its supervisor: nobody is there to answer a start.
             if verb != "start":
-                ids.append(commands.request(conn, role, verb, {}, reason, chain))
-            new = {"desired": desired, "direction": direction, "reason": reason}
-            oplog.record(conn, f"stream.{verb}", "stream", chain, new=new)
+                ids.append(commands.request(conn, role, verb, {"audit_log": line}, reason, chain))
         if verb == "start" and rows:
             conn.execute("SELECT pg_catalog.pg_notify(%s, '')", (commands.CHANNEL,))
     return Changed(sorted(rows), ids)
@@ -130,9 +130,10 @@ def _decide(conn: Connection, chain: str, kind: str, place: dict[str, str | int]
             (chain, kind, *columns.values(), reason.strip()),
         ).fetchone()
         assert made is not None  # noqa: S101 - INSERT … RETURNING has a row
-        commands.request(conn, "consumer", "retry", {"decision": made[0]}, reason.strip(), chain)
         new = {"kind": kind, "decision": made[0], "reason": reason.strip(), **place}
-        oplog.record(conn, f"stream.{kind}", "stream", chain, new=new)
+        line = oplog.record(conn, f"stream.{kind}", "stream", chain, new=new)
+        args = {"decision": made[0], "audit_log": line}
+        commands.request(conn, "consumer", "retry", args, reason.strip(), chain)
     return int(made[0])
 
 

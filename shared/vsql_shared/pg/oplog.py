@@ -1,16 +1,19 @@
 """The operators' log: one line in `vsql_sync.audit_log` for every act that changes something.
 
 Called inside the transaction of the act, so that neither exists without the other. The database fills in
-who (session_user) and from where; nothing here can claim to be somebody else.
+who (session_user) and from where; nothing here can claim to be somebody else. A worker that runs the act puts
+the SHA-256 of the line's canonical JSON (`line`) into its signed chain, so that a changed line is found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from vsql_shared.pg.connect import Connection
+from vsql_shared.audit.entries import canonical_json
+from vsql_shared.pg.connect import Connection, errors
 
 
 def record(
@@ -35,3 +38,30 @@ def record(
     ).fetchone()
     assert row is not None  # noqa: S101 - a function call has a row
     return int(row[0])
+
+
+_TIME = """to_char({} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
+_LINE = (
+    f"SELECT id, {_TIME.format('occurred_at')} AS occurred_at, action, actor, target_type, target_id, old_value,"  # noqa: S608 - constants
+    " new_value, host(client_ip) AS client_ip, success, error_message FROM vsql_sync.audit_log WHERE id = %s"
+)
+_COMMAND = (
+    f"SELECT id, role, chain, verb, args, reason, requested_by, {_TIME.format('requested_at')} AS requested_at"  # noqa: S608 - constants
+    " FROM vsql_sync.commands WHERE id = %s"
+)
+
+
+def line(conn: Connection, log_id: int) -> str | None:
+    """Canonical JSON of a line of the log; None when there is no such line."""
+    return _canonical(conn, _LINE, log_id)
+
+
+def command(conn: Connection, command_id: int) -> str | None:
+    """The same of a command, for those that were given without a line in the log."""
+    return _canonical(conn, _COMMAND, command_id)
+
+
+def _canonical(conn: Connection, query: str, number: int) -> str | None:
+    with errors("reading an operator's act"), conn.cursor(row_factory=dict_row) as cursor:
+        row = cursor.execute(query.encode(), (number,)).fetchone()
+    return None if row is None else canonical_json(row)

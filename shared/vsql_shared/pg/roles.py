@@ -50,7 +50,7 @@ _NODE_STATE = "UPDATE (last_seen, status, init_state, init_reason, init_changed_
 _SERVICE = {
     "vsql_sync_audit": "INSERT",
     "nodes": _NODE_STATE,
-    "streams": "UPDATE (state, state_reason, slot_created, desired, desired_reason)",
+    "streams": "UPDATE (state, state_reason, slot_created, desired, desired_reason, pruned_sequence)",
     "stream_status": "INSERT, UPDATE, DELETE",
     "chain_heads": "INSERT, UPDATE",
     "command_results": "INSERT",
