@@ -1,12 +1,14 @@
 """Bringing Kafka level with our audit table: entries it lost are published again, byte by byte (rule 5).
 
 A broker that lost the end of the audit partition (a topic made anew, a disk restored from a backup) leaves a
-table that knows more than Kafka. The slot has forgotten what those manifests cover, so they are worth publishing
-again, if everything they promise is still there. Procedure:
+table that knows more than Kafka. The slot has forgotten what those manifests cover, so they are worth
+publishing again, if everything they promise is still there. Procedure:
 
-1. Kafka's part of the chain must be a beginning of the table's; else two histories exist, and nobody may choose.
-2. Every record of every missing manifest is read at its offsets, and its sub-root computed from what is there;
-   the announcement of every data key they need is looked for. Nothing is published before all of it was found.
+1. Kafka's part of the chain must be a beginning of the table's; else two histories exist, and nobody may
+   choose.
+2. Every missing document must extend it, signed. Every record of every missing manifest is read at its
+   offsets, and its sub-root computed from what is there; the announcement of every data key they need is
+   looked for. Nothing is published before all of it was found.
 3. The missing entries are appended as they were signed, and the place of the last one is noted.
 
 Not here: the chain's reading (epoch.py). Raises DivergedError, which names the first thing that is missing.
@@ -40,7 +42,7 @@ from vsql_shared.wire.pack import decode_header, decode_tuples, header_digest
 _log = logging.getLogger(__name__)
 _SILENCE_SECONDS = 30.0
 _TIMEOUT_SECONDS = 10.0
-# Manifests whose records are looked for at a time: bounds memory, and each topic is read once for all of them.
+# Manifests whose records are looked for at a time: bounds memory; each topic is read once for all of them.
 _CHUNK = 1_000
 
 Tick = Callable[[], None]
@@ -108,8 +110,8 @@ def _require_beginning(
     if there.sequence > head.sequence or ours is None or ours.entry_hash != there.entry_hash:
         raise DivergedError(
             f"{lost.message}; and its entry {there.sequence} is not the one in the audit table",
-            hint="two histories of one chain exist: run `syncctl audit verify`, restore the topic or the table,"
-            " or initialise the targets anew",
+            hint="two histories of one chain exist: run `syncctl audit verify`, restore the topic or the"
+            " table, or initialise the targets anew",
         )
 
 

@@ -6,8 +6,8 @@ Data topics have no retention of Kafka's own: only the source knows what its tar
   root, and that is older than [kafka] retention, as are all before it. Never beyond: the offsets come from
   the manifests themselves.
 * A target that acknowledged nothing, or a wrong root, holds everything back; without targets nothing goes.
-* A turn takes a bounded number of manifests and never waits for Kafka. A failure is said, and tried again later:
-  the stream does not depend on it.
+* A turn takes a bounded number of manifests and never waits for Kafka. A failure is said, and tried again
+  later: the stream does not depend on it.
 * How far it is stands in vsql_sync.streams (pruned_sequence), written after Kafka has answered.
 
 Not here: the audit and keys topics, which keep everything, and a copy's topics, which go as a whole.

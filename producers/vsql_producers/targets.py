@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
 _REFRESH_SECONDS = 5.0
-# Records taken at a look, in portions: a target that was away for long is caught up with in minutes, not hours.
+# Records taken at a look, in portions: a target that was away for long is caught up with in minutes.
 _PORTION, _PORTIONS = 500, 8
 _COUNTED = frozenset({BATCH_APPLIED, BATCH_SKIPPED})
 

@@ -6,7 +6,8 @@ Not here: how batches are cut (batches.py) and what a tuple holds. Rules:
   chunk holds of one transaction. Its commit position is known from its BEGIN on.
 * Dropped: transactions that reached this node through a replication origin (they are another node's),
   transactions whose commit record starts before the resume position (already in a manifest), tables of schema
-  vsql_sync and such as are not published any more, and logical messages. What is left without a change makes no run, only a position.
+  vsql_sync and such as are not published any more, and logical messages. What is left without a change makes
+  no run, only a position.
 * TRUNCATE of several tables becomes one record per table.
 * A relation message counts even where its transaction is dropped: the walsender sends it once a session.
 """

@@ -8,6 +8,7 @@ the SHA-256 of the line's canonical JSON (`line`) into its signed chain, so that
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
@@ -40,13 +41,12 @@ def record(
     return int(row[0])
 
 
-_TIME = """to_char({} AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"')"""
 _LINE = (
-    f"SELECT id, {_TIME.format('occurred_at')} AS occurred_at, action, actor, target_type, target_id, old_value,"  # noqa: S608 - constants
-    " new_value, host(client_ip) AS client_ip, success, error_message FROM vsql_sync.audit_log WHERE id = %s"
+    "SELECT id, occurred_at, action, actor, target_type, target_id, old_value, new_value,"
+    " host(client_ip) AS client_ip, success, error_message FROM vsql_sync.audit_log WHERE id = %s"
 )
 _COMMAND = (
-    f"SELECT id, role, chain, verb, args, reason, requested_by, {_TIME.format('requested_at')} AS requested_at"  # noqa: S608 - constants
+    "SELECT id, role, chain, verb, args, reason, requested_by, requested_at"
     " FROM vsql_sync.commands WHERE id = %s"
 )
 
@@ -64,4 +64,12 @@ def command(conn: Connection, command_id: int) -> str | None:
 def _canonical(conn: Connection, query: str, number: int) -> str | None:
     with errors("reading an operator's act"), conn.cursor(row_factory=dict_row) as cursor:
         row = cursor.execute(query.encode(), (number,)).fetchone()
-    return None if row is None else canonical_json(row)
+    if row is None:
+        return None
+    times = {name: _time(value) for name, value in row.items() if isinstance(value, datetime)}
+    return canonical_json(row | times)
+
+
+def _time(moment: datetime) -> str:
+    """UTC with microseconds, whatever the session's time zone."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
