@@ -66,7 +66,6 @@ class StreamState(Enum):
     DIVERGED = "diverged"
 
 
-AnomalyKind = Literal["insert_exists", "update_missing", "delete_missing", "other"]
 RotationReason = Literal["session", "batch", "hour", "day", "command", "limit", "epoch"]
 LagUnit = Literal["bytes", "seconds", "batches"]
 
@@ -112,7 +111,6 @@ DEK_ROTATIONS = _counter("dek_rotations", "Data keys made, by reason.", "reason"
 KMS_CALLS = _counter("kms_calls", "Calls to the key management system, by act and outcome.", "act", "outcome")
 AUDIT_ENTRIES = _counter("audit_entries", "Entries appended to the chain.")
 AUDIT_BYTES = _counter("audit_bytes", "Bytes of those entries.")
-RETRIES = _counter("retries", "Waits for something that was away.", "of")
 BUFFER_BYTES = _gauge("buffer_bytes", "Bytes held of batches that are not whole.")
 RESIDENT_BYTES = _gauge("resident_bytes", "Resident memory of the stream's worker.")
 LAST_PROGRESS = _gauge("last_progress_timestamp_seconds", "When the stream last moved forward (Unix time).")
@@ -133,20 +131,22 @@ class StreamMetrics:
     stream: str
     node: str
 
-    def passed(self, stage: Stage, *, rows: int, size: int, seconds: float) -> None:
-        """A batch passed a stage."""
+    def passed(self, stage: Stage, *, rows: int, size: int, seconds: float, batches: int = 1) -> None:
+        """A batch passed a stage, or several that were merged; none is no passing."""
+        if not batches:
+            return
         labels = (self.stream, self.node, stage.value)
         STAGE_ROWS.labels(*labels).inc(rows)
         STAGE_BYTES.labels(*labels).inc(size)
-        STAGE_BATCHES.labels(*labels).inc()
+        STAGE_BATCHES.labels(*labels).inc(batches)
         STAGE_SECONDS.labels(*labels).observe(seconds)
 
     @contextmanager
-    def timed(self, stage: Stage, *, rows: int, size: int) -> Iterator[None]:
+    def timed(self, stage: Stage, *, rows: int, size: int, batches: int = 1) -> Iterator[None]:
         """As `passed`, around the work; a batch that fails has not passed."""
         began = time.perf_counter()
         yield
-        self.passed(stage, rows=rows, size=size, seconds=time.perf_counter() - began)
+        self.passed(stage, rows=rows, size=size, seconds=time.perf_counter() - began, batches=batches)
 
     def lag(
         self, *, size: int | None = None, seconds: float | None = None, batches: int | None = None
@@ -173,7 +173,7 @@ class StreamMetrics:
         """Verification came to a verdict."""
         VERIFICATIONS.labels(self.stream, self.node, verdict.value).inc(count)
 
-    def anomaly(self, kind: AnomalyKind, count: int = 1) -> None:
+    def anomaly(self, kind: str, count: int = 1) -> None:
         """Changes did not fit the target's rows."""
         ANOMALIES.labels(self.stream, self.node, kind).inc(count)
 
@@ -194,10 +194,6 @@ class StreamMetrics:
         """Entries went to the chain."""
         AUDIT_ENTRIES.labels(self.stream, self.node).inc(entries)
         AUDIT_BYTES.labels(self.stream, self.node).inc(size)
-
-    def waited(self, of: Literal["kafka", "database", "kms"]) -> None:
-        """Something was away and will be tried again."""
-        RETRIES.labels(self.stream, self.node, of).inc()
 
     def memory(self, *, resident: int, buffered: int | None = None) -> None:
         """Memory of the worker, and of it what waits for the rest of its batch."""
