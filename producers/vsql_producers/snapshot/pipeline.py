@@ -39,6 +39,7 @@ from vsql_shared.audit.store import insert_entries, iterate
 from vsql_shared.changes import Transaction
 from vsql_shared.errors import DatabaseError, TransientError
 from vsql_shared.kafka.topics import delete_topics
+from vsql_shared.observe.metrics import Stage
 from vsql_shared.pg.connect import Connection, connect, errors
 
 _READ_BYTES = 1 << 20
@@ -208,11 +209,13 @@ class CopyPipeline:
             self._reader = TableReader(self._reading, table, self._transaction.commit_lsn)
             self._relations = [RelationChange(0, table.key, table.descriptor)]
             self._history.rows[str(table.name)] = 0
-        reader = self._reader
+        reader, began = self._reader, time.perf_counter()
         frames = reader.read(_READ_BYTES)
         if frames and self._table is not None:
             self._history.rows[str(self._table.name)] += len(frames)
             self._copied += len(frames)
+            size, seconds = sum(map(len, frames)), time.perf_counter() - began
+            self._context.metrics.passed(Stage.DECODE, rows=len(frames), size=size, seconds=seconds)
         end = self._transaction.commit_lsn if reader.done else 0
         run = Run(self._transaction, frames, self._relations if frames else [], end)
         if frames:
@@ -234,13 +237,16 @@ class CopyPipeline:
         self._acknowledged = self._acknowledged[len(acknowledged) :]
         self._progress.record(acknowledged)
         failpoints.hit("copy.recorded")
+        metrics, now = self._context.metrics, time.monotonic()
         for one in acknowledged:
             self.sequence = one.prepared.entry.sequence
-            if one.batch is not None:
+            if (batch := one.batch) is not None:
                 self._history.last_manifest = self.sequence
+                seconds = now - one.sent_at
+                metrics.passed(Stage.PUBLISH, rows=batch.row_count, size=batch.nbytes, seconds=seconds)
             self._history.topics.update(part.topic for part in one.prepared.entry.partitions)
             self._context.appended(one.prepared)
-        self._context.metrics.progressed()
+        metrics.progressed()
 
     def _end(self) -> None:
         """Everything is sent: say so once; then wait until it is applied, and delete the topics."""
