@@ -178,6 +178,12 @@ def check_source(head: ChainHead, identity: Identity, switch_points: dict[int, i
             hint="this is another database cluster; initialise the targets anew",
         )
     if head.timeline == identity.timeline:
+        if identity.wal_lsn < head.lsn_end:
+            raise DivergedError(
+                f"this server's WAL ends at {lsn.text(identity.wal_lsn)}, and changes up to"
+                f" {lsn.text(head.lsn_end)} were sent",
+                hint="it was restored from an older state; targets hold what it lost: initialise them anew",
+            )
         return
     switched = switch_points.get(head.timeline)
     if switched is None or switched < head.lsn_end:

@@ -100,7 +100,7 @@ class LivePipeline:
         self._progress = Progress(c.conn, opened.writer, slot.confirmed_lsn)
         describe = Describer(c.conn, c.stream.publication, scope, binary=binary)
         self._retention = Retention(c.conn, lambda: c.admin, c.stream.chain, settings.kafka.retention)
-        self._transactions = Transactions(describe, head.lsn_end)
+        self._transactions = Transactions(describe, head.lsn_end, slot.confirmed_lsn)
         self._batches = Batches(batch_limits(settings.limits, settings.encryption.dek.max_tuples))
 
     def _slot(self, connection: Connection) -> replication.Slot:

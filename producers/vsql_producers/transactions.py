@@ -31,8 +31,9 @@ from vsql_producers.pgoutput import (
     TypeMessage,
     relation_key,
 )
+from vsql_shared import lsn
 from vsql_shared.changes import Op, TableName, Transaction
-from vsql_shared.errors import DecodeError
+from vsql_shared.errors import DecodeError, DivergedError
 
 OWN_SCHEMA = "vsql_sync"
 _ROWS = re.compile(rb"[IUD]+")
@@ -72,9 +73,12 @@ class Run:
 class Transactions:
     """Groups frames; keeps the transaction that is under way and which relation id is which table."""
 
-    def __init__(self, describe: Describe, resume_lsn: int) -> None:
+    def __init__(self, describe: Describe, resume_lsn: int, confirmed_lsn: int | None = None) -> None:
+        """`confirmed_lsn`: where the slot begins to send; None when that is not below `resume_lsn`."""
         self._describe = describe
         self._resume_lsn = resume_lsn
+        # The transaction the chain ends with comes again when the slot has not confirmed it.
+        self._must_meet = confirmed_lsn is not None and confirmed_lsn < resume_lsn
         self._begin: Begin | None = None
         self._dropped = self._begun = False
         self._run: Run | None = None
@@ -150,6 +154,12 @@ class Transactions:
             raise DecodeError(f"transaction {begin.xid} begins inside of transaction {self._begin.xid}")
         self._begin, self._begun = begin, False
         self._dropped = begin.final_lsn < self._resume_lsn
+        if self._must_meet and not self._dropped:
+            raise DivergedError(
+                f"the chain ends with a transaction that ended at {lsn.text(self._resume_lsn)}, and this"
+                " server's WAL holds none",
+                hint="it was restored from an older state; targets hold what it lost: initialise them anew",
+            )
 
     def _on_commit(self, commit: Commit, runs: list[Run]) -> None:
         begin = self._begin
@@ -162,6 +172,7 @@ class Transactions:
             runs.append(self._run)
         self._run = self._begin = None
         self.received_lsn = commit.end_lsn
+        self._must_meet = self._must_meet and commit.end_lsn != self._resume_lsn
 
     def _on_relation(self, message: RelationMessage) -> None:
         key = relation_key(message.relation_id)
