@@ -4,9 +4,15 @@ Not here: when a batch is applied (pipeline.py) and what stands in a receipt (st
 
 * An acknowledgement is made only of a receipt whose applying commit is flushed, and says what this node
   computed itself: its root, its verdicts, its commit's LSN.
-* Entries go into this node's audit table first, then to Kafka, in the order of the chain. Each run opens an
-  epoch of its own; at start Kafka is brought level with the table, so a crash in between loses nothing and
-  doubles nothing.
+* Entries go into this node's audit table first, then to Kafka, in the order of the chain. Each run that has
+  something to say opens an epoch of its own; at start Kafka is brought level with the table, so a crash in
+  between loses nothing and doubles nothing.
+* It starts under the stream's replication origin: a receipt that another process commits after ours were
+  read would be passed over, and its batch never acknowledged.
+* What is acknowledged stays so: after this database was set back, a batch that is applied once more is not
+  acknowledged once more.
+* Memory does not depend on how much there is to say: receipts and entries go page by page, and Kafka's queue
+  is waited for.
 * A delivery that failed, or whose result is unknown, ends this object: the worker starts again.
 """
 
@@ -15,7 +21,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
@@ -30,6 +37,7 @@ from vsql_shared.audit.entries import (
     BATCH_APPLIED,
     BATCH_REFUSED,
     BATCH_SKIPPED,
+    OPERATOR_ACTION,
     AuditEntry,
     canonical_json,
 )
@@ -44,6 +52,10 @@ _log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 60.0
 """How long Kafka may take to acknowledge before the worker starts again."""
+PAGE = 500
+"""Receipts, or entries that Kafka lacks, taken at a time."""
+_STEP_BACK = 10_000
+"""Offsets before the likely place of our last entry that are read before the whole partition is."""
 
 ReadOwn = Callable[[int], Iterable[tuple[int, bytes]]]
 """Gives (offset, document) of this chain's records in Kafka from an offset on, oldest first, to the end."""
@@ -77,44 +89,43 @@ class Acknowledger:
         self.entries = self.bytes = 0
 
     def start(self, read_own: ReadOwn, from_offset: int) -> None:
-        """Bring Kafka level with the table, open an epoch, acknowledge receipts a crash left behind.
+        """Bring Kafka level with the table; acknowledge receipts a crash left behind.
 
-        `from_offset` is where our last entry is likely to be found; if none is, all of it is read.
+        `from_offset` is where our last entry is likely to be; if none is, more is read, up to all of it.
         """
         self._level(read_own, from_offset)
-        head = load_head(self._conn, self._place.ack_chain)
-        writer = ChainWriter(
+        self._writer = ChainWriter(
             self._signer,
             self._place.cluster,
             self._place.ack_chain,
-            head,
+            load_head(self._conn, self._place.ack_chain),
             new_incarnation(),
             node=self._place.node,
         )
-        where = _where_we_are(self._conn)
-        opened = writer.open_epoch(
-            lsn=where.lsn,
-            system_identifier=where.system_identifier,
-            timeline=where.timeline,
-            source_node_id=self._place.origin,
-            target_node_id=self._place.node,
-        )
-        self._writer = writer
-        self._record([opened])
-        receipts = state.load_receipts(self._conn, self._place.chain)
-        # Those up to the head were acknowledged in the table already, and by now in Kafka.
-        missing = [one for one in receipts if one.batch > head.batch]
-        self.acknowledge(missing, where.lsn)
-        if receipts and not missing:
-            self._published_up_to = receipts[-1].sequence
+        self.acknowledge_stored(_where_we_are(self._conn).lsn)
         self.flush()
+
+    def acknowledge_stored(self, target_lsn: int) -> None:
+        """Acknowledge what the table of receipts holds, page by page."""
+        after = 0
+        while True:
+            with errors("reading receipts"):
+                page = state.load_receipts(self._conn, self._place.chain, after, PAGE)
+            if not page:
+                return
+            self.acknowledge(page, target_lsn)
+            after = page[-1].sequence
 
     def acknowledge(self, receipts: Sequence[Receipt], target_lsn: int) -> None:
         """Sign and send what follows from receipts whose transaction is committed and flushed."""
         if not receipts:
             return
         self.flush()
-        self._record([self._entry_for(receipt, target_lsn) for receipt in receipts])
+        head = self._open_writer().tip
+        missing = [one for one in receipts if one.batch > head.batch]
+        if missing:
+            self._open_epoch()
+            self._record([self._entry_for(receipt, target_lsn) for receipt in missing])
         self._published_up_to = receipts[-1].sequence
 
     def refused(self, record: str, error: str, sequence: int) -> None:
@@ -128,6 +139,7 @@ class Acknowledger:
         if last is not None and parse(bytes(last[0])).entry.detail == detail:
             return
         self.flush()
+        self._open_epoch()
         where = _where_we_are(self._conn)
         self._record(
             [
@@ -143,25 +155,20 @@ class Acknowledger:
         )
         self.flush()
 
-    def skipped_unread(self, sequence: int, epoch: int, batch: int) -> None:
-        """Say that an entry nobody could read was skipped; once, also when the worker dies right after."""
-        writer = self._open_writer()
+    def act(self, detail: Mapping[str, Any]) -> None:
+        """Say that an operator's command was obeyed; `detail` names it and its line in the operators' log."""
         self.flush()
-        at = writer.head.lsn_end
-        if batch <= writer.head.batch:
-            return
+        self._open_epoch()
+        at = _where_we_are(self._conn).lsn
         self._record(
             [
-                writer.next(
-                    event_type=BATCH_SKIPPED,
+                self._open_writer().next(
+                    event_type=OPERATOR_ACTION,
                     source_node_id=self._place.origin,
                     target_node_id=self._place.node,
-                    batch=batch,
                     batch_lsn_start=at,
                     batch_lsn_end=at,
-                    ref_epoch=epoch,
-                    ref_sequence=sequence,
-                    detail=canonical_json({"sequence": sequence, "unread": True}),
+                    detail=canonical_json(detail),
                 )
             ]
         )
@@ -178,7 +185,7 @@ class Acknowledger:
             self._producer.poll(0.05)
             self._raise_failure()
             if time.monotonic() > deadline:
-                raise TransientError("Kafka does not acknowledge our entries", hint="it is tried again")
+                raise _no_answer()
 
     def settle(self) -> None:
         """Forget receipts whose acknowledgements Kafka has; called when there is nothing better to do."""
@@ -200,17 +207,17 @@ class Acknowledger:
         table_head = load_head(self._conn, chain)
         reader = ChainReader(self._place.cluster, chain, self._place.node, self._trust, table_head)
         newer: list[tuple[bytes, int | None]] = []
-        in_kafka = self._last_published(reader, read_own(from_offset), newer)
-        if not in_kafka and from_offset:
-            in_kafka = self._last_published(reader, read_own(0), newer)
+        in_kafka = 0
+        # Reading all of a partition takes long: tried only when our last entry lies nowhere near.
+        for start in dict.fromkeys((from_offset, max(0, from_offset - _STEP_BACK), 0)):
+            in_kafka = self._last_published(reader, read_own(start), newer)
+            if in_kafka:
+                break
         insert_entries(self._conn, newer)
-        missing = [
-            Prepared(one.entry, one.encoded, one.entry_hash)
-            for one in iterate(self._conn, chain, in_kafka + 1)
-        ]
-        if missing:
-            _log.info("publishing entries a crash left behind", extra={"entries": len(missing)})
-            self._publish(missing)
+        missing = iterate(self._conn, chain, in_kafka + 1)
+        while page := [Prepared(o.entry, o.encoded, o.entry_hash) for o in islice(missing, PAGE)]:
+            _log.info("publishing entries a crash left behind", extra={"entries": len(page)})
+            self._publish(page)
             self.flush()
 
     def _last_published(
@@ -247,8 +254,25 @@ class Acknowledger:
 
     # Writing
 
+    def _open_epoch(self) -> None:
+        """Open an epoch before the first entry of this run: who has nothing to say leaves no trace."""
+        writer = self._open_writer()
+        if writer.is_open:
+            return
+        where = _where_we_are(self._conn)
+        opened = writer.open_epoch(
+            lsn=where.lsn,
+            system_identifier=where.system_identifier,
+            timeline=where.timeline,
+            source_node_id=self._place.origin,
+            target_node_id=self._place.node,
+        )
+        self._record([opened])
+
     def _entry_for(self, receipt: Receipt, target_lsn: int) -> Prepared:
         """The acknowledgement of one batch: the manifest's words, this node's findings."""
+        if not receipt.manifest:
+            return self._skipped_unread(receipt)
         manifest = parse(receipt.manifest).entry
         return self._open_writer().prepare(
             event_type=BATCH_SKIPPED if is_skipped(receipt) else BATCH_APPLIED,
@@ -260,6 +284,21 @@ class Acknowledger:
             ref_sequence=manifest.sequence,
             ref_hash=document_hash(receipt.manifest),
             **_copied(manifest),
+        )
+
+    def _skipped_unread(self, receipt: Receipt) -> Prepared:
+        """Says that a batch was skipped whose manifest nobody could read."""
+        writer = self._open_writer()
+        return writer.prepare(
+            event_type=BATCH_SKIPPED,
+            source_node_id=self._place.origin,
+            target_node_id=self._place.node,
+            batch=receipt.batch,
+            batch_lsn_start=writer.tip.lsn_end,
+            batch_lsn_end=writer.tip.lsn_end,
+            ref_epoch=receipt.epoch,
+            ref_sequence=receipt.sequence,
+            detail=canonical_json({"sequence": receipt.sequence, "unread": True}),
         )
 
     def _record(self, prepared: Sequence[Prepared]) -> None:
@@ -283,19 +322,31 @@ class Acknowledger:
             key = names.audit_key(entry.chain, entry.epoch, entry.incarnation, entry.sequence)
             self._under_way.append(one.entry_hash)
             try:
+                self._produce(key, one.encoded)
+            except KafkaException as error:
+                raise from_exception(error, f"write to topic {self._place.topic}") from error
+            self.entries += 1
+            self.bytes += len(one.encoded)
+
+    def _produce(self, key: bytes, value: bytes) -> None:
+        """Queue a record; where the queue is full, wait until Kafka has taken some."""
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while True:
+            try:
                 self._producer.produce(
                     self._place.topic,
-                    one.encoded,
+                    value,
                     key=key,
                     partition=self._place.partition,
                     on_delivery=self._delivered,
                 )
-            except (KafkaException, BufferError) as error:
-                if isinstance(error, KafkaException):
-                    raise from_exception(error, f"write to topic {self._place.topic}") from error
-                raise TransientError("Kafka's queue is full of acknowledgements") from error
-            self.entries += 1
-            self.bytes += len(one.encoded)
+            except BufferError:
+                self._producer.poll(0.05)
+                self._raise_failure()
+                if time.monotonic() > deadline:
+                    raise _no_answer() from None
+            else:
+                return
 
     def _delivered(self, error: KafkaError | None, _message: Message) -> None:
         if error is not None:
@@ -313,6 +364,10 @@ class Acknowledger:
         if self._writer is None:
             raise TransientError("the acknowledgement chain is not open yet")
         return self._writer
+
+
+def _no_answer() -> TransientError:
+    return TransientError("Kafka does not acknowledge our entries", hint="it is tried again")
 
 
 class _Here(NamedTuple):

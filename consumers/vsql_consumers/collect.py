@@ -30,6 +30,7 @@ from vsql_shared.errors import ChainError, DecodeError, RecordError, SignatureEr
 from vsql_shared.wire.pack import decode_header
 
 if TYPE_CHECKING:
+    from vsql_shared.changes import PartitionRoot
     from vsql_shared.crypto.signing import TrustStore
 
 TopicPartition: TypeAlias = tuple[str, int]
@@ -87,6 +88,8 @@ class _Partition:
     topic: str
     number: int
     next: int
+    lost: tuple[int, int] = (0, 0)
+    """Offsets [from, to) that Kafka deleted before they were delivered."""
     waiting: deque[Pack | _Unreadable] = field(default_factory=deque)
     paused: bool = False
 
@@ -186,6 +189,18 @@ class Collector:
         place = self._partitions.get((topic, partition))
         if place is not None:
             place.next = max(place.next, next_offset)
+
+    def deleted_below(self, topic: str, partition: int, low: int) -> None:
+        """Note that Kafka deleted what lay below `low`: a batch that needs some of it is refused."""
+        place = self._partitions.get((topic, partition))
+        if place is not None and place.next < low:
+            begin = place.lost[0] if place.lost[1] == place.next else place.next
+            place.lost, place.next = (begin, low), low
+
+    def next_offset(self, topic: str, partition: int, most: int) -> int:
+        """Where to go on reading a partition that ends at `most`."""
+        place = self._partitions.get((topic, partition))
+        return most if place is None else min(place.next, most)
 
     def next_ready(self) -> Ready | None:
         """The next entry or whole batch; None when more records are needed.
@@ -364,6 +379,7 @@ class Collector:
         whole = True
         for part in head.parts:
             place = self._partitions[part.root.topic, part.root.partition]
+            _check_kept(place, head.sequence, part.root)
             self._gather(head, head.entry, part, place)
             whole = whole and place.next > part.root.last_offset
         if not whole:
@@ -453,6 +469,18 @@ class Collector:
             head.entry_hash,
             parts,
             skipped,
+        )
+
+
+def _check_kept(place: _Partition, sequence: int, root: PartitionRoot) -> None:
+    """Raise RecordError when Kafka deleted records a manifest names before they were delivered."""
+    begin, end = place.lost
+    if root.first_offset < end and begin <= root.last_offset:
+        first = max(begin, root.first_offset)
+        raise RecordError(
+            f"Kafka begins at offset {end}; entry {sequence} needs offset {first} on",
+            record=record_name(place.topic, place.number, first),
+            hint="records were deleted before they were applied",
         )
 
 

@@ -45,9 +45,12 @@ class Control:
             called = True
         return called
 
-    def poll(self) -> list[Wish]:
-        """Commands that were not answered yet; reads the wanted state as well. Asks once an interval."""
-        if not self.due():
+    def poll(self, *, now: bool = False) -> list[Wish]:
+        """Commands that were not answered yet; reads the wanted state as well.
+
+        Asks once an interval, or `now`.
+        """
+        if not (self.due() or now):
             return []
         self._next_poll = time.monotonic() + self._poll_seconds
         self.desired = self._read_desired()

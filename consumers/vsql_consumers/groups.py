@@ -3,7 +3,9 @@
 Not here: Kafka and the order of stages (pipeline.py). Rules:
 
 * A group ends at an entry after which no source transaction is unfinished; the fragments of one transaction
-  are a group of their own, applied as they come.
+  are a group of their own, applied as they come. A fragment that is skipped is one all the same: progress
+  never stands between two of them.
+* The receipts of fragments are written as they come: a transaction may have any number of them.
 * Progress, receipts, descriptors and table states are written in the applying transaction, so that all of it
   is there or none.
 """
@@ -18,6 +20,7 @@ from vsql_consumers.collect import Ready
 from vsql_consumers.state import Position, Receipt
 from vsql_consumers.unseal import Descriptor
 from vsql_shared.audit.entries import EPOCH_OPENED
+from vsql_shared.audit.merkle import EMPTY_ROOT
 from vsql_shared.changes import OpenedBatch, TableName
 from vsql_shared.pg.connect import Connection
 
@@ -38,7 +41,10 @@ class Group:
     manifests: list[bytes] = field(default_factory=list)
     """Documents of those."""
     receipts: list[Receipt] = field(default_factory=list)
+    stored: bool = False
+    """Some receipts are written already, in the open transaction."""
     fragments: bool = False
+    """A source transaction has begun that is not complete."""
     descriptors: dict[bytes, Descriptor] = field(default_factory=dict)
     forget_descriptors: bool = False
     copied: dict[TableName, tuple[int, int]] = field(default_factory=dict)
@@ -72,11 +78,17 @@ class Group:
 
     def add_skipped(self, ready: Ready, reason: str) -> None:
         """Take a batch an operator skips: a receipt without a root, and its tables are marked."""
+        before = self.position.head.batch
         self.move(ready)
         entry, chain = ready.entry, self.live_chain
         if entry is None:
+            if ready.head.batch > before:
+                self.receipts.append(
+                    Receipt(ready.sequence, ready.head.epoch, ready.head.batch, b"", EMPTY_ROOT, {})
+                )
             self.also.append(lambda conn: quarantine.mark_all_diverged(conn, chain, reason))
         elif entry.batch:
+            self.fragments = entry.continues
             self.receipts.append(quarantine.receipt_of_skipped(entry, ready.encoded))
             tables = entry.tables_affected
             self.also.append(lambda conn: quarantine.mark_diverged(conn, chain, tables, reason))
@@ -94,6 +106,11 @@ class Group:
                 Receipt(opened.sequence, opened.epoch, opened.batch, manifest, opened.merkle_root, counts)
             )
         self.batches, self.manifests, self.size = [], [], 0
+
+    def store_receipts(self, conn: Connection, chain: str) -> None:
+        """Write the receipts so far into the applying transaction, and let them go."""
+        state.save_receipts(conn, chain, self.receipts)
+        self.receipts, self.stored = [], True
 
     def write(self, conn: Connection, chain: str) -> None:
         """Everything the applying transaction holds beside the rows."""

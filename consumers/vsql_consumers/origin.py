@@ -2,7 +2,8 @@
 
 Not here: what is written. Rules:
 
-* A replication origin is held by one session: who cannot have it is a second applier, and waits.
+* A replication origin is held by one session: who cannot have it is a second applier, and waits. A session
+  that was closed lets go a moment later.
 * The origin's position and time are given to one commit only: left in the session, the next commit would
   claim them too, whatever it writes. They are taken back after each commit and each rollback.
 * A rollback moves the origin to a position that was set, too (tried on 18). So what can fail is done before,
@@ -13,6 +14,7 @@ Not here: what is written. Rules:
 from __future__ import annotations
 
 import contextlib
+import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,7 @@ from vsql_shared.errors import DatabaseError, DecodeError
 if TYPE_CHECKING:
     from vsql_shared.pg.connect import Connection
 
+_LET_GO_SECONDS = 2.0
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # replica: ordinary triggers, rules and foreign keys are the source's business. The rest decides how text is
 # read.
@@ -72,7 +75,16 @@ class OriginSession:
             # Another session may make it at the same time.
             with contextlib.suppress(psycopg.errors.UniqueViolation):
                 conn.execute("SELECT pg_replication_origin_create(%s)", (name,))
-        conn.execute("SELECT pg_replication_origin_session_setup(%s)", (name,))
+        deadline = time.monotonic() + _LET_GO_SECONDS
+        while True:
+            try:
+                conn.execute("SELECT pg_replication_origin_session_setup(%s)", (name,))
+            except psycopg.errors.ObjectInUse:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_LET_GO_SECONDS / 20)
+            else:
+                return
 
     @staticmethod
     def _setup_fault(error: psycopg.Error) -> Exception:

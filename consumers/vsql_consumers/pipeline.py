@@ -6,6 +6,8 @@ Not here: what happens after an error, pausing and waiting (worker.py). Rules:
 * A group is what is ready, up to `merge_max_rows`; nothing waits for more to come.
 * What was refused ends the attempt, after everything before it was applied.
 * Acknowledgements follow the flushed commit; Kafka's group offsets follow them and mean nothing to us.
+* The origin first: progress, receipts and decisions are read, and the acknowledger is opened, in the session
+  that holds it.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vsql_consumers import state
 from vsql_consumers.acknowledge import Acknowledger
 from vsql_consumers.apply import Applier
+from vsql_consumers.clock import ClockOffset
 from vsql_consumers.collect import Awaited, Collector, Ready
 from vsql_consumers.copying import CopyKeeper
 from vsql_consumers.groups import Group
@@ -33,7 +36,14 @@ from vsql_shared.audit.chain import ChainReader
 from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry
 from vsql_shared.changes import OpenedBatch
 from vsql_shared.crypto.announce import KeyRing
-from vsql_shared.errors import DecodeError, RecordError, TransientError, VerificationError, VsqlSyncError
+from vsql_shared.errors import (
+    DecodeError,
+    DivergedError,
+    RecordError,
+    TransientError,
+    VerificationError,
+    VsqlSyncError,
+)
 from vsql_shared.observe.metrics import Stage, StreamMetrics, Verdict
 from vsql_shared.pg.connect import Connection, errors
 
@@ -48,6 +58,8 @@ POLL_SECONDS = 0.1
 LOST_AFTER_SECONDS = 5.0
 """How long a batch may lack records before Kafka is asked whether it still has them."""
 REST_AFTER_SECONDS = 2.0
+READ_KEYS_SECONDS = 30.0
+"""How long the keys topic may bring nothing while it is read to its end."""
 _COMMIT_OFFSETS_SECONDS = 0.5
 
 
@@ -59,7 +71,7 @@ class Totals:
     bytes: int = 0
     batches: int = 0
     orphans: int = 0
-    clock_offset_us: int | None = None
+    clock: ClockOffset = field(default_factory=ClockOffset)
     one_by_one: bool = False
     """Batches are not merged: one of them holds a tuple that cannot be read."""
 
@@ -74,7 +86,7 @@ class Means:
     applying: Connection
     trust: TrustStore
     provider: KekProvider
-    acknowledger: Acknowledger
+    open_acknowledger: Callable[[], Acknowledger]
     source: Source
     metrics: StreamMetrics
     totals: Totals
@@ -102,7 +114,10 @@ class Pipeline:
             decisions = state.load_decisions(
                 means.control, stream.chain, names.ack_chain(stream.chain, stream.target)
             )
+            self._open_decisions = state.load_open_decisions(means.control, stream.chain)
+        self.acknowledger = means.open_acknowledger()
         head = self.position.head
+        dek = settings.encryption.dek
         self._audit = (names.audit_topic(cluster), stream.audit_partition)
         self._keys = (names.keys_topic(cluster), 0)
         self.collector = Collector(
@@ -116,8 +131,15 @@ class Pipeline:
         )
         self._ignored = decisions.ignored
         self._announcements = Announcements(
-            cluster, stream.chain, stream.origin, means.trust, KeyRing(), head.epoch
+            cluster,
+            stream.chain,
+            stream.origin,
+            means.trust,
+            KeyRing(dek.cached_keys, dek.cached_for.total_seconds()),
+            head.epoch,
+            dek.announcements_held,
         )
+        self._keys_paused = False
         self._keys_next = 0
         self.copy = CopyKeeper(conn, stream, self._live_chain)
         self._group = Group.after(self.position, self._live_chain)
@@ -126,6 +148,8 @@ class Pipeline:
         self._busy_until, self._rested = 0.0, True
         self._offsets_due = 0.0
         self._orphans_told = self._voids_told = 0
+        self._spoilt = False
+        """An apply or a commit failed: what the group has left must not be committed without it."""
         self.finished = False
 
     def run(self, tick: Callable[[], bool]) -> None:
@@ -136,13 +160,20 @@ class Pipeline:
                 self.turn()
         finally:
             self._applier.abort()  # fragments of a transaction that is not complete; nothing else is open
-        self._means.acknowledger.flush()
-        self._means.acknowledger.settle()
+        self.acknowledger.flush()
+        self.acknowledger.settle()
         self._commit_offsets(wait=True)
 
     def _begin(self) -> None:
-        means = self._means
-        means.source.assign([(*self._keys, -1), (*self._audit, self.position.audit_offset)])
+        means, begin = self._means, self.position.audit_offset
+        end = means.source.ends(*self._audit)[1]
+        if end < begin:
+            raise DivergedError(
+                f"Kafka lost the end of topic {self._audit[0]}/{self._audit[1]}: it ends at offset {end},"
+                f" this node has applied what lay before {begin}",
+                hint="restore the topic, or initialise this node anew",
+            )
+        means.source.assign([(*self._keys, -1), (*self._audit, begin)])
         means.source.assign(self.collector.wanted())
         self._read_keys()
 
@@ -150,7 +181,7 @@ class Pipeline:
         """One round: take what has arrived, apply what is ready."""
         came = self._pump(POLL_SECONDS)
         refused = self._take_ready()
-        self._means.acknowledger.poll()
+        self.acknowledger.poll()
         if refused is not None:
             raise refused
         self._look_for_lost()
@@ -169,28 +200,58 @@ class Pipeline:
                 if (topic, partition, offset) not in self._ignored:
                     self._announcements.feed(topic, partition, offset, key, value)
             else:
+                if (topic, partition) == self._audit:
+                    means.totals.clock.arrived(offset, time.time_ns() // 1000)
                 collector.feed(topic, partition, offset, value)
         for topic, partition, offset, _, _ in polled.ends:
             if (topic, partition) == self._keys:
                 self._keys_next = offset
+            elif (topic, partition) == self._audit:
+                means.totals.clock.ended(offset)
             collector.delivered(topic, partition, offset)
         for topic, partition, _, _, _ in polled.lost:
-            collector.check_log(topic, partition, *means.source.ends(topic, partition))
-            raise TransientError(f"Kafka does not have the offset we need of {topic}/{partition}")
+            self._lost(topic, partition)
         means.source.assign(collector.wanted())
         flow = collector.flow()
         means.source.pause(flow.pause)
         means.source.resume(flow.resume)
+        self._hold_keys()
         return len(polled.records)
 
-    def _read_keys(self) -> None:
-        """Read the keys topic to its present end."""
+    def _lost(self, topic: str, partition: int) -> None:
+        """Kafka lacks the offset to go on from: what a manifest names is missed when its turn comes."""
+        if (topic, partition) in (self._audit, self._keys):
+            raise TransientError(f"Kafka does not have the offset we need of {topic}/{partition}")
+        low, high = self._means.source.ends(topic, partition)
+        self.collector.deleted_below(topic, partition, low)
+        self._means.source.go_on(topic, partition, self.collector.next_offset(topic, partition, high))
+        _log.warning("Kafka deleted records", extra={"topic": topic, "partition": partition, "begins": low})
+
+    def _read_keys(self, wanted: str = "") -> None:
+        """Read the keys topic to its present end, or up to the key that is wanted.
+
+        Announcements that nobody asked for yet are bounded: beyond that the topic waits. While one is wanted,
+        older ones make room: keys are used in the order they are announced.
+        """
         high = self._means.source.ends(*self._keys)[1]
-        deadline = time.monotonic() + 30
-        while self._keys_next < high:
+        deadline = time.monotonic() + READ_KEYS_SECONDS
+        self._announcements.wanted = wanted
+        while self._keys_next < high and not self._announcements.satisfied and not self._means.stop.is_set():
+            before = self._keys_next
+            self._hold_keys()
             self._pump(POLL_SECONDS)
-            if time.monotonic() > deadline:
+            if self._keys_next != before:
+                deadline = time.monotonic() + READ_KEYS_SECONDS
+            elif time.monotonic() > deadline:
                 raise TransientError(f"topic {self._keys[0]} cannot be read to its end")
+        self._announcements.wanted = ""
+
+    def _hold_keys(self) -> None:
+        """Pause the keys topic while more announcements wait than are held."""
+        pause = self._announcements.full
+        if pause != self._keys_paused:
+            self._keys_paused = pause
+            (self._means.source.pause if pause else self._means.source.resume)([self._keys])
 
     # Applying
 
@@ -209,6 +270,8 @@ class Pipeline:
                     self._flush()
         except VerificationError as error:
             self._means.metrics.verified(Verdict.REFUSED)
+            if self._spoilt:
+                raise
             refused = error
         self._flush()
         return refused
@@ -216,8 +279,8 @@ class Pipeline:
     def _take(self, ready: Ready) -> None:
         """One entry of the chain."""
         entry = ready.entry
-        if ready.skipped or entry is None:
-            self._skip(ready)
+        if entry is None or (ready.skipped and entry.batch):
+            self._skip(ready, entry)
         elif entry.event_type == REPLICATION_BATCH:
             self._take_batch(ready, entry)
         else:
@@ -238,6 +301,8 @@ class Pipeline:
         self.copy.batch(opened, self._group)
         if self._group.fragments:
             self._apply()
+            with errors("writing receipts"):
+                self._group.store_receipts(self._means.applying, self._chain)
             if not opened.continues:
                 self._group.fragments = False
                 self._flush()
@@ -246,14 +311,12 @@ class Pipeline:
         """Verify, then decrypt; a batch that fails names its record."""
         metrics, totals = self._means.metrics, self._means.totals
         size = sum(len(pack.message) for part in ready.parts for pack in part.packs)
-        delay = time.time_ns() // 1000 - entry.event_timestamp
-        if totals.clock_offset_us is None or delay < totals.clock_offset_us:
-            totals.clock_offset_us = delay
+        totals.clock.written(ready.audit_offset - 1, entry.event_timestamp)
         try:
             with metrics.timed(Stage.VERIFY, rows=entry.row_count, size=size):
                 verified = verify_batch(entry, ready.parts, self._means.stream.origin)
             if not self._announcements.knows(entry.dek_id):
-                self._read_keys()
+                self._read_keys(entry.dek_id)
             key = self._announcements.open(entry, self._means.provider)
             with metrics.timed(Stage.OPEN, rows=entry.row_count, size=size):
                 opened, new = open_batch(verified, key, self._descriptors, ready.entry_hash)
@@ -274,16 +337,12 @@ class Pipeline:
         self._descriptors = {}
         self._announcements.forget_before(entry.epoch)
 
-    def _skip(self, ready: Ready) -> None:
+    def _skip(self, ready: Ready, entry: AuditEntry | None) -> None:
+        """A batch an operator passes over; entries that carry none are never skipped."""
         _log.warning("skipped by an operator's decision", extra={"sequence": ready.sequence})
-        if ready.entry is None:
+        if entry is not None and entry.continues and not self._group.fragments:
             self._flush()
-            self._means.acknowledger.skipped_unread(ready.sequence, ready.head.epoch, ready.head.batch)
-        elif self._group.fragments and not ready.entry.continues:
-            self._group.fragments = False
         self._group.add_skipped(ready, f"sequence {ready.sequence} was skipped by an operator")
-        sequence, chain = ready.sequence, self._chain
-        self._group.also.append(lambda conn: state.honour_decisions(conn, chain, sequence))
 
     def _apply(self) -> None:
         """Give the group's batches to the applier, in the open transaction."""
@@ -292,10 +351,12 @@ class Pipeline:
         with means.metrics.timed(Stage.APPLY, rows=rows, size=group.size):
             means.totals.rows += rows
             means.totals.batches += len(group.batches)
+            self._spoilt = True
             try:
                 group.applied(self._applier.apply(group.batches))
             except DecodeError as error:
                 raise self._unreadable(error, group) from error
+            self._spoilt = False
 
     def _unreadable(self, error: DecodeError, group: Group) -> VsqlSyncError:
         """A signed tuple that is none: found again batch by batch, so that the refusal names one."""
@@ -318,21 +379,47 @@ class Pipeline:
         position = group.position
         moment = position.commit_time if position.commit_time is not None else time.time_ns() // 1000
         failpoints.hit("consumer.before-apply-commit")
-        target_lsn = self._applier.finish(
-            position.head.lsn_end, moment, lambda conn: self._write(conn, group)
-        )
+        honoured = self._honoured(position)
+        self._spoilt = True
+        try:
+            target_lsn = self._applier.finish(
+                position.head.lsn_end, moment, lambda conn: self._write(conn, group, honoured)
+            )
+        except DecodeError as error:
+            first, last = self.position.head.sequence + 1, position.head.sequence
+            raise RecordError(
+                f"what was signed cannot be written: {error.message}",
+                record=f"{self._chain} sequence {first} to {last}",
+            ) from error
         failpoints.hit("consumer.after-apply-commit")
+        self._spoilt = False
         self.position = position
+        self._open_decisions = [one for one in self._open_decisions if one.id not in honoured]
         self.copy.committed(group)
         self._group = Group.after(position, self._live_chain)
         means.metrics.progressed()
         with means.metrics.timed(Stage.ACKNOWLEDGE, rows=group.rows, size=0):
-            means.acknowledger.acknowledge(group.receipts, target_lsn)
+            if group.stored:
+                self.acknowledger.acknowledge_stored(target_lsn)
+            else:
+                self.acknowledger.acknowledge(group.receipts, target_lsn)
         self._commit_offsets()
 
-    def _write(self, conn: Connection, group: Group) -> None:
+    def _write(self, conn: Connection, group: Group, honoured: list[int]) -> None:
         self.copy.write(conn, group)
         group.write(conn, self._chain)
+        if honoured:
+            state.honour_decisions(conn, honoured)
+
+    def _honoured(self, position: Position) -> list[int]:
+        """Decisions whose place the stream has passed once it stands at `position`."""
+        passed = {**position.offsets, self._audit: position.audit_offset, self._keys: self._keys_next}
+        return [
+            one.id
+            for one in self._open_decisions
+            if (one.sequence is not None and one.sequence <= position.head.sequence)
+            or (one.place is not None and one.place[2] < passed.get(one.place[:2], 0))
+        ]
 
     def _commit_offsets(self, *, wait: bool = False) -> None:
         now = time.monotonic()
@@ -352,7 +439,7 @@ class Pipeline:
         elif not self._rested and now >= self._busy_until:
             self._rested = True
             self._applier.rest()
-            self._means.acknowledger.settle()
+            self.acknowledger.settle()
             self._commit_offsets(wait=False)
 
     def _look_for_lost(self) -> None:

@@ -83,6 +83,16 @@ class Source:
         if new:
             self._call("read new partitions", lambda: self._consumer.incremental_assign(new))
 
+    def go_on(self, topic: str, number: int, offset: int) -> None:
+        """Read a partition on from another offset: Kafka no longer has the one that was due."""
+        place = TopicPartition(topic, number, offset)
+
+        def again() -> None:
+            self._consumer.incremental_unassign([TopicPartition(topic, number)])
+            self._consumer.incremental_assign([place])
+
+        self._call(f"read topic {topic} on", again)
+
     def _within(self, topic: str, number: int, offset: int) -> int:
         """The offset, or the log's end where the log is shorter: Kafka would take that for an error."""
         return min(offset, self.ends(topic, number)[1])

@@ -7,6 +7,8 @@ layout and one choice of old columns; its columns are `k`, `o<n>`, `c<n>`. Rules
   between sets; it is truncated when some hundreds of rows were left in it.
 * A temporary table of a session that lives for months keeps the database from freezing old transaction ids
   (vacuum never visits it): tables are dropped when they are an hour old, and by `rest`.
+* There are at most some hundreds of them: the server's lock table is small, and each that is dropped takes a
+  lock.
 * A table made in a transaction that was rolled back is gone, and forgotten.
 """
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 _LEFT_ROWS = 1_000
 _OLD_SECONDS = 3_600.0
+STAGES_MAX = 200
+"""Staging tables of a session; the one that was used longest ago gives way."""
 _INT4 = b"\0\0\0\4"
 # The number of a set is an int4; a session that ever gets there begins anew.
 _LAST_SET = 2**31 - 2
@@ -77,9 +81,12 @@ class Stages:
             self.drop(plan.name)
             stage = None
         if stage is None:
+            if len(self._stages) >= STAGES_MAX:
+                self._drop([next(iter(self._stages))])
             stage = self._make(plan, layout, old)
-            self._stages[key] = stage
             self._unsettled.append(key)
+        self._stages.pop(key, None)
+        self._stages[key] = stage  # the last one used is last
         stage.rows = []
         return stage
 

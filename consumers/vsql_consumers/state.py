@@ -58,7 +58,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What this node says of a batch it applied or skipped."""
+    """What this node says of a batch it applied or skipped; no manifest: one nobody could read."""
 
     sequence: int
     epoch: int
@@ -176,12 +176,12 @@ def save_receipts(conn: Connection, chain: str, receipts: Sequence[Receipt]) -> 
             )
 
 
-def load_receipts(conn: Connection, chain: str) -> list[Receipt]:
-    """Receipts that are not known to be acknowledged, oldest first."""
+def load_receipts(conn: Connection, chain: str, after: int, limit: int) -> list[Receipt]:
+    """Receipts of entries beyond a sequence, oldest first, at most so many."""
     rows = conn.execute(
         "SELECT sequence, epoch, batch, manifest, merkle_root, verdicts FROM vsql_sync.receipts"
-        " WHERE chain = %s AND NOT acked ORDER BY sequence",
-        (chain,),
+        " WHERE chain = %s AND sequence > %s ORDER BY sequence LIMIT %s",
+        (chain, after, limit),
     ).fetchall()
     return [Receipt(s, e, b, bytes(m), bytes(r), v) for s, e, b, m, r, v in rows]
 
@@ -236,19 +236,31 @@ def _skipped_batches(documents: Iterable[bytes]) -> Iterable[tuple[int, int]]:
         yield entry.ref_epoch, entry.batch
 
 
-def honour_decisions(conn: Connection, chain: str, up_to: int) -> None:
-    """Note that decisions up to a sequence have done what they were for."""
+def honour_decisions(conn: Connection, ids: Sequence[int]) -> None:
+    """Note that decisions have done what they were for; in the transaction that passes their place."""
     conn.execute(
-        "UPDATE vsql_sync.decisions SET honoured_at = now() WHERE chain = %s AND honoured_at IS NULL"
-        " AND kind = 'skip-batch' AND sequence <= %s",
-        (chain, up_to),
+        "UPDATE vsql_sync.decisions SET honoured_at = now() WHERE id = ANY(%s) AND honoured_at IS NULL",
+        (list(ids),),
     )
 
 
-def count_decisions(conn: Connection, chain: str) -> int:
-    """How many decisions there are: one more than before is a new one."""
-    row = conn.execute("SELECT count(*) FROM vsql_sync.decisions WHERE chain = %s", (chain,)).fetchone()
-    return int(row[0]) if row else 0
+@dataclass(frozen=True, slots=True)
+class OpenDecision:
+    """A decision that has not done yet what it is for: it names a record, or an entry of the chain."""
+
+    id: int
+    place: tuple[str, int, int] | None
+    sequence: int | None
+
+
+def load_open_decisions(conn: Connection, chain: str) -> list[OpenDecision]:
+    """Decisions that were not honoured yet."""
+    rows = conn.execute(
+        "SELECT id, topic, partition, kafka_offset, sequence FROM vsql_sync.decisions"
+        " WHERE chain = %s AND honoured_at IS NULL",
+        (chain,),
+    ).fetchall()
+    return [OpenDecision(n, (t, p, o) if t is not None else None, s) for n, t, p, o, s in rows]
 
 
 def pinned_keys(conn: Connection) -> list[PinnedKey]:

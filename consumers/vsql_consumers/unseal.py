@@ -10,12 +10,16 @@ given. Rules:
   descriptor must have come before it, in this batch or an earlier one.
 * Pieces join in source order, table by table, and end within the batch.
 * No plaintext, key or column value is in any error.
+* Keys are used in the order they are announced. So announcements before the one in use are dropped, those
+  that come after it are held up to a limit, and the keys topic waits; while a key is wanted that is not
+  among them, the oldest make room.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from vsql_consumers.verify import Part, VerifiedBatch, batch_name, record_name
@@ -43,24 +47,45 @@ class Announcements:
     """Verified announcements of one chain's data keys, as read from the keys topic, and their keys."""
 
     def __init__(
-        self, cluster: str, chain: str, origin: str, trust: TrustStore, ring: KeyRing, first_epoch: int = 0
+        self,
+        cluster: str,
+        chain: str,
+        origin: str,
+        trust: TrustStore,
+        ring: KeyRing,
+        first_epoch: int = 0,
+        held: int = 1_000,
     ) -> None:
+        """`held`: announcements kept at most."""
         self._cluster, self._chain, self._origin, self._trust = cluster, chain, origin, trust
-        self._ring, self._first_epoch = ring, first_epoch
+        self._ring, self._first_epoch, self._held = ring, first_epoch, held
         self._known: dict[str, KeyAnnouncement] = {}
+        self.wanted = ""
+        """The key a batch waits for; '' for none."""
         self.next_offset = 0
         """Next offset of the keys topic; all before it was taken."""
 
     def __len__(self) -> int:
         return len(self._known)
 
+    @property
+    def full(self) -> bool:
+        """Whether the keys topic is to wait: as many as are held came and were not asked for."""
+        return len(self._known) >= self._held and (not self.wanted or self.wanted in self._known)
+
+    @property
+    def satisfied(self) -> bool:
+        """Whether there is no reason to read on now."""
+        return self.wanted in self._known or self.full
+
     def feed(self, topic: str, partition: int, offset: int, key: bytes | None, value: bytes | None) -> None:
         """Take one record of the keys topic. Raises with the record named when it is of our chain and bad.
 
         1. A tombstone removes nothing here: a key that is in use stays.
         2. Only documents of our chain concern us; what cannot be read might, and is refused.
-        3. Signed by the origin; cluster, chain and origin as expected; filed under its own dek_id.
-        4. Never a second content under one dek_id.
+        3. Those of an epoch that is over concern nobody any more, and their signers may be revoked since.
+        4. Signed by the origin; cluster, chain and origin as expected; filed under its own dek_id.
+        5. Never a second content under one dek_id.
         """
         self.next_offset = offset + 1
         if value is None:
@@ -68,7 +93,8 @@ class Announcements:
         where = record_name(topic, partition, offset)
         try:
             document = SignedDocument.decode(value)
-            if decode_announcement(document.payload).chain != self._chain:
+            said = decode_announcement(document.payload)
+            if said.chain != self._chain or said.epoch < self._first_epoch:
                 return
             found = decode_announcement(verify_document(self._trust, self._origin, document, MEDIA_TYPE))
         except DecodeError as error:
@@ -77,8 +103,9 @@ class Announcements:
             error.record = where
             raise
         self._check(found, key, where)
-        if found.epoch >= self._first_epoch:
-            self._known[found.dek_id] = found
+        self._known[found.dek_id] = found
+        while len(self._known) > self._held and self.wanted:
+            del self._known[next(iter(self._known))]
 
     def _check(self, found: KeyAnnouncement, key: bytes | None, where: str) -> None:
         if (found.cluster, found.origin) != (self._cluster, self._origin):
@@ -110,6 +137,8 @@ class Announcements:
                 f"data key {entry.dek_id} is wrapped by {found.kek_id!r}, the manifest says {entry.kek_id!r}",
                 record=batch_name(entry),
             )
+        for name in list(takewhile(lambda name: name != entry.dek_id, self._known)):
+            del self._known[name]
         return self._ring.open(found, provider)
 
     def forget_before(self, epoch: int) -> None:

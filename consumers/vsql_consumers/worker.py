@@ -7,6 +7,10 @@ Not here: the stages (pipeline.py). What becomes of an error (docs/design/0002):
 * DivergedError: `diverged`, until an operator's `retry`.
 * EnvironmentFault: as TransientError, with the longest back-off: an operator may mend it at any time.
 * Anything else ends the process; the supervisor starts another one.
+
+An operator's command (`pause`, `resume`, the `retry` that comes with a decision) ends a back-off. It is put
+into this node's chain as a signed entry before it is answered: at once where the stream runs, is refused or
+held, else when it runs again.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +28,8 @@ from confluent_kafka import KafkaException
 
 from vsql_consumers import state
 from vsql_consumers.acknowledge import Acknowledger, Place
-from vsql_consumers.control import Control
+from vsql_consumers.control import Control, Wish
+from vsql_consumers.origin import OriginSession
 from vsql_consumers.pipeline import Means, Pipeline, Totals
 from vsql_consumers.quarantine import Refusal
 from vsql_consumers.session import open_applying, open_control, own_trust
@@ -44,6 +50,7 @@ from vsql_shared.kafka.topics import ensure_topic
 from vsql_shared.kms import open_provider
 from vsql_shared.observe.metrics import StreamMetrics, StreamState
 from vsql_shared.observe.process import resident_bytes
+from vsql_shared.pg import acts
 from vsql_shared.pg.connect import Connection, translate
 
 if TYPE_CHECKING:
@@ -52,6 +59,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _HOLD_SECONDS = 0.2
+_CONNECT_AGAIN_SECONDS = 2.0
+_VERBS = frozenset({"pause", "resume", "retry"})
 _STATES = {
     "running": StreamState.STREAMING,
     "copying": StreamState.COPYING,
@@ -85,6 +94,8 @@ class Worker:
         self._last_error: tuple[str, float] | None = None
         self._rates = (time.monotonic(), 0, 0)
         self._refusal: Refusal | None = None
+        self._obeyed: set[int] = set()
+        """Commands that were acted upon and wait for their entry and answer."""
 
     def run(self) -> int:
         """Attempt after attempt."""
@@ -126,15 +137,11 @@ class Worker:
                 return True
             held = self._hold_reason(conn, stream, control)
             if held is not None:
-                self._hold(control, *held)
+                self._hold(control, stream, *held)
                 continue
-            try:
-                self._run_pipeline(conn, stream, control)
-            except VerificationError as error:
-                self._refuse(conn, stream, control, error)
-            except DivergedError as error:
-                self._failed(error)
-                state.set_stream_state(conn, self._chain, "DIVERGED", str(error))
+            refused = self._run_pipeline(conn, stream, control)
+            if refused is not None:
+                self._refuse(conn, stream, control, refused)
         return True
 
     def _hold_reason(self, conn: Connection, stream: Stream, control: Control) -> tuple[str, str] | None:
@@ -150,40 +157,74 @@ class Worker:
                 return "waiting", f"for its first copy ({found[0]})"
         return None
 
-    def _hold(self, control: Control, what: str, why: str) -> None:
+    def _hold(self, control: Control, stream: Stream, what: str, why: str) -> None:
         """Wait a moment, answering the operator."""
-        for wish in control.poll():
-            if wish.verb == "retry" and what == "diverged":
-                state.set_stream_state(control.conn, self._chain, "CATCHING_UP", wish.reason)
-            control.answer(wish, ok=True, message=f"the stream is {what}")
+        wishes = control.poll()
+        if any(wish.verb == "retry" for wish in wishes) and what == "diverged":
+            self._obeyed.update(wish.id for wish in wishes)
+            state.set_stream_state(control.conn, self._chain, "CATCHING_UP", wishes[-1].reason)
+        elif wishes and control.desired == "running" and what == "paused":
+            self._obeyed.update(wish.id for wish in wishes)  # answered by the stream that now runs
+        elif wishes and what != "waiting":
+            with ExitStack() as closing:
+                acknowledger = self._open_fenced(control.conn, stream, closing)
+                self._answer(acknowledger, control, wishes, f"the stream is {what}")
         self._say(control, what, {"waiting_for": why} if what == "waiting" else {})
         self.stop.wait(_HOLD_SECONDS)
 
-    def _run_pipeline(self, conn: Connection, stream: Stream, control: Control) -> None:
-        with ExitStack() as closing:
-            pipeline = self._open_pipeline(conn, stream, closing)
-            self._failures = 0
-            self._refusal = None
-            trusted = state.pinned_keys(conn)
-            say_running = "copying" if stream.kind == "copy" else "running"
+    def _run_pipeline(self, conn: Connection, stream: Stream, control: Control) -> Refusal | None:
+        """Run until paused or stopped; what was refused, if that is what ended it.
 
-            def tick() -> bool:
-                if not control.due():
-                    if control.status_due():
-                        self._say(control, say_running, self._detail(pipeline))
-                    return True
-                for wish in control.poll():
-                    if wish.verb == "retry":
-                        control.answer(wish, ok=True, message="the stream is running; nothing to retry")
-                    else:
-                        control.answer(wish, ok=wish.verb in ("pause", "resume"), message=wish.verb)
-                self._note_sync(conn, stream, pipeline)
-                return control.desired == "running" and state.pinned_keys(conn) == trusted
+        The error itself is not given on: it would keep everything the pipeline held in memory.
+        """
+        try:
+            with ExitStack() as closing:
+                self._turn(self._open_pipeline(conn, stream, closing), stream, control)
+        except VerificationError as error:
+            self._failed(error)
+            self._totals.one_by_one = False
+            return Refusal.of(error, state.load_position(conn, self._chain).head.sequence + 1)
+        except DivergedError as error:
+            self._failed(error)
+            state.set_stream_state(conn, self._chain, "DIVERGED", str(error))
+        return None
 
-            _log.info("running", extra={"sequence": pipeline.position.head.sequence})
-            self._say(control, say_running, self._detail(pipeline))
-            pipeline.run(tick)
-            self._say(control, say_running, self._detail(pipeline))
+    def _turn(self, pipeline: Pipeline, stream: Stream, control: Control) -> None:
+        conn = control.conn
+        self._failures = 0
+        self._refusal = None
+        trusted = state.pinned_keys(conn)
+        say_running = "copying" if stream.kind == "copy" else "running"
+
+        def tick() -> bool:
+            if not control.due():
+                if control.status_due():
+                    self._say(control, say_running, self._detail(pipeline))
+                return True
+            wishes = control.poll()
+            # Decisions are read when a pipeline is opened.
+            decided = any("decision" in wish.args and wish.id not in self._obeyed for wish in wishes)
+            self._answer(pipeline.acknowledger, control, wishes, "the stream is running")
+            self._note_sync(conn, stream, pipeline)
+            return control.desired == "running" and not decided and state.pinned_keys(conn) == trusted
+
+        _log.info("running", extra={"sequence": pipeline.position.head.sequence})
+        self._say(control, say_running, self._detail(pipeline))
+        pipeline.run(tick)
+        self._say(control, say_running, self._detail(pipeline))
+
+    def _answer(
+        self, acknowledger: Acknowledger, control: Control, wishes: Sequence[Wish], message: str
+    ) -> None:
+        """Put commands into this node's chain, then answer them."""
+        for wish in wishes:
+            known = wish.verb in _VERBS
+            if known:
+                acknowledger.act(acts.describe(control.conn, wish))
+            else:
+                message = f"a consumer does not know the command {wish.verb}"
+            control.answer(wish, ok=known, message=message)
+            self._obeyed.discard(wish.id)
 
     def _open_pipeline(self, conn: Connection, stream: Stream, closing: ExitStack) -> Pipeline:
         settings = self._settings
@@ -196,7 +237,6 @@ class Worker:
         provider = open_provider(settings.encryption.kms, strict=settings.is_prod)
         closing.callback(provider.close)
         trust = TrustStore(state.pinned_keys(conn), allow_unsigned=not settings.is_prod)
-        acknowledger = self._open_acknowledger(conn, stream, closing)
         client = f"vsql-sync-consumer-{self._chain}"
         source = Source(settings, client, names.group_id(cluster, self._chain, node))
         closing.callback(source.close)
@@ -208,7 +248,7 @@ class Worker:
                 applying,
                 trust,
                 provider,
-                acknowledger,
+                lambda: self._open_acknowledger(conn, stream, closing),
                 source,
                 self._metrics,
                 self._totals,
@@ -216,23 +256,34 @@ class Worker:
             )
         )
 
-    def _refuse(self, conn: Connection, stream: Stream, control: Control, error: VerificationError) -> None:
+    def _refuse(self, conn: Connection, stream: Stream, control: Control, refusal: Refusal) -> None:
         """Say what was refused, signed and in the status; stay until an operator decides."""
-        self._failed(error)
-        position = state.load_position(conn, self._chain)
-        self._refusal = refusal = Refusal.of(error, position.head.sequence + 1)
-        with ExitStack() as closing:
-            acknowledger = self._open_acknowledger(conn, stream, closing)
-            acknowledger.refused(refusal.record, refusal.error, refusal.sequence)
+        self._refusal = refusal
         _log.error("refused", extra={"record": refusal.record, "sequence": refusal.sequence})
+        with ExitStack() as closing:
+            acknowledger = self._open_fenced(conn, stream, closing)
+            acknowledger.refused(refusal.record, refusal.error, refusal.sequence)
+            # Those that had us try again: this is what came of it.
+            tried = [wish for wish in control.poll(now=True) if wish.id in self._obeyed]
+            self._answer(acknowledger, control, tried, f"tried again, and refused: {refusal.error}")
         while not self.stop.is_set():
-            for wish in control.poll():
-                if wish.verb == "retry":
-                    control.answer(wish, ok=True, message="tried again")
-                    return
-                control.answer(wish, ok=True, message=f"the stream is refused: {refusal.error}")
-            self._say(control, "refused", {"sequence": position.head.sequence})
+            wishes = control.poll()
+            if any(wish.verb == "retry" for wish in wishes):
+                self._obeyed.update(wish.id for wish in wishes)
+                return
+            if wishes:
+                with ExitStack() as closing:
+                    acknowledger = self._open_fenced(conn, stream, closing)
+                    self._answer(acknowledger, control, wishes, f"the stream is refused: {refusal.error}")
+            self._say(control, "refused", {"sequence": refusal.sequence - 1})
             self.stop.wait(_HOLD_SECONDS)
+
+    def _open_fenced(self, conn: Connection, stream: Stream, closing: ExitStack) -> Acknowledger:
+        """The writer of our own chain where no pipeline runs: under the stream's origin, as always."""
+        applying = open_applying(self._settings, self._chain)
+        closing.callback(applying.close)
+        OriginSession(applying).setup(stream.origin_name)
+        return self._open_acknowledger(conn, stream, closing)
 
     def _open_acknowledger(self, conn: Connection, stream: Stream, closing: ExitStack) -> Acknowledger:
         """The writer of our own chain, in an epoch of its own."""
@@ -290,7 +341,7 @@ class Worker:
         before, rows, size = self._rates
         seconds = max(now - before, 0.001)
         self._rates = (now, totals.rows, totals.bytes)
-        error = self._last_error
+        error, offset_us = self._last_error, totals.clock.offset_us
         detail = {
             "rows": totals.rows,
             "bytes": totals.bytes,
@@ -299,7 +350,7 @@ class Worker:
             "bytes_per_s": round((totals.bytes - size) / seconds, 1),
             "orphans": totals.orphans,
             "anomalies": control.anomalies(),
-            "clock_offset_ms": None if totals.clock_offset_us is None else totals.clock_offset_us / 1000,
+            "clock_offset_ms": None if offset_us is None else offset_us / 1000,
             "last_error": error[0] if error else "",
             "last_error_at": error[1] if error else None,
             **detail,
@@ -329,4 +380,24 @@ class Worker:
         pause = most if longest else min(limits.retry_backoff_ms / 1000 * 2**self._failures, most)
         self._failures = min(self._failures + 1, 16)
         self._say_alone("waiting")
-        self.stop.wait(pause)
+        deadline = time.monotonic() + pause
+        while not self.stop.is_set() and (left := deadline - time.monotonic()) > 0:
+            if self._listen(deadline):
+                self._failures = 0
+                return
+            self.stop.wait(min(left, _CONNECT_AGAIN_SECONDS))
+
+    def _listen(self, deadline: float) -> bool:
+        """Wait for an operator's command, as long as the database is there; true when there was one."""
+        try:
+            with open_control(self._settings, self._chain, None) as conn:
+                control = Control(conn, self._chain, self._settings.limits)
+                while time.monotonic() < deadline and not self.stop.wait(_HOLD_SECONDS):
+                    new = {wish.id for wish in control.poll()} - self._obeyed
+                    if new:
+                        self._obeyed |= new
+                        return True
+                    self._say(control, "waiting", {})
+        except (VsqlSyncError, psycopg.Error):
+            _log.debug("the database is away while the stream waits")
+        return False

@@ -6,16 +6,19 @@ Rules (numbers as on the design page):
 1. Entries of other chains are passed over; of this one, the signature is verified before all else.
 2. `epoch_opened` that extends the head by one epoch and one sequence is accepted; a race's loser is void.
 3. Any other entry of the head's epoch and incarnation extends the head exactly, or repeats it byte by byte.
+   In a chain of acknowledgements it may repeat any entry that was accepted: their writer publishes what its
+   table has again where it cannot know that Kafka has it. A reader remembers the last entries only; beyond
+   them, a place that is taken is taken.
 4. Entries of an older epoch, or of another incarnation, are void. A later, never opened epoch is an error.
 
-Every reader comes to the same answer at the same entry: the answer depends only on the entries before it.
+Every reader comes to the same head at the same entry: it depends only on the entries before it.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -63,6 +66,8 @@ class ChainHead:
 
 EMPTY_HEAD = ChainHead()
 """Head of a chain without entries."""
+REMEMBERED_ENTRIES = 4_096
+"""Hashes of accepted entries a reader keeps, to tell a repetition from a fork."""
 
 
 class Accepted(NamedTuple):
@@ -96,6 +101,12 @@ def writer_of(chain: str) -> str:
             return target
         case _:
             raise ChainError(f"{chain[:200]!r} is not the name of a chain")
+
+
+def _acknowledges(chain: str) -> bool:
+    """Whether a chain is one of acknowledgements, by its name."""
+    parts = chain.split(".")
+    return len(parts) > 3 and parts[-2] == "ack"
 
 
 def void_reason(head: ChainHead, entry: AuditEntry, entry_hash: bytes) -> str:
@@ -190,6 +201,8 @@ class ChainReader:
         self.writer_node = writer_node
         self.head = head
         self._trust = trust
+        self._recent: OrderedDict[int, bytes] = OrderedDict()
+        self._acknowledges = _acknowledges(chain)
 
     def accept(self, encoded: bytes, where: str) -> Accepted | Void | None:
         """Take the next document of the partition; `where` names it in errors (topic/partition/offset).
@@ -207,11 +220,24 @@ class ChainReader:
         if entry is None:
             return None
         entry_hash = document_hash(encoded)
-        reason = void_reason(self.head, entry, entry_hash)
+        reason = void_reason(self.head, entry, entry_hash) or self._repeats(entry, entry_hash)
         if reason:
             return Void(reason)
         self.head = advance(self.head, entry, entry_hash, where)
+        self._recent[entry.sequence] = entry_hash
+        if len(self._recent) > REMEMBERED_ENTRIES:
+            self._recent.popitem(last=False)
         return Accepted(entry, entry_hash, self.head)
+
+    def _repeats(self, entry: AuditEntry, entry_hash: bytes) -> str:
+        """Why an entry whose place is taken is void; '' when it is not, or when it is a fork."""
+        head = self.head
+        if not self._acknowledges or (entry.epoch, entry.incarnation) != (head.epoch, head.incarnation):
+            return ""
+        if entry.sequence >= head.sequence or entry.event_type == EPOCH_OPENED:
+            return ""
+        known = self._recent.get(entry.sequence, entry_hash)
+        return "a repetition of an entry before" if known == entry_hash else ""
 
     def _verified(self, encoded: bytes) -> AuditEntry | None:
         # 1. Recognise other chains by what they claim: a wrong claim here can only hide an entry, and a

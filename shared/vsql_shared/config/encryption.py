@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
 from vsql_shared.config.secrets import one_source, read_secret
 from vsql_shared.config.section import Section
-from vsql_shared.config.values import ConfigPath, Size, Whole, refusal
+from vsql_shared.config.values import ConfigPath, Duration, Size, Whole, refusal
 
 KmsProvider = Literal["azure-kv", "aws-kms", "gcp-kms", "pkcs11", "vault", "file"]
 
@@ -94,6 +95,12 @@ class DekSettings(Section):
     """Tuples under one data key, after which it is rotated by force."""
     max_bytes: Annotated[Size, Field(ge=2**20, le=DEK_MAX_BYTES)] = DEK_MAX_BYTES
     """Bytes under one data key, after which it is rotated by force."""
+    cached_keys: Annotated[Whole, Field(ge=1, le=10_000)] = 64
+    """Opened data keys a stream's consumer keeps; another one costs a call to the KMS."""
+    cached_for: Annotated[Duration, Field(ge=timedelta(0), le=timedelta(days=1))] = timedelta(hours=1)
+    """How long an opened data key is kept: so long may a destroyed KEK still open what it wrapped."""
+    announcements_held: Annotated[Whole, Field(ge=10, le=1_000_000)] = 1_000
+    """Announcements of data keys a stream's consumer holds that no batch has asked for yet."""
 
 
 class EncryptionSettings(Section):
