@@ -1,7 +1,7 @@
 """An operator's act as the chain has it: which, by whom, and a hash of the line that says why.
 
 Not here: obeying (worker.py). Rules: the entry names a row of vsql_sync.audit_log (or, of a command nobody
-logged, of vsql_sync.commands) and the SHA-256 of its canonical JSON (pg/oplog.py); the operator's words stay in
+logged, of vsql_sync.commands) and the SHA-256 of its canonical JSON (pg/oplog.py); the words stay in
 that row. A worker that dies between the entry and its answer obeys again, and says so again: two entries name
 one command.
 """

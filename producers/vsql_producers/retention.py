@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 LOOK_SECONDS = 30.0
 _FAILED_SECONDS = 300.0
 # Manifests at a look: one request names each of their partitions once.
-_PAGE = 500
+PAGE = 500
 _TIMEOUT_SECONDS = 30.0
 
 
@@ -44,17 +44,31 @@ class _Step(NamedTuple):
     upto: int
     more: bool
     answers: dict[TopicPartition, Future[Any]]
+    client: AdminClient | None
+    """Answers come only as long as somebody holds it."""
 
 
 class Retention:
     """Deletes acknowledged records of one live stream."""
 
     def __init__(
-        self, conn: Connection, admin: Callable[[], AdminClient], chain: str, keep: timedelta
+        self,
+        conn: Connection,
+        admin: Callable[[], AdminClient],
+        chain: str,
+        keep: timedelta,
+        *,
+        page: int = PAGE,
     ) -> None:
         self._conn, self._admin, self._chain, self._keep = conn, admin, chain, keep
+        self._page = page
         self._step: _Step | None = None
         self._next = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether Kafka was asked and has not answered yet."""
+        return self._step is not None
 
     def turn(self, now: float) -> None:
         """Do the next small thing, if one is due; `now` is monotonic."""
@@ -75,7 +89,7 @@ class Retention:
             rows = self._conn.execute(
                 "SELECT sequence, document, event_timestamp < now() - %s FROM vsql_sync.vsql_sync_audit"
                 " WHERE chain = %s AND sequence > %s AND sequence <= %s ORDER BY sequence LIMIT %s",
-                (self._keep, self._chain, pruned, acknowledged, _PAGE),
+                (self._keep, self._chain, pruned, acknowledged, self._page),
             ).fetchall()
         upto = pruned
         ends: dict[tuple[str, int], int] = {}
@@ -89,8 +103,12 @@ class Retention:
         if upto == pruned:
             return None
         wanted = [TopicPartition(*place, end) for place, end in ends.items()]
-        answers = self._delete(wanted) if wanted else {}
-        return None if answers is None else _Step(upto, upto == rows[-1][0] and len(rows) == _PAGE, answers)
+        more = upto == rows[-1][0] and len(rows) == self._page
+        if not wanted:
+            return _Step(upto, more, {}, None)
+        client = self._admin()
+        answers = self._delete(client, wanted)
+        return None if answers is None else _Step(upto, more, answers, client)
 
     def _bounds(self) -> tuple[int, int]:
         """Up to which sequence records were deleted, and up to which all targets have acknowledged."""
@@ -103,9 +121,11 @@ class Retention:
             ).fetchone()
         return (int(row[0]), int(row[1])) if row else (0, 0)
 
-    def _delete(self, wanted: list[TopicPartition]) -> dict[TopicPartition, Future[Any]] | None:
+    def _delete(
+        self, client: AdminClient, wanted: list[TopicPartition]
+    ) -> dict[TopicPartition, Future[Any]] | None:
         try:
-            return self._admin().delete_records(
+            return client.delete_records(
                 wanted, request_timeout=_TIMEOUT_SECONDS, operation_timeout=_TIMEOUT_SECONDS
             )
         except KafkaException as error:

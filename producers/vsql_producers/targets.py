@@ -24,9 +24,10 @@ from vsql_shared.audit.chain import EMPTY_HEAD, Accepted, ChainHead, ChainReader
 from vsql_shared.audit.dsse import document_hash
 from vsql_shared.audit.entries import BATCH_APPLIED, BATCH_REFUSED, BATCH_SKIPPED, AuditEntry
 from vsql_shared.audit.store import recall_head, remember_head
-from vsql_shared.crypto.signing import PinnedKey, TrustStore
+from vsql_shared.crypto.signing import TrustStore
 from vsql_shared.errors import DecodeError, SignatureError, VerificationError
 from vsql_shared.kafka.clients import from_exception, kafka_error
+from vsql_shared.pg import signers
 from vsql_shared.pg.connect import Connection, errors
 
 _log = logging.getLogger(__name__)
@@ -144,14 +145,7 @@ class Targets:
         return ChainReader(self._cluster, chain, target, self._trust(target), head)
 
     def _trust(self, target: str) -> TrustStore:
-        with errors("reading the pinned keys"):
-            rows = self._conn.execute(
-                "SELECT node_name, public_key, fingerprint, revoked_at IS NOT NULL FROM vsql_sync.signers"
-                " WHERE node_name = %s",
-                (target,),
-            ).fetchall()
-        pins = [PinnedKey(node, bytes(key), print_, revoked) for node, key, print_, revoked in rows]
-        return TrustStore(pins, allow_unsigned=self._allow_unsigned)
+        return TrustStore(signers.load(self._conn, target), allow_unsigned=self._allow_unsigned)
 
     def _take(self, offset: int, value: bytes) -> None:
         where = f"{self._topic}/{self._partition}/{offset}"

@@ -1,8 +1,8 @@
 """How much the audit trail grows a day, from what was appended lately. Pure: times are passed in.
 
-Not here: the trail itself. Rules: the figure is what a day would bring at the pace of the last ten minutes, or
-of the time since the start where that is shorter (a minute at least, so that a start is no forecast); memory
-is a few dozen numbers.
+Not here: the trail itself. Rules: the figure is what a day would bring at the pace of the last ten minutes,
+or of the time since the start where that is shorter (a minute at least, so that a start is no forecast);
+memory is a few dozen numbers.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from vsql_shared.audit import merkle
 from vsql_shared.audit.chain import (
     EMPTY_HEAD,
     Accepted,
+    ChainHead,
     ChainReader,
     ChainWriter,
     Prepared,
@@ -45,6 +46,7 @@ from vsql_shared.crypto.dek import OpeningKey
 from vsql_shared.crypto.seal import open_tuples
 from vsql_shared.crypto.signing import (
     PinnedKey,
+    Signer,
     TrustStore,
     fingerprint,
     generate_signing_key,
@@ -307,6 +309,10 @@ enabled = false
             0,
         )
 
+    def records(self) -> list[Record]:
+        """Every record of the cluster's topics."""
+        return read_topics(self.kafka, self.cluster)
+
     def read(self, chain: str | None = None) -> ReadBack:
         """Read the topics back and verify everything a consumer would."""
         return read_stream(self, read_topics(self.kafka, self.cluster), chain or self.chain)
@@ -322,6 +328,7 @@ class PeerNode:
         private, public = generate_signing_key(folder)
         self._signer = load_signer(private, name)
         self._writers: dict[str, ChainWriter] = {}
+        self._again: dict[str, ChainHead] = {}
         raw = load_public_key(public)
         with psycopg.connect(source.conninfo) as connection:
             connection.execute(
@@ -329,16 +336,23 @@ class PeerNode:
                 (fingerprint(raw), name, raw),
             )
 
+    def sign_with(self, signer: Signer) -> None:
+        """Go on in a new epoch under another key."""
+        self._signer = signer
+        for chain, old in list(self._writers.items()):
+            self._again[chain] = old.tip
+
     def acknowledge(self, chain: str, root: bytes | None = None) -> None:
         """Acknowledge every manifest that was not acknowledged yet; `root` replaces the last one's."""
         writer = self._writers.get(chain)
         made: list[Prepared] = []
-        if writer is None:
+        tip = self._again.pop(chain, EMPTY_HEAD)
+        if writer is None or tip != EMPTY_HEAD:
             writer = ChainWriter(
                 self._signer,
                 self._source.cluster,
                 names.ack_chain(chain, self.name),
-                EMPTY_HEAD,
+                tip,
                 new_incarnation(),
             )
             self._writers[chain] = writer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from confluent_kafka import Producer
-from confluent_kafka.admin import AdminClient
 
 from tests.services.conftest import NewSource
 from tests.services.producer_node import SourceNode
@@ -168,23 +167,6 @@ def test_garbage_and_forged_entries_on_the_audit_topic_do_not_stop_a_producer(ne
     worker = node.start(log="second")
     node.execute("INSERT INTO t VALUES (2, 'b')")
     node.wait_confirmed()
-    node.stop(worker)
-
-
-def test_rule_5_a_chain_that_kafka_lost_is_diverged_and_nothing_is_sent(new_source: NewSource) -> None:
-    node = new_source(TABLE, ["t"], config=SMALL_BATCHES)
-    worker = node.start()
-    node.wait(lambda: node.state()[0] == "running")
-    node.execute("INSERT INTO t VALUES (1, 'a')")
-    node.wait_confirmed()
-    node.stop(worker)
-    topic = names.audit_topic(node.cluster)
-    admin = AdminClient({"bootstrap.servers": node.kafka})
-    admin.delete_topics([topic])[topic].result(20)
-    worker = node.start(log="second")
-    node.wait(lambda: node.state()[0] == "diverged", what=node.log("second"))
-    assert "lost the end of chain" in node.state()[1]["last_error"]
-    assert node.query("SELECT state FROM vsql_sync.streams WHERE chain = %s", node.chain) == [("DIVERGED",)]
     node.stop(worker)
 
 

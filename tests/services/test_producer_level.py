@@ -1,0 +1,128 @@
+"""Rule 5: a lost end of the chain is published again if all its records are there, else it is DIVERGED."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+from confluent_kafka import TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from tests.services.conftest import NewSource
+from tests.services.producer_node import SourceNode
+from tests.stack import Stack
+from tests.streams import Record, append
+from vsql_shared import names
+from vsql_shared.kafka.topics import ensure_topic
+
+TABLE = "CREATE TABLE t (id bigint PRIMARY KEY, note text); CREATE TABLE u (id bigint PRIMARY KEY)"
+QUICK = "[limits]\nbatch_linger_ms = 1\nbatch_max_rows = 50\nstatus_interval_ms = 100\n"
+
+
+def source(new_source: NewSource) -> tuple[SourceNode, list[Record]]:
+    """A source that has sent several batches, stopped; and the audit topic's records."""
+    node = new_source(TABLE, ["t", "u"], config=QUICK)
+    worker = node.start()
+    node.wait(lambda: node.state()[0] == "running")
+    for number in range(6):
+        first = number * 100
+        node.execute(f"INSERT INTO t SELECT g, 'x' FROM generate_series({first}, {first + 99}) g")
+        node.execute(f"INSERT INTO u VALUES ({number})")
+    node.wait_confirmed()
+    node.stop(worker)
+    return node, [r for r in node.records() if r.topic == names.audit_topic(node.cluster)]
+
+
+def make_shorter(node: SourceNode, topic: str, records: list[Record]) -> None:
+    """Delete the topic and make it anew with these records only."""
+    admin = AdminClient({"bootstrap.servers": node.kafka})
+    admin.delete_topics([topic])[topic].result(20)
+    kind = "audit" if topic.endswith(".audit") else "data"
+    deadline = time.monotonic() + 20
+    while topic in node.topics() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    ensure_topic(admin, topic, kind, node.settings)  # type: ignore[arg-type]  # one of the kinds
+    append(node.kafka, records)
+
+
+@pytest.mark.parametrize("kept", [0, 1, -4, -1])
+def test_a_lost_end_of_the_chain_is_published_again_byte_by_byte(new_source: NewSource, kept: int) -> None:
+    node, entries = source(new_source)
+    make_shorter(node, names.audit_topic(node.cluster), entries[:kept])
+    worker = node.start(log="second")
+    node.execute("INSERT INTO t VALUES (1000, 'after')")
+    node.wait_confirmed()
+    assert "published again" in node.log("second")
+    node.stop(worker)
+    there = [r for r in node.records() if r.topic == names.audit_topic(node.cluster)]
+    assert [(r.key, r.value) for r in there[: len(entries)]] == [(r.key, r.value) for r in entries]
+    keys = [int.from_bytes(values[0] or b"", "big") for _, values in node.read().rows("t")]
+    assert keys == [*range(600), 1000]
+    # The place of the head was noted: the next start reads on from there.
+    worker = node.start(log="third")
+    node.execute("INSERT INTO t VALUES (1001, 'after')")
+    node.wait_confirmed()
+    node.stop(worker)
+    assert "published again" not in node.log("third")
+
+
+def lose_topic(node: SourceNode) -> str:
+    topic = f"{node.cluster}.pub.node-a.public.u"
+    admin = AdminClient({"bootstrap.servers": node.kafka})
+    admin.delete_topics([topic])[topic].result(20)
+    return "are missing from"
+
+
+def lose_first_records(node: SourceNode) -> str:
+    place = TopicPartition(f"{node.cluster}.pub.node-a.public.t", 0, 3)
+    AdminClient({"bootstrap.servers": node.kafka}).delete_records([place])[place].result(20)
+    return "are missing from"
+
+
+def alter_a_record(node: SourceNode) -> str:
+    topic = f"{node.cluster}.pub.node-a.public.u"
+    records = [record for record in node.records() if record.topic == topic]
+    size = len(records[2].value or b"")
+    make_shorter(node, topic, [*records[:2], records[2].flip(size - 5), *records[3:]])
+    return "are not those that were sent"
+
+
+def lose_keys(node: SourceNode) -> str:
+    topic = names.keys_topic(node.cluster)
+    admin = AdminClient({"bootstrap.servers": node.kafka})
+    admin.delete_topics([topic])[topic].result(20)
+    return "the announcement of its data key"
+
+
+@pytest.mark.parametrize("harm", [lose_topic, lose_first_records, alter_a_record, lose_keys])
+def test_where_something_is_missing_nothing_is_published_and_it_is_said(
+    new_source: NewSource, harm: Callable[[SourceNode], str]
+) -> None:
+    node, entries = source(new_source)
+    wanted = harm(node)
+    topic = names.audit_topic(node.cluster)
+    make_shorter(node, topic, entries[:1])
+    worker = node.start(log="second")
+    node.wait(lambda: node.state()[0] == "diverged", what=node.log("second"))
+    said = node.state()[1]["last_error"]
+    assert wanted in said, said
+    assert "sequence" in said
+    assert "initialise the targets anew" in said
+    node.stop(worker)
+    assert len([record for record in node.records() if record.topic == topic]) == 1
+
+
+def test_another_history_in_kafka_is_diverged(new_source: NewSource, stack: Stack) -> None:
+    del stack
+    node, entries = source(new_source)
+    # Two entries of the table are gone and the chain went on from the first: the broker has another truth.
+    node.execute(
+        "ALTER TABLE vsql_sync.chain_heads DISABLE TRIGGER ALL;"
+        " UPDATE vsql_sync.chain_heads SET entry_hash = sha256('x')"
+    )
+    worker = node.start(log="second")
+    node.wait(lambda: node.state()[0] == "diverged", what=node.log("second"))
+    assert "lost the end of chain" in node.state()[1]["last_error"]
+    node.stop(worker)
+    assert len([r for r in node.records() if r.topic == names.audit_topic(node.cluster)]) == len(entries)
