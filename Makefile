@@ -17,7 +17,11 @@ ARGS ?=
 SEED ?= $(shell date +%s)
 RUNS ?= 10
 
+# Tests that use servers mostly wait: more run at once than there are processors. JOBS=0 runs them one by one.
+JOBS ?= 3
+
 PYTEST := $(PY) -m pytest
+PARALLEL := -n $(JOBS) --dist loadgroup
 # The order is random; the seed that repeats it is printed at the top of each run.
 NOT_LONG := not long
 
@@ -77,24 +81,24 @@ docs-check: $(READY)  ## Check that help texts and links in the documentation ar
 .PHONY: test
 test: check docs-check fetch  ## Everything but the long tests
 	@echo "==> tests against real servers"
-	@$(PYTEST) tests/services tests/topology tests/chaos -m "$(NOT_LONG)" $(ARGS)
+	@$(PYTEST) $(PARALLEL) tests/services tests/topology tests/chaos tests/extension -m "$(NOT_LONG)" $(ARGS)
 	@echo
 	@echo "All checks and tests passed."
 
 .PHONY: test-short
 test-short: $(READY)  ## Unit tests only
 	@echo "==> unit tests"
-	@$(PYTEST) tests/unit -m "$(NOT_LONG)" $(ARGS)
+	@$(PYTEST) $(PARALLEL) tests/unit -m "$(NOT_LONG)" $(ARGS)
 
 .PHONY: test-integration
 test-integration: fetch  ## Each component against real servers
 	@echo "==> service tests"
-	@$(PYTEST) tests/services -m "$(NOT_LONG)" $(ARGS)
+	@$(PYTEST) $(PARALLEL) tests/services -m "$(NOT_LONG)" $(ARGS)
 
 .PHONY: test-topology
 test-topology: fetch  ## Whole streams between databases
 	@echo "==> topology tests"
-	@$(PYTEST) tests/topology -m "$(NOT_LONG)" $(ARGS)
+	@$(PYTEST) $(PARALLEL) tests/topology -m "$(NOT_LONG)" $(ARGS)
 
 .PHONY: test-extension
 test-extension: fetch  ## The schema installed by CREATE EXTENSION vsql_sync, on every PostgreSQL version

@@ -1,7 +1,8 @@
 """Fixtures every test can use; `tests.stack` says how.
 
 Rules: servers are shared by the session, databases and cluster names belong to one test; a test that is
-not marked `unit` by its folder starts servers only when it asks for one.
+not marked `unit` by its folder starts servers only when it asks for one. With `pytest -n 3` the workers share
+Kafka and the older PostgreSQLs, and the longest tests begin first.
 """
 
 from __future__ import annotations
@@ -9,15 +10,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 
 from tests.stack import POSTGRES_VERSIONS, Kafka, Postgres, Stack
+from tests.stack.shared import Borrower, SharedServers
 
 pytest_plugins = ["tests.pairs"]
 
 _FOLDER_MARKS = {"unit": "unit", "services": "services", "topology": "topology", "chaos": "chaos"}
+
+
+_SHARED = pytest.StashKey[SharedServers]()
 
 
 class NewDatabase(Protocol):
@@ -26,19 +31,37 @@ class NewDatabase(Protocol):
     def __call__(self, prefix: str = "test", version: int = 18) -> str: ...
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker of pytest-xdist where the run's servers are."""
+    config: pytest.Config = node.config
+    if _SHARED not in config.stash:
+        config.stash[_SHARED] = SharedServers()
+    node.workerinput["shared_servers"] = config.stash[_SHARED].address
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Stop the servers of the run's workers."""
+    if _SHARED in config.stash:
+        config.stash[_SHARED].close()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by the folder it lies in."""
+    """Mark each test by the folder it lies in; let those of whole streams begin first."""
     here = Path(__file__).parent
     for item in items:
         folder = item.path.relative_to(here).parts[0] if item.path.is_relative_to(here) else ""
         if folder in _FOLDER_MARKS:
             item.add_marker(_FOLDER_MARKS[folder])
+    # A minute-long test that begins last leaves the other workers idle. Otherwise the random order stays.
+    items.sort(key=lambda item: not any(item.get_closest_marker(mark) for mark in ("topology", "chaos")))
 
 
 @pytest.fixture(scope="session")
-def stack() -> Iterator[Stack]:
+def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
     """The session's servers, each started when a test first asks for it."""
-    with Stack() as running:
+    address = getattr(request.config, "workerinput", {}).get("shared_servers")
+    with Stack(Borrower(address) if address else None) as running:
         yield running
 
 

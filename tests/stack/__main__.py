@@ -18,6 +18,7 @@ import time
 
 from tests.stack import fetch, state
 from tests.stack.guard import stop_processes
+from tests.stack.java import find_java
 from tests.stack.kafka import KafkaBroker
 from tests.stack.postgres import PostgresServer
 
@@ -48,6 +49,7 @@ def main(arguments: list[str]) -> int:
         down()
     else:
         fetch.fetch_all()
+        find_java()  # downloads one where there is none
         if options.clients:
             fetch.client_tools()
     return 0

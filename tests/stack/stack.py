@@ -1,8 +1,8 @@
 """The servers of a test session: one Kafka and one PostgreSQL per version, started when first asked for.
 
 Rules: addresses given by the environment win, then a stack that `make stack-up` left running, then a Docker
-engine, then processes of our own; what this object started it stops, what it found it leaves running; each
-test gets databases and cluster names of its own, so servers can be shared.
+engine, then processes of our own; what this object started it stops, what it found or was lent it leaves
+running; each test gets databases and cluster names of its own, so servers can be shared.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import psycopg
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from tests.stack import containers, state
+from tests.stack.fetch import POSTGRES_VERSIONS
 from tests.stack.kafka import KafkaBroker
 from tests.stack.postgres import PostgresServer, sharedir
 from tests.stack.processes import remove_at_death
@@ -50,15 +51,30 @@ class Postgres:
     """`given`, `running`, `docker` or `process`."""
 
 
+class Lender(Protocol):
+    """Who lends servers to the workers of a run (`shared`)."""
+
+    def kafka(self) -> Kafka:
+        """Return the run's Kafka."""
+        ...
+
+    def postgres(self, version: int) -> Postgres:
+        """Return the run's PostgreSQL of a version."""
+        ...
+
+
 class Stack:
     """The session's servers.
 
     with Stack() as stack:
         kafka = stack.kafka().bootstrap_servers
         conninfo = stack.new_database(18, "payments")
+
+    With a lender all but the newest PostgreSQL are the lender's. Most tests use that one, and creating a slot
+    waits for the open transactions of all databases of a server, so workers keep out of each other's way.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lender: Lender | None = None) -> None:
         self.base_dir = Path(tempfile.mkdtemp(prefix="vsql-sync-stack-"))
         # PostgreSQL's own user has to pass through, and nobody needs to list it.
         self.base_dir.chmod(0o711)
@@ -69,6 +85,7 @@ class Stack:
         self._closers: list[Callable[[], object]] = []
         self._notes = state.read_notes()
         self._docker: bool | None = None
+        self._lender = lender
         atexit.register(self.close)
 
     def kafka(self) -> Kafka:
@@ -152,6 +169,8 @@ class Stack:
         self.close()
 
     def _find_kafka(self) -> Kafka:
+        if self._lender is not None:
+            return self._lender.kafka()
         if given := os.environ.get("VSQL_SYNC_TEST_KAFKA"):
             return Kafka(given, None, "given")
         if running := self._notes.get("kafka"):
@@ -166,6 +185,8 @@ class Stack:
         return Kafka(broker.bootstrap_servers, broker.log_dir, "process")
 
     def _find_postgres(self, version: int) -> Postgres:
+        if self._lender is not None and version != POSTGRES_VERSIONS[-1]:
+            return self._lender.postgres(version)
         if given := os.environ.get(f"VSQL_SYNC_TEST_PG{version}"):
             return Postgres(version, given, "given")
         if running := self._notes.get(f"postgres-{version}"):
