@@ -25,6 +25,7 @@ from vsql_consumers.apply import Applier
 from vsql_consumers.clock import ClockOffset
 from vsql_consumers.collect import Awaited, Collector, Ready
 from vsql_consumers.copying import CopyKeeper
+from vsql_consumers.figures import Figures
 from vsql_consumers.groups import Group
 from vsql_consumers.source import Source
 from vsql_consumers.state import Position, Stream
@@ -148,6 +149,7 @@ class Pipeline:
         self._busy_until, self._rested = 0.0, True
         self._offsets_due = 0.0
         self._orphans_told = self._voids_told = 0
+        self._figures = Figures(means.metrics)
         self._spoilt = False
         """An apply or a commit failed: what the group has left must not be committed without it."""
         self.finished = False
@@ -312,12 +314,13 @@ class Pipeline:
         metrics, totals = self._means.metrics, self._means.totals
         size = sum(len(pack.message) for part in ready.parts for pack in part.packs)
         totals.clock.written(ready.audit_offset - 1, entry.event_timestamp)
+        self._figures.collected(entry, size)
         try:
             with metrics.timed(Stage.VERIFY, rows=entry.row_count, size=size):
                 verified = verify_batch(entry, ready.parts, self._means.stream.origin)
             if not self._announcements.knows(entry.dek_id):
                 self._read_keys(entry.dek_id)
-            key = self._announcements.open(entry, self._means.provider)
+            key = self._figures.open_key(self._announcements, entry, self._means.provider)
             with metrics.timed(Stage.OPEN, rows=entry.row_count, size=size):
                 opened, new = open_batch(verified, key, self._descriptors, ready.entry_hash)
         except VerificationError as error:
@@ -348,7 +351,7 @@ class Pipeline:
         """Give the group's batches to the applier, in the open transaction."""
         group, means = self._group, self._means
         rows = sum(batch.row_count for batch in group.batches)
-        with means.metrics.timed(Stage.APPLY, rows=rows, size=group.size):
+        with means.metrics.timed(Stage.APPLY, rows=rows, size=group.size, batches=len(group.batches)):
             means.totals.rows += rows
             means.totals.batches += len(group.batches)
             self._spoilt = True
@@ -393,12 +396,14 @@ class Pipeline:
             ) from error
         failpoints.hit("consumer.after-apply-commit")
         self._spoilt = False
+        batches = position.head.batch - self.position.head.batch
         self.position = position
         self._open_decisions = [one for one in self._open_decisions if one.id not in honoured]
         self.copy.committed(group)
         self._group = Group.after(position, self._live_chain)
         means.metrics.progressed()
-        with means.metrics.timed(Stage.ACKNOWLEDGE, rows=group.rows, size=0):
+        self._figures.anomalies(self._applier.anomalies)
+        with self._figures.acknowledging(self.acknowledger, group.rows, batches):
             if group.stored:
                 self.acknowledger.acknowledge_stored(target_lsn)
             else:

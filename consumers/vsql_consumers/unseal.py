@@ -119,6 +119,10 @@ class Announcements:
         if self._known.get(found.dek_id, found) != found:
             raise RecordError(f"a second, different announcement of {found.dek_id}", record=where)
 
+    def has_opened(self, dek_id: str) -> bool:
+        """Whether the key is unwrapped and still kept."""
+        return self._ring.get(dek_id) is not None
+
     def knows(self, dek_id: str) -> bool:
         """Whether the key was announced; if not, the keys topic has to be read on."""
         return dek_id in self._known
