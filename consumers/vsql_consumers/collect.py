@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 from vsql_consumers.verify import Pack, Part, record_name
 from vsql_shared.audit.chain import Accepted, ChainHead, ChainReader, Void
 from vsql_shared.audit.dsse import AUDIT_ENTRY, open_document
-from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry
+from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry, signed_place
 from vsql_shared.errors import ChainError, DecodeError, RecordError, SignatureError, VerificationError
 from vsql_shared.wire.pack import decode_header
 
@@ -322,7 +322,7 @@ class Collector:
         """The entry, if it is one of this chain by its own writer, wherever it stands."""
         try:
             entry = AuditEntry.decode(
-                open_document(self._trust, self._reader.writer_node, value, AUDIT_ENTRY)
+                open_document(self._trust, self._reader.writer_node, value, AUDIT_ENTRY, signed_place)
             )
         except (SignatureError, DecodeError):
             return None

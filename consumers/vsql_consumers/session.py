@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from vsql_shared import names
 from vsql_shared.crypto.signing import PinnedKey, TrustStore
 from vsql_shared.errors import RefusedError
+from vsql_shared.pg import signers
 from vsql_shared.pg.connect import Connection, connect, errors
 
 if TYPE_CHECKING:
@@ -74,11 +75,10 @@ def open_applying(settings: Settings, chain: str) -> Connection:
 
 def own_trust(conn: Connection, node: str, signer: Signer | None) -> TrustStore:
     """Whose signatures count on this node's own chain: its key, and those it had before, revoked or not."""
-    with errors("reading the pinned keys"):
-        rows = conn.execute(
-            "SELECT node_name, public_key, fingerprint FROM vsql_sync.signers WHERE node_name = %s", (node,)
-        ).fetchall()
-    keys = [PinnedKey(name, bytes(key), text, revoked=False) for name, key, text in rows]
+    keys = [
+        PinnedKey(one.node, one.public_key, one.fingerprint, revoked=False)
+        for one in signers.load(conn, node)
+    ]
     if signer is not None:
         keys.append(PinnedKey(node, signer.public_key, signer.fingerprint, revoked=False))
     return TrustStore(keys, allow_unsigned=signer is None)

@@ -23,7 +23,6 @@ from vsql_shared.audit.chain import EMPTY_HEAD, ChainHead
 from vsql_shared.audit.entries import BATCH_SKIPPED
 from vsql_shared.audit.rows import microseconds, parse, timestamp
 from vsql_shared.changes import TableName
-from vsql_shared.crypto.signing import PinnedKey
 from vsql_shared.errors import RefusedError
 from vsql_shared.pg.connect import Connection
 from vsql_shared.wire.pack import decode_relation
@@ -261,14 +260,6 @@ def load_open_decisions(conn: Connection, chain: str) -> list[OpenDecision]:
         (chain,),
     ).fetchall()
     return [OpenDecision(n, (t, p, o) if t is not None else None, s) for n, t, p, o, s in rows]
-
-
-def pinned_keys(conn: Connection) -> list[PinnedKey]:
-    """The public keys an operator pinned on this node."""
-    rows = conn.execute(
-        "SELECT node_name, public_key, fingerprint, revoked_at IS NOT NULL FROM vsql_sync.signers"
-    ).fetchall()
-    return [PinnedKey(node, bytes(key), name, revoked) for node, key, name, revoked in rows]
 
 
 def copy_lsns(conn: Connection, live_chain: str) -> dict[TableName, int]:

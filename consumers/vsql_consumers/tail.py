@@ -33,6 +33,7 @@ from vsql_shared.errors import RefusedError, TransientError, VsqlSyncError
 from vsql_shared.kms import open_provider
 from vsql_shared.observe.logging import setup
 from vsql_shared.observe.process import harden
+from vsql_shared.pg import signers
 from vsql_shared.pg.connect import Connection, connect, errors
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Tail:
         ):
             self._origin, self._partition, incoming = _stream(conn, chain)
             self._trust = TrustStore(
-                [*state.pinned_keys(conn), *_own_key(settings)], allow_unsigned=not settings.is_prod
+                [*signers.load(conn), *_own_key(settings)], allow_unsigned=not settings.is_prod
             )
             begin = incoming and not from_start
             self._position = state.load_position(conn, chain) if begin else Position()

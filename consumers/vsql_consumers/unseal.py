@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING
 from vsql_consumers.verify import Part, VerifiedBatch, batch_name, record_name
 from vsql_shared.audit.dsse import SignedDocument, verify_document
 from vsql_shared.changes import Op, OpenedBatch, Relation, TableName
-from vsql_shared.crypto.announce import MEDIA_TYPE, KeyAnnouncement, KeyRing, decode_announcement
+from vsql_shared.crypto.announce import MEDIA_TYPE, KeyAnnouncement, KeyRing, decode_announcement, signed_at
 from vsql_shared.crypto.seal import open_tuples
-from vsql_shared.errors import DecodeError, RecordError, SignatureError, UnsealError
+from vsql_shared.errors import DecodeError, KeyEndedError, RecordError, SignatureError, UnsealError
 from vsql_shared.wire.pack import (
     PackHeader,
     decode_relation,
@@ -96,9 +96,12 @@ class Announcements:
             said = decode_announcement(document.payload)
             if said.chain != self._chain or said.epoch < self._first_epoch:
                 return
-            found = decode_announcement(verify_document(self._trust, self._origin, document, MEDIA_TYPE))
+            payload = verify_document(self._trust, self._origin, document, MEDIA_TYPE, signed_at)
+            found = decode_announcement(payload)
         except DecodeError as error:
             raise RecordError(f"not a key announcement: {error.message}", record=where) from error
+        except KeyEndedError:
+            return  # what the key sealed is refused by its manifest; a new epoch has new keys
         except SignatureError as error:
             error.record = where
             raise

@@ -50,7 +50,7 @@ from vsql_shared.kafka.topics import ensure_topic
 from vsql_shared.kms import open_provider
 from vsql_shared.observe.metrics import StreamMetrics, StreamState
 from vsql_shared.observe.process import resident_bytes
-from vsql_shared.pg import acts
+from vsql_shared.pg import acts, signers
 from vsql_shared.pg.connect import Connection, translate
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class Worker:
         conn = control.conn
         self._failures = 0
         self._refusal = None
-        trusted = state.pinned_keys(conn)
+        trusted = signers.load(conn)
         say_running = "copying" if stream.kind == "copy" else "running"
 
         def tick() -> bool:
@@ -206,7 +206,7 @@ class Worker:
             decided = any("decision" in wish.args and wish.id not in self._obeyed for wish in wishes)
             self._answer(pipeline.acknowledger, control, wishes, "the stream is running")
             self._note_sync(conn, stream, pipeline)
-            return control.desired == "running" and not decided and state.pinned_keys(conn) == trusted
+            return control.desired == "running" and not decided and signers.load(conn) == trusted
 
         _log.info("running", extra={"sequence": pipeline.position.head.sequence})
         self._say(control, say_running, self._detail(pipeline))
@@ -236,7 +236,7 @@ class Worker:
         ensure_topic(admin, names.keys_topic(cluster), "keys", settings)
         provider = open_provider(settings.encryption.kms, strict=settings.is_prod)
         closing.callback(provider.close)
-        trust = TrustStore(state.pinned_keys(conn), allow_unsigned=not settings.is_prod)
+        trust = TrustStore(signers.load(conn), allow_unsigned=not settings.is_prod)
         client = f"vsql-sync-consumer-{self._chain}"
         source = Source(settings, client, names.group_id(cluster, self._chain, node))
         closing.callback(source.close)

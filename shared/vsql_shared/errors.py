@@ -15,7 +15,8 @@
     ├── DivergedError               an operator: data may be missing, decide how to go on
     └── VerificationError           an auditor: what arrived is not what was signed
         ├── ChainError              a manifest out of sequence, a wrong previous hash, a fork
-        ├── SignatureError          a bad signature, an unknown or revoked signer
+        ├── SignatureError          a bad signature, an unknown signer
+        │   └── KeyEndedError       a genuine signature by a key that was retired or revoked before
         ├── RecordError             a missing, extra, reordered or altered record
         └── UnsealError             a tuple that does not open under its announced key
 
@@ -124,6 +125,10 @@ class ChainError(VerificationError):
 
 class SignatureError(VerificationError):
     """A signature does not verify, or its signer is unknown or revoked."""
+
+
+class KeyEndedError(SignatureError):
+    """The signature is genuine, but its key had been retired or revoked."""
 
 
 class RecordError(VerificationError):

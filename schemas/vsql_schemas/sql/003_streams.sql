@@ -37,7 +37,10 @@ CREATE TABLE vsql_sync.signers (
     pinned_at     TIMESTAMPTZ NOT NULL DEFAULT now(),
     pinned_by     TEXT NOT NULL DEFAULT session_user,
     revoked_at    TIMESTAMPTZ,
-    revoked_reason TEXT
+    revoked_reason TEXT,
+    retired_at    TIMESTAMPTZ,                          -- handed over: counts for what was signed before
+    retired_reason TEXT,
+    trusted_to    JSONB NOT NULL DEFAULT '{}'           -- revoked: {"chain": last sequence this node had seen}
 );
 
 -- One row per stream and direction on this node. direction 'out': this node's producer writes the chain;

@@ -343,12 +343,7 @@ def _node(settings: Settings) -> Iterator[Connection]:
 
 def _trust(conn: Connection, settings: Settings) -> TrustStore:
     """The keys operators pinned in this node's database."""
-    from vsql_shared.crypto.signing import PinnedKey, TrustStore
-    from vsql_shared.pg.connect import errors
+    from vsql_shared.crypto.signing import TrustStore
+    from vsql_shared.pg import signers
 
-    with errors("reading the pinned keys"):
-        rows = conn.execute(
-            "SELECT node_name, public_key, fingerprint, revoked_at IS NOT NULL FROM vsql_sync.signers"
-        ).fetchall()
-    pins = [PinnedKey(node, bytes(key), name, revoked) for node, key, name, revoked in rows]
-    return TrustStore(pins, allow_unsigned=settings.server.mode == "dev")
+    return TrustStore(signers.load(conn), allow_unsigned=settings.server.mode == "dev")

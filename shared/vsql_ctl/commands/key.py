@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vsql_ctl.context import Operator, OutputFormat, example, output_option, pass_operator
+from vsql_ctl.context import (
+    Operator,
+    OutputFormat,
+    confirm,
+    example,
+    output_option,
+    pass_operator,
+    yes_option,
+)
 from vsql_ctl.output import emit, human_bytes, render_pairs, render_table
 from vsql_shared.errors import ConfigError, KeyUnavailableError, RefusedError, TransientError, UserError
 
@@ -26,7 +34,7 @@ _DEK_COLUMNS = (
     "dek_id", "chain", "epoch", "kms_provider", "kek_id", "algorithm", "state", "tuples", "bytes",
     "created_at", "retired_at",
 )  # fmt: skip
-_SIGNER_COLUMNS = ("fingerprint", "node_name", "pinned_at", "pinned_by", "revoked_at")
+_SIGNER_COLUMNS = ("fingerprint", "node_name", "pinned_at", "pinned_by", "retired_at", "revoked_at")
 # Bits of security (NIST SP 800-57 part 1): what `inventory` says of keys that no provider describes.
 _DEK_BITS, _SIGNING_BITS = 256, 128
 
@@ -287,6 +295,7 @@ def _inventory_text(found: dict[str, Any]) -> str:
             s["strength_bits"],
             s["pinned_at"],
             s["pinned_by"],
+            s["retired_at"],
             s["revoked_at"],
         )
         for s in found["signing_keys"]
@@ -299,7 +308,7 @@ def _inventory_text(found: dict[str, Any]) -> str:
         "\nKey-encryption keys",
         render_table(("provider", "kek", "bits", "state"), keks),
         "\nSigning keys, Ed25519",
-        render_table(("node", "fingerprint", "bits", "pinned", "by", "revoked"), signers),
+        render_table(("node", "fingerprint", "bits", "pinned", "by", "retired", "revoked"), signers),
     ]
     if found["kek_problem"]:
         parts.insert(4, f"the KMS does not answer: {found['kek_problem']}")
@@ -370,3 +379,46 @@ def _outgoing(conn: Connection, chain: str | None) -> set[str]:
             hint="a stream makes a new data key whenever it starts: `syncctl start`",
         )
     return running
+
+
+_FINGERPRINT = click.option(
+    "--fingerprint", required=True, metavar="SHA256:…", help="The key, as `syncctl key inventory` shows it."
+)
+_REASON = click.option("--reason", required=True, metavar="TEXT", help="Why; kept in the audit log.")
+
+
+@key.command("retire", epilog=example('syncctl key retire --fingerprint SHA256:… --reason "yearly change"'))
+@_FINGERPRINT
+@_REASON
+@yes_option
+@pass_operator
+def retire(operator: Operator, fingerprint: str, reason: str, yes: bool) -> None:
+    """End a signing key that a node hands over: what it signed until now stays valid here.
+
+    Stop that node's services before, so that nothing is signed with it any more; then pin the new key.
+    """
+    from vsql_ctl.session import open_node
+    from vsql_shared.pg import signers
+
+    confirm(f"Retire signing key {fingerprint} on this node?", yes=yes)
+    with open_node(operator) as conn:
+        node = signers.retire(conn, fingerprint, reason)
+    click.echo(f"key {fingerprint} of node {node} is retired")
+
+
+@key.command("revoke", epilog=example('syncctl key revoke --fingerprint SHA256:… --reason "laptop stolen"'))
+@_FINGERPRINT
+@_REASON
+@yes_option
+@pass_operator
+def revoke(operator: Operator, fingerprint: str, reason: str, yes: bool) -> None:
+    """End a signing key that may be stolen: only entries this node knows already stay valid here."""
+    from vsql_ctl.session import open_node
+    from vsql_shared.pg import signers
+
+    confirm(f"Revoke signing key {fingerprint} on this node? Its streams stop here.", yes=yes)
+    with open_node(operator) as conn:
+        seen = signers.revoke(conn, fingerprint, reason)
+    rows = [(chain, sequence) for chain, sequence in sorted(seen.items())]
+    click.echo(f"key {fingerprint} is revoked; entries that stay valid:")
+    click.echo(render_table(("chain", "up to sequence"), rows))

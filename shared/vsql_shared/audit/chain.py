@@ -37,6 +37,7 @@ from vsql_shared.audit.entries import (
     ZERO_HASH,
     AuditEntry,
     peek_chain,
+    signed_place,
 )
 from vsql_shared.errors import ChainError, DecodeError, SignatureError
 
@@ -246,7 +247,7 @@ class ChainReader:
         if document.payload_type == AUDIT_ENTRY and peek_chain(document.payload)[1] != self.chain:
             return None
         # 2. The signature, by a key pinned for this chain's writer (forged or altered entries).
-        payload = verify_document(self._trust, self.writer_node, document, AUDIT_ENTRY)
+        payload = verify_document(self._trust, self.writer_node, document, AUDIT_ENTRY, signed_place)
         entry = AuditEntry.decode(payload)
         # 3. Not a genuine entry of another cluster with equal names, nor in another node's name (replay).
         if entry.cluster != self.cluster:

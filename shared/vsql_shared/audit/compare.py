@@ -25,6 +25,7 @@ from vsql_shared.audit.entries import (
     EPOCH_OPENED,
     REPLICATION_BATCH,
     AuditEntry,
+    signed_place,
 )
 from vsql_shared.audit.rows import StoredDocument
 from vsql_shared.audit.store import iterate
@@ -263,7 +264,8 @@ def _check_acked(
 
 def _check_open(trust: TrustStore, chain: str, manifest: bytes, root: bytes) -> str | None:
     try:
-        entry = AuditEntry.decode(open_document(trust, writer_of(chain), manifest, AUDIT_ENTRY))
+        payload = open_document(trust, writer_of(chain), manifest, AUDIT_ENTRY, signed_place)
+        entry = AuditEntry.decode(payload)
     except (DecodeError, SignatureError) as error:
         return f"its manifest does not verify: {error.message}"
     if entry.merkle_root != root:

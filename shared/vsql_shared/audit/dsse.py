@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import fastavro
@@ -23,7 +24,9 @@ from vsql_shared.errors import DecodeError
 from vsql_shared.wire.pack import schema
 
 if TYPE_CHECKING:
-    from vsql_shared.crypto.signing import Signer, TrustStore
+    from collections.abc import Callable
+
+    from vsql_shared.crypto.signing import Signed, Signer, TrustStore
 
 FORMAT = 1
 AUDIT_ENTRY = "application/vnd.vsql-sync.audit-entry.v1+avro"
@@ -87,18 +90,33 @@ def sign_document(signer: Signer | None, payload_type: str, payload: bytes) -> b
     return SignedDocument(payload_type, payload, signer.fingerprint, signature).encode()
 
 
-def verify_document(trust: TrustStore, node: str, document: SignedDocument, payload_type: str) -> bytes:
+def verify_document(
+    trust: TrustStore,
+    node: str,
+    document: SignedDocument,
+    payload_type: str,
+    signed: Callable[[bytes], Signed] | None = None,
+) -> bytes:
     """Give the payload once `node`'s signature over it as `payload_type` is verified.
 
     1. The type is the expected one (a signed document of another kind put here). DecodeError.
-    2. The signature is by a pinned, unrevoked key of `node`. SignatureError.
+    2. The signature is by a pinned key of `node`. SignatureError.
+    3. The key counted where and when the payload says, as `signed` reads it. SignatureError, DecodeError.
     """
     if document.payload_type != payload_type:
         raise DecodeError(f"document of type {document.payload_type[:100]!r}, expected {payload_type!r}")
-    trust.verify(node, document.signer, document.signature, pae(payload_type, document.payload))
-    return document.payload
+    payload = document.payload
+    place = None if signed is None else partial(signed, payload)
+    trust.verify(node, document.signer, document.signature, pae(payload_type, payload), place)
+    return payload
 
 
-def open_document(trust: TrustStore, node: str, encoded: bytes, payload_type: str) -> bytes:
+def open_document(
+    trust: TrustStore,
+    node: str,
+    encoded: bytes,
+    payload_type: str,
+    signed: Callable[[bytes], Signed] | None = None,
+) -> bytes:
     """Parse, verify, and give the payload. Raises DecodeError or SignatureError."""
-    return verify_document(trust, node, SignedDocument.decode(encoded), payload_type)
+    return verify_document(trust, node, SignedDocument.decode(encoded), payload_type, signed)

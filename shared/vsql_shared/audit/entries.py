@@ -23,6 +23,7 @@ import fastavro
 
 from vsql_shared.audit.merkle import EMPTY_ROOT, batch_root
 from vsql_shared.changes import PartitionRoot
+from vsql_shared.crypto.signing import Signed
 from vsql_shared.errors import DecodeError, ProtocolError
 from vsql_shared.wire.pack import schema
 
@@ -150,6 +151,12 @@ class AuditEntry:
         if encoded != payload:
             raise DecodeError("audit entry is not in its canonical encoding")
         return entry
+
+
+def signed_place(payload: bytes) -> Signed:
+    """Where and when an entry says it was signed. Raises DecodeError."""
+    entry = AuditEntry.decode(payload)
+    return Signed(entry.chain, entry.sequence, entry.event_timestamp)
 
 
 _CHAIN_SCHEMA: Any = None

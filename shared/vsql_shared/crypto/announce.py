@@ -21,6 +21,7 @@ from typing import Any
 import fastavro
 
 from vsql_shared.crypto.dek import ALGORITHM, OpeningKey, SealingKey, key_context
+from vsql_shared.crypto.signing import Signed
 from vsql_shared.errors import DecodeError, KeyUnavailableError, UnsealError
 from vsql_shared.kms.base import KekProvider
 from vsql_shared.wire.pack import schema
@@ -74,6 +75,12 @@ def decode_announcement(data: bytes) -> KeyAnnouncement:
     if not _in_range(announcement) or encode_announcement(announcement) != data:
         raise DecodeError("key announcement is not in its canonical encoding")
     return announcement
+
+
+def signed_at(payload: bytes) -> Signed:
+    """When an announcement says it was made: it has no place in a chain. Raises DecodeError."""
+    said = decode_announcement(payload)
+    return Signed(said.chain, 0, said.created_at)
 
 
 def _in_range(a: KeyAnnouncement) -> bool:

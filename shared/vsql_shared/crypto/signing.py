@@ -9,6 +9,8 @@ Not here: what is signed (audit/ builds the DSSE pre-authentication encoding) an
   through Kafka adds one.
 * A node with a pinned key signs always: where unsigned documents are allowed (dev mode), they are
   allowed only for nodes without any pinned key, so a signature cannot be stripped off.
+* A retired key counts for what was signed up to that moment; a revoked one for the entries of each chain this
+  node had seen by then. What a document says of its time and place is read only after its signature held.
 * Verification raises SignatureError; there is no boolean to forget.
 """
 
@@ -18,15 +20,16 @@ import base64
 import hashlib
 import os
 import stat
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from vsql_shared.errors import KeyUnavailableError, SignatureError
+from vsql_shared.errors import KeyEndedError, KeyUnavailableError, SignatureError
 
 PUBLIC_KEY_SIZE = 32
 SIGNATURE_SIZE = 64
@@ -170,6 +173,18 @@ class PinnedKey:
     public_key: bytes
     fingerprint: str
     revoked: bool
+    retired_at: int | None = None
+    """µs since 1970."""
+    trusted_to: Mapping[str, int] = field(default_factory=dict)
+    """Of a revoked key: chain → sequence of the last entry it still counts for."""
+
+
+class Signed(NamedTuple):
+    """What a document says of when and where it was signed; sequence 0: it is no entry of a chain."""
+
+    chain: str
+    sequence: int
+    at: int
 
 
 class TrustStore:
@@ -198,13 +213,22 @@ class TrustStore:
             self._pins[name] = pin
         self._public[name] = Ed25519PublicKey.from_public_bytes(pin.public_key)
 
-    def verify(self, node: str, signer: str, signature: bytes, message: bytes) -> None:
+    def verify(
+        self,
+        node: str,
+        signer: str,
+        signature: bytes,
+        message: bytes,
+        signed: Callable[[], Signed] | None = None,
+    ) -> None:
         """Raise SignatureError unless `signature` over `message` is by a valid key of `node`.
+
+        `signed` reads time and place from the message; without it, a key that has ended counts for nothing.
 
         1. Unsigned: only where allowed, and never for a node with a pinned key (a stripped signature).
         2. The signer is pinned for this very node (a valid peer speaking for another one).
-        3. The pin is not revoked (a stolen key).
-        4. The signature verifies (altered bytes).
+        3. The signature verifies (altered bytes).
+        4. The key counted then and there: it is not retired before, nor revoked (a stolen key).
         """
         if not signer and not signature:
             self._check_unsigned(node)
@@ -212,17 +236,14 @@ class TrustStore:
         pin = self._pins.get((node, signer))
         if pin is None:
             raise self._unknown(node, signer)
-        if pin.revoked:
-            raise SignatureError(
-                f"signed by the revoked key {signer} of node {node}",
-                hint="if the node has a new key, pin it with `syncctl node add-peer`",
-            )
         try:
             self._public[node, signer].verify(signature, message)
         except InvalidSignature as error:
             raise SignatureError(
                 f"the signature of node {node} (key {signer}) does not verify: altered, or not its own"
             ) from error
+        if pin.revoked or pin.retired_at is not None:
+            _check_counted(pin, signed() if signed is not None else None)
 
     def _check_unsigned(self, node: str) -> None:
         if any(pin.node == node for pin in self._pins.values()):
@@ -240,4 +261,20 @@ class TrustStore:
         return SignatureError(
             f"signer {signer!r} is not pinned for node {node}",
             hint="compare its fingerprint with the node's operator, then `syncctl node add-peer`",
+        )
+
+
+def _check_counted(pin: PinnedKey, signed: Signed | None) -> None:
+    """Raise SignatureError unless a key that has ended counted for what it signed."""
+    hint = "if the node has a new key, pin it with `syncctl node add-peer`"
+    if pin.revoked:
+        known = pin.trusted_to.get(signed.chain, 0) if signed is not None else 0
+        if signed is None or not 0 < signed.sequence <= known:
+            raise KeyEndedError(
+                f"signed by the revoked key {pin.fingerprint} of node {pin.node}, and not known before",
+                hint=hint,
+            )
+    elif signed is None or pin.retired_at is None or signed.at > pin.retired_at:
+        raise KeyEndedError(
+            f"signed by key {pin.fingerprint} of node {pin.node} after it was retired", hint=hint
         )

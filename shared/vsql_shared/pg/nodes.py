@@ -140,36 +140,45 @@ def pin(conn: Connection, node: str, public_key: bytes) -> None:
 
 def _check_pin(conn: Connection, node: str, print_: str) -> None:
     rows = conn.execute(
-        "SELECT fingerprint, node_name, revoked_at IS NOT NULL FROM vsql_sync.signers"
+        "SELECT fingerprint, node_name, coalesce(revoked_at, retired_at) IS NOT NULL FROM vsql_sync.signers"
         " WHERE fingerprint = %s OR node_name = %s",
         (print_, node),
     ).fetchall()
-    for known, owner, revoked in rows:
-        if known == print_ and revoked:
-            raise RefusedError(f"key {print_} of node {owner} was revoked", hint="the node needs a new key")
+    for known, owner, ended in rows:
+        if known == print_ and ended:
+            raise RefusedError(
+                f"key {print_} of node {owner} was retired or revoked", hint="the node needs a new key"
+            )
         if known == print_ and owner != node:
             raise RefusedError(
                 f"key {print_} is pinned for node {owner}, not for {node}",
                 hint="each node has a key of its own",
             )
-        if known != print_ and not revoked:
+        if known != print_ and not ended:
             raise RefusedError(
                 f"node {node} shows key {print_}, pinned is {known}",
-                hint="if its operator confirms the new key, revoke the old one in vsql_sync.signers"
-                " (revoked_at, revoked_reason) first",
+                hint=f"if its operator confirms the new key, `syncctl key retire --fingerprint {known}`;"
+                " `syncctl key revoke` if the old one may be stolen",
             )
 
 
 def _set_own_key(conn: Connection, name: str, public_key: bytes, before: bytes | None) -> None:
     print_ = fingerprint(public_key)
     if before is not None and before != public_key:
-        used = conn.execute("SELECT count(*) FROM vsql_sync.streams").fetchone()
-        if used is not None and used[0]:
+        kept = conn.execute(
+            "SELECT EXISTS (SELECT FROM vsql_sync.streams), EXISTS (SELECT FROM vsql_sync.signers"
+            " WHERE fingerprint = %s AND coalesce(revoked_at, retired_at) IS NOT NULL)",
+            (fingerprint(before),),
+        ).fetchone()
+        used, ended = kept or (True, False)
+        if used and not ended:
             raise RefusedError(
                 f"node {name} has streams signed with {fingerprint(before)}; the configured key is {print_}",
-                hint="point audit.signing_key_path at the key the node was initialised with",
+                hint="point audit.signing_key_path at the key the node was initialised with; to change it,"
+                f" `syncctl key retire --fingerprint {fingerprint(before)}` first",
             )
-        conn.execute("DELETE FROM vsql_sync.signers WHERE node_name = %s", (name,))
+        if not used:
+            conn.execute("DELETE FROM vsql_sync.signers WHERE node_name = %s", (name,))
     conn.execute(
         "UPDATE vsql_sync.nodes SET public_key = %s, key_fingerprint = %s WHERE is_local",
         (public_key, print_),

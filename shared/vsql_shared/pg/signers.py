@@ -1,0 +1,86 @@
+"""The pinned public keys of nodes, and their end: retired (handed over) or revoked (stolen, or suspected so).
+
+Not here: pinning (nodes.py), and what a signature is worth (crypto/signing.py). Rules:
+
+* Nothing is deleted: what a key signed while it counted must stay verifiable.
+* A retired key counts for what its node says it signed up to that moment. A revoked one counts only up to the
+  entry of each chain that this node had seen by then, whatever time stands in an entry: a thief backdates.
+* Each end is one line of the operators' log.
+"""
+
+from __future__ import annotations
+
+from psycopg.types.json import Jsonb
+
+from vsql_shared.audit.chain import writer_of
+from vsql_shared.audit.rows import microseconds
+from vsql_shared.crypto.signing import PinnedKey
+from vsql_shared.errors import ChainError, RefusedError, UserError
+from vsql_shared.pg import oplog
+from vsql_shared.pg.connect import Connection, errors
+
+
+def load(conn: Connection, node: str | None = None) -> list[PinnedKey]:
+    """The keys of one node, or all."""
+    with errors("reading the pinned keys"):
+        rows = conn.execute(
+            "SELECT node_name, public_key, fingerprint, revoked_at IS NOT NULL, retired_at, trusted_to"
+            " FROM vsql_sync.signers WHERE %(node)s::text IS NULL OR node_name = %(node)s"
+            " ORDER BY fingerprint",
+            {"node": node},
+        ).fetchall()
+    return [
+        PinnedKey(name, bytes(key), print_, revoked, microseconds(retired) if retired else None, trusted_to)
+        for name, key, print_, revoked, retired, trusted_to in rows
+    ]
+
+
+def retire(conn: Connection, fingerprint: str, reason: str) -> str:
+    """A node hands over to another key; returns its name."""
+    return _end(conn, "retire", fingerprint, reason)
+
+
+def revoke(conn: Connection, fingerprint: str, reason: str) -> dict[str, int]:
+    """Nothing more by this key counts; returns chain → the last entry it is still trusted for here."""
+    with errors("ending a signing key"), conn.transaction():
+        owner = _end(conn, "revoke", fingerprint, reason)
+        rows = conn.execute(
+            "SELECT chain, max(sequence) FROM (SELECT chain, sequence FROM vsql_sync.chain_heads"
+            " UNION ALL SELECT chain, sequence FROM vsql_sync.apply_progress) h GROUP BY chain"
+        ).fetchall()
+        seen = {chain: sequence for chain, sequence in rows if _is_of(chain, owner)}
+        conn.execute(
+            "UPDATE vsql_sync.signers SET trusted_to = %s WHERE fingerprint = %s", (Jsonb(seen), fingerprint)
+        )
+    return seen
+
+
+def _is_of(chain: str, node: str) -> bool:
+    try:
+        return writer_of(chain) == node
+    except ChainError:
+        return False
+
+
+def _end(conn: Connection, act: str, fingerprint: str, reason: str) -> str:
+    if not reason.strip():
+        raise UserError("the end of a key needs a reason", hint='--reason "…"; it is kept in the audit log')
+    with errors("ending a signing key"), conn.transaction():
+        row = conn.execute(
+            "SELECT node_name, retired_at IS NOT NULL, revoked_at IS NOT NULL FROM vsql_sync.signers"
+            " WHERE fingerprint = %s FOR UPDATE",
+            (fingerprint,),
+        ).fetchone()
+        if row is None:
+            raise RefusedError(f"no key {fingerprint} is pinned here", hint="see `syncctl key inventory`")
+        if row[2] or (row[1] and act == "retire"):
+            raise RefusedError(f"key {fingerprint} of node {row[0]} has ended already")
+        column = "retired" if act == "retire" else "revoked"
+        conn.execute(
+            f"UPDATE vsql_sync.signers SET {column}_at = now(), {column}_reason = %s"  # noqa: S608 - two words
+            " WHERE fingerprint = %s",
+            (reason.strip(), fingerprint),
+        )
+        new = {"fingerprint": fingerprint, "reason": reason.strip()}
+        oplog.record(conn, f"signer.{act}", "node", row[0], new=new)
+    return str(row[0])
