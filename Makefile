@@ -21,7 +21,7 @@ RUNS ?= 10
 JOBS ?= 3
 
 PYTEST := $(PY) -m pytest
-PARALLEL := -n $(JOBS) --dist loadgroup
+PARALLEL := -n $(JOBS) --dist loadscope
 # The order is random; the seed that repeats it is printed at the top of each run.
 NOT_LONG := not long
 
@@ -119,7 +119,7 @@ test-long: fetch  ## The long tests at full length (hours)
 test-coverage: fetch  ## All but the long tests, with line coverage; fails below the limits
 	@echo "==> tests with coverage"
 	@$(PY) -m coverage erase
-	@$(PY) -m coverage run -m pytest tests -m "$(NOT_LONG)" --timeout=900 $(ARGS)
+	@$(PY) -m coverage run -m pytest $(PARALLEL) tests -m "$(NOT_LONG)" --timeout=900 $(ARGS)
 	@$(PY) -m coverage combine --quiet
 	@$(PY) -m coverage json --quiet --fail-under=0 -o coverage.json
 	@status=0; $(PY) -m coverage report || status=1; $(PY) -m tests.coverage_gate coverage.json || status=1; exit $$status

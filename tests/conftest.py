@@ -8,6 +8,7 @@ Kafka and the older PostgreSQLs, and the longest tests begin first.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,9 @@ pytest_plugins = ["tests.pairs"]
 _FOLDER_MARKS = {"unit": "unit", "services": "services", "topology": "topology", "chaos": "chaos"}
 
 
+_SCENES = ("test_extension.py", "test_packaging.py", "test_prod_mode.py", "test_tampering.py")
+"""Files whose tests stand on one costly scene (a fixture of their module), or write into one folder."""
+
 _SHARED = pytest.StashKey[SharedServers]()
 
 
@@ -29,6 +33,28 @@ class NewDatabase(Protocol):
     """What the `new_database` fixture gives: call it for an empty database's connection string."""
 
     def __call__(self, prefix: str = "test", version: int = 18) -> str: ...
+
+
+def scene(nodeid: str) -> str:
+    """What a test must not be parted from: its file's scene (one for each version), or nothing but itself."""
+    file, _, test = nodeid.partition("::")
+    version = re.search(r"\[pg\d+\]$", test)
+    return file + (version[0] if version else "") if file.endswith(_SCENES) else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out tests one by one, and those of one scene to one worker.
+
+    `--dist loadgroup` would do the same by a mark, but does nothing under pytest 9.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByScene(LoadScopeScheduling):  # type: ignore[misc]  # untyped
+        def _split_scope(self, nodeid: str) -> str:
+            return scene(nodeid)
+
+    return ByScene(config, log)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -55,6 +81,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(_FOLDER_MARKS[folder])
     # A minute-long test that begins last leaves the other workers idle. Otherwise the random order stays.
     items.sort(key=lambda item: not any(item.get_closest_marker(mark) for mark in ("topology", "chaos")))
+    first: dict[str, int] = {}
+    for number, item in enumerate(items):
+        first.setdefault(scene(item.nodeid), number)
+    items.sort(key=lambda item: first[scene(item.nodeid)])
 
 
 @pytest.fixture(scope="session")

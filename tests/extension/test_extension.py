@@ -15,7 +15,7 @@ from vsql_shared.errors import RefusedError
 from vsql_shared.pg import extension, migrate, nodes
 from vsql_shared.pg.connect import Connection, connect
 
-pytestmark = [pytest.mark.extension, pytest.mark.xdist_group("extension")]
+pytestmark = pytest.mark.extension
 
 
 def _open(conninfo: str) -> Connection:

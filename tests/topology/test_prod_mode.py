@@ -27,7 +27,7 @@ from tests.nodes import PUBLICATION, Node, TwoNodes
 from tests.softhsm import SoftToken, make_token
 from tests.stack import PostgresServer, Stack
 
-pytestmark = [pytest.mark.topology, pytest.mark.xdist_group("prod mode")]
+pytestmark = pytest.mark.topology
 
 TABLES = """
 CREATE TABLE accounts (id int PRIMARY KEY, owner text, balance numeric);

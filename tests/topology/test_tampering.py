@@ -21,7 +21,7 @@ from tests.pairs import Pairs
 from tests.stack import KafkaBroker, Stack
 from tests.streams import Record, append, cluster_topics, copy_topics, create_like, read_topics
 
-pytestmark = [pytest.mark.topology, pytest.mark.xdist_group("tampering")]
+pytestmark = pytest.mark.topology
 
 TABLES = "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE u (id int PRIMARY KEY, v text);"
 Change = Callable[[list[Record], int], list[Record]]

@@ -12,8 +12,6 @@ import pytest
 
 from tests.stack.state import REPOSITORY
 
-pytestmark = pytest.mark.xdist_group("packaging")
-
 PACKAGES = {"vsql_producers", "vsql_consumers", "vsql_schemas", "vsql_shared", "vsql_ctl"}
 SOURCE_ROOTS = ("producers", "consumers", "schemas", "shared")
 
