@@ -37,7 +37,7 @@ from vsql_shared.audit.chain import (
 )
 from vsql_shared.audit.compare import ack_target, compare_roots
 from vsql_shared.audit.dsse import AUDIT_ENTRY, sign_document
-from vsql_shared.audit.entries import BATCH_SKIPPED, EPOCH_OPENED
+from vsql_shared.audit.entries import BATCH_SKIPPED, EPOCH_OPENED, OPERATOR_ACTION
 from vsql_shared.audit.history import KafkaHistory
 from vsql_shared.audit.rows import StoredDocument, parse
 from vsql_shared.audit.verify import ChainReport, Report
@@ -546,3 +546,34 @@ def test_altered_record_in_kafka_is_one_finding() -> None:
     assert "shop.audit/0/4" in what
     [(_, what)] = kafka_problems(report_of(source), [*source.documents, b"garbage"])
     assert what.startswith("shop.audit/0/11: not a signed document")
+
+
+def _acknowledging(count: int) -> list[Prepared]:
+    """A chain of acknowledgements: its opening and some entries."""
+    writer = ChainWriter(B, CLUSTER, ACKS, EMPTY_HEAD, incarnation(1))
+    made = [writer.open_epoch(lsn=1, system_identifier="1", timeline=1, source_node_id="node-a")]
+    writer.commit(made[0].entry_hash)
+    for number in range(1, count + 1):
+        at = {"batch_lsn_start": number, "batch_lsn_end": number}
+        made.append(writer.next(event_type=OPERATOR_ACTION, source_node_id="node-a", **at))
+        writer.commit(made[-1].entry_hash)
+    return made
+
+
+def test_acknowledgements_published_twice_after_an_unknown_delivery_are_no_fork() -> None:
+    """The broker had taken the first copy, which its writer could not see when it sent the second."""
+    made = _acknowledging(4)
+    reader = ChainReader(CLUSTER, ACKS, "node-b", trust())
+    for one in (*made, *made[1:], *made[2:]):
+        assert reader.accept(one.encoded, "audit/0/1") is not None
+    assert reader.head.entry_hash == made[-1].entry_hash
+
+
+def test_another_acknowledgement_in_a_place_that_is_taken_is_a_fork() -> None:
+    made = _acknowledging(3)
+    reader = ChainReader(CLUSTER, ACKS, "node-b", trust())
+    for one in made:
+        reader.accept(one.encoded, "audit/0/1")
+    other = replace(made[2].entry, batch_lsn_start=77, batch_lsn_end=77)
+    with pytest.raises(ChainError, match="fork"):
+        reader.accept(sign_document(B, AUDIT_ENTRY, other.encode()), "audit/0/9")
