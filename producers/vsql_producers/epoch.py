@@ -78,10 +78,15 @@ class AuditTail:
         self._name = f"{topic}/{partition}"
         self._at = TopicPartition(topic, partition, OFFSET_BEGINNING if start is None else start)
         self._next = 0 if start is None else start
+        self._assigned = False
+
+    def _assign(self) -> None:
+        """Only when something is to be read: `start` may lie outside of the bounds, and that is an error."""
         try:
-            consumer.assign([self._at])
+            self._consumer.assign([self._at])
         except KafkaException as error:
             raise from_exception(error, f"read {self._name}") from error
+        self._assigned = True
 
     def bounds(self) -> tuple[int, int]:
         """First offset and the one after the last."""
@@ -99,6 +104,8 @@ class AuditTail:
     def take(self) -> list[tuple[int, bytes]]:
         """What has arrived; waits for nothing."""
         out: list[tuple[int, bytes]] = []
+        if not self._assigned:
+            self._assign()
         for message in self._consumer.consume(500, timeout=0):
             if (error := message.error()) is not None:
                 raise kafka_error(error, f"read {self._name}")

@@ -76,7 +76,8 @@ def lose_topic(node: SourceNode) -> str:
 
 def lose_first_records(node: SourceNode) -> str:
     place = TopicPartition(f"{node.cluster}.pub.node-a.public.t", 0, 3)
-    AdminClient({"bootstrap.servers": node.kafka}).delete_records([place])[place].result(20)
+    admin = AdminClient({"bootstrap.servers": node.kafka})
+    admin.delete_records([place])[place].result(20)
     return "are missing from"
 
 
