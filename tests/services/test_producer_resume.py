@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 from confluent_kafka import Producer
 
@@ -79,16 +81,18 @@ def test_rule_1_a_late_manifest_of_a_replaced_process_is_void_and_its_rows_are_s
 ) -> None:
     node = new_source(TABLE, ["t"], config=SMALL_BATCHES)
     # A falls asleep with the packs of its second batch in Kafka, and their manifest not yet sent.
-    old = node.start(failpoints="producer.packs-acked=sleep:9000:2", log="old")
+    old = node.start(failpoints="producer.packs-acked=sleep:5000:2", log="old")
     node.wait(lambda: node.state()[0] == "running", what=node.log("old"))
     node.execute("INSERT INTO t VALUES (1, 'a')")
     node.wait_confirmed()
     node.execute("INSERT INTO t VALUES (2, 'late')")
     node.wait(lambda: '"failpoint"' in node.log("old"), what="A did not fall asleep")
+    old.send_signal(signal.SIGSTOP)  # it must not wake up before B is at work, however slow the machine
     node.cut_off()
     new = node.start()
     node.wait(lambda: len(node.read().entries) >= 3, what="B opened no epoch")
     node.execute("INSERT INTO t VALUES (3, 'b')")
+    old.send_signal(signal.SIGCONT)
     node.wait(lambda: node.read().void > 0, what="A's manifest never came")
     node.wait_confirmed()
     # A has learnt that it was replaced, and waits for B's lock.
@@ -101,14 +105,16 @@ def test_rule_1_a_late_manifest_of_a_replaced_process_is_void_and_its_rows_are_s
 def test_rule_2_of_two_openers_the_first_valid_entry_wins_and_nothing_is_lost(new_source: NewSource) -> None:
     node = new_source(TABLE, ["t"], config=SMALL_BATCHES)
     # A has read the chain and signed its opening entry, and sends it only when B has long been at work.
-    old = node.start(failpoints="producer.opening=sleep:8000:1", log="old")
+    old = node.start(failpoints="producer.opening=sleep:5000:1", log="old")
     node.wait(lambda: '"failpoint"' in node.log("old"), what="A did not fall asleep")
+    old.send_signal(signal.SIGSTOP)
     node.cut_off()
     new = node.start()
     node.wait(lambda: node.state()[0] == "running")
     for number in range(1, 6):
         node.execute(f"INSERT INTO t VALUES ({number}, 'b')")
     node.wait_confirmed()
+    old.send_signal(signal.SIGCONT)
     node.wait(lambda: node.read().void > 0, what="A's entry never came")
     node.execute("INSERT INTO t VALUES (6, 'b')")
     node.wait_confirmed()
