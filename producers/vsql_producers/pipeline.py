@@ -109,7 +109,7 @@ class LivePipeline:
         name = c.stream.slot_name
         slot = replication.find_slot(c.conn, name)
         if slot is None and not c.stream.slot_created:
-            replication.create_slot(connection, name)
+            replication.create_slot(connection, name, c.on_tick)
             slot = replication.find_slot(c.conn, name)
         slot = replication.require_usable(slot, name)
         if not c.stream.slot_created:

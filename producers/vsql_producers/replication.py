@@ -13,6 +13,7 @@ from __future__ import annotations
 import select
 import struct
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import psycopg
@@ -29,6 +30,8 @@ _FAILOVER_SINCE = 170_000
 _ORIGIN_SINCE = 160_000
 # Seconds between status messages at least; wal_sender_timeout is a minute by default.
 STATUS_SECONDS = 5.0
+_PATIENCE_SECONDS = 0.1
+_CANCEL_SECONDS = 5.0
 
 
 class Identity(NamedTuple):
@@ -77,14 +80,38 @@ def switch_points(conn: Connection, timeline: int) -> dict[int, int]:
     return points
 
 
-def create_slot(conn: Connection, name: str) -> int:
+def run_patiently(conn: Connection, command: sql.Composed, doing: str, tick: Callable[[], None]) -> list[str]:
+    """Run a command that waits for other transactions to end, with `tick` meanwhile; gives its row's texts.
+
+    When `tick` raises, the server is told to give up: it would not notice that nobody waits any more.
+    """
+    raw = conn.pgconn
+    try:
+        raw.send_query(command.as_bytes(conn))
+        while raw.is_busy():
+            select.select([raw.socket], [], [], _PATIENCE_SECONDS)
+            raw.consume_input()
+            tick()
+        result = raw.get_result()
+        while raw.get_result() is not None:
+            continue
+    except psycopg.Error as error:
+        raise translate(error, doing) from error
+    except BaseException:
+        conn.cancel_safe(timeout=_CANCEL_SECONDS)
+        raise
+    if result is None or result.status != pq.ExecStatus.TUPLES_OK:
+        if result is None:
+            raise TransientError(f"the server did not answer while {doing}")
+        raise translate(psycopg.errors.error_from_result(result), doing)
+    return [(result.get_value(0, column) or b"").decode() for column in range(result.nfields)]
+
+
+def create_slot(conn: Connection, name: str, tick: Callable[[], None]) -> int:
     """Make the stream's permanent slot; returns its consistent point. Failover on 17 and later."""
     failover = ", FAILOVER" if conn.info.server_version >= _FAILOVER_SINCE else ""
     command = sql.SQL("CREATE_REPLICATION_SLOT {} LOGICAL pgoutput (SNAPSHOT 'nothing'" + failover + ")")
-    with errors(f"creating replication slot {name}"):
-        row = conn.execute(command.format(sql.Identifier(name))).fetchone()
-    if row is None:
-        raise DatabaseError(f"replication slot {name} was not created")
+    row = run_patiently(conn, command.format(sql.Identifier(name)), f"creating replication slot {name}", tick)
     return lsn.parse(row[1])
 
 

@@ -113,9 +113,10 @@ def test_a_copy_that_waits_for_a_lock_says_so_and_ends_at_a_stop(new_source: New
         "SELECT state FROM vsql_sync.stream_status"
         " WHERE chain = %s AND updated_at > clock_timestamp() - '2s'::interval"
     )
+    copy = node.start(chain, failpoints="copy.started=sleep:4000:1", log="copy")
+    node.wait(lambda: '"failpoint"' in node.log("copy"), what=node.log("copy"))
     with psycopg.connect(node.conninfo) as blocker:
         blocker.execute("LOCK TABLE t IN ACCESS EXCLUSIVE MODE")
-        copy = node.start(chain, log="copy")
         waiting = "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 't'::regclass"
         node.wait(lambda: bool(node.query(waiting)), what=node.log("copy"))
         time.sleep(3)
@@ -128,6 +129,25 @@ def test_a_copy_that_waits_for_a_lock_says_so_and_ends_at_a_stop(new_source: New
     node.stop(copy)
     node.stop(live)
     assert len(node.read(chain).changes) == 1
+
+
+def test_a_copy_that_waits_for_another_transaction_to_end_stops_when_it_is_told(
+    new_source: NewSource,
+) -> None:
+    node = new_source(TABLE + "; INSERT INTO t VALUES (1, 'a')", ["t"], config=QUICK)
+    chain = node.add_copy()
+    live = node.start()
+    node.wait(lambda: node.state()[0] == "running")
+    slots = "SELECT count(*) FROM pg_replication_slots WHERE temporary AND database = current_database()"
+    with psycopg.connect(node.conninfo) as blocker:
+        # A slot is consistent only when every transaction that was open before it has ended.
+        blocker.execute("INSERT INTO t VALUES (2, 'open')")
+        copy = node.start(chain, log="copy")
+        node.wait(lambda: node.query(slots) == [(1,)], what=node.log("copy"))
+        copy.send_signal(signal.SIGTERM)
+        assert copy.wait(15) == 0
+        node.wait(lambda: node.query(slots) == [(0,)], 10, "the server was not told")
+    node.stop(live)
 
 
 def test_a_column_marked_as_pci_is_named_without_a_restart(new_source: NewSource) -> None:

@@ -127,7 +127,7 @@ class CopyPipeline:
             c.settings.connection.conninfo("producer"), application_name=f"vsql-sync copy {c.stream.chain}"
         )
         c.closing.callback(conn.close)
-        snapshot = export_snapshot(replica, c.stream.slot_name)
+        snapshot = export_snapshot(replica, c.stream.slot_name, c.on_tick)
         import_snapshot(conn, snapshot)
         # Imported, it needs the slot no more: a long copy holds back no WAL.
         replica.close()
@@ -144,6 +144,7 @@ class CopyPipeline:
         for table in self._tables:
             self._history.snapshot[str(table.name)] = snapshot.lsn
         self._say(COPY_STARTED, snapshot, self._started_detail(snapshot))
+        failpoints.hit("copy.started")
 
     def _started_detail(self, snapshot: Snapshot) -> dict[str, Any]:
         at = lsn.text(snapshot.lsn)

@@ -12,12 +12,14 @@ Not here: which tables and columns (tables.py). Rules:
 from __future__ import annotations
 
 import select
+from collections.abc import Callable
 from typing import NamedTuple
 
 import psycopg
 from psycopg import pq, sql
 
 from vsql_producers.pgoutput import frame_prefix
+from vsql_producers.replication import run_patiently
 from vsql_producers.snapshot.tables import CopyTable
 from vsql_shared import lsn
 from vsql_shared.changes import Op
@@ -37,12 +39,13 @@ class Snapshot(NamedTuple):
     name: str
 
 
-def export_snapshot(replication: Connection, slot: str) -> Snapshot:
+def export_snapshot(replication: Connection, slot: str, tick: Callable[[], None]) -> Snapshot:
     """Make a temporary slot; its snapshot lives until the next command of this connection."""
     command = sql.SQL("CREATE_REPLICATION_SLOT {} TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')")
-    with errors("making the slot of the copy's snapshot"):
-        row = replication.execute(command.format(sql.Identifier(slot))).fetchone()
-    if row is None or not row[2]:
+    row = run_patiently(
+        replication, command.format(sql.Identifier(slot)), "making the slot of the copy's snapshot", tick
+    )
+    if not row[2]:
         raise DatabaseError("the server exported no snapshot for the copy")
     return Snapshot(lsn.parse(row[1]), row[2])
 
