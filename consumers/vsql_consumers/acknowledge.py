@@ -29,8 +29,9 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from vsql_consumers import state
 from vsql_consumers.quarantine import is_skipped
+from vsql_consumers.session import server_position
 from vsql_consumers.state import Receipt
-from vsql_shared import failpoints, lsn, names
+from vsql_shared import failpoints, names
 from vsql_shared.audit.chain import Accepted, ChainReader, ChainWriter, Prepared, new_incarnation
 from vsql_shared.audit.dsse import document_hash
 from vsql_shared.audit.entries import (
@@ -102,7 +103,7 @@ class Acknowledger:
             new_incarnation(),
             node=self._place.node,
         )
-        self.acknowledge_stored(_where_we_are(self._conn).lsn)
+        self.acknowledge_stored(server_position(self._conn).lsn)
         self.flush()
 
     def acknowledge_stored(self, target_lsn: int) -> None:
@@ -140,7 +141,7 @@ class Acknowledger:
             return
         self.flush()
         self._open_epoch()
-        where = _where_we_are(self._conn)
+        where = server_position(self._conn)
         self._record(
             [
                 self._open_writer().next(
@@ -159,7 +160,7 @@ class Acknowledger:
         """Say that an operator's command was obeyed; `detail` names it and its line in the operators' log."""
         self.flush()
         self._open_epoch()
-        at = _where_we_are(self._conn).lsn
+        at = server_position(self._conn).lsn
         self._record(
             [
                 self._open_writer().next(
@@ -259,7 +260,7 @@ class Acknowledger:
         writer = self._open_writer()
         if writer.is_open:
             return
-        where = _where_we_are(self._conn)
+        where = server_position(self._conn)
         opened = writer.open_epoch(
             lsn=where.lsn,
             system_identifier=where.system_identifier,
@@ -368,22 +369,6 @@ class Acknowledger:
 
 def _no_answer() -> TransientError:
     return TransientError("Kafka does not acknowledge our entries", hint="it is tried again")
-
-
-class _Here(NamedTuple):
-    lsn: int
-    system_identifier: str
-    timeline: int
-
-
-def _where_we_are(conn: Connection) -> _Here:
-    with errors("reading this server's position"):
-        row = conn.execute(
-            "SELECT pg_catalog.pg_current_wal_flush_lsn()::text, system_identifier::text, timeline_id"
-            " FROM pg_catalog.pg_control_system(), pg_catalog.pg_control_checkpoint()"
-        ).fetchone()
-    assert row is not None  # noqa: S101 - both functions give one row
-    return _Here(lsn.parse(row[0]), row[1], row[2])
 
 
 def _copied(manifest: AuditEntry) -> dict[str, Any]:

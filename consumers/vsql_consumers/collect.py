@@ -19,9 +19,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from vsql_consumers.collected import (
+    Awaited,
+    Decisions,
+    Entry,
+    Flow,
+    Partition,
+    Ready,
+    TopicPartition,
+    Unreadable,
+    check_kept,
+    cost,
+    refuse,
+)
 from vsql_consumers.verify import Pack, Part, record_name
 from vsql_shared.audit.chain import Accepted, ChainHead, ChainReader, Void
 from vsql_shared.audit.dsse import AUDIT_ENTRY, open_document
@@ -30,102 +43,10 @@ from vsql_shared.errors import ChainError, DecodeError, RecordError, SignatureEr
 from vsql_shared.wire.pack import decode_header
 
 if TYPE_CHECKING:
-    from vsql_shared.changes import PartitionRoot
     from vsql_shared.crypto.signing import TrustStore
-
-TopicPartition: TypeAlias = tuple[str, int]
 
 # Entries of the chain read ahead of the batch being collected; some kilobytes each.
 MAX_ENTRIES_AHEAD = 1_024
-# Bytes a buffered pack costs beyond its message: objects, header, deque.
-_PACK_OVERHEAD = 1_024
-
-
-@dataclass(frozen=True, slots=True)
-class Decisions:
-    """What an operator decided about refused records: kept for good, read again at every start.
-
-    `ignored`: records (topic, partition, offset) that are passed over. `skipped`: sequences of the chain that
-    are passed over, with their records. `skipped_batches`: (epoch, batch) of entries skipped before.
-    """
-
-    ignored: frozenset[tuple[str, int, int]] = frozenset()
-    skipped: frozenset[int] = frozenset()
-    skipped_batches: frozenset[tuple[int, int]] = frozenset()
-
-
-class Ready(NamedTuple):
-    """The next entry of the chain, whole. A batch has `parts`.
-
-    `entry` is None for an entry that was skipped unread: only its place in the chain is known.
-    """
-
-    sequence: int
-    head: ChainHead
-    audit_offset: int
-    """Next offset to read in the audit partition."""
-    offsets: Mapping[TopicPartition, int]
-    """Next offset to read in each data partition it names."""
-    entry: AuditEntry | None
-    encoded: bytes
-    entry_hash: bytes
-    parts: list[Part]
-    skipped: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Unreadable:
-    """A message of a data topic that cannot be a pack of this chain."""
-
-    offset: int
-    reason: str
-
-
-@dataclass(slots=True)
-class _Partition:
-    """A data partition: all below `next` was delivered; `waiting` lies in offset order."""
-
-    topic: str
-    number: int
-    next: int
-    lost: tuple[int, int] = (0, 0)
-    """Offsets [from, to) that Kafka deleted before they were delivered."""
-    waiting: deque[Pack | _Unreadable] = field(default_factory=deque)
-    paused: bool = False
-
-    @property
-    def key(self) -> TopicPartition:
-        return self.topic, self.number
-
-
-@dataclass(slots=True)
-class _Entry:
-    """An accepted entry that was not given out yet; a manifest's parts fill up as packs arrive."""
-
-    sequence: int
-    head: ChainHead
-    audit_offset: int
-    entry: AuditEntry | None
-    encoded: bytes
-    entry_hash: bytes
-    parts: list[Part]
-    taken: int = 0  # bytes of its packs
-
-
-class Flow(NamedTuple):
-    """Partitions to pause, and to resume."""
-
-    pause: list[TopicPartition]
-    resume: list[TopicPartition]
-
-
-class Awaited(NamedTuple):
-    """What the next batch still needs of a partition: offsets `next` to `last`."""
-
-    topic: str
-    partition: int
-    next: int
-    last: int
 
 
 class Collector:
@@ -146,9 +67,9 @@ class Collector:
         self._limit = buffer_bytes
         self._decisions = decisions or Decisions()
         self._skipped_batches = set(self._decisions.skipped_batches)
-        self._partitions = {key: _Partition(*key, offset) for key, offset in offsets.items()}
+        self._partitions = {key: Partition(*key, offset) for key, offset in offsets.items()}
         self._wanted: list[tuple[str, int, int]] = [(*key, offset) for key, offset in offsets.items()]
-        self._entries: deque[_Entry] = deque()
+        self._entries: deque[Entry] = deque()
         # The position up to which entries were given out; what counts for packs without a manifest.
         self._epoch, self._batch = reader.head.epoch, reader.head.batch
         self._last_of_epoch: dict[int, int] = {}
@@ -182,7 +103,7 @@ class Collector:
             self.ignored += 1
             return
         place.waiting.append(self._read_pack(offset, value))
-        self.buffered += _cost(place.waiting[-1])
+        self.buffered += cost(place.waiting[-1])
 
     def delivered(self, topic: str, partition: int, next_offset: int) -> None:
         """Note that nothing more comes below `next_offset` (the end of the partition was reached)."""
@@ -345,7 +266,7 @@ class Collector:
         if batch > head.batch:
             self._skipped_batches.add((head.epoch, batch))
         self._reader.head = bridged
-        self._entries.append(_Entry(bridged.sequence, bridged, offset, None, b"", entry.prev_event_hash, []))
+        self._entries.append(Entry(bridged.sequence, bridged, offset, None, b"", entry.prev_event_hash, []))
         return True
 
     def _take_entry(self, accepted: Accepted, encoded: bytes, offset: int) -> None:
@@ -354,32 +275,32 @@ class Collector:
         for part in parts:
             key = (part.root.topic, part.root.partition)
             if key not in self._partitions:
-                self._partitions[key] = _Partition(*key, part.root.first_offset)
+                self._partitions[key] = Partition(*key, part.root.first_offset)
                 self._wanted.append((*key, part.root.first_offset))
         self._entries.append(
-            _Entry(entry.sequence, accepted.new_head, offset + 1, entry, encoded, accepted.entry_hash, parts)
+            Entry(entry.sequence, accepted.new_head, offset + 1, entry, encoded, accepted.entry_hash, parts)
         )
 
     # Packs
 
-    def _read_pack(self, offset: int, value: bytes | None) -> Pack | _Unreadable:
+    def _read_pack(self, offset: int, value: bytes | None) -> Pack | Unreadable:
         if value is None:
-            return _Unreadable(offset, "an empty message, which is no pack")
+            return Unreadable(offset, "an empty message, which is no pack")
         try:
             header, body = decode_header(value)
         except DecodeError as error:
-            return _Unreadable(offset, error.message)
+            return Unreadable(offset, error.message)
         if (header.cluster, header.chain) != (self._reader.cluster, self._reader.chain):
-            return _Unreadable(offset, f"a pack of chain {header.chain!r} of cluster {header.cluster!r}")
+            return Unreadable(offset, f"a pack of chain {header.chain!r} of cluster {header.cluster!r}")
         return Pack(offset, value, header, body)
 
-    def _try_head(self, head: _Entry) -> Ready | None:
+    def _try_head(self, head: Entry) -> Ready | None:
         if head.sequence in self._decisions.skipped or head.entry is None:
             return self._skip(head)
         whole = True
         for part in head.parts:
             place = self._partitions[part.root.topic, part.root.partition]
-            _check_kept(place, head.sequence, part.root)
+            check_kept(place, head.sequence, part.root)
             self._gather(head, head.entry, part, place)
             whole = whole and place.next > part.root.last_offset
         if not whole:
@@ -387,26 +308,26 @@ class Collector:
         offsets = {(p.root.topic, p.root.partition): p.root.last_offset + 1 for p in head.parts}
         return self._give(head, offsets, skipped=False)
 
-    def _gather(self, head: _Entry, entry: AuditEntry, part: Part, place: _Partition) -> None:
+    def _gather(self, head: Entry, entry: AuditEntry, part: Part, place: Partition) -> None:
         """Move packs up to the manifest's last offset into the batch; refuse what is not its own."""
         root, waiting = part.root, place.waiting
         while waiting and waiting[0].offset <= root.last_offset:
             pack = waiting[0]
-            if isinstance(pack, _Unreadable):
-                raise _refuse(place, pack.offset, pack.reason)
+            if isinstance(pack, Unreadable):
+                raise refuse(place, pack.offset, pack.reason)
             mine = (pack.header.epoch, pack.header.batch) == (entry.epoch, entry.batch)
             if mine and pack.offset >= root.first_offset:
                 waiting.popleft()
                 part.packs.append(pack)
-                head.taken += _cost(pack)
+                head.taken += cost(pack)
             elif mine:
-                raise _refuse(
+                raise refuse(
                     place, pack.offset, f"a pack of batch {entry.batch} before its first, {root.first_offset}"
                 )
             elif pack.header.epoch > entry.epoch or (
                 pack.header.epoch == entry.epoch and pack.header.batch > entry.batch
             ):
-                raise _refuse(
+                raise refuse(
                     place,
                     pack.offset,
                     f"a pack of epoch {pack.header.epoch}, batch {pack.header.batch} where those of epoch"
@@ -415,31 +336,31 @@ class Collector:
             else:
                 self._pass_over(place, pack)
 
-    def _sweep(self, place: _Partition) -> None:
+    def _sweep(self, place: Partition) -> None:
         """Pass over orphans that lie at the front; refuse what can get no manifest any more."""
         while place.waiting:
             pack = place.waiting[0]
-            if isinstance(pack, _Unreadable):
-                raise _refuse(place, pack.offset, pack.reason)
+            if isinstance(pack, Unreadable):
+                raise refuse(place, pack.offset, pack.reason)
             header = pack.header
             if header.epoch > self._epoch or (header.epoch == self._epoch and header.batch > self._batch):
                 return
             self._pass_over(place, pack)
 
-    def _pass_over(self, place: _Partition, pack: Pack) -> None:
+    def _pass_over(self, place: Partition, pack: Pack) -> None:
         """Drop a pack that belongs to no manifest to come, or refuse it: its manifest has come already."""
         epoch, batch = pack.header.epoch, pack.header.batch
         last = self._batch if epoch == self._epoch else self._last_of_epoch.get(epoch)
         skipped = (epoch, batch) in self._skipped_batches
         if not skipped and (epoch == self._epoch or (last is not None and batch <= last)):
-            raise _refuse(
+            raise refuse(
                 place, pack.offset, f"a pack of epoch {epoch}, batch {batch}, outside of its manifest's range"
             )
         place.waiting.popleft()
-        self.buffered -= _cost(pack)
+        self.buffered -= cost(pack)
         self.orphans += not skipped
 
-    def _skip(self, head: _Entry) -> Ready:
+    def _skip(self, head: Entry) -> Ready:
         """Give out an entry the operator skips; its packs, here or still to come, are passed over."""
         offsets: dict[TopicPartition, int] = {}
         if head.entry is not None and head.entry.batch:
@@ -447,12 +368,12 @@ class Collector:
         for part in head.parts:
             place = self._partitions[part.root.topic, part.root.partition]
             while place.waiting and place.waiting[0].offset <= part.root.last_offset:
-                self.buffered -= _cost(place.waiting.popleft())
+                self.buffered -= cost(place.waiting.popleft())
             # Not beyond what was delivered: the log may end before the offset the manifest names.
             offsets[place.key] = min(place.next, part.root.last_offset + 1)
         return self._give(head, offsets, skipped=True)
 
-    def _give(self, head: _Entry, offsets: Mapping[TopicPartition, int], *, skipped: bool) -> Ready:
+    def _give(self, head: Entry, offsets: Mapping[TopicPartition, int], *, skipped: bool) -> Ready:
         self._entries.popleft()
         self.buffered -= head.taken
         if head.head.epoch != self._epoch:
@@ -470,27 +391,3 @@ class Collector:
             parts,
             skipped,
         )
-
-
-def _check_kept(place: _Partition, sequence: int, root: PartitionRoot) -> None:
-    """Raise RecordError when Kafka deleted records a manifest names before they were delivered."""
-    begin, end = place.lost
-    if root.first_offset < end and begin <= root.last_offset:
-        first = max(begin, root.first_offset)
-        raise RecordError(
-            f"Kafka begins at offset {end}; entry {sequence} needs offset {first} on",
-            record=record_name(place.topic, place.number, first),
-            hint="records were deleted before they were applied",
-        )
-
-
-def _cost(pack: Pack | _Unreadable) -> int:
-    return _PACK_OVERHEAD + (len(pack.message) if isinstance(pack, Pack) else 0)
-
-
-def _refuse(place: _Partition, offset: int, what: str) -> RecordError:
-    return RecordError(
-        f"refused {what}",
-        record=record_name(place.topic, place.number, offset),
-        hint="decide with `syncctl`: ignore this record, or skip the batch",
-    )

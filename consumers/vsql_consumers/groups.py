@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from vsql_consumers import quarantine, state
-from vsql_consumers.collect import Ready
+from vsql_consumers.collected import Ready
 from vsql_consumers.state import Position, Receipt
 from vsql_consumers.unseal import Descriptor
 from vsql_shared.audit.entries import EPOCH_OPENED

@@ -23,7 +23,8 @@ from vsql_consumers import state
 from vsql_consumers.acknowledge import Acknowledger
 from vsql_consumers.apply import Applier
 from vsql_consumers.clock import ClockOffset
-from vsql_consumers.collect import Awaited, Collector, Ready
+from vsql_consumers.collect import Collector
+from vsql_consumers.collected import Awaited, Ready
 from vsql_consumers.copying import CopyKeeper
 from vsql_consumers.figures import Figures
 from vsql_consumers.groups import Group

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from vsql_shared import names
+from vsql_shared import lsn, names
 from vsql_shared.crypto.signing import PinnedKey, TrustStore
 from vsql_shared.errors import RefusedError
 from vsql_shared.pg import signers
@@ -82,3 +82,22 @@ def own_trust(conn: Connection, node: str, signer: Signer | None) -> TrustStore:
     if signer is not None:
         keys.append(PinnedKey(node, signer.public_key, signer.fingerprint, revoked=False))
     return TrustStore(keys, allow_unsigned=signer is None)
+
+
+class ServerPosition(NamedTuple):
+    """Where this server's WAL is flushed to, and whose WAL it is."""
+
+    lsn: int
+    system_identifier: str
+    timeline: int
+
+
+def server_position(conn: Connection) -> ServerPosition:
+    """Where this server is now."""
+    with errors("reading this server's position"):
+        row = conn.execute(
+            "SELECT pg_catalog.pg_current_wal_flush_lsn()::text, system_identifier::text, timeline_id"
+            " FROM pg_catalog.pg_control_system(), pg_catalog.pg_control_checkpoint()"
+        ).fetchone()
+    assert row is not None  # noqa: S101 - both functions give one row
+    return ServerPosition(lsn.parse(row[0]), row[1], row[2])

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vsql_consumers.collect import Decisions, TopicPartition
+from vsql_consumers.collected import Decisions, TopicPartition
 from vsql_consumers.unseal import Descriptor
 from vsql_shared import lsn, names
 from vsql_shared.audit.chain import EMPTY_HEAD, ChainHead

@@ -21,11 +21,11 @@ from typing import Any, Protocol
 import psycopg
 from confluent_kafka import KafkaException
 
-from vsql_producers import acts
 from vsql_producers import stream as streams
 from vsql_producers.context import Context, open_consumer
 from vsql_producers.control import Control
 from vsql_producers.epoch import Writing
+from vsql_producers.identity import own_signer, own_trust
 from vsql_producers.outlet import Outlet
 from vsql_producers.pipeline import LivePipeline
 from vsql_producers.relations import BinaryRefused
@@ -35,7 +35,6 @@ from vsql_producers.volume import AuditVolume
 from vsql_shared import failpoints, lsn, names
 from vsql_shared.audit.store import ensure_partitions
 from vsql_shared.config import Settings
-from vsql_shared.crypto.signing import PinnedKey, Signer, TrustStore, load_signer
 from vsql_shared.errors import (
     DivergedError,
     EnvironmentFault,
@@ -48,6 +47,7 @@ from vsql_shared.kafka.clients import from_exception
 from vsql_shared.kms import open_provider
 from vsql_shared.observe.metrics import StreamMetrics, StreamState
 from vsql_shared.observe.process import resident_bytes
+from vsql_shared.pg import acts
 from vsql_shared.pg.commands import Command
 from vsql_shared.pg.connect import Connection, connect, errors, translate
 from vsql_shared.pg.status import write_status
@@ -129,7 +129,7 @@ class Worker:
         self._settings, self._chain = settings, chain
         self.stop = threading.Event()
         self._metrics = StreamMetrics(chain, settings.cluster.node_name)
-        self._signer = _signer(settings)
+        self._signer = own_signer(settings)
         self._failures = 0
         self._last_error = ""
         self._last_error_at = 0.0
@@ -294,7 +294,7 @@ class Worker:
             stream.chain,
             node,
             self._signer,
-            _trust(conn, node, self._signer),
+            own_trust(conn, node, self._signer),
             names.audit_topic(settings.cluster.name),
             stream.audit_partition,
         )
@@ -398,25 +398,3 @@ def _wal_position(conn: Connection) -> int:
     with errors("asking for the WAL position"):
         row = conn.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
     return lsn.parse(row[0]) if row else 0
-
-
-def _signer(settings: Settings) -> Signer | None:
-    path = settings.audit.signing_key_path
-    if path is None:
-        return None
-    return load_signer(path, settings.cluster.node_name, strict=settings.is_prod)
-
-
-def _trust(conn: Connection, node: str, signer: Signer | None) -> TrustStore:
-    """Whose signatures count on our own chain: our key, and those we had before."""
-    with errors("reading the pinned keys"):
-        rows = conn.execute(
-            "SELECT node_name, public_key, fingerprint, revoked_at IS NOT NULL FROM vsql_sync.signers"
-            " WHERE node_name = %s",
-            (node,),
-        ).fetchall()
-    # What this node signed with a key it has revoked since is still its own chain: it must be readable.
-    keys = [PinnedKey(name, bytes(public), print_, revoked=False) for name, public, print_, _ in rows]
-    if signer is not None:
-        keys.append(PinnedKey(node, signer.public_key, signer.fingerprint, revoked=False))
-    return TrustStore(keys, allow_unsigned=signer is None)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from vsql_consumers.collect import Collector, Decisions
+from vsql_consumers.collect import Collector
+from vsql_consumers.collected import Decisions
 from vsql_consumers.unseal import Announcements, Descriptor, name_altered, open_batch
 from vsql_consumers.verify import verify_batch
 from vsql_shared import names

@@ -22,7 +22,7 @@ from tests.unit.sealed_chain import (
     read,
     rows,
 )
-from vsql_consumers.collect import Decisions
+from vsql_consumers.collected import Decisions
 from vsql_shared import names
 from vsql_shared.audit.dsse import SignedDocument, sign_document
 from vsql_shared.changes import Op

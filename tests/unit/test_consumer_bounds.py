@@ -6,7 +6,8 @@ import pytest
 
 from tests.unit.sealed_chain import AUDIT, CHAIN, CLUSTER, KEYS, ORIGIN, SealedChain, kek, read, rows
 from vsql_consumers.clock import WINDOW_US, ClockOffset
-from vsql_consumers.collect import Collector, Ready
+from vsql_consumers.collect import Collector
+from vsql_consumers.collected import Ready
 from vsql_consumers.groups import Group
 from vsql_consumers.state import Position
 from vsql_consumers.unseal import Announcements
