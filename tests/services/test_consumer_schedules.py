@@ -39,13 +39,17 @@ TABLES = "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE u (id int PR
 def pair(stack: Stack, tmp_path: Path) -> Iterator[TwoNodes]:
     """A pair without first copy, whose producer runs."""
     made = TwoNodes(stack, tmp_path, TABLES, target_config='[limits]\nkafka_queue_bytes = "1MiB"')
-    made.create(["t(*)", "u(*)"], copy=False)
-    made.a.start("producer")
-    _until(
-        lambda: made.a.query("SELECT 1 FROM vsql_sync.streams WHERE slot_created AND state = 'SYNCHRONIZED'")
-    )
-    yield made
-    made.end()
+    try:
+        made.create(["t(*)", "u(*)"], copy=False)
+        made.a.start("producer")
+        _until(
+            lambda: made.a.query(
+                "SELECT 1 FROM vsql_sync.streams WHERE slot_created AND state = 'SYNCHRONIZED'"
+            )
+        )
+        yield made
+    finally:
+        made.end()
 
 
 def _until(check: Callable[[], Any], timeout: float = 60) -> Any:

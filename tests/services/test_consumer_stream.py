@@ -35,13 +35,18 @@ FAILPOINTS = (
 def pair(stack: Stack, tmp_path: Path) -> Iterator[TwoNodes]:
     """A pair without first copy, whose stream runs."""
     made = TwoNodes(stack, tmp_path, TABLES)
-    made.create(["t(*)", "u(*)"], copy=False)
-    made.a.start("producer")
-    _until(
-        lambda: made.a.query("SELECT 1 FROM vsql_sync.streams WHERE slot_created AND state = 'SYNCHRONIZED'")
-    )
-    yield made
-    made.stop()
+    try:
+        made.create(["t(*)", "u(*)"], copy=False)
+        made.a.start("producer")
+        _until(
+            lambda: made.a.query(
+                "SELECT 1 FROM vsql_sync.streams WHERE slot_created AND state = 'SYNCHRONIZED'"
+            )
+        )
+        yield made
+        made.stop()
+    finally:
+        made.end()
 
 
 def _until(check: Callable[[], Any], timeout: float = 45) -> Any:
