@@ -86,14 +86,3 @@ def slot_made(conn: Connection, chain: str) -> None:
             "UPDATE vsql_sync.streams SET slot_created = true WHERE chain = %s AND direction = 'out'",
             (chain,),
         )
-
-
-def slot_lag(conn: Connection, slot_name: str) -> int:
-    """Bytes of WAL the slot holds, for a stream that is not read; 0 without a slot."""
-    with errors("looking at the replication slot"):
-        row = conn.execute(
-            "SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), confirmed_flush_lsn)::bigint"
-            " FROM pg_catalog.pg_replication_slots WHERE slot_name = %s AND confirmed_flush_lsn IS NOT NULL",
-            (slot_name,),
-        ).fetchone()
-    return max(0, int(row[0])) if row else 0

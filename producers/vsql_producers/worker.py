@@ -56,8 +56,6 @@ _log = logging.getLogger(__name__)
 
 # Seconds between looks at a stream that only an operator can set going again.
 _DIVERGED_POLL = 1.0
-# … at whether a paused one is to go on.
-_PAUSED_POLL = 0.1
 _DAY_SECONDS = 86_400.0
 # Of server.stop_timeout, after which the supervisor kills.
 _STOP_SHARE = 0.8
@@ -160,7 +158,7 @@ class Worker:
         return 0
 
     def _attempt(self) -> None:
-        """One epoch; returns when the stream was paused."""
+        """One epoch, until an error or a stop ends it."""
         with ExitStack() as closing:
             try:
                 self._epoch(closing)
@@ -179,8 +177,6 @@ class Worker:
             raise DivergedError(f"stream {self._chain} is marked as diverged")
         ensure_partitions(conn)
         control = Control(conn, self._chain, settings.limits)
-        if stream.kind == "live":
-            self._hold_while_paused(conn, control, stream)
         provider = open_provider(settings.encryption.kms, strict=settings.is_prod)
         closing.callback(provider.close)
         writing = self._writing(conn, stream)
@@ -225,26 +221,9 @@ class Worker:
             )
         return self._stop_by - time.monotonic()
 
-    def _hold_while_paused(self, conn: Connection, control: Control, stream: streams.Stream) -> None:
-        """Stay without a walsender: one that is not read keeps its server from shutting down.
-
-        Commands stay unanswered until the stream runs again, because they belong into its chain.
-        """
-        while True:
-            control.poll(time.monotonic())
-            if control.desired != "paused":
-                return
-            if control.status_due("paused", time.monotonic()):
-                detail = {"lag_bytes": streams.slot_lag(conn, stream.slot_name), **self._error_detail()}
-                control.say("paused", detail, time.monotonic())
-                self._metrics.state(_STATES["paused"])
-            if self.stop.wait(_PAUSED_POLL):
-                raise Stopped
-
     def _turn_until_stopped(self, pipeline: Pipeline, control: Control, context: Context) -> None:
         conn, targets = context.conn, context.targets
-        is_copy = context.stream.kind == "copy"
-        running = "copying" if is_copy else "running"
+        running = "copying" if context.stream.kind == "copy" else "running"
         next_day = time.monotonic() + _DAY_SECONDS
         while self._owed:
             pipeline.outlet.act(acts.describe(conn, self._owed.pop()))
@@ -253,9 +232,6 @@ class Worker:
             for command in control.poll(now):
                 self._obey(command, control, pipeline, conn)
             paused = control.desired == "paused"
-            if paused and not is_copy:
-                pipeline.finish(self._settings.server.stop_timeout.total_seconds(), context.on_tick)
-                return
             if now >= next_day:
                 next_day = now + _DAY_SECONDS
                 ensure_partitions(conn)

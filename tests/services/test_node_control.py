@@ -144,10 +144,12 @@ def test_a_decision_is_written_once_told_to_the_consumer_and_logged(conn: Connec
         (second, "skip-batch", None, None, None, 7, "key lost"),
     ]
     told = commands.pending(conn, "pub.node-b", "consumer")
-    assert [(one.verb, one.args) for one in told] == [
-        ("retry", {"decision": first}),
-        ("retry", {"decision": second}),
-    ]
+    assert [(one.verb, one.args["decision"]) for one in told] == [("retry", first), ("retry", second)]
+    # Each names its line of the log, whose hash the worker puts into its chain.
+    lines = conn.execute(
+        "SELECT id FROM vsql_sync.audit_log WHERE action LIKE 'stream.%' ORDER BY id"
+    ).fetchall()
+    assert [(one.args["audit_log"],) for one in told] == lines
     with pytest.raises(RefusedError, match="was decided before"):
         control.skip_batch(conn, "pub.node-b", 7, "again")
     assert _actions(conn) == ["stream.ignore-record", "stream.skip-batch"]

@@ -1,4 +1,4 @@
-"""Schedules that once lost, stuck or hung a producer; each was seen before it was mended."""
+"""Schedules that stopped or hung a producer, misled its readers, or were feared to."""
 
 from __future__ import annotations
 
