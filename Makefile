@@ -32,6 +32,7 @@ help:  ## Print this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | sort | awk -F '\t' '{printf "  %-18s %s\n", $$1, $$2}'
 	@echo
 	@echo "Pytest targets take ARGS, for example: make test-short ARGS=\"-k merkle -x\""
+	@echo "Tests run three at a time: JOBS=6 suits a larger machine, JOBS=0 runs them one by one"
 	@echo "Start with: make demo, then make test"
 
 $(READY): pyproject.toml .ci/setup

@@ -10,6 +10,7 @@ Not here: what records mean (collect.py, unseal.py). Rules:
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -48,6 +49,8 @@ class Polled(NamedTuple):
 
 TIMEOUT_SECONDS = 20.0
 """For calls that ask a broker something."""
+COMMIT_SECONDS = 5.0
+"""How long a stop waits for the group's offsets."""
 _TAKE_BYTES = 8 << 20
 _TAKE_MOST = 500
 
@@ -156,18 +159,37 @@ class Source:
     def commit(self, offsets: Mapping[Place, int], *, wait: bool = False) -> None:
         """Tell the group's offsets, for lag tools; a failure is nobody's loss."""
         places = [TopicPartition(*place, offset) for place, offset in offsets.items()]
+        if not places:
+            return
         try:
-            if places and wait:
-                self._consumer.commit(offsets=places, asynchronous=False)
-            elif places:
-                self._consumer.commit(offsets=places, asynchronous=True)
+            self._consumer.commit(offsets=places, asynchronous=True)
+            if wait:
+                self._await_commit(places)
         except KafkaException as error:
             if wait:
                 raise from_exception(error, "commit group offsets") from error
 
+    def _await_commit(self, places: list[TopicPartition]) -> None:
+        """Ask until the group's offsets are there, for a while.
+
+        The library's own waiting commit has no timeout: with Kafka gone a stop would never end.
+        """
+        deadline = time.monotonic() + COMMIT_SECONDS
+        while (left := deadline - time.monotonic()) > 0:
+            there = self._consumer.committed(places, timeout=left)
+            if [one.offset for one in there] == [one.offset for one in places]:
+                return
+            time.sleep(0.02)
+
     def close(self) -> None:
-        """Let go of the brokers."""
-        self._consumer.close()
+        """Let go of the brokers.
+
+        The library's close waits, without a timeout, for commits that no broker answers: with Kafka gone it
+        is left waiting in a thread that does not keep the process.
+        """
+        closing = threading.Thread(target=self._consumer.close, name="closing the consumer", daemon=True)
+        closing.start()
+        closing.join(COMMIT_SECONDS)
 
     @staticmethod
     def _call(doing: str, act: Callable[[], _T]) -> _T:

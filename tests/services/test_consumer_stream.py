@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from confluent_kafka import Producer
 
 from tests.nodes import TwoNodes
+from tests.pairs import Pairs
 from tests.stack import Stack
 from tests.streams import read_topics
 from vsql_shared import names
@@ -283,3 +285,21 @@ def test_a_key_that_is_revoked_stops_the_stream_at_once(pair: TwoNodes) -> None:
     pair.a.execute("INSERT INTO t VALUES (2, 'b')")
     assert "revoked" in _refusal(pair)["error"]
     assert pair.b.query("SELECT id FROM t") == [(1,)]
+
+
+def test_a_consumer_stops_although_kafka_is_gone(stack: Stack, pairs: Pairs) -> None:
+    broker = stack.own_kafka()
+    pair = pairs(TABLES, kafka=broker.bootstrap_servers)
+    pair.create(["t(*)", "u(*)"], copy=False)
+    pair.start()
+    pair.a.execute("INSERT INTO t VALUES (1, 'x')")
+    pair.wait_in_step()
+    # Acknowledgements under way have a longer time limit of their own.
+    _until(lambda: [r for r in read_topics(pair.b.kafka, pair.cluster) if b".ack." in (r.key or b"")])
+    started = pair.b.processes("consumer")
+    assert len(started) > 1, "the service and its worker"
+    broker.kill()
+    assert pair.b.stop("consumer", timeout=30) == 0
+    gone, left = psutil.wait_procs(started, timeout=5)
+    assert left == []
+    assert len(gone) == len(started)
