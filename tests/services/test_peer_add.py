@@ -258,7 +258,7 @@ def test_a_revoked_key_and_a_key_of_another_node_are_refused(pair: Pair) -> None
         " VALUES (%s, 'node-b', %s, now())",
         (fingerprint(KEY_B), KEY_B),
     )
-    with pytest.raises(RefusedError, match="was revoked"):
+    with pytest.raises(RefusedError, match="was retired or revoked"):
         peers.look(pair.a, pair.b, REQUEST)
     pair.a.execute(
         "UPDATE vsql_sync.signers SET revoked_at = NULL, node_name = 'node-z' WHERE node_name = 'node-b'"

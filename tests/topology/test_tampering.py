@@ -142,8 +142,8 @@ def _garbage(suffix: str) -> Callable[[Scene], list[Record]]:
 
 
 def _flip_announcement(scene: Scene) -> list[Record]:
-    i = max(n for n, r in enumerate(scene.records) if r.topic.endswith(".keys"))
-    return [r.flip(len(r.value or b"") // 2) if n == i else r for n, r in enumerate(scene.records)]
+    # Every one: which of them is the live stream's, and not the first copy's, is nobody's to know here.
+    return [r.flip(len(r.value or b"") // 2) if r.topic.endswith(".keys") else r for r in scene.records]
 
 
 def _drop_announcements(scene: Scene) -> list[Record]:
