@@ -101,7 +101,7 @@ def _address(value: str) -> str:
 def _bootstrap(value: object) -> object:
     """Accept a list or comma-separated text, as people know both from Kafka clients."""
     parts = value.split(",") if isinstance(value, str) else value
-    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+    if not isinstance(parts, list) or not parts or not all(isinstance(part, str) for part in parts):
         raise refusal('write broker addresses as "host:port,host:port" or a list of those')
     hosts = [part.strip() for part in parts]
     for host in hosts:
