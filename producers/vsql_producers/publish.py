@@ -173,6 +173,7 @@ class Publisher:
         assert self._make_manifest is not None  # noqa: S101 - `begin` comes before `send`
         roots = tuple(receipts.root() for receipts in flight.receipts)
         self.send_entry(self._make_manifest(flight.batch, roots), flight.batch, flight.sent_at)
+        failpoints.hit("producer.manifest-sent")
 
     def _produce(
         self,

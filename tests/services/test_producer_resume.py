@@ -80,8 +80,10 @@ def test_rule_1_a_late_manifest_of_a_replaced_process_is_void_and_its_rows_are_s
     new_source: NewSource,
 ) -> None:
     node = new_source(TABLE, ["t"], config=SMALL_BATCHES)
-    # A falls asleep with the packs of its second batch in Kafka, and their manifest not yet sent.
-    old = node.start(failpoints="producer.packs-acked=sleep:5000:2", log="old")
+    # A falls asleep with the packs of its second batch in Kafka, and their manifest not yet sent; and again
+    # with the manifest handed to the client, which must reach Kafka before A finds its session gone.
+    points = "producer.packs-acked=sleep:5000:2,producer.manifest-sent=sleep:2000:2"
+    old = node.start(failpoints=points, log="old")
     node.wait(lambda: node.state()[0] == "running", what=node.log("old"))
     node.execute("INSERT INTO t VALUES (1, 'a')")
     node.wait_confirmed()
