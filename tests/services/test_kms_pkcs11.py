@@ -257,6 +257,16 @@ def test_a_missing_token_names_those_that_are_there(token: SoftToken, label: str
         Pkcs11Kek(token.module, "other", label, token.pin, kek_id="k")
 
 
+def test_a_token_that_appears_after_the_module_was_loaded_is_found(token: SoftToken, label: str) -> None:
+    before = {found.label for found in pkcs11.lib(str(token.module)).get_tokens()}
+    late = make_token(Path(token.environment["SOFTHSM2_CONF"]).parent, "plugged-in-late")
+    assert late.label not in before
+    generate_kek(late.module, late.label, label, late.pin)
+    kek = provider(late, label)
+    wrapped = kek.wrap(SECRET, CONTEXT)
+    assert kek.unwrap(wrapped.data, wrapped.algorithm, CONTEXT, wrapped.kek_id) == SECRET
+
+
 def test_a_missing_module_or_another_file_in_its_place_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KeyUnavailableError, match="does not exist"):
         Pkcs11Kek(tmp_path / "none.so", "t", "k", None, kek_id="k")

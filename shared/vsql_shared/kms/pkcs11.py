@@ -91,14 +91,12 @@ def _find_token(module: Path, token_label: str) -> Token:
             f"PKCS#11 module {module} does not exist",
             hint="set encryption.kms.pkcs11.module to the HSM's library",
         )
-    try:
-        library = pkcs11.lib(str(module))
-    except (RuntimeError, OSError) as error:  # PKCS11Error is a RuntimeError
-        raise KeyUnavailableError(
-            f"PKCS#11 module {module} cannot be loaded ({type(error).__name__})",
-            hint="it must be a PKCS#11 library for this machine; check the vendor's configuration file",
-        ) from error
-    tokens = {token.label: token for token in library.get_tokens()}
+    tokens = _list_tokens(module)
+    for attempt in range(ATTEMPTS - 1):
+        if token_label in tokens:
+            break
+        time.sleep(PAUSE * 2**attempt)
+        tokens = _list_tokens(module, anew=True)
     if token_label not in tokens:
         present = ", ".join(sorted(repr(label) for label in tokens if label)) or "none"
         raise KeyUnavailableError(
@@ -106,6 +104,24 @@ def _find_token(module: Path, token_label: str) -> Token:
             hint="set encryption.kms.pkcs11.token_label, or initialize the token with the HSM's own tool",
         )
     return tokens[token_label]
+
+
+def _list_tokens(module: Path, *, anew: bool = False) -> dict[str, Token]:
+    """The module's tokens by label; `anew` initializes it again.
+
+    A module looks for its tokens when it is initialized, and may miss one that was plugged in later, or that
+    another process was writing at that moment: asked again without that it says the same for ever.
+    """
+    try:
+        library = pkcs11.lib(str(module))
+        if anew:
+            library.reinitialize()
+    except (RuntimeError, OSError) as error:  # PKCS11Error is a RuntimeError
+        raise KeyUnavailableError(
+            f"PKCS#11 module {module} cannot be loaded ({type(error).__name__})",
+            hint="it must be a PKCS#11 library for this machine; check the vendor's configuration file",
+        ) from error
+    return {token.label: token for token in library.get_tokens()}
 
 
 def _attribute(key: SecretKey, attribute: pkcs11.Attribute) -> object:
