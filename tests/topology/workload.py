@@ -36,7 +36,7 @@ BEGIN
         step := step + 1;
         CASE step % 7
         WHEN 0 THEN
-            INSERT INTO composite SELECT 'r' || (g % 7), g, g * 1.5, (g % 32)::int::bit(5)
+            INSERT INTO composite SELECT 'r' || (g % 7), g, (g % 1000000) * 1.5, (g % 32)::int::bit(5)
                 FROM generate_series(k, k + size - 1) g;
         WHEN 1 THEN
             INSERT INTO documents SELECT md5(g::text)::uuid, jsonb_build_object('n', g, 'a', ARRAY[1,2]),
