@@ -95,8 +95,8 @@ class Outlet:
         self.publisher.send(sealed)
         self.rows, self.nbytes, self.batches = self.rows + rows, self.nbytes + size, self.batches + 1
 
-    def act(self, detail: Mapping[str, object]) -> None:
-        """Put an operator's act into the chain, behind the manifests made so far."""
+    def act(self, detail: Mapping[str, object]) -> int:
+        """Put an operator's act into the chain, behind the manifests made so far; its sequence there."""
         at = self._position
         prepared = self._writer.prepare(
             event_type=OPERATOR_ACTION,
@@ -106,6 +106,7 @@ class Outlet:
             detail=canonical_json(detail),
         )
         self.publisher.send_entry(prepared)
+        return prepared.entry.sequence
 
     def _manifest(self, batch: SealedBatch, roots: tuple[PartitionRoot, ...]) -> Prepared:
         start, end = self._position, batch.end_lsn or self._position

@@ -6,6 +6,9 @@ Not here: the stages (pipeline.py). What becomes of an error (docs/design/0002):
 * EnvironmentFault: the same with the longest back-off: an operator may mend it at any time.
 * DivergedError: state `diverged`; nothing is sent until an operator's `retry`.
 * Anything else ends the process; the supervisor starts another one.
+
+An operator's command is put into the chain as a signed entry, and answered when the node's own table has it.
+A worker that ends before that obeys again, and says so again.
 """
 
 from __future__ import annotations
@@ -68,9 +71,6 @@ _STATES = {
     "diverged": StreamState.DIVERGED,
     "stopped": StreamState.STOPPED,
 }
-
-
-_ACTS = frozenset({"pause", "resume", "rotate-dek", "retry"})
 
 
 class Stopped(Exception):
@@ -136,6 +136,9 @@ class Worker:
         self._volume = AuditVolume(time.monotonic())
         self._text_only = False
         self._owed: list[Command] = []
+        """Tries of a diverged stream: signed when there is an epoch to put them into."""
+        self._acted: list[tuple[int, Command, str]] = []
+        """Acts of this epoch on their way to the table: sequence, command, answer."""
         self._stop_by: float | None = None
         self._rates: tuple[float, int, int] = (time.monotonic(), 0, 0)
 
@@ -225,8 +228,9 @@ class Worker:
         conn, targets = context.conn, context.targets
         running = "copying" if context.stream.kind == "copy" else "running"
         next_day = time.monotonic() + _DAY_SECONDS
+        self._acted.clear()
         while self._owed:
-            pipeline.outlet.act(acts.describe(conn, self._owed.pop()))
+            self._act(self._owed.pop(0), "the stream is tried again", pipeline, conn)
         while not self.stop.is_set() and not pipeline.done:
             now = time.monotonic()
             for command in control.poll(now):
@@ -240,7 +244,9 @@ class Worker:
                 self._say(control, state, pipeline, context)
             targets.poll(now)
             pipeline.turn(reading=not paused)
+            self._answer_acts(control, pipeline.sequence)
         pipeline.finish(self._time_to_stop(), context.on_tick)
+        self._answer_acts(control, pipeline.sequence)
         if pipeline.done:
             streams.set_state(conn, self._chain, "FINISHED")
         self._say(control, "stopped", pipeline, context)
@@ -248,17 +254,30 @@ class Worker:
 
     def _obey(self, command: Command, control: Control, pipeline: Pipeline, conn: Connection) -> None:
         """Do what an operator orders, and put the act into the chain."""
-        if command.verb in _ACTS:
-            pipeline.outlet.act(acts.describe(conn, command))
+        if any(command.id == acted.id for _, acted, _ in self._acted):
+            return  # obeyed; its entry is under way
         if command.verb == "rotate-dek":
-            pipeline.outlet.keys.rotate("command")
-            control.answer(command, ok=True, message="the next batch is sealed under a new data key")
+            message = "the next batch is sealed under a new data key"
         elif command.verb in ("pause", "resume"):
-            control.answer(command, ok=True, message=f"the stream is {control.desired}")
+            message = f"the stream is {control.desired}"
         elif command.verb == "retry":
-            control.answer(command, ok=True, message="the stream is running; nothing to retry")
+            message = "the stream is running; nothing to retry"
         else:
             control.answer(command, ok=False, message=f"a producer does not know the command {command.verb}")
+            return
+        self._act(command, message, pipeline, conn)
+        if command.verb == "rotate-dek":
+            pipeline.outlet.keys.rotate("command")
+
+    def _act(self, command: Command, message: str, pipeline: Pipeline, conn: Connection) -> None:
+        sequence = pipeline.outlet.act(acts.describe(conn, command))
+        self._acted.append((sequence, command, message))
+
+    def _answer_acts(self, control: Control, recorded: int) -> None:
+        """Answer the commands whose entries this node's own table has."""
+        while self._acted and self._acted[0][0] <= recorded:
+            _, command, message = self._acted.pop(0)
+            control.answer(command, ok=True, message=message)
 
     def _writing(self, conn: Connection, stream: streams.Stream) -> Writing:
         settings = self._settings
@@ -358,11 +377,10 @@ class Worker:
                 with self._connect() as conn:
                     control = Control(conn, self._chain, self._settings.limits)
                     for command in control.poll(time.monotonic()):
-                        if command.verb == "retry":
-                            # Its entry is made when there is an epoch to put it into.
+                        if command.verb == "retry" and command.id not in {one.id for one in self._owed}:
+                            # Its entry is made, and it is answered, when there is an epoch to put it into.
                             self._owed.append(command)
                             streams.set_state(conn, self._chain, "PREPARING", command.reason)
-                            control.answer(command, ok=True, message="the stream is tried again")
                             return
                         control.answer(command, ok=False, message=f"the stream is diverged: {error}")
                     control.say("diverged", self._error_detail(), time.monotonic())

@@ -214,6 +214,12 @@ def test_an_operators_acts_stand_signed_in_the_chain_with_a_hash_of_their_line(n
             assert one["sha256"] == sha256(line.encode()).hexdigest()
             assert json.loads(line)["action"] == f"stream.{one['act']}"
             assert "maintenance" not in json.dumps(one)
+    early = node.query(
+        "SELECT a.sequence FROM vsql_sync.vsql_sync_audit a, vsql_sync.command_results r"
+        " WHERE a.event_type = 'operator_action' AND a.written_at > r.finished_at"
+        " AND position(convert_to('\"command\":' || r.command_id || ',', 'UTF8') IN a.document) > 0"
+    )
+    assert early == [], "an act is signed and kept before it is answered"
     node.stop(worker)
 
 

@@ -153,7 +153,7 @@ def _select(conn: Connection, filters: dict[str, Any], limit: int) -> list[dict[
 def verify(
     operator: Operator, output: OutputFormat, chain: str | None, peer_connection: str | None, kafka: bool
 ) -> None:
-    """Verify every entry: hash chain, signatures, columns, the end of each chain, both sides' roots.
+    """Verify every entry: hash chain, signatures, columns, the end of each chain, operators' acts, roots.
 
     Names the first bad entry of each chain and ends with 9 when there is one, with 0 when there is none.
     """
@@ -180,6 +180,7 @@ def verify(
 
 
 def _verify_own(conn: Connection, settings: Settings, chain: str | None) -> tuple[Findings, TrustStore]:
+    from vsql_shared.audit.acts import compare_acts
     from vsql_shared.audit.compare import compare_receipts
     from vsql_shared.audit.verify import verify_table
     from vsql_shared.pg import nodes
@@ -192,7 +193,9 @@ def _verify_own(conn: Connection, settings: Settings, chain: str | None) -> tupl
             f"node {node.name} has no chain {chain!r}", hint="`syncctl audit list` shows the chains it has"
         )
     findings = Findings(node.name, {node.name: report})
-    findings.found += compare_receipts(conn, trust, node.name, chain, findings.bad_chains())
+    bad = findings.bad_chains()
+    findings.found += compare_receipts(conn, trust, node.name, chain, bad)
+    findings.found += compare_acts(conn, node.name, chain, bad)
     return findings, trust
 
 
@@ -204,6 +207,7 @@ def _verify_peer(
     findings: Findings,
     chain: str | None,
 ) -> None:
+    from vsql_shared.audit.acts import compare_acts
     from vsql_shared.audit.compare import compare_memory, compare_nodes
     from vsql_shared.audit.verify import verify_table
     from vsql_shared.pg import nodes
@@ -218,6 +222,7 @@ def _verify_peer(
     findings.reports[other.name] = verify_table(peer, trust, other.cluster, name)
     bad = findings.bad_chains()
     findings.comparisons += compare_nodes(conn, peer, chain, bad) + compare_nodes(peer, conn, chain, bad)
+    findings.found += compare_acts(peer, other.name, name, bad)
     findings.found += compare_memory(conn, peer, other.name, chain)
     findings.found += compare_memory(peer, conn, findings.node, name)
 

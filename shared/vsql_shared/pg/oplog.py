@@ -8,7 +8,6 @@ the SHA-256 of the line's canonical JSON (`line`) into its signed chain, so that
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
 
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
@@ -41,12 +40,21 @@ def record(
     return int(row[0])
 
 
+# Times are text, UTC with microseconds, whatever the session's time zone. What lies beyond the calendar was
+# never written by us: it only has to be another text.
 _LINE = (
-    "SELECT id, occurred_at, action, actor, target_type, target_id, old_value, new_value,"
-    " host(client_ip) AS client_ip, success, error_message FROM vsql_sync.audit_log WHERE id = %s"
+    "SELECT id, action, actor, target_type, target_id, old_value, new_value,"
+    " host(client_ip) AS client_ip, success, error_message,"
+    " CASE WHEN occurred_at BETWEEN '1000-01-01' AND '9999-12-30'"
+    "   THEN to_char(occurred_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')"
+    "   ELSE occurred_at::text END AS occurred_at"
+    " FROM vsql_sync.audit_log WHERE id = %s"
 )
 _COMMAND = (
-    "SELECT id, role, chain, verb, args, reason, requested_by, requested_at"
+    "SELECT id, role, chain, verb, args, reason, requested_by,"
+    " CASE WHEN requested_at BETWEEN '1000-01-01' AND '9999-12-30'"
+    "   THEN to_char(requested_at AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')"
+    "   ELSE requested_at::text END AS requested_at"
     " FROM vsql_sync.commands WHERE id = %s"
 )
 
@@ -64,12 +72,4 @@ def command(conn: Connection, command_id: int) -> str | None:
 def _canonical(conn: Connection, query: str, number: int) -> str | None:
     with errors("reading an operator's act"), conn.cursor(row_factory=dict_row) as cursor:
         row = cursor.execute(query.encode(), (number,)).fetchone()
-    if row is None:
-        return None
-    times = {name: _time(value) for name, value in row.items() if isinstance(value, datetime)}
-    return canonical_json(row | times)
-
-
-def _time(moment: datetime) -> str:
-    """UTC with microseconds, whatever the session's time zone."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return None if row is None else canonical_json(row)
