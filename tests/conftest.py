@@ -39,7 +39,8 @@ def scene(nodeid: str) -> str:
     """What a test must not be parted from: its file's scene (one for each version), or nothing but itself."""
     file, _, test = nodeid.partition("::")
     version = re.search(r"\[pg\d+\]$", test)
-    return file + (version[0] if version else "") if file.endswith(_SCENES) else nodeid
+    shared = file.endswith(_SCENES) or "/subscription/" in file
+    return file + (version[0] if version else "") if shared else nodeid
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -37,7 +37,8 @@ def choose_columns(
 ) -> tuple[tuple[str, ...] | None, list[str]]:
     """(columns to publish, problems); None stands for all, so that columns added later travel too.
 
-    Columns keep the table's order: a list in another order says the same.
+    Columns keep the table's order: a list in another order says the same. A table without columns of its own
+    (none, or generated ones only) is published all the same: it has rows.
     """
     unknown = [column for column in listed or () if column not in table.column_names]
     if unknown:
@@ -50,7 +51,7 @@ def choose_columns(
         table.sent_columns if listed is None else tuple(c for c in table.sent_columns if c in set(listed))
     )
     chosen = tuple(column for column in wanted if column not in left_out)
-    if not chosen:
+    if wanted and not chosen:
         return None, [f"{table.name}: no column is left to publish"]
     return (None if listed is None and chosen == wanted else chosen), []
 
