@@ -175,7 +175,7 @@ class Plan:
             if column.collation:
                 value = f"({value}) COLLATE {column.collation}"
             tests.append(f"t.{self.column(n)} IS NOT DISTINCT FROM {value}")
-        return " AND ".join(tests)
+        return " AND ".join(tests) or "true"
 
     def _image(self, layout: Layout, side: str) -> str:
         """T equals the staged row byte by byte: 1.0 is not 1.00."""
@@ -257,7 +257,9 @@ class Plan:
         if self.key:
             found, order = self.found_by_key(layout, side), ""
         else:
-            found, order = self.found_by_all(layout, side), f" ORDER BY {self._image(layout, side)} DESC"
+            # All rows of a table without columns are equal.
+            order = f" ORDER BY {self._image(layout, side)} DESC" if self.columns else ""
+            found = self.found_by_all(layout, side)
         return (
             f"SELECT t.tableoid::bigint, t.ctid::text FROM {self.table} t, {stage} s"
             f" WHERE {where} AND {found}{order} LIMIT 1 FOR UPDATE OF t"
@@ -267,14 +269,28 @@ class Plan:
 def truncate_sql(plans: Sequence[Plan], named: int, options: int) -> list[str]:
     """The statements that empty these tables, of `named` that the source's TRUNCATE named.
 
-    One TRUNCATE with the source's options. When the first copy of some table has already seen it, that one
-    must not be emptied again, by CASCADE or for a foreign key's sake: then the others' rows are deleted.
+    Never CASCADE: the source named every table it emptied, and what else refers to these here is the
+    target's own, or empties with a later change. PostgreSQL truncates no table that others refer to: the rows
+    of such a one are deleted (foreign keys are not checked here). So are those of all, when the first copy of
+    some table has already seen the TRUNCATE.
     """
-    if len(plans) < named:
-        return [f"DELETE FROM {plan.table}" for plan in plans]
-    tables = ", ".join(plan.table for plan in plans)
-    restart = " RESTART IDENTITY" if options & 2 else ""
-    return [f"TRUNCATE TABLE {tables}{restart}{' CASCADE' if options & 1 else ''}"]
+    whole = [] if len(plans) < named else list(plans)
+    while whole:
+        members = frozenset[int]().union(*(plan.target.members for plan in whole))
+        free = [plan for plan in whole if plan.target.referrers <= members]
+        if len(free) == len(whole):
+            break
+        whole = free
+    restart = options & 2
+    statements = []
+    for plan in plans:
+        if plan not in whole:
+            statements.append(f"DELETE FROM {plan.table}")
+            statements += [f"ALTER SEQUENCE {name} RESTART" for name in plan.target.sequences if restart]
+    if whole:
+        tables = ", ".join(plan.table for plan in whole)
+        statements.append(f"TRUNCATE TABLE {tables}{' RESTART IDENTITY' if restart else ''}")
+    return statements
 
 
 def make_plan(relation: Relation, target: TargetTable, types: tuple[TypeName | None, ...]) -> Plan:

@@ -61,7 +61,11 @@ class UniqueIndex:
 
 @dataclass(frozen=True, slots=True)
 class TargetTable:
-    """`ordered`: triggers fire for replicas too, or exclusion constraints: its changes keep their order."""
+    """`ordered`: triggers fire for replicas too, or exclusion constraints: its changes keep their order.
+
+    For TRUNCATE: `members` are the table and its partitions, `referrers` other tables with a foreign key to
+    one of them, `sequences` those its columns own, as SQL.
+    """
 
     name: TableName
     partitioned: bool
@@ -69,6 +73,9 @@ class TargetTable:
     columns: dict[str, TargetColumn]
     uniques: tuple[UniqueIndex, ...]
     version: str
+    members: frozenset[int] = frozenset()
+    referrers: frozenset[int] = frozenset()
+    sequences: tuple[str, ...] = ()
 
 
 # Everything a description depends on. A change of any of these rows makes a new xmin.
@@ -89,7 +96,14 @@ SELECT c.oid::bigint, c.relkind::text, pg_is_other_temp_schema(n.oid) OR n.oid =
        EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = ANY (m.oids) AND NOT g.tgisinternal
                   AND g.tgenabled IN ('A', 'R'))
        OR EXISTS (SELECT FROM pg_index x WHERE x.indrelid = ANY (m.oids) AND x.indisexclusion),
-       {_VERSION}
+       {_VERSION}, m.oids::bigint[],
+       ARRAY (SELECT DISTINCT f.conrelid::bigint FROM pg_constraint f
+               WHERE f.contype = 'f' AND f.confrelid = ANY (m.oids) AND f.conrelid <> ALL (m.oids)),
+       ARRAY (SELECT format('%%I.%%I', sn.nspname, sq.relname) FROM pg_depend d
+                JOIN pg_class sq ON sq.oid = d.objid AND sq.relkind = 'S'
+                JOIN pg_namespace sn ON sn.oid = sq.relnamespace
+               WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass
+                 AND d.refobjid = ANY (m.oids) AND d.deptype IN ('a', 'i') ORDER BY 1)
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
  CROSS JOIN LATERAL (SELECT CASE c.relkind WHEN 'p'
        THEN ARRAY (SELECT relid::oid FROM pg_partition_tree(c.oid)) ELSE ARRAY[c.oid] END) AS m (oids)
@@ -171,7 +185,7 @@ def read_table(conn: Connection, name: TableName) -> TargetTable:
             f"table {name} is not in the target database",
             hint="create it as on the source (constraints included); the stream then goes on by itself",
         )
-    oid, kind, temporary, ordered, version = found
+    oid, kind, temporary, ordered, version, members, referrers, sequences = found
     if kind not in ("r", "p") or temporary:
         raise DatabaseError(
             f"{name} is no ordinary or partitioned table in the target database",
@@ -182,7 +196,10 @@ def read_table(conn: Connection, name: TableName) -> TargetTable:
         UniqueIndex(tuple(names), tuple(operators), tuple(collations), immediate, never_null)
         for names, operators, collations, immediate, never_null in conn.execute(_UNIQUES.encode(), (oid,))
     )
-    return TargetTable(name, kind == "p", ordered, columns, uniques, version)
+    return TargetTable(
+        name, kind == "p", ordered, columns, uniques, version,
+        frozenset(members), frozenset(referrers), tuple(sequences),
+    )  # fmt: skip
 
 
 def _column(row: tuple[Any, ...]) -> TargetColumn:
