@@ -67,8 +67,18 @@ def test_a_changed_applied_file_is_refused(new_database: NewDatabase) -> None:
         steps = migrate.migrations()
         migrate.install(conn, steps)
         changed = [replace(steps[0], text=steps[0].text + "\n-- one comment more"), *steps[1:]]
-        with pytest.raises(RefusedError, match="001 was changed after it was applied"):
+        with pytest.raises(RefusedError, match="file 001 of this program is not the one that was applied"):
             migrate.install(conn, changed)
+
+
+def test_a_database_made_from_other_files_of_equal_numbers_is_named_as_such(new_database: NewDatabase) -> None:
+    with _open(new_database("schema")) as conn:
+        migrate.install(conn)
+        conn.execute("UPDATE vsql_sync.schema_version SET checksum = 'other' WHERE version = 2")
+        with pytest.raises(RefusedError, match="file 002 of this program is not the one") as refused:
+            migrate.require_current(conn)
+        assert "has version" not in str(refused.value)
+        assert "build" in refused.value.hint
 
 
 def test_a_newer_database_is_refused_by_an_older_program(new_database: NewDatabase) -> None:

@@ -85,6 +85,9 @@ def require_current(conn: Connection) -> None:
     want = {step.version: step.checksum for step in migrations()}
     if not have:
         raise RefusedError("this database is not a node", hint="run `syncctl node init` on it first")
+    changed = sorted(version for version in have.keys() & want.keys() if have[version] != want[version])
+    if changed:
+        raise _changed(changed[0])
     if have != want:
         raise RefusedError(
             f"schema vsql_sync has version {max(have)}, this program needs version {max(want)}",
@@ -92,6 +95,13 @@ def require_current(conn: Connection) -> None:
             if max(have) <= max(want)
             else "use the newer program",
         )
+
+
+def _changed(version: int) -> RefusedError:
+    return RefusedError(
+        f"schema file {version:03} of this program is not the one that was applied to this database",
+        hint="the numbers agree, the builds do not: use the build of vsql-sync that made the schema",
+    )
 
 
 def _apply(conn: Connection, step: Migration, steps: Sequence[Migration]) -> bool:
@@ -133,10 +143,7 @@ def _check_history(conn: Connection, have: dict[int, str], steps: Sequence[Migra
                 hint="use the newer program",
             )
         if known[version] != checksum:
-            raise RefusedError(
-                f"schema file {version:03} was changed after it was applied to this database",
-                hint="use the build of vsql-sync that made the schema, or restore the file",
-            )
+            raise _changed(version)
 
 
 def _extension_version(conn: Connection) -> str | None:
