@@ -100,7 +100,14 @@ def read_change(op: int, data: bytes, layout: Layout) -> tuple[Fields | None, Fi
         raise DecodeError(f"a change of kind {chr(op)} with {len(data) - pos} bytes after its tuples")
     complete = new if op == Op.INSERT else old
     if complete is not None and None in complete:
-        raise DecodeError(f"a change of kind {chr(op)} leaves out a value it must carry")
+        at = complete.index(None) + 1
+        if op == Op.INSERT:
+            # PostgreSQL's own subscriber writes NULL here.
+            raise DecodeError(
+                f"an INSERT leaves out the value of column {at}: an UPDATE brought the row into the row filter, and"
+                " the WAL has no large value that did not change"
+            )
+        raise DecodeError(f"a change of kind {chr(op)} leaves out the value of column {at}, which it must carry")
     return old, new
 
 
