@@ -10,7 +10,7 @@ Not here: the stages (pipeline.py). What becomes of an error (docs/design/0002):
 
 An operator's command (`pause`, `resume`, the `retry` that comes with a decision) ends a back-off. It is put
 into this node's chain as a signed entry before it is answered: at once where the stream runs, is refused or
-held, else when it runs again.
+held, else when it runs again. A worker that ends in between finds it unanswered, obeys and says it again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,10 @@ _STATES = {
     "diverged": StreamState.DIVERGED,
     "stopped": StreamState.STOPPED,
 }
+
+
+def _nothing() -> None:
+    """What was ordered is done already."""
 
 
 def run_worker(settings: Settings, chain: str) -> int:
@@ -160,17 +164,30 @@ class Worker:
     def _hold(self, control: Control, stream: Stream, what: str, why: str) -> None:
         """Wait a moment, answering the operator."""
         wishes = control.poll()
-        if any(wish.verb == "retry" for wish in wishes) and what == "diverged":
-            self._obeyed.update(wish.id for wish in wishes)
-            state.set_stream_state(control.conn, self._chain, "CATCHING_UP", wishes[-1].reason)
-        elif wishes and control.desired == "running" and what == "paused":
+        if wishes and control.desired == "running" and what == "paused":
             self._obeyed.update(wish.id for wish in wishes)  # answered by the stream that now runs
         elif wishes and what != "waiting":
-            with ExitStack() as closing:
-                acknowledger = self._open_fenced(control.conn, stream, closing)
-                self._answer(acknowledger, control, wishes, f"the stream is {what}")
+            self._obey_held(control, stream, what, wishes)
         self._say(control, what, {"waiting_for": why} if what == "waiting" else {})
         self.stop.wait(_HOLD_SECONDS)
+
+    def _obey_held(self, control: Control, stream: Stream, what: str, wishes: Sequence[Wish]) -> None:
+        """Sign what was ordered, then do it, then answer: one that was not signed stays unanswered."""
+        retry = next((wish for wish in wishes if wish.verb == "retry" and what == "diverged"), None)
+        with ExitStack() as closing:
+            try:
+                acknowledger = self._open_fenced(control.conn, stream, closing)
+            except DivergedError as error:
+                # It is our own chain that does not hold: the order waits until somebody has mended that.
+                self._failed(error)
+                return
+
+            def obey() -> None:
+                if retry is not None:
+                    state.set_stream_state(control.conn, self._chain, "CATCHING_UP", retry.reason)
+
+            message = "the stream is tried again" if retry is not None else f"the stream is {what}"
+            self._answer(acknowledger, control, wishes, message, obey)
 
     def _run_pipeline(self, conn: Connection, stream: Stream, control: Control) -> Refusal | None:
         """Run until paused or stopped; what was refused, if that is what ended it.
@@ -214,16 +231,24 @@ class Worker:
         self._say(control, say_running, self._detail(pipeline))
 
     def _answer(
-        self, acknowledger: Acknowledger, control: Control, wishes: Sequence[Wish], message: str
+        self,
+        acknowledger: Acknowledger,
+        control: Control,
+        wishes: Sequence[Wish],
+        message: str,
+        obey: Callable[[], None] = _nothing,
     ) -> None:
-        """Put commands into this node's chain, then answer them."""
+        """Put commands into this node's chain, do what is left to do, then answer them."""
+        known = [wish for wish in wishes if wish.verb in _VERBS]
+        for wish in known:
+            acknowledger.act(acts.describe(control.conn, wish))
+            failpoints.hit("consumer.act-signed")
+        if known:
+            obey()
+            failpoints.hit("consumer.act-obeyed")
         for wish in wishes:
-            known = wish.verb in _VERBS
-            if known:
-                acknowledger.act(acts.describe(control.conn, wish))
-            else:
-                message = f"a consumer does not know the command {wish.verb}"
-            control.answer(wish, ok=known, message=message)
+            unknown = f"a consumer does not know the command {wish.verb}"
+            control.answer(wish, ok=wish in known, message=message if wish in known else unknown)
             self._obeyed.discard(wish.id)
 
     def _open_pipeline(self, conn: Connection, stream: Stream, closing: ExitStack) -> Pipeline:

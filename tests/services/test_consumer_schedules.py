@@ -175,6 +175,65 @@ def test_a_topic_that_is_shorter_than_what_was_applied_is_said_at_once(pair: Two
     assert "lost the end" in reason[0][0]
 
 
+def _diverge(pair: TwoNodes) -> None:
+    """Have B find the audit topic shorter than what it has applied."""
+    pair.b.start("consumer")
+    pair.a.execute("INSERT INTO t VALUES (1, 'a')")
+    pair.wait_in_step()
+    pair.b.stop("consumer")
+    pair.b.query("UPDATE vsql_sync.apply_progress SET audit_offset = audit_offset + 1000")
+    pair.b.start("consumer")
+    _until(lambda: pair.b.query(DIVERGED))
+
+
+DIVERGED = "SELECT state_reason FROM vsql_sync.streams WHERE state = 'DIVERGED'"
+
+
+@pytest.mark.timeout(240)
+def test_a_retry_that_does_not_help_is_signed_and_answered_once(pair: TwoNodes) -> None:
+    _diverge(pair)
+    with connect(pair.b.conninfo, application_name="test") as conn:
+        asked = commands.request(conn, "consumer", "retry", {}, "restored?", pair.chain)
+        answers = commands.wait(conn, asked, 1, 20)
+        assert [answer.ok for answer in answers] == [True]
+        assert [one["act"] for one in _acts(pair)] == ["retry"]
+        reason = _until(lambda: pair.b.query(DIVERGED))
+        assert "lost the end" in reason[0][0]
+        time.sleep(2)
+        assert [one["command"] for one in _acts(pair)] == [asked]
+        pair.b.query("UPDATE vsql_sync.apply_progress SET audit_offset = audit_offset - 1000")
+        again = commands.request(conn, "consumer", "retry", {}, "restored", pair.chain)
+        assert [answer.ok for answer in commands.wait(conn, again, 1, 20)] == [True]
+    pair.a.execute("INSERT INTO t VALUES (2, 'b')")
+    pair.wait_in_step()
+    assert [one["command"] for one in _acts(pair)] == [asked, again]
+    assert pair.b.ctl("audit", "verify", "--kafka").returncode == 0
+
+
+@pytest.mark.parametrize("where", ["consumer.act-signed", "consumer.act-obeyed"])
+@pytest.mark.timeout(240)
+def test_a_retry_survives_the_worker_that_obeyed_it(pair: TwoNodes, where: str) -> None:
+    _diverge(pair)
+    pair.b.stop("consumer")
+    pair.b.query("UPDATE vsql_sync.apply_progress SET audit_offset = audit_offset - 1000")
+    pair.b.log_file("consumer").unlink()
+    with connect(pair.b.conninfo, application_name="test") as conn:
+        asked = commands.request(conn, "consumer", "retry", {}, "restored", pair.chain)
+        env = {"VSQL_SYNC_ALLOW_FAILPOINTS": "1", "VSQL_SYNC_FAILPOINTS": f"{where}=kill"}
+        pair.b.start("consumer", env)
+        _until(lambda: '"code": -9' in pair.b.tail("consumer", 200))
+        pair.b.stop("consumer")
+        assert commands.answers(conn, asked) == []
+        assert {one["command"] for one in _acts(pair)} == {asked}
+        pair.b.start("consumer")
+        assert [answer.ok for answer in commands.wait(conn, asked, 1, 30)] == [True]
+    pair.a.execute("INSERT INTO t VALUES (2, 'b')")
+    pair.wait_in_step()
+    assert {(one["act"], one["command"]) for one in _acts(pair)} == {("retry", asked)}
+    assert pair.b.query(DIVERGED) == []
+    assert pair.b.ctl("audit", "verify", "--kafka").returncode == 0
+
+
 @pytest.mark.timeout(240)
 def test_more_acknowledgements_than_kafkas_queue_holds_are_all_written_in_order(pair: TwoNodes) -> None:
     """As after a crash at the end of a source transaction of a hundred million rows."""
