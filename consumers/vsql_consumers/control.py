@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from vsql_shared.audit.store import PARTITIONS_SECONDS, PartitionKeeper
 from vsql_shared.pg import commands
 from vsql_shared.pg.commands import Command as Wish
 from vsql_shared.pg.connect import Connection, errors
@@ -24,12 +25,20 @@ __all__ = ["Control", "Wish"]
 class Control:
     """The stream's wanted state, its commands and its status row."""
 
-    def __init__(self, conn: Connection, chain: str, limits: LimitsSettings) -> None:
+    def __init__(
+        self,
+        conn: Connection,
+        chain: str,
+        limits: LimitsSettings,
+        *,
+        partitions_every: float = PARTITIONS_SECONDS,
+    ) -> None:
         self.conn, self._chain = conn, chain
         self._poll_seconds = limits.command_poll_ms / 1000
         self._status_seconds = limits.status_interval_ms / 1000
         self._next_poll = self._next_status = 0.0
         self._said = ""
+        self._partitions = PartitionKeeper(conn, partitions_every)
         with errors("listening for commands"):
             conn.execute(f"LISTEN {commands.CHANNEL}")  # a constant of ours
         self.desired = self._read_desired()
@@ -72,9 +81,10 @@ class Control:
         return time.monotonic() >= self._next_status or (what is not None and what != self._said)
 
     def say(self, what: str, detail: Mapping[str, Any]) -> None:
-        """Write the status row."""
+        """Write the status row; look after the audit trail's partitions, at most once an hour."""
         self._next_status, self._said = time.monotonic() + self._status_seconds, what
         write_status(self.conn, self._chain, "in", what, detail)
+        self._partitions.keep(time.monotonic())
 
     def anomalies(self) -> dict[str, int]:
         """{kind: count} of changes that did not fit this node's rows."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import psycopg
 
+from vsql_shared.audit.store import PARTITIONS_SECONDS, PartitionKeeper
 from vsql_shared.config import LimitsSettings
 from vsql_shared.pg import commands
 from vsql_shared.pg.commands import Command
@@ -20,12 +21,20 @@ from vsql_shared.pg.status import write_status
 class Control:
     """The stream's wanted state, its commands, and its status row."""
 
-    def __init__(self, conn: Connection, chain: str, limits: LimitsSettings) -> None:
+    def __init__(
+        self,
+        conn: Connection,
+        chain: str,
+        limits: LimitsSettings,
+        *,
+        partitions_every: float = PARTITIONS_SECONDS,
+    ) -> None:
         self._conn, self._chain = conn, chain
         self._poll_seconds = limits.command_poll_ms / 1000
         self._status_seconds = limits.status_interval_ms / 1000
         self._next_poll = self._next_status = 0.0
         self._said = ""
+        self._partitions = PartitionKeeper(conn, partitions_every)
         self._called = False
         self.desired = "running"
         conn.add_notify_handler(self._on_notify)
@@ -66,6 +75,7 @@ class Control:
         return now >= self._next_status or state != self._said
 
     def say(self, state: str, detail: dict[str, Any], now: float) -> None:
-        """Write the status row."""
+        """Write the status row; look after the audit trail's partitions, at most once an hour."""
         self._next_status, self._said = now + self._status_seconds, state
         write_status(self._conn, self._chain, "out", state, detail)
+        self._partitions.keep(now)

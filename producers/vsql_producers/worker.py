@@ -59,7 +59,6 @@ _log = logging.getLogger(__name__)
 
 # Seconds between looks at a stream that only an operator can set going again.
 _DIVERGED_POLL = 1.0
-_DAY_SECONDS = 86_400.0
 # Of server.stop_timeout, after which the supervisor kills.
 _STOP_SHARE = 0.8
 _SAY_AGAIN_SECONDS = 60.0
@@ -227,7 +226,6 @@ class Worker:
     def _turn_until_stopped(self, pipeline: Pipeline, control: Control, context: Context) -> None:
         conn, targets = context.conn, context.targets
         running = "copying" if context.stream.kind == "copy" else "running"
-        next_day = time.monotonic() + _DAY_SECONDS
         self._acted.clear()
         while self._owed:
             self._act(self._owed.pop(0), "the stream is tried again", pipeline, conn)
@@ -236,9 +234,6 @@ class Worker:
             for command in control.poll(now):
                 self._obey(command, control, pipeline, conn)
             paused = control.desired == "paused"
-            if now >= next_day:
-                next_day = now + _DAY_SECONDS
-                ensure_partitions(conn)
             state = "paused" if paused else running
             if control.status_due(state, now):
                 self._say(control, state, pipeline, context)

@@ -26,9 +26,12 @@ from tests.audit_history import (
     trust,
 )
 from tests.conftest import NewDatabase
+from vsql_consumers import control as consumer_control
+from vsql_producers import control as producer_control
 from vsql_shared.audit.chain import EMPTY_HEAD, ChainReader, ChainWriter
 from vsql_shared.audit.rows import COLUMNS
 from vsql_shared.audit.store import (
+    PartitionKeeper,
     ensure_partitions,
     insert_entries,
     iterate,
@@ -37,6 +40,7 @@ from vsql_shared.audit.store import (
     remember_head,
 )
 from vsql_shared.audit.verify import Report, verify_table
+from vsql_shared.config import LimitsSettings
 from vsql_shared.errors import ChainError, DatabaseError, DecodeError
 from vsql_shared.pg import roles
 from vsql_shared.pg.connect import Connection, connect
@@ -509,3 +513,66 @@ def test_trail_is_written_and_verified_on_older_servers(new_database: NewDatabas
 def test_empty_chain_has_the_empty_head(conn: Connection) -> None:
     assert load_head(conn, CHAIN) == EMPTY_HEAD
     assert check(conn).chains == ()
+
+
+NEXT_MONTH = "SELECT to_regclass('vsql_sync.vsql_sync_audit_p' || to_char({}, 'YYYYMM'))::text".format(
+    "date_trunc('month', now(), 'UTC') + interval '1 month'"
+)
+
+
+def drop_next_month(conn: Connection) -> str:
+    """As if this node had been running since the month before last."""
+    [(name,)] = conn.execute(NEXT_MONTH.encode()).fetchall()
+    conn.execute(f"DROP TABLE {name}")
+    return str(name)
+
+
+def test_a_months_partition_is_made_while_a_service_runs_on(conn: Connection) -> None:
+    ensure_partitions(conn)
+    keeper = PartitionKeeper(conn, every=3600)
+    assert not keeper.keep(1000.0), "the services have just made them"
+    name = drop_next_month(conn)
+    assert not keeper.keep(4599.0)
+    assert conn.execute(NEXT_MONTH.encode()).fetchall() == [(None,)]
+    assert keeper.keep(4600.0)
+    assert conn.execute(NEXT_MONTH.encode()).fetchall() == [(name,)]
+    assert not keeper.keep(4601.0)
+    assert keeper.keep(8200.0), "once an interval, needed or not"
+
+
+def test_a_reader_of_the_trail_does_not_hold_up_the_service_that_wants_a_partition(
+    conn: Connection,
+) -> None:
+    ensure_partitions(conn)
+    keeper = PartitionKeeper(conn, every=3600)
+    keeper.keep(0.0)
+    drop_next_month(conn)
+    with connect(conn.info.dsn, application_name="test", autocommit=False) as reader:
+        reader.execute(f"SELECT count(*) FROM {TABLE}")
+        began = time.monotonic()
+        assert not keeper.keep(3600.0)
+        assert time.monotonic() - began < 10
+        assert not keeper.keep(3601.0), "not at every turn"
+    assert keeper.keep(7200.0)
+    assert conn.execute(NEXT_MONTH.encode()).fetchall() != [(None,)]
+
+
+@pytest.mark.parametrize("control", [producer_control.Control, consumer_control.Control])
+def test_services_look_after_the_partitions_whenever_they_write_their_status(
+    conn: Connection, control: type[producer_control.Control | consumer_control.Control]
+) -> None:
+    ensure_partitions(conn)
+    limits = LimitsSettings()
+    made = control(conn, CHAIN, limits, partitions_every=0.2)
+
+    def say() -> None:
+        if isinstance(made, producer_control.Control):
+            made.say("running", {}, time.monotonic())
+        else:
+            made.say("running", {})
+
+    say()
+    drop_next_month(conn)
+    time.sleep(0.3)
+    say()
+    assert conn.execute(NEXT_MONTH.encode()).fetchall() != [(None,)]

@@ -13,11 +13,13 @@ Tables vsql_sync.vsql_sync_audit (entries this node signed) and vsql_sync.chain_
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
+import psycopg
 from psycopg import sql
 
 from vsql_shared import lsn
@@ -31,11 +33,19 @@ from vsql_shared.audit.rows import (
     parse,
     timestamp,
 )
-from vsql_shared.errors import ChainError
+from vsql_shared.errors import ChainError, TransientError
 from vsql_shared.pg.connect import Connection, errors
 
 PAGE = 500
 """Entries read at a time."""
+
+PARTITIONS_SECONDS = 3600.0
+"""How often a service that runs on looks whether the next month's partition is there."""
+
+# A reader of the whole trail holds up whoever attaches a partition: that one waits so long, and comes again.
+_PARTITION_LOCK_MS = 2000
+
+_log = logging.getLogger(__name__)
 
 _COPY = sql.SQL("COPY vsql_sync.vsql_sync_audit ({}, kafka_offset) FROM STDIN").format(
     sql.SQL(", ").join(map(sql.Identifier, COLUMNS))
@@ -217,9 +227,38 @@ def iterate(conn: Connection, chain: str, from_sequence: int = 1) -> Iterator[St
 
 
 def ensure_partitions(conn: Connection) -> None:
-    """Make this month's and the next month's partition; services call it at start and once a day."""
+    """Make this month's and the next month's partition; services call it at start."""
     with errors("making a partition of the audit trail"):
         conn.execute(
             "SELECT vsql_sync.ensure_audit_partition(now()),"
             " vsql_sync.ensure_audit_partition(now() + INTERVAL '1 month')"
         )
+
+
+class PartitionKeeper:
+    """`ensure_partitions` for a service that runs for months: at most once in `every` seconds."""
+
+    def __init__(self, conn: Connection, every: float = PARTITIONS_SECONDS) -> None:
+        self._conn, self._every = conn, every
+        self._next: float | None = None
+
+    def keep(self, now: float) -> bool:
+        """Look after the partitions when it is time; False when it is not, or when a reader is in the way.
+
+        `now` is any clock that does not go back. The first call only starts the interval: a service has just
+        made them. Entries of a month without a partition are kept in the default one.
+        """
+        if self._next is None or now < self._next:
+            self._next = now + self._every if self._next is None else self._next
+            return False
+        self._next = now + self._every
+        try:
+            with self._conn.transaction():
+                self._conn.execute(f"SET LOCAL lock_timeout = {_PARTITION_LOCK_MS}")
+                ensure_partitions(self._conn)
+        except TransientError as error:
+            if not isinstance(error.__cause__, psycopg.errors.LockNotAvailable):
+                raise
+            _log.warning("a reader of the audit trail is in the way of its next partition; it is tried again")
+            return False
+        return True
