@@ -1,0 +1,135 @@
+"""The end of a node's signing key, through the terminal: handed over (retired), or stolen (revoked).
+
+Two nodes with their services; what an operator does is `syncctl`, in the order of docs/operations/keys.md.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.nodes import Node, TwoNodes
+from tests.pairs import Pairs
+
+pytestmark = pytest.mark.topology
+
+TABLE = "CREATE TABLE t (id int PRIMARY KEY, v text)"
+QUICK = "[limits]\nretry_backoff_max_ms = 1000\ncommand_poll_ms = 300\nstatus_interval_ms = 300\n"
+
+
+def _until(done: Callable[[], object], what: str, seconds: float = 40) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+
+
+def _fingerprint(node: Node) -> str:
+    shown = node.ctl("key", "show-public").stdout
+    return next(word for word in shown.split() if word.startswith("SHA256:"))
+
+
+def _new_key(node: Node) -> None:
+    """A key in another directory, and `node init` again, as the operator does it."""
+    text, old = node.config.read_text(), node.keys
+    node.keys = node.folder / f"{old.name}-next"
+    node.ctl("key", "generate", "--output", str(node.keys))
+    node.config.write_text(text.replace(f"{old}/", f"{node.keys}/"))
+    node.ctl("node", "init")
+
+
+def _pin_again(pair: TwoNodes) -> None:
+    peer = ("--peer-node-id", "2", "--peer-name", "node-b", "--peer-connection", pair.b.conninfo)
+    pair.a.ctl("node", "add-peer", *peer, "--yes")
+
+
+def _in_step(pairs: Pairs) -> TwoNodes:
+    pair = pairs(TABLE, config=QUICK)
+    pair.create(["t(*)"])
+    pair.start()
+    pair.a.execute("INSERT INTO t VALUES (1, 'signed by the first key')")
+    pair.wait_in_step()
+    return pair
+
+
+def _refusal(pair: TwoNodes) -> str:
+    """What node B says of the refused entry, once it does."""
+    refused = "SELECT detail->>'last_error' FROM vsql_sync.stream_status WHERE state = 'refused'"
+    _until(lambda: pair.b.query(refused), "nothing was refused: " + pair.b.tail("consumer"))
+    return str(pair.b.query(refused)[0][0])
+
+
+def _both_verify(pair: TwoNodes) -> None:
+    for node, peer in ((pair.a, pair.b), (pair.b, pair.a)):
+        shown = node.ctl("audit", "verify", "--kafka", "--peer-connection", peer.conninfo).stdout
+        assert "ok: every entry is signed, linked and unaltered" in shown
+
+
+def _signers(pair: TwoNodes) -> set[str]:
+    rows = pair.b.query("SELECT fingerprint FROM vsql_sync.signers WHERE node_name = 'node-a'")
+    return {row[0] for row in rows}
+
+
+@pytest.mark.timeout(240)
+def test_a_key_that_was_handed_over_in_order_is_followed_by_the_new_one(pairs: Pairs) -> None:
+    pair = _in_step(pairs)
+    old = _fingerprint(pair.a)
+    pair.a.stop("producer")
+    retire = ("key", "retire", "--fingerprint", old, "--reason", "yearly change", "--yes")
+    assert f"key {old} of node node-a is retired" in pair.a.ctl(*retire).stdout
+    pair.b.ctl(*retire)
+    again = pair.b.ctl(*retire, check=False)
+    assert again.returncode != 0
+    assert "has ended already" in again.stderr
+    _new_key(pair.a)
+    _pin_again(pair)
+    assert _signers(pair) == {old, _fingerprint(pair.a)}
+    pair.a.start("producer")
+    pair.a.execute("INSERT INTO t VALUES (2, 'signed by the second key')")
+    pair.wait_in_step()
+    assert pair.differences() == []
+    _both_verify(pair)
+    used = "SELECT DISTINCT signer_key FROM vsql_sync.vsql_sync_audit WHERE chain = %s"
+    assert {row[0] for row in pair.a.query(used, pair.chain)} == {old, _fingerprint(pair.a)}
+    pair.stop()
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("act", ["retire", "revoke"])
+def test_what_a_key_signs_after_its_end_is_refused(pairs: Pairs, act: str) -> None:
+    pair = _in_step(pairs)
+    old = _fingerprint(pair.a)
+    shown = pair.b.ctl("key", act, "--fingerprint", old, "--reason", "IR-7", "--yes").stdout
+    assert old in shown
+    time.sleep(1.5)
+    pair.a.execute("INSERT INTO t VALUES (2, 'signed by a key that has ended')")
+    said = _refusal(pair)
+    assert f"{act}d key {old}" in said or f"after it was {act}d" in said
+    assert pair.b.query("SELECT id FROM t") == [(1,)]
+    # What was known before stays verifiable, on both sides.
+    for node in (pair.a, pair.b):
+        assert node.ctl("audit", "verify").returncode == 0
+    pair.stop()
+
+
+@pytest.mark.timeout(240)
+def test_a_stream_goes_on_with_a_new_key_after_the_old_one_was_revoked(pairs: Pairs) -> None:
+    pair = _in_step(pairs)
+    old = _fingerprint(pair.a)
+    pair.a.stop("producer")
+    _until(lambda: len(set(pair.heads())) == 1, "the target has not read what the old key signed")
+    shown = pair.b.ctl("key", "revoke", "--fingerprint", old, "--reason", "laptop stolen", "--yes").stdout
+    head = pair.heads()[0]
+    assert f"{pair.chain} " in shown
+    assert str(head) in shown.split()
+    pair.a.ctl("key", "revoke", "--fingerprint", old, "--reason", "laptop stolen", "--yes")
+    _new_key(pair.a)
+    _pin_again(pair)
+    pair.a.start("producer")
+    pair.a.execute("INSERT INTO t VALUES (2, 'signed by the second key')")
+    pair.wait_in_step()
+    assert pair.differences() == []
+    _both_verify(pair)
+    pair.stop()
