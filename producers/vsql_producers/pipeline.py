@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vsql_producers import replication
+from vsql_producers import drift, replication
 from vsql_producers.batches import Batch, Batches
 from vsql_producers.context import Context
 from vsql_producers.epoch import open_epoch
@@ -68,6 +68,7 @@ class LivePipeline:
         """Everything up to the first row: slot, fence, chain, epoch."""
         c = self._context
         settings = c.settings
+        drift.require_none(c.conn, c.stream.publication)
         binary = not c.text_only and may_be_binary(c.conn, c.stream.publication)
         self._scope = scope = load_scope(c.conn, c.stream.publication)
         connection = replication.open_replication(
@@ -147,7 +148,10 @@ class LivePipeline:
     def _require_same_scope(self) -> None:
         """Descriptors and PCI marks are those of the epoch's start: other ones need another epoch."""
         publication = self._context.stream.publication
-        if load_scope(self._context.conn, publication) != self._scope:
+        conn = self._context.conn
+        drift.require_none(conn, publication)
+        # Leaves come and go; a descriptor asks for them when it must.
+        if load_scope(conn, publication)._replace(leaves={}) != self._scope._replace(leaves={}):
             raise ScopeChanged(
                 f"what publication {publication} may carry was changed", hint="the stream goes on with it"
             )

@@ -3,7 +3,9 @@
 Not here: decoding of relation messages (pgoutput.py) and when a descriptor is sent (seal.py). Rules:
 
 * A column the publication's own scope excludes never passes: a changed PostgreSQL publication stops the
-  stream before anything is sealed.
+  stream before anything is sealed. So does a listed column that does not come, unless it was let in later.
+* A leaf of a table that is published by leaf stands under that table's scope, also when it was detached or
+  dropped since. What was a leaf and is known to nobody stops the stream: its rows would be lost.
 * A type whose binary form holds ids of this server (reg*, arrays and rows of user-defined types) makes the
   whole session text; pgoutput knows no finer choice.
 * A descriptor keeps its salt while the table stays the same: repeated relation messages change nothing.
@@ -20,6 +22,7 @@ from vsql_producers.pgoutput import RelationMessage, TypeMessage
 from vsql_producers.transactions import Descriptor
 from vsql_shared.changes import Column, Relation, TableName, quote_ident
 from vsql_shared.errors import DatabaseError, TransientError
+from vsql_shared.pg import publication_leaves
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.wire.pack import encode_relation, relation_hash
 
@@ -75,6 +78,11 @@ class Scope(NamedTuple):
     """Columns marked as PCI data."""
     forbidden: Mapping[TableName, frozenset[str]]
     """Those that were marked after a publication without PCI data was made, and must not pass."""
+    added: Mapping[TableName, frozenset[str]] = {}
+    """Listed columns that the WAL from before an operator's decision lacks."""
+    leaves: Mapping[TableName, TableName | None] = {}
+    """Of tables published by leaf: leaf → its table; None: an operator said to pass over what comes of it."""
+    via_leaf: bool = False
 
 
 def bound_types(conn: Connection, oids: Sequence[int]) -> frozenset[int]:
@@ -95,17 +103,16 @@ def load_scope(conn: Connection, publication: str) -> Scope:
     """Read the scope from vsql_sync.publications, publication_tables and pci_columns."""
     with errors("reading the publication's scope"):
         there = conn.execute(
-            "SELECT true FROM vsql_sync.publications WHERE name = %s", (publication,)
+            "SELECT via_leaf FROM vsql_sync.publications WHERE name = %s", (publication,)
         ).fetchone()
         tables = conn.execute(
-            "SELECT table_schema, table_name, columns FROM vsql_sync.publication_tables"
+            "SELECT table_schema, table_name, columns, added_columns FROM vsql_sync.publication_tables"
             " WHERE publication = %s",
             (publication,),
         ).fetchall()
         marked = conn.execute(
             "SELECT c.table_schema, c.table_name, c.column_name, p.exclude_pci AND c.marked_at > p.created_at"
-            " FROM vsql_sync.pci_columns c JOIN vsql_sync.publication_tables USING (table_schema, table_name)"
-            " JOIN vsql_sync.publications p ON p.name = publication WHERE p.name = %s",
+            " FROM vsql_sync.pci_columns c CROSS JOIN vsql_sync.publications p WHERE p.name = %s",
             (publication,),
         ).fetchall()
     if there is None:
@@ -113,10 +120,16 @@ def load_scope(conn: Connection, publication: str) -> Scope:
             f"publication {publication} is not known to vsql-sync",
             hint="make it with `syncctl publication create`",
         )
+    columns = {TableName(s, t): None if c is None else frozenset(c) for s, t, c, _ in tables}
+    leaves = publication_leaves.remembered(conn, publication) if there[0] else {}
+    ours = [row for row in marked if (name := TableName(row[0], row[1])) in columns or name in leaves]
     return Scope(
-        {TableName(s, t): None if columns is None else frozenset(columns) for s, t, columns in tables},
-        _by_table((s, t, c) for s, t, c, _ in marked),
-        _by_table((s, t, c) for s, t, c, later in marked if later),
+        columns,
+        _by_table((s, t, c) for s, t, c, _ in ours),
+        _by_table((s, t, c) for s, t, c, later in ours if later),
+        _by_table((s, t, column) for s, t, _, added in tables for column in added),
+        leaves,
+        there[0],
     )
 
 
@@ -129,23 +142,36 @@ def _by_table(rows: Iterable[tuple[str, str, str]]) -> dict[TableName, frozenset
 
 def pci_in(scope: Scope, table: TableName, columns: Sequence[str]) -> tuple[str, ...]:
     """The columns that hold PCI data, as manifests name them. Raises DatabaseError for one out of scope."""
-    if table not in scope.columns:
+    # A leaf's marks are those of its table, and its own.
+    owner = scope.leaves.get(table) or table
+    if owner not in scope.columns:
         raise DatabaseError(
             f"PostgreSQL's publication sends table {table}, which was not published through vsql-sync",
             hint="take it out with ALTER PUBLICATION … DROP TABLE; what was written meanwhile is passed over",
         )
-    listed = scope.columns[table]
+    listed = scope.columns[owner]
     extra = set() if listed is None else set(columns) - listed
-    extra |= scope.forbidden.get(table, frozenset()).intersection(columns)
+    for name in {table, owner}:
+        extra |= scope.forbidden.get(name, frozenset()).intersection(columns)
     if extra:
+        column = quote_ident(min(extra))
         raise DatabaseError(
-            f"table {table}: PostgreSQL's publication sends column {quote_ident(min(extra))},"
+            f"table {table}: PostgreSQL's publication sends column {column},"
             " which the publication leaves out",
             hint="mend it with ALTER PUBLICATION … SET TABLE, naming the columns; rows that were written"
-            " meanwhile hold the column: publish it too, or initialise the targets anew",
+            " meanwhile hold the column: publish it too (`syncctl publication add-column`"
+            f" with {table}.{column}), or initialise the targets anew",
         )
-    found = sorted(scope.pci.get(table, frozenset()).intersection(columns))
-    return tuple(f"{table}.{quote_ident(column)}" for column in found)
+    missing = set() if listed is None else listed - set(columns) - scope.added.get(owner, frozenset())
+    if missing:
+        column = quote_ident(min(missing))
+        raise DatabaseError(
+            f"table {table}: PostgreSQL's publication did not send column {column}, which is published",
+            hint=f"`syncctl publication add-column` with {table}.{column} puts it back and lets the rows"
+            " pass that were written without it; mend those at the targets",
+        )
+    marked = scope.pci.get(table, frozenset()) | scope.pci.get(owner, frozenset())
+    return tuple(f"{table}.{quote_ident(column)}" for column in sorted(marked.intersection(columns)))
 
 
 class Describer:
@@ -174,7 +200,7 @@ class Describer:
         PostgreSQL's publication by now. The WAL still holds what was written while it was in.
         """
         name = TableName(message.schema, message.table)
-        if name not in self._scope.columns and not self._published_now(name):
+        if not self._is_sent(name):
             _log.warning("changes of a table that is not published any more are passed over: %s", name)
             return None
         if self._binary and bound_types(self._conn, [c.type_oid for c in message.columns]):
@@ -198,6 +224,29 @@ class Describer:
         )
         self._known[message.relation_id] = (message, columns, descriptor)
         return descriptor
+
+    def _is_sent(self, name: TableName) -> bool:
+        """Whether to describe a table. Raises DatabaseError where rows of a leaf would be lost unseen."""
+        scope = self._scope
+        if name in scope.columns:
+            return True
+        if scope.via_leaf and scope.leaves.get(name) is None:
+            # It may have been attached a moment ago.
+            publication_leaves.remember(self._conn, self._publication)
+            leaves = publication_leaves.remembered(self._conn, self._publication)
+            scope = self._scope = scope._replace(leaves=leaves)
+        if name in scope.leaves:
+            return scope.leaves[name] is not None
+        if self._published_now(name):
+            return True
+        if scope.via_leaf:
+            raise DatabaseError(
+                f"the WAL holds changes of {name}, which is in no published table now: it may have been a"
+                " partition that was detached or dropped before they were read",
+                hint=f"`syncctl publication partition {self._publication} {name}` with --of and its table"
+                " lets them pass, with --pass-over they are left out",
+            )
+        return False
 
     def _published_now(self, name: TableName) -> bool:
         with errors("looking at the publication"):

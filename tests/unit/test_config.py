@@ -196,10 +196,6 @@ NOT_BUILT = {
     "cryptaply": ("[cryptaply]\nenabled = true", "cryptaply.enabled"),
     "ddl": ("[ddl]\naudit_ddl = true", "ddl.audit_ddl"),
     "table": ('[audit]\naudit_table = "other"', "audit.audit_table"),
-    "row filter": (
-        '[[publications]]\nname = "p"\ntables = [{name = "t", where = "a > 1"}]',
-        "publications[0].tables[0].where",
-    ),
 }
 
 

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from vsql_producers import replication
+from vsql_producers import drift, replication
 from vsql_producers.batches import Batch, Batches
 from vsql_producers.context import Context
 from vsql_producers.epoch import open_epoch
@@ -131,6 +131,7 @@ class CopyPipeline:
         import_snapshot(conn, snapshot)
         # Imported, it needs the slot no more: a long copy holds back no WAL.
         replica.close()
+        drift.require_none(c.conn, c.stream.publication)
         scope = load_scope(c.conn, c.stream.publication)
         salts = [os.urandom(16) for _ in range(count_tables(conn, c.stream.publication))]
         tables = tables_to_copy(conn, c.stream.publication, scope, salts)

@@ -33,11 +33,17 @@ def publication() -> None:
     epilog=example(
         'syncctl publication create analytics --table "payments(id, amount)" --table "merchants(*)"',
         'syncctl publication create full --table "*" --pci-column payments.pan --exclude-pci',
+        """syncctl publication create west --table "orders WHERE (region = 'west')\"""",
     ),
 )
 @click.argument("name")
 @click.option(
-    "--table", "tables", multiple=True, required=True, metavar="TABLE", help="table(columns), table, or *."
+    "--table",
+    "tables",
+    multiple=True,
+    required=True,
+    metavar="TABLE",
+    help="table, table(columns), or *; WHERE (predicate) after it is a row filter.",
 )
 @click.option(
     "--pci-column", "pci_columns", multiple=True, metavar="TABLE.COLUMN", help="Mark a column as PCI data."
@@ -46,6 +52,7 @@ def publication() -> None:
 @click.option(
     "--insert-only", is_flag=True, help="Publish INSERT and TRUNCATE only; no replica identity needed."
 )
+@click.option("--via-leaf", is_flag=True, help="Partitioned tables travel leaf by leaf, not as one table.")
 @output_option
 @pass_operator
 def create(
@@ -56,12 +63,14 @@ def create(
     pci_columns: tuple[str, ...],
     exclude_pci: bool,
     insert_only: bool,
+    via_leaf: bool,
 ) -> None:
     """Create publication NAME, or change it while no stream uses it.
 
     "*" is every table there is now; a table made later is not published until this is run again.
     """
     from vsql_shared.pg import publications
+    from vsql_shared.pg.publication_notes import limitations
     from vsql_shared.pg.table_spec import parse_column, parse_spec
 
     request = publications.PublicationRequest(
@@ -70,17 +79,77 @@ def create(
         tuple(parse_column(text) for text in pci_columns),
         exclude_pci=exclude_pci,
         insert_only=insert_only,
+        via_leaf=via_leaf,
     )
     with open_node(operator) as conn:
         made = publications.create(conn, request)
+        notes = limitations(conn, made)
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
     emit(output, _as_dict(made), lambda: _table([made]))
+
+
+@publication.command(
+    "add-column",
+    epilog=example("syncctl publication add-column analytics payments.note"),
+)
+@click.argument("name")
+@click.argument("column", metavar="TABLE.COLUMN")
+@yes_option
+@pass_operator
+def add_column(operator: Operator, name: str, column: str, yes: bool) -> None:
+    """Let a column travel with publication NAME from now on, streams included.
+
+    Rows that were written before keep what the column has at the targets, which must have it.
+    """
+    from vsql_shared.pg import publication_changes
+    from vsql_shared.pg.table_spec import parse_column
+
+    table, wanted = parse_column(column)
+    confirm(f"Let column {column} leave this node with publication {name}?", yes=yes)
+    with open_node(operator) as conn:
+        publication_changes.add_column(conn, name, table, wanted)
+    click.echo(f"publication {name} carries {column} from now on", err=True)
+
+
+@publication.command(
+    "partition",
+    epilog=example(
+        "syncctl publication partition facts facts_2024 --of facts",
+        "syncctl publication partition facts facts_2024 --pass-over",
+    ),
+)
+@click.argument("name")
+@click.argument("table")
+@click.option("--of", "root", metavar="TABLE", help="The published table it was a partition of.")
+@click.option("--pass-over", is_flag=True, help="Leave out what the WAL holds of it.")
+@yes_option
+@pass_operator
+def partition(
+    operator: Operator, name: str, table: str, root: str | None, pass_over: bool, yes: bool
+) -> None:
+    """Say what TABLE was, when it was detached or dropped before its changes were read.
+
+    Only for publications by leaf (--via-leaf); the stream's error asks for it.
+    """
+    from vsql_shared.pg import publication_changes
+    from vsql_shared.pg.table_spec import parse_table
+
+    if (root is None) is not pass_over:
+        raise click.UsageError("give --of TABLE or --pass-over")
+    leaf, of = parse_table(table), None if root is None else parse_table(root)
+    what = f"Let rows of {leaf} pass as a partition of {of}?" if of else f"Leave out the rows of {leaf}?"
+    confirm(what, yes=yes)
+    with open_node(operator) as conn:
+        publication_changes.settle_partition(conn, name, leaf, of)
+    click.echo(f"{leaf}: " + (f"a partition of {of}" if of else "passed over"), err=True)
 
 
 @publication.command("list", epilog=example("syncctl publication list --output json"))
 @output_option
 @pass_operator
 def list_(operator: Operator, output: OutputFormat) -> None:
-    """List the publications with their tables, columns and PCI scope."""
+    """List the publications with their tables, columns, row filters and PCI scope."""
     from vsql_shared.pg import nodes, publications
 
     with open_node(operator) as conn:
@@ -113,6 +182,7 @@ def _as_dict(one: PublicationInfo) -> dict[str, object]:
                 "schema": table.name.schema,
                 "table": table.name.table,
                 "columns": "all" if table.columns is None else list(table.columns),
+                "where": table.where,
                 "pci_columns": one.pci.get(table.name, []),
             }
             for table in one.tables
@@ -126,10 +196,11 @@ def _table(found: Sequence[PublicationInfo]) -> str:
             one.name,
             str(table.name),
             "all" if table.columns is None else ", ".join(table.columns),
+            table.where or "",
             ", ".join(one.pci.get(table.name, [])),
-            "insert only" if one.insert_only else "all",
+            ("insert only" if one.insert_only else "all") + (", by leaf" if one.via_leaf else ""),
         )
         for one in found
         for table in one.tables
     ]
-    return render_table(("PUBLICATION", "TABLE", "COLUMNS", "PCI COLUMNS", "CHANGES"), rows)
+    return render_table(("PUBLICATION", "TABLE", "COLUMNS", "ROWS", "PCI COLUMNS", "CHANGES"), rows)

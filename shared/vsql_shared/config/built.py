@@ -44,16 +44,13 @@ def _missing(settings: Settings) -> Iterator[tuple[str, str]]:
 
 
 def _missing_many_writers(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Bidirectional streams, row filters, and what settles conflicts."""
+    """Bidirectional streams, and what settles conflicts."""
     for index, peer in enumerate(settings.peers):
         if peer.mode == "bidirectional":
             yield f'peers[{index}].mode = "bidirectional"', 'use "uni-directional"'
     for index, publication in enumerate(settings.publications):
         if publication.mode == "bidirectional":
             yield f'publications[{index}].mode = "bidirectional"', 'use "uni-directional"'
-        filtered = (number for number, table in enumerate(publication.tables) if table.where is not None)
-        for number in filtered:
-            yield f"publications[{index}].tables[{number}].where", "remove the row filter"
     yield from _missing_conflict(settings.conflict)
 
 

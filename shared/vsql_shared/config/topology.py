@@ -56,7 +56,7 @@ class PublicationTable(Section):
     exclude_pci: bool = False
     """Leave out the columns marked as PCI, and keep them out of the WAL stream."""
     where: str | None = None
-    """Row filter."""
+    """Row filter: a predicate as in CREATE PUBLICATION … WHERE, such as "region = 'US'"."""
 
     @model_validator(mode="after")
     def _no_repeats(self) -> PublicationTable:
@@ -73,6 +73,8 @@ class PublicationSettings(Section):
     """Name, unique in the database."""
     mode: StreamMode = "uni-directional"
     """Whether only this node writes these tables."""
+    via_leaf: bool = False
+    """Partitioned tables travel leaf by leaf, each under its own name, instead of as one table."""
     tables: list[Annotated[PublicationTable, BeforeValidator(_table_entry)]] = Field(default_factory=list)
     """Tables, by name or as [[publications.tables]]."""
 

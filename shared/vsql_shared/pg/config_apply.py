@@ -65,12 +65,16 @@ def request_of(publication: PublicationSettings) -> PublicationRequest:
         raise NotBuiltError(f'mode "{publication.mode}" is not built yet', hint='use "uni-directional"')
     specs = []
     for table in publication.tables:
-        if table.where is not None:
-            raise NotBuiltError(f"{table.name}: row filters are not built yet", hint="remove `where`")
         spec = parse_spec(table.name, exclude_pci=table.exclude_pci)
         columns = spec.columns if table.columns is None else tuple(table.columns)
-        specs.append(TableSpec(spec.name, columns, table.exclude_pci))
-    return PublicationRequest(publication.name, tuple(specs))
+        if table.where is not None and spec.name is None:
+            raise RefusedError('"*" has no row filter', hint="name the table: filters are of one table each")
+        specs.append(TableSpec(spec.name, columns, table.exclude_pci, table.where))
+    return PublicationRequest(
+        publication.name,
+        tuple(specs),
+        via_leaf=publication.via_leaf,
+    )
 
 
 def _marks(settings: Settings) -> Iterator[tuple[TableName, str]]:
@@ -91,7 +95,9 @@ def _plan_publications(conn: Connection, settings: Settings) -> Iterator[Change]
         after = publications.create(conn, request_of(publication))
         if before != after:
             tables = ", ".join(
-                f"{table.name}" + ("" if table.columns is None else f"({', '.join(table.columns)})")
+                f"{table.name}"
+                + ("" if table.columns is None else f"({', '.join(table.columns)})")
+                + (f" WHERE {table.where}" if table.where else "")
                 for table in after.tables
             )
             yield Change("publication", publication.name, "create" if before is None else "change", tables)

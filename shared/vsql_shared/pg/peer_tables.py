@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from vsql_shared.changes import quote_ident
+from vsql_shared.changes import TableName, quote_ident
 from vsql_shared.pg import catalog
 from vsql_shared.pg.catalog import TableInfo
 from vsql_shared.pg.connect import Connection
-from vsql_shared.pg.publications import PublicationInfo
+from vsql_shared.pg.publications import PublicationInfo, carried
 
 
 def target_problems(origin: Connection, peer: Connection, publication: PublicationInfo) -> list[str]:
     """Why the target cannot take the publication's tables: one line each, with what to do."""
     found: list[str] = []
-    for published in publication.tables:
+    for published in carried(origin, publication):
         source = catalog.describe(origin, published.name)
         target = catalog.describe(peer, published.name)
         if source is None:
@@ -26,6 +26,20 @@ def target_problems(origin: Connection, peer: Connection, publication: Publicati
         else:
             columns = source.sent_columns if published.columns is None else published.columns
             found += table_problems(source, target, columns, insert_only=publication.insert_only)
+    return found
+
+
+def security_notes(origin: Connection, peer: Connection, tables: Sequence[TableName]) -> list[str]:
+    """Tables with row security. Sessions of ours have row_security off: nothing is hidden in silence."""
+    found = []
+    for conn, who, where in ((origin, "producer", "this node"), (peer, "consumer", "the peer")):
+        secured = [name for name in tables if (info := catalog.describe(conn, name)) and info.row_security]
+        if secured:
+            names = ", ".join(map(str, secured))
+            found.append(
+                f"{names}: has row-level security on {where}; the {who}'s user there must bypass it"
+                " (ALTER ROLE … BYPASSRLS), or the stream stops at this table"
+            )
     return found
 
 

@@ -20,10 +20,10 @@ from vsql_shared import names
 from vsql_shared.changes import TableName
 from vsql_shared.crypto.signing import fingerprint
 from vsql_shared.errors import NotBuiltError, RefusedError
-from vsql_shared.pg import catalog, migrate, nodes, oplog, publications, roles
+from vsql_shared.pg import catalog, migrate, nodes, oplog, publication_leaves, publications, roles
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.pg.nodes import NodeInfo
-from vsql_shared.pg.peer_tables import target_problems
+from vsql_shared.pg.peer_tables import security_notes, target_problems
 from vsql_shared.pg.publications import PublicationInfo
 
 # The audit topic has one partition. Stored with each stream, so that it may have more one day.
@@ -88,17 +88,19 @@ def look(origin: Connection, peer: Connection, request: PeerRequest) -> PeerPlan
         problems = [line for publication in chosen for line in target_problems(origin, peer, publication)]
         problems += _overlaps(origin, chosen, there.name)
         # Only tables that are there can be looked into.
-        problems += _filled(peer, chosen, streams) if request.copy and not problems else []
+        problems += _filled(origin, peer, chosen, streams) if request.copy and not problems else []
+        notes = security_notes(origin, peer, _names(origin, chosen)) if not problems else []
     if problems:
         lines = "\n  ".join(problems)
         raise RefusedError(f"peer {there.name} is refused, nothing was changed:\n  {lines}")
-    notes = () if chosen else (f"node {here.name} has no publication: only the keys are exchanged",)
-    return PeerPlan(here, there, tuple(chosen), streams, notes)
+    if not chosen:
+        notes.append(f"node {here.name} has no publication: only the keys are exchanged")
+    return PeerPlan(here, there, tuple(chosen), streams, tuple(notes))
 
 
 def add(origin: Connection, peer: Connection, plan: PeerPlan) -> None:
     """Write what the plan says into both databases; the same plan may be written again."""
-    targets = [table.name for publication in plan.publications for table in publication.tables]
+    targets = _names(origin, plan.publications)
     # The inner context ends first: the peer commits before the origin.
     with errors(f"adding peer {plan.peer.name}"), origin.transaction(), peer.transaction():
         nodes.register_peer(peer, replace(plan.origin, mode="uni-directional"))
@@ -109,7 +111,15 @@ def add(origin: Connection, peer: Connection, plan: PeerPlan) -> None:
         )
         nodes.register_peer(origin, plan.peer)
         write_outgoing(origin, plan.streams)
+        for publication in plan.publications:
+            # Partitions may have been made since; the first copy reads them.
+            publications.grant_reading(origin, publication)
         oplog.record(origin, "peer.add", "node", plan.peer.name, new=_as_json(plan.peer, plan.streams, "out"))
+
+
+def _names(origin: Connection, chosen: Sequence[PublicationInfo]) -> list[TableName]:
+    """The tables as they travel."""
+    return [table.name for one in chosen for table in publications.carried(origin, one)]
 
 
 def plan_streams(here: NodeInfo, target: str, name: str, *, copy: bool) -> list[Stream]:
@@ -239,7 +249,10 @@ def _overlaps(conn: Connection, chosen: Sequence[PublicationInfo], target: str) 
     running = [info for info in publications.everything(conn) if info.name in others]
     for publication in [*running, *chosen]:
         for table in publication.tables:
-            first = carried.setdefault(table.name, publication.name)
+            # A partition may travel by itself in one, and as a part of its table in another.
+            family = publication_leaves.family(conn, table.name)
+            first = next((carried[name] for name in sorted(family) if name in carried), publication.name)
+            carried |= dict.fromkeys(family - carried.keys(), publication.name)
             if first != publication.name:
                 found.append(
                     f"{table.name}: is in publications {first} and {publication.name}; one target takes a"
@@ -248,11 +261,13 @@ def _overlaps(conn: Connection, chosen: Sequence[PublicationInfo], target: str) 
     return found
 
 
-def _filled(peer: Connection, chosen: Sequence[PublicationInfo], streams: Sequence[Stream]) -> list[str]:
+def _filled(
+    origin: Connection, peer: Connection, chosen: Sequence[PublicationInfo], streams: Sequence[Stream]
+) -> list[str]:
     """Target tables with rows, where a copy is to come that has not been prepared before."""
     prepared = {row[0] for row in peer.execute("SELECT chain FROM vsql_sync.streams WHERE direction = 'in'")}
     new = {stream.publication for stream in streams if stream.kind == "copy" and stream.chain not in prepared}
-    tables = [table.name for publication in chosen if publication.name in new for table in publication.tables]
+    tables = _names(origin, [publication for publication in chosen if publication.name in new])
     return [
         f"{name}: holds rows on the peer, and the first copy needs it empty; TRUNCATE it there,"
         " or give --no-copy if its rows are the same as here"

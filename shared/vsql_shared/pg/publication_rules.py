@@ -17,8 +17,8 @@ _KINDS = {
 }  # fmt: skip
 
 
-def table_problem(name: TableName, table: TableInfo | None) -> str | None:
-    """Why this cannot be published at all, or None."""
+def table_problem(name: TableName, table: TableInfo | None, *, via_leaf: bool = False) -> str | None:
+    """Why this cannot be published at all, or None. Partitions are tables of their own only by leaf."""
     if name.schema == "vsql_sync":
         return f"{name}: schema vsql_sync is never published"
     if table is None:
@@ -27,15 +27,17 @@ def table_problem(name: TableName, table: TableInfo | None) -> str | None:
         return f"{name}: is {_KINDS.get(table.kind, 'no table')}; publish the tables it stands on"
     if table.persistence != "p":
         return f"{name}: is not in the WAL (unlogged or temporary); ALTER TABLE {name} SET LOGGED"
-    if table.is_partition:
-        return f"{name}: is a partition; publish the partitioned table"
+    if table.is_partition and not via_leaf:
+        return f"{name}: is a partition; publish the partitioned table, or by leaf (--via-leaf)"
     return None
 
 
 def choose_columns(
-    table: TableInfo, listed: Sequence[str] | None, left_out: set[str]
+    table: TableInfo, listed: Sequence[str] | None, left_out: set[str], *, closed: bool = False
 ) -> tuple[tuple[str, ...] | None, list[str]]:
     """(columns to publish, problems); None stands for all, so that columns added later travel too.
+
+    `closed`: they must not, so that the columns are always listed.
 
     Columns keep the table's order: a list in another order says the same. A table without columns of its own
     (none, or generated ones only) is published all the same: it has rows.
@@ -53,7 +55,59 @@ def choose_columns(
     chosen = tuple(column for column in wanted if column not in left_out)
     if wanted and not chosen:
         return None, [f"{table.name}: no column is left to publish"]
-    return (None if listed is None and chosen == wanted else chosen), []
+    return (None if listed is None and chosen == wanted and not closed else chosen), []
+
+
+def leaf_problem(table: TableInfo, columns: Sequence[str] | None, where: str | None) -> str | None:
+    """PostgreSQL takes lists and filters of each leaf then, and none of the table they belong to."""
+    if table.kind != "p" or (columns is None and where is None):
+        return None
+    what = "a row filter" if where is not None else "a column list"
+    return (
+        f"{table.name}: {what} of a partitioned table needs publishing by root; leave --via-leaf out, or name"
+        " the partitions, each with its own"
+    )
+
+
+def closed_problem(table: TableInfo) -> str | None:
+    """Columns added later must stay out, and FULL needs them sent: the source's own UPDATEs would fail."""
+    if table.replica_identity != "f":
+        return None
+    return (
+        f"{table.name}: PCI columns are excluded, and REPLICA IDENTITY FULL needs every column published,"
+        f" later ones too; {_remedy(table, ())}"
+    )
+
+
+def root_identity_problem(root: TableInfo, leaf: TableInfo) -> str | None:
+    """Changes of a leaf travel under the root's identity: what the leaf writes down must hold it."""
+    if root.identity is None:
+        return (
+            f"{root.name}: has no replica identity of its own, under which its partitions' rows are found;"
+            f" {_remedy(root, None)}"
+        )
+    held = leaf.column_names if leaf.replica_identity == "f" else leaf.identity or ()
+    if set(root.identity) <= set(held):
+        return None
+    wanted = "FULL" if root.replica_identity == "f" else "DEFAULT, or USING INDEX with the same columns"
+    return (
+        f"{leaf.name}: its replica identity differs from that of {root.name}, under which its rows travel;"
+        f" ALTER TABLE {leaf.name} REPLICA IDENTITY {wanted}"
+    )
+
+
+def filter_problem(table: TableInfo, filtered: Sequence[str]) -> str | None:
+    """UPDATE and DELETE are judged by the old row too, of which the WAL holds the identity only."""
+    identity = table.identity
+    missing = [column for column in filtered if column not in (identity or ())]
+    if identity is None or not missing:
+        return None
+    names = ", ".join(map(quote_ident, missing))
+    return (
+        f"{table.name}: the row filter reads column {names}, which is not part of the replica identity; make"
+        f" a unique index of NOT NULL columns with it and ALTER TABLE {table.name} REPLICA IDENTITY USING"
+        " INDEX … (or REPLICA IDENTITY FULL, or --insert-only)"
+    )
 
 
 def identity_problem(table: TableInfo, columns: Sequence[str] | None, left_out: set[str]) -> str | None:

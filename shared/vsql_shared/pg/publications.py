@@ -7,7 +7,12 @@ transaction. Rules:
   never widens the PCI scope, without an operator's act. Schema vsql_sync is never published.
 * What PostgreSQL would refuse at the first UPDATE (no replica identity, a key column left out, FULL with
   columns left out) is refused here, before anything is changed, for all tables in one message.
-* A publication with streams does not change: their targets were checked against what it has.
+* A publication with streams does not change: their targets were checked against what it has. What may be
+  decided of one all the same is in publication_changes.py.
+* Where PCI columns are excluded, every table has a column list: a column that is added later stays out until
+  an operator lets it in.
+* A row filter is kept as PostgreSQL prints it, and a partitioned table travels under its own name, or leaf by
+  leaf (docs/operations/publications.md).
 """
 
 from __future__ import annotations
@@ -19,10 +24,20 @@ from psycopg import sql
 
 from vsql_shared.changes import TableName, quote_ident
 from vsql_shared.errors import RefusedError, UserError
-from vsql_shared.pg import catalog, nodes, oplog, roles
+from vsql_shared.pg import catalog, nodes, oplog, publication_leaves, roles, row_filter
 from vsql_shared.pg.catalog import TableInfo
 from vsql_shared.pg.connect import Connection, errors
-from vsql_shared.pg.publication_rules import NAME, choose_columns, identity_problem, table_problem
+from vsql_shared.pg.publication_rules import (
+    NAME,
+    choose_columns,
+    closed_problem,
+    filter_problem,
+    identity_problem,
+    leaf_problem,
+    root_identity_problem,
+    table_problem,
+)
+from vsql_shared.pg.row_filter import RowFilter
 from vsql_shared.pg.table_spec import TableSpec
 
 
@@ -38,14 +53,17 @@ class PublicationRequest:
     """Leave marked columns out of every table (TableSpec has the same for one)."""
     insert_only: bool = False
     """Publish INSERT and TRUNCATE only; tables need no replica identity."""
+    via_leaf: bool = False
+    """Partitioned tables travel leaf by leaf (publish_via_partition_root = false)."""
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedTable:
-    """A table of a publication; `columns` None is all of them."""
+    """A table of a publication; `columns` None is all of them, `where` its row filter."""
 
     name: TableName
     columns: tuple[str, ...] | None
+    where: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +76,7 @@ class PublicationInfo:
     insert_only: bool
     pci: dict[TableName, list[str]]
     """Marked columns that travel."""
+    via_leaf: bool = False
 
 
 def create(conn: Connection, request: PublicationRequest) -> PublicationInfo:
@@ -75,15 +94,17 @@ def create(conn: Connection, request: PublicationRequest) -> PublicationInfo:
         tables = resolve(conn, request)
         before = find(conn, request.name)
         excludes = request.exclude_pci or any(spec.exclude_pci for spec in request.tables)
+        pci = _pci_of(conn, tables)
         after = PublicationInfo(
-            request.name, tuple(tables), excludes, request.insert_only, _pci_of(conn, tables)
+            request.name, tuple(tables), excludes, request.insert_only, pci, request.via_leaf
         )
         if before == after:
             return after
         if before is not None:
             _refuse_used(conn, request.name, "changed")
         _write(conn, after, exists=before is not None)
-        roles.grant_source(conn, {table.name: table.columns for table in tables})
+        publication_leaves.remember(conn, request.name)
+        grant_reading(conn, after)
         oplog.record(
             conn,
             "publication.create" if before is None else "publication.change",
@@ -121,21 +142,41 @@ def everything(conn: Connection) -> list[PublicationInfo]:
 def find(conn: Connection, name: str) -> PublicationInfo | None:
     """One publication, or None."""
     row = conn.execute(
-        "SELECT exclude_pci, NOT coalesce(p.pubupdate, true) FROM vsql_sync.publications v"
+        "SELECT exclude_pci, NOT coalesce(p.pubupdate, true), via_leaf FROM vsql_sync.publications v"
         " LEFT JOIN pg_catalog.pg_publication p ON p.pubname = v.name WHERE v.name = %s",
         (name,),
     ).fetchone()
     if row is None:
         return None
     tables = [
-        PublishedTable(TableName(schema, table), None if columns is None else tuple(columns))
-        for schema, table, columns in conn.execute(
-            "SELECT table_schema, table_name, columns FROM vsql_sync.publication_tables"
+        PublishedTable(TableName(schema, table), None if columns is None else tuple(columns), where)
+        for schema, table, columns, where in conn.execute(
+            "SELECT table_schema, table_name, columns, row_filter FROM vsql_sync.publication_tables"
             " WHERE publication = %s ORDER BY 1, 2",
             (name,),
         )
     ]
-    return PublicationInfo(name, tuple(tables), row[0], row[1], _pci_of(conn, tables))
+    return PublicationInfo(name, tuple(tables), row[0], row[1], _pci_of(conn, tables), row[2])
+
+
+def carried(conn: Connection, publication: PublicationInfo) -> list[PublishedTable]:
+    """The tables as they travel: by leaf, a partitioned table's leaves stand for it."""
+    found = []
+    for table in publication.tables:
+        leaves = publication_leaves.leaves(conn, table.name) if publication.via_leaf else []
+        found += [PublishedTable(leaf, None) for leaf in leaves] or [table]
+    return found
+
+
+def grant_reading(conn: Connection, publication: PublicationInfo) -> None:
+    """Let the producer's role read what the first copy reads: published columns, and those of row filters."""
+    readable: dict[TableName, tuple[str, ...] | None] = {}
+    for table in carried(conn, publication):
+        info = catalog.describe(conn, table.name) if table.columns is not None and table.where else None
+        extra = row_filter.read(conn, info, table.where).columns if info and table.where else ()
+        columns = table.columns
+        readable[table.name] = None if columns is None else tuple(dict.fromkeys((*columns, *extra)))
+    roles.grant_source(conn, readable)
 
 
 def pci_scope(conn: Connection, publication: str) -> dict[tuple[str, str], list[str]]:
@@ -180,18 +221,11 @@ def resolve(conn: Connection, request: PublicationRequest) -> list[PublishedTabl
     tables: list[PublishedTable] = []
     problems: list[str] = []
     for spec in _spread(conn, request.tables):
-        assert spec.name is not None  # noqa: S101 - _spread has replaced `*`
-        table = catalog.describe(conn, spec.name)
-        problem = table_problem(spec.name, table)
-        if problem or table is None:
-            problems.append(problem or f"{spec.name}: there is no such table")
-            continue
-        secret = marked(conn, table.name) if request.exclude_pci or spec.exclude_pci else set()
-        columns, wrong = choose_columns(table, spec.columns, secret)
-        problems += wrong
-        if not wrong and not request.insert_only:
-            problems += _identity_problems(conn, table, columns, secret)
-        tables.append(PublishedTable(table.name, columns))
+        table, found = _resolve_one(conn, request, spec)
+        problems += found
+        if table is not None:
+            tables.append(table)
+    problems += publication_leaves.nested(conn, [table.name for table in tables])
     if problems:
         lines = "\n  ".join(problems)
         raise RefusedError(f"publication {request.name} is refused, nothing was changed:\n  {lines}")
@@ -200,12 +234,53 @@ def resolve(conn: Connection, request: PublicationRequest) -> list[PublishedTabl
     return sorted(tables, key=lambda table: table.name)
 
 
+def _resolve_one(
+    conn: Connection, request: PublicationRequest, spec: TableSpec
+) -> tuple[PublishedTable | None, list[str]]:
+    """One table, and what is wrong with it."""
+    assert spec.name is not None  # noqa: S101 - _spread has replaced `*`
+    table = catalog.describe(conn, spec.name)
+    problem = table_problem(spec.name, table, via_leaf=request.via_leaf)
+    if problem or table is None:
+        return None, [problem or f"{spec.name}: there is no such table"]
+    closed = request.exclude_pci or spec.exclude_pci
+    secret = _marked_above(conn, table) if closed else set()
+    columns, problems = choose_columns(table, spec.columns, secret, closed=closed)
+    by_leaf = request.via_leaf and leaf_problem(table, columns, spec.where)
+    problems += [by_leaf] if by_leaf else []
+    predicate = None
+    if spec.where is not None and not by_leaf:
+        try:
+            predicate = row_filter.read(conn, table, spec.where)
+        except RefusedError as error:
+            problems.append(error.message)
+    if not problems and not request.insert_only:
+        problems += _identity_problems(conn, request, table, columns, secret, predicate)
+        full = closed_problem(table) if closed and not problems else None
+        problems += [full] if full else []
+    return PublishedTable(table.name, columns, predicate.text if predicate else None), problems
+
+
+def _marked_above(conn: Connection, table: TableInfo) -> set[str]:
+    """Marks of the table, and of the partitioned tables it is a part of."""
+    names = [table.name, *(publication_leaves.ancestors(conn, table.name) if table.is_partition else ())]
+    return set().union(*(marked(conn, name) for name in names))
+
+
 def _identity_problems(
-    conn: Connection, table: TableInfo, columns: tuple[str, ...] | None, secret: set[str]
+    conn: Connection,
+    request: PublicationRequest,
+    table: TableInfo,
+    columns: tuple[str, ...] | None,
+    secret: set[str],
+    predicate: RowFilter | None,
 ) -> Iterator[str]:
     """Of the table, or of its partitions: those are where rows change."""
+    filtered = predicate.columns if predicate else ()
     for part in catalog.partitions(conn, table) if table.kind == "p" else [table]:
-        problem = identity_problem(part, columns, secret)
+        problem = identity_problem(part, columns, secret) or filter_problem(part, filtered)
+        if problem is None and part is not table and not request.via_leaf:
+            problem = root_identity_problem(table, part)
         if problem is not None:
             yield problem
 
@@ -229,9 +304,8 @@ def _spread(conn: Connection, specs: Iterable[TableSpec]) -> list[TableSpec]:
 def _pci_of(conn: Connection, tables: Iterable[PublishedTable]) -> dict[TableName, list[str]]:
     scope = {}
     for published in tables:
-        secret = marked(conn, published.name)
-        table = catalog.describe(conn, published.name) if secret else None
-        if table is not None:
+        table = catalog.describe(conn, published.name)
+        if table is not None and (secret := _marked_above(conn, table)):
             sent = published.columns if published.columns is not None else table.sent_columns
             scope[published.name] = [column for column in sent if column in secret]
     return {name: columns for name, columns in scope.items() if columns}
@@ -249,19 +323,6 @@ def _refuse_used(conn: Connection, name: str, what: str) -> None:
 
 
 def _write(conn: Connection, publication: PublicationInfo, *, exists: bool) -> None:
-    name = sql.Identifier(publication.name)
-    # ONLY: children of an inheritance parent are tables of their own and are named if they are meant.
-    tables = sql.SQL(", ").join(
-        sql.SQL("ONLY {}{}").format(
-            sql.Identifier(table.name.schema, table.name.table),
-            sql.SQL("")
-            if table.columns is None
-            else sql.SQL(" ({})").format(sql.SQL(", ").join(map(sql.Identifier, table.columns))),
-        )
-        for table in publication.tables
-    )
-    operations = "insert, truncate" if publication.insert_only else "insert, update, delete, truncate"
-    options = sql.SQL("publish = {}, publish_via_partition_root = true").format(operations)
     known = conn.execute(
         "SELECT FROM pg_catalog.pg_publication WHERE pubname = %s", (publication.name,)
     ).fetchone()
@@ -270,23 +331,49 @@ def _write(conn: Connection, publication: PublicationInfo, *, exists: bool) -> N
             f"PostgreSQL has a publication {publication.name} that was not made by vsql-sync",
             hint="choose another name, or drop it if nobody uses it",
         )
+    name = sql.Identifier(publication.name)
     if known is not None:
-        conn.execute(sql.SQL("ALTER PUBLICATION {} SET TABLE {}").format(name, tables))
-        conn.execute(sql.SQL("ALTER PUBLICATION {} SET ({})").format(name, options))
-    else:
-        conn.execute(sql.SQL("CREATE PUBLICATION {} FOR TABLE {} WITH ({})").format(name, tables, options))
+        # Made anew, as no stream uses it: altering options and tables in turn would have to fit at each step.
+        conn.execute(sql.SQL("DROP PUBLICATION {}").format(name))
+    operations = "insert, truncate" if publication.insert_only else "insert, update, delete, truncate"
+    via_root = "false" if publication.via_leaf else "true"
     conn.execute(
-        "INSERT INTO vsql_sync.publications (name, exclude_pci) VALUES (%s, %s)"
-        " ON CONFLICT (name) DO UPDATE SET exclude_pci = excluded.exclude_pci",
-        (publication.name, publication.exclude_pci),
+        sql.SQL(
+            "CREATE PUBLICATION {} FOR TABLE {} WITH (publish = {}, publish_via_partition_root = {})"
+        ).format(name, tables_sql(publication.tables), operations, sql.SQL(via_root))
     )
-    conn.execute("DELETE FROM vsql_sync.publication_tables WHERE publication = %s", (publication.name,))
-    for table in publication.tables:
+    conn.execute(
+        "INSERT INTO vsql_sync.publications (name, exclude_pci, via_leaf) VALUES (%s, %s, %s)"
+        " ON CONFLICT (name) DO UPDATE SET exclude_pci = excluded.exclude_pci, via_leaf = excluded.via_leaf",
+        (publication.name, publication.exclude_pci, publication.via_leaf),
+    )
+    for table in ("publication_tables", "publication_leaves"):
         conn.execute(
-            "INSERT INTO vsql_sync.publication_tables (publication, table_schema, table_name, columns)"
-            " VALUES (%s, %s, %s, %s)",
-            (publication.name, *table.name, None if table.columns is None else list(table.columns)),
+            sql.SQL("DELETE FROM vsql_sync.{} WHERE publication = %s").format(sql.Identifier(table)),
+            (publication.name,),
         )
+    for published in publication.tables:
+        columns = None if published.columns is None else list(published.columns)
+        conn.execute(
+            "INSERT INTO vsql_sync.publication_tables (publication, table_schema, table_name, columns,"
+            " row_filter) VALUES (%s, %s, %s, %s, %s)",
+            (publication.name, *published.name, columns, published.where),
+        )
+
+
+def tables_sql(tables: Iterable[PublishedTable]) -> sql.Composed:
+    """Tables as CREATE and ALTER PUBLICATION take them."""
+    return sql.SQL(", ").join(map(_table_sql, tables))
+
+
+def _table_sql(table: PublishedTable) -> sql.Composed:
+    """A table of CREATE PUBLICATION. ONLY: children of an inheritance parent are tables of their own."""
+    parts = [sql.SQL("ONLY "), sql.Identifier(table.name.schema, table.name.table)]
+    if table.columns is not None:
+        parts.append(sql.SQL(" ({})").format(sql.SQL(", ").join(map(sql.Identifier, table.columns))))
+    if table.where is not None:
+        parts.append(sql.SQL(" WHERE ({})").format(sql.SQL(table.where)))
+    return sql.Composed(parts)
 
 
 def _as_json(publication: PublicationInfo) -> dict[str, object]:
@@ -295,6 +382,8 @@ def _as_json(publication: PublicationInfo) -> dict[str, object]:
             str(table.name): "all" if table.columns is None else list(table.columns)
             for table in publication.tables
         },
+        "filters": {str(table.name): table.where for table in publication.tables if table.where},
+        "via_leaf": publication.via_leaf,
         "exclude_pci": publication.exclude_pci,
         "insert_only": publication.insert_only,
         "pci_columns": {str(name): columns for name, columns in publication.pci.items()},

@@ -62,6 +62,7 @@ WRITES: dict[str, dict[str, str]] = {
     | {
         "stream_targets": "INSERT, UPDATE",
         "deks": "INSERT, UPDATE",
+        "publication_leaves": "INSERT, UPDATE (root_schema, root_name)",
     },
     CONSUMER: _SERVICE
     | {

@@ -1,7 +1,8 @@
 """What an operator writes for a table: `payments(id, amount)`, `sales."Order Items"(*)`, `merchants`, `*`.
 
 Pure. Names follow SQL: unquoted ones are folded to lower case, quoted ones are taken as they are; a table
-without a schema is in `public`. No columns, or `(*)`, means all of the table's.
+without a schema is in `public`. No columns, or `(*)`, means all of the table's. A row filter follows as in
+CREATE PUBLICATION: `orders(id, region) WHERE (region = 'US')`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from vsql_shared.changes import TableName
 from vsql_shared.errors import UserError
 
 _MAX_BYTES = 63  # NAMEDATALEN - 1
+_WHERE = "where"
 _TOKEN = re.compile(r'\s*(?:(?P<plain>[^\W\d][\w$]*)|"(?P<quoted>(?:[^"]|"")+)"|(?P<mark>[.(),*]))\s*')
 
 
@@ -23,6 +25,8 @@ class TableSpec:
     name: TableName | None
     columns: tuple[str, ...] | None = None
     exclude_pci: bool = False
+    where: str | None = None
+    """Row filter, as it was written."""
 
 
 def parse_table(text: str) -> TableName:
@@ -34,10 +38,12 @@ def parse_table(text: str) -> TableName:
 
 
 def parse_spec(text: str, *, exclude_pci: bool = False) -> TableSpec:
-    """A table with or without its columns, or `*`."""
-    reader = _Reader(text, "a table with its columns")
+    """A table with or without its columns and its row filter, or `*`."""
+    reader = _Reader(text, "a table with its columns", filtered=True)
     if reader.take("*"):
         reader.end()
+        if reader.where is not None:
+            raise UserError('"*" has no row filter', hint="name the table: filters are of one table each")
         return TableSpec(None, None, exclude_pci)
     name, columns = reader.table(), None
     if reader.take("("):
@@ -46,7 +52,7 @@ def parse_spec(text: str, *, exclude_pci: bool = False) -> TableSpec:
     reader.end()
     if columns is not None and len(set(columns)) != len(columns):
         raise UserError(f"{text!r} names a column twice", hint="name each column once")
-    return TableSpec(name, columns, exclude_pci)
+    return TableSpec(name, columns, exclude_pci, reader.where)
 
 
 def parse_column(text: str) -> tuple[TableName, str]:
@@ -68,9 +74,11 @@ def parse_column(text: str) -> tuple[TableName, str]:
 class _Reader:
     """Takes one token after the other."""
 
-    def __init__(self, text: str, what: str) -> None:
+    def __init__(self, text: str, what: str, *, filtered: bool = False) -> None:
+        """`filtered`: the unquoted word WHERE, which is reserved in SQL, begins a row filter."""
         self._text, self._what = text, what
         self._tokens: list[tuple[str, str]] = []
+        self.where: str | None = None
         at = 0
         while at < len(text):
             match = _TOKEN.match(text, at)
@@ -78,6 +86,11 @@ class _Reader:
                 raise self._error()
             kind = str(match.lastgroup)
             value = match[kind]
+            if filtered and kind == "plain" and value.lower() == _WHERE:
+                self.where = text[match.end() :].strip()
+                if not self.where:
+                    raise self._error()
+                return
             if kind != "mark":
                 value = value.replace('""', '"') if kind == "quoted" else _fold(value)
                 self._check_length(value)
@@ -128,7 +141,8 @@ class _Reader:
     def _error(self) -> UserError:
         return UserError(
             f"{self._text!r} does not name {self._what}",
-            hint='write it as in SQL: payments, sales.payments, payments(id, amount), "Order Items"(*), or *',
+            hint='write it as in SQL: payments, sales.payments, payments(id, amount), "Order Items"(*), or *;'
+            " a row filter comes last: orders WHERE (region = 'US')",
         )
 
 

@@ -1,0 +1,128 @@
+"""Whether PostgreSQL's publication still is what was decided through vsql-sync.
+
+Not here: columns of what the WAL holds; each relation message is checked against the scope (relations.py).
+That says nothing of row filters, nor of a table's list being narrowed before any row comes. Rules:
+
+* Read in one statement, so that a decision (which changes both halves in one transaction) is never half seen.
+* A table that PostgreSQL's publication has no more is no error: nothing of it leaves. It is logged.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+from vsql_shared.changes import TableName, quote_ident
+from vsql_shared.errors import DatabaseError
+from vsql_shared.pg import publication_leaves
+from vsql_shared.pg.connect import Connection, errors
+
+_log = logging.getLogger(__name__)
+
+_BOTH = """
+WITH pub AS (SELECT oid, pubviaroot FROM pg_catalog.pg_publication WHERE pubname = %(name)s),
+ours AS (SELECT table_schema AS s, table_name AS t, columns, row_filter FROM vsql_sync.publication_tables
+         WHERE publication = %(name)s),
+theirs AS (SELECT n.nspname::text AS s, c.relname::text AS t,
+    pg_catalog.pg_get_expr(r.prqual, r.prrelid) AS row_filter,
+    CASE WHEN r.prattrs IS NOT NULL THEN ARRAY(
+        SELECT a.attname::text FROM pg_catalog.pg_attribute a
+        WHERE a.attrelid = r.prrelid AND a.attnum = ANY(r.prattrs::int2[])) END AS columns
+    FROM pg_catalog.pg_publication_rel r JOIN pub ON pub.oid = r.prpubid
+    JOIN pg_catalog.pg_class c ON c.oid = r.prrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace)
+SELECT s, t, ours.columns, theirs.columns, ours.row_filter, theirs.row_filter,
+    ours.t IS NULL, theirs.t IS NULL,
+    (SELECT pub.pubviaroot = p.via_leaf FROM pub, vsql_sync.publications p WHERE p.name = %(name)s)
+FROM ours FULL JOIN theirs USING (s, t) ORDER BY 1, 2
+"""
+# A new partition has the identity DEFAULT, whatever its table has.
+_IDENTITIES = """
+SELECT t.table_schema, t.table_name, n.nspname, c.relname, r.relreplident::text
+FROM vsql_sync.publication_tables t JOIN vsql_sync.publications p ON p.name = t.publication
+JOIN pg_catalog.pg_publication b ON b.pubname = p.name AND b.pubupdate
+JOIN pg_catalog.pg_class r
+    ON r.oid = pg_catalog.to_regclass(pg_catalog.format('%%I.%%I', t.table_schema, t.table_name))
+CROSS JOIN LATERAL pg_catalog.pg_partition_tree(r.oid) l
+JOIN pg_catalog.pg_class c ON c.oid = l.relid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE p.name = %s AND NOT p.via_leaf AND l.isleaf AND l.level > 0
+AND c.relreplident NOT IN ('f', r.relreplident) ORDER BY 1, 2, 3, 4 LIMIT 1
+"""
+
+
+class _Pair(NamedTuple):
+    """A table as we and as PostgreSQL have it."""
+
+    schema: str
+    table: str
+    our_columns: list[str] | None
+    their_columns: list[str] | None
+    our_filter: str | None
+    their_filter: str | None
+    unknown: bool
+    gone: bool
+    wrong_root: bool | None
+
+
+def require_none(conn: Connection, publication: str) -> None:
+    """Raise DatabaseError when the publication was changed behind our back; note the leaves there are now."""
+    publication_leaves.remember(conn, publication)
+    with errors("looking at the publication"):
+        pairs = [_Pair(*row) for row in conn.execute(_BOTH, {"name": publication})]
+        differing = conn.execute(_IDENTITIES, (publication,)).fetchone()
+    for pair in pairs:
+        _compare(publication, pair)
+    if differing is not None:
+        root, leaf = TableName(*differing[:2]), TableName(*differing[2:4])
+        wanted = "FULL" if differing[4] == "f" else "as that table has it"
+        raise DatabaseError(
+            f"partition {leaf} has another replica identity than {root}, under which its rows travel",
+            hint=f"ALTER TABLE {leaf} REPLICA IDENTITY {wanted}; rows deleted meanwhile may be left at the"
+            " targets",
+        )
+
+
+def _compare(publication: str, pair: _Pair) -> None:
+    name = TableName(pair.schema, pair.table)
+    if pair.gone:
+        _log.warning(
+            "PostgreSQL's publication %s has table %s no more: it does not travel", publication, name
+        )
+        return
+    if pair.unknown:
+        raise DatabaseError(
+            f"PostgreSQL's publication has table {name}, which was not published through vsql-sync",
+            hint=f"take it out: ALTER PUBLICATION {publication} DROP TABLE {name}",
+        )
+    if pair.wrong_root:
+        raise DatabaseError(
+            f"publish_via_partition_root of publication {publication} is not what was decided",
+            hint="set it back with ALTER PUBLICATION … SET (publish_via_partition_root = …)",
+        )
+    ours, theirs = pair.our_columns, pair.their_columns
+    if (ours is None) != (theirs is None) or set(ours or ()) != set(theirs or ()):
+        _raise_columns(publication, name, ours, theirs)
+    if pair.our_filter != pair.their_filter:
+        raise DatabaseError(
+            f"table {name}: the row filter of PostgreSQL's publication is not what was decided:"
+            f" {pair.their_filter or 'none'}, expected {pair.our_filter or 'none'}",
+            hint="set it back with ALTER PUBLICATION … SET TABLE; what was written meanwhile was filtered by"
+            " the other one: compare the table at the targets",
+        )
+
+
+def _raise_columns(
+    publication: str, name: TableName, ours: list[str] | None, theirs: list[str] | None
+) -> None:
+    if ours is None:
+        what = f"has the columns {', '.join(map(quote_ident, theirs or ()))} only; all are published"
+    elif theirs is None:
+        what = f"has all columns; {', '.join(map(quote_ident, ours))} are published"
+    else:
+        first = min(set(ours) ^ set(theirs))
+        what = f"{'lacks' if first in ours else 'has'} column {quote_ident(first)}, unlike what was decided"
+    raise DatabaseError(
+        f"table {name}: PostgreSQL's publication {publication} {what}",
+        hint="set it back with ALTER PUBLICATION … SET TABLE, or let a column in: `syncctl publication"
+        " add-column"
+        f" {publication} {name}.COLUMN`",
+    )

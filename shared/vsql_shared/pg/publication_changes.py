@@ -1,0 +1,114 @@
+"""What an operator may decide of a publication that streams use: columns let in, partitions settled.
+
+Rules:
+
+* PostgreSQL's publication and our rows change in one transaction; the producer goes on with a new epoch.
+* A column that is let in travels with the changes that are written from then on. Rows written before are not
+  sent again: at the target they keep what the column had there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from psycopg import sql
+
+from vsql_shared.changes import TableName, quote_ident
+from vsql_shared.errors import RefusedError
+from vsql_shared.pg import catalog, nodes, oplog, publications
+from vsql_shared.pg.connect import Connection, errors
+from vsql_shared.pg.publications import PublicationInfo, PublishedTable
+
+
+def add_column(conn: Connection, name: str, table: TableName, column: str) -> None:
+    """Let a column travel from now on; also one that was taken out of PostgreSQL's publication without us."""
+    nodes.local(conn)
+    with errors(f"changing publication {name}"), conn.transaction():
+        before, published = _require(conn, name, table)
+        info = catalog.describe(conn, table)
+        if info is None or column not in info.sent_columns:
+            raise RefusedError(
+                f"table {table} has no column {quote_ident(column)} that could be sent",
+                hint="check the spelling; generated columns are computed at the target",
+            )
+        listed = published.columns
+        if (listed is None or column in listed) and column in _sent(conn, name, table):
+            raise RefusedError(f"column {table}.{quote_ident(column)} is published already")
+        if before.exclude_pci and column in publications.marked(conn, table):
+            raise RefusedError(
+                f"column {table}.{quote_ident(column)} is marked as PCI data, which publication {name}"
+                " excludes",
+                hint="make another publication for it",
+            )
+        if listed is not None:
+            listed = tuple(one for one in info.sent_columns if one in {*listed, column})
+        _write(conn, before, replace(published, columns=listed), column)
+
+
+def settle_partition(conn: Connection, name: str, leaf: TableName, root: TableName | None) -> None:
+    """Say what a table was whose rows the WAL holds and no catalog explains: a leaf of `root`, or nothing."""
+    nodes.local(conn)
+    with errors(f"changing publication {name}"), conn.transaction():
+        publication = _find(conn, name)
+        if not publication.via_leaf:
+            raise RefusedError(
+                f"publication {name} is by root", hint="its partitions have no rows of their own"
+            )
+        if root is not None and root not in {table.name for table in publication.tables}:
+            raise RefusedError(
+                f"publication {name} has no table {root}", hint="see `syncctl publication list`"
+            )
+        conn.execute(
+            "INSERT INTO vsql_sync.publication_leaves (publication, table_schema, table_name, root_schema,"
+            " root_name) VALUES (%s, %s, %s, %s, %s) ON CONFLICT (publication, table_schema, table_name)"
+            " DO UPDATE SET root_schema = excluded.root_schema, root_name = excluded.root_name",
+            (name, *leaf, *(root or (None, None))),
+        )
+        what = {"partition": str(leaf), "of": str(root) if root else None}
+        oplog.record(conn, "publication.partition", "publication", name, new=what)
+
+
+def _require(conn: Connection, name: str, table: TableName) -> tuple[PublicationInfo, PublishedTable]:
+    publication = _find(conn, name)
+    published = next((one for one in publication.tables if one.name == table), None)
+    if published is None:
+        raise RefusedError(f"publication {name} has no table {table}", hint="see `syncctl publication list`")
+    return publication, published
+
+
+def _find(conn: Connection, name: str) -> PublicationInfo:
+    publication = publications.find(conn, name)
+    if publication is None:
+        raise RefusedError(
+            f"there is no publication {name} on this node", hint="see `syncctl publication list`"
+        )
+    return publication
+
+
+def _sent(conn: Connection, name: str, table: TableName) -> list[str]:
+    """The columns PostgreSQL's publication has of a table."""
+    row = conn.execute(
+        "SELECT attnames::text[] FROM pg_catalog.pg_publication_tables"
+        " WHERE (pubname, schemaname, tablename) = (%s, %s, %s)",
+        (name, *table),
+    ).fetchone()
+    return [] if row is None else list(row[0])
+
+
+def _write(conn: Connection, before: PublicationInfo, changed: PublishedTable, column: str) -> None:
+    """Both halves. A table taken out of PostgreSQL's publication, or changed there, is put back by this."""
+    tables = tuple(changed if one.name == changed.name else one for one in before.tables)
+    conn.execute(
+        sql.SQL("ALTER PUBLICATION {} SET TABLE {}").format(
+            sql.Identifier(before.name), publications.tables_sql(tables)
+        )
+    )
+    columns = None if changed.columns is None else list(changed.columns)
+    conn.execute(
+        "UPDATE vsql_sync.publication_tables SET columns = %s, added_columns = added_columns || %s::text"
+        " WHERE (publication, table_schema, table_name) = (%s, %s, %s)",
+        (columns, column, before.name, *changed.name),
+    )
+    publications.grant_reading(conn, replace(before, tables=tables))
+    what = f"{changed.name}.{quote_ident(column)}"
+    oplog.record(conn, "publication.add-column", "publication", before.name, new={"column": what})

@@ -1,0 +1,71 @@
+"""What a publication cannot do, said when it is made. Reads only; refuses nothing."""
+
+from __future__ import annotations
+
+from vsql_shared.changes import quote_ident
+from vsql_shared.pg import catalog
+from vsql_shared.pg.catalog import TableInfo
+from vsql_shared.pg.connect import Connection, errors
+from vsql_shared.pg.publications import PublicationInfo, PublishedTable
+
+# attstorage x and e: large values lie outside of the row, and the WAL of an UPDATE leaves unchanged ones out.
+_OUTSIDE = """
+SELECT attname FROM pg_catalog.pg_attribute WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped
+AND attstorage IN ('x', 'e') AND attname <> ALL(%s) ORDER BY attnum
+"""
+
+
+def limitations(conn: Connection, publication: PublicationInfo) -> list[str]:
+    """One line each."""
+    found: list[str] = []
+    with errors("looking at the published tables"):
+        for published in publication.tables:
+            table = catalog.describe(conn, published.name)
+            if table is not None:
+                found += _of_filter(conn, publication, published, table)
+                found += _of_shape(publication, table)
+    return found
+
+
+def _of_filter(
+    conn: Connection, publication: PublicationInfo, published: PublishedTable, table: TableInfo
+) -> list[str]:
+    if published.where is None:
+        return []
+    found = [
+        f"{published.name}: TRUNCATE is not filtered: it empties the table at the targets too",
+    ]
+    if not publication.insert_only:
+        found.append(
+            f"{published.name}: a row that an UPDATE takes out of the filter is deleted at the targets, and"
+            " one that comes in is inserted there"
+        )
+        kept = list(table.identity or ())
+        outside = [row[0] for row in conn.execute(_OUTSIDE, (table.oid, kept))]
+        if outside and table.replica_identity != "f":
+            names = ", ".join(map(quote_ident, outside))
+            found.append(
+                f"{published.name}: an UPDATE that brings a row into the filter must write large values of"
+                f" {names}"
+                " anew, or the stream stops there; with REPLICA IDENTITY FULL it need not"
+            )
+    return found
+
+
+def _of_shape(publication: PublicationInfo, table: TableInfo) -> list[str]:
+    found = []
+    if table.kind == "p" and not publication.via_leaf:
+        found.append(
+            f"{table.name}: PostgreSQL does not send TRUNCATE of a single partition; truncate the whole"
+            " table, or"
+            " publish by leaf (--via-leaf)"
+        )
+    if table.kind == "p" or table.is_partition:
+        found.append(f"{table.name}: rows a table holds when it is attached as a partition do not travel")
+    if table.row_security:
+        found.append(
+            f"{table.name}: has row-level security; the producer's user must bypass it (ALTER ROLE …"
+            " BYPASSRLS),"
+            " or the first copy stops there"
+        )
+    return found
