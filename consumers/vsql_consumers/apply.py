@@ -32,11 +32,12 @@ from vsql_consumers import faults
 from vsql_consumers.frames import read_truncate
 from vsql_consumers.origin import OriginSession
 from vsql_consumers.plans import Plans
+from vsql_consumers.signals import Signals
 from vsql_consumers.stage import Stages, run
 from vsql_consumers.statements import Plan, truncate_sql
 from vsql_consumers.window import Window, runs
 from vsql_consumers.write import ApplyLimits, OnAnomaly, Tally, Writer
-from vsql_shared.changes import Op, OpenedBatch, TableName
+from vsql_shared.changes import SIGNALS, Op, OpenedBatch, TableName
 from vsql_shared.errors import DecodeError
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class Applier:
         self._stages = Stages(conn, self._limits.copy_chunk_bytes)
         self._writer = Writer(conn, self._stages, self._limits, on_anomaly)
         self._plans = Plans(conn, self._stages)
+        self._signals = Signals(conn, chain)
         self._windows: dict[TableName, Window] = {}
         self._group: _TruncateGroup | None = None
         self._unsettled: Counter[str] = Counter()
@@ -114,8 +116,10 @@ class Applier:
             if self._group is not None:
                 raise DecodeError("a TRUNCATE's tables did not all come before its transaction ended")
             self._session.begin()
+            self._signals.before_commit()
             before_commit(self._conn)
             at = self._session.commit(origin_lsn, origin_time_us)
+            self._signals.after_commit()
         self._stages.settle()
         self._plans.settle()
         self.anomalies += self._unsettled
@@ -127,6 +131,7 @@ class Applier:
         self._session.rollback()
         self._stages.forget()
         self._plans.forget()
+        self._signals.forget()
         self._windows.clear()
         self._group = None
         self._unsettled.clear()
@@ -151,7 +156,11 @@ class Applier:
     def _route(self, batches: Sequence[OpenedBatch], number: int, batch: OpenedBatch) -> None:
         """Put a batch's changes where they wait."""
         for start, stop in runs(batch):
-            op, plan = batch.ops[start], self._plans.of(batch, batch.relation_of[start])
+            op = batch.ops[start]
+            if op in SIGNALS:
+                self._signal(op, batch, start, stop)
+                continue
+            plan = self._plans.of(batch, batch.relation_of[start])
             if op == Op.TRUNCATE:
                 for at in range(start, stop):
                     self._truncate(plan, batch, at)
@@ -162,6 +171,20 @@ class Applier:
                 raise DecodeError(f"an update or delete of {plan.name}, which has no replica identity")
             for first, last in self._not_copied(plan.name, batch, start, stop):
                 self._wait(Window(plan, batches, op == Op.COPY), number, first, last, op)
+
+    def _signal(self, op: int, batch: OpenedBatch, start: int, stop: int) -> None:
+        """Changes [start, stop) that are no rows: messages keep their place among them."""
+        name = batch.relations[batch.relation_of[start]].name
+        if name != SIGNALS[op] or self._group is not None:
+            raise DecodeError(
+                f"a record of {name} claims to be what {SIGNALS[op]} is for, or interrupts a TRUNCATE"
+            )
+        if op == Op.MESSAGE:
+            self._flush_all()
+            self._signals.emit(batch.plaintexts[start:stop])
+            return
+        for plaintext in batch.plaintexts[start:stop]:
+            self._signals.take(plaintext)
 
     def _not_copied(
         self, name: TableName, batch: OpenedBatch, start: int, stop: int
@@ -201,6 +224,7 @@ class Applier:
     def _flush(self, name: TableName) -> None:
         window = self._windows.pop(name, None)
         if window is not None:
+            self._signals.before_rows()
             self._writer.write(window)
 
     def _flush_all(self) -> None:
@@ -224,6 +248,7 @@ class Applier:
         statements = truncate_sql(
             [found for found, seen in group.tables if not seen], len(group.tables), options
         )
+        self._signals.before_rows()
         run(self._conn, statements)
 
     def _verdicts(self, batches: Sequence[OpenedBatch]) -> list[Verdicts]:

@@ -18,13 +18,14 @@ import psycopg
 from vsql_consumers.stage import Stages, run
 from vsql_consumers.statements import Plan, make_plan, table_sql
 from vsql_consumers.target import check_allowed, read_table, read_types, read_versions
-from vsql_shared.changes import OpenedBatch, Relation, TableName
+from vsql_shared.changes import SIGNALS, OpenedBatch, Relation, TableName
 from vsql_shared.errors import DecodeError, TransientError
 
 if TYPE_CHECKING:
     from vsql_shared.pg.connect import Connection
 
 _HASHES_MAX = 1_000
+_NO_TABLES = frozenset(SIGNALS.values())
 _NO_TABLE = (
     psycopg.errors.UndefinedTable,
     psycopg.errors.InvalidSchemaName,
@@ -51,7 +52,8 @@ class Plans:
     def prepare(self, batches: Sequence[OpenedBatch]) -> None:
         """Lock the tables these batches change, unless that was done, and forget outdated plans."""
         digests = [(batch, digest) for batch in batches for digest in set(batch.relation_of)]
-        names = {_relation(batch, digest).name for batch, digest in digests} - self._locked
+        # What is no row has no table; a row that claims to be of theirs finds no plan.
+        names = {_relation(batch, digest).name for batch, digest in digests} - self._locked - _NO_TABLES
         if not names:
             return
         if not self._locked:

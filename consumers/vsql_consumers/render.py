@@ -15,8 +15,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from vsql_shared import lsn
-from vsql_shared.changes import Op, OpenedBatch, Relation
+from vsql_shared.changes import SIGNALS, Op, OpenedBatch, Relation
 from vsql_shared.errors import DecodeError
+from vsql_shared.wire.signals import decode_message, decode_sequence
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NAMES = {
@@ -25,6 +26,8 @@ _NAMES = {
     Op.DELETE: "delete",
     Op.TRUNCATE: "truncate",
     Op.COPY: "copy",
+    Op.MESSAGE: "message",
+    Op.SEQUENCE: "sequence",
 }
 # Type OIDs of pg_type.dat whose binary form is a plain number or text.
 _BINARY: dict[int, Callable[[bytes], Any]] = {
@@ -46,7 +49,7 @@ def changes(batch: OpenedBatch) -> Iterator[dict[str, Any]]:
     ):
         transaction, relation = batch.transactions[place], batch.relations[name]
         yield {
-            "table": str(relation.name),
+            **({} if op in SIGNALS else {"table": str(relation.name)}),
             "op": _NAMES.get(op, chr(op)),
             "xid": transaction.xid,
             "lsn": lsn.text(transaction.commit_lsn),
@@ -57,6 +60,8 @@ def changes(batch: OpenedBatch) -> Iterator[dict[str, Any]]:
 
 
 def _images(op: int, text: bytes, relation: Relation) -> dict[str, Any]:
+    if op in SIGNALS:
+        return _signal(op, text)
     try:
         if op == Op.TRUNCATE:
             return {}
@@ -65,6 +70,33 @@ def _images(op: int, text: bytes, relation: Relation) -> dict[str, Any]:
         return _tuples(text, relation)
     except (struct.error, IndexError, ValueError) as error:
         raise DecodeError(f"a tuple of {relation.name} is malformed: {type(error).__name__}") from None
+
+
+def _signal(op: int, text: bytes) -> dict[str, Any]:
+    """A logical message, or how far a sequence has got."""
+    if op == Op.MESSAGE:
+        message = decode_message(text)
+        return {
+            "prefix": message.prefix,
+            "transactional": message.transactional,
+            "content": _content(message.content),
+        }
+    value = decode_sequence(text)
+    return {
+        "sequence": str(value.name),
+        "last_value": value.last_value,
+        "is_called": value.is_called,
+        "state": value.state.value,
+    }
+
+
+def _content(content: bytes) -> Any:
+    """Text where it is text that can be shown, else its bytes."""
+    try:
+        shown = content.decode()
+    except UnicodeDecodeError:
+        shown = "\0"
+    return {"base64": base64.b64encode(content).decode()} if "\0" in shown else shown
 
 
 def _tuples(text: bytes, relation: Relation) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class Truncate(NamedTuple):
 
 
 class Message(NamedTuple):
-    """pg_logical_emit_message. Anyone who may call that function wrote it."""
+    """pg_logical_emit_message. Anyone who may call that function wrote it; `lsn` is where its record ends."""
 
     transactional: bool
     lsn: int
@@ -202,6 +202,11 @@ def frame_prefix(op: int, relation_id: bytes, lsn: int) -> bytes:
 def frame_lsn(frame: bytes) -> int:
     """Where the WAL record of a frame starts."""
     return int.from_bytes(frame[LSN], "big")
+
+
+def frame_time(frame: bytes) -> int:
+    """When the walsender sent a frame, by the source's clock."""
+    return int.from_bytes(frame[17:25], "big", signed=True) + POSTGRES_EPOCH_US
 
 
 def relation_key(relation_id: int) -> bytes:

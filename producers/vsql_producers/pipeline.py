@@ -27,6 +27,8 @@ from vsql_producers.progress import Progress
 from vsql_producers.publish import Acknowledged
 from vsql_producers.relations import Describer, ScopeChanged, load_scope, may_be_binary
 from vsql_producers.retention import Retention
+from vsql_producers.sequences import Sequences
+from vsql_producers.signals import load_messages
 from vsql_producers.stream import slot_made
 from vsql_producers.transactions import Transactions
 from vsql_shared import failpoints, lsn
@@ -60,6 +62,8 @@ class LivePipeline:
         self._record_at = 0.0
         self._keepalive_lsn = 0
         self._next_scope = 0.0
+        self._sequences: Sequences | None = None
+        self._was_reading = True
         self.epoch = self.sequence = 0
         self.done = False
         """Never: a live stream goes on."""
@@ -71,6 +75,7 @@ class LivePipeline:
         drift.require_none(c.conn, c.stream.publication)
         binary = not c.text_only and may_be_binary(c.conn, c.stream.publication)
         self._scope = scope = load_scope(c.conn, c.stream.publication)
+        messages = load_messages(c.conn, c.stream.publication)
         connection = replication.open_replication(
             settings.connection.conninfo("producer"), f"vsql-sync producer {c.stream.chain}"
         )
@@ -79,7 +84,7 @@ class LivePipeline:
         slot = self._slot(connection)
         points = replication.switch_points(connection, identity.timeline)
         self._wal = wal = replication.WalStream(
-            connection, c.stream.slot_name, c.stream.publication, binary=binary
+            connection, c.stream.slot_name, c.stream.publication, binary=binary, messages=messages is not None
         )
         wal.confirmed = slot.confirmed_lsn
         failpoints.hit("producer.slot-held")
@@ -101,7 +106,9 @@ class LivePipeline:
         self._progress = Progress(c.conn, opened.writer, slot.confirmed_lsn)
         describe = Describer(c.conn, c.stream.publication, scope, binary=binary)
         self._retention = Retention(c.conn, lambda: c.admin, c.stream.chain, settings.kafka.retention)
-        self._transactions = Transactions(describe, head.lsn_end, slot.confirmed_lsn)
+        self._transactions = Transactions(describe, head.lsn_end, slot.confirmed_lsn, messages)
+        self._begins_at = position
+        self._sequences = Sequences.open(c.conn, settings, c.stream.publication, c.closing.callback)
         self._batches = Batches(batch_limits(settings.limits, settings.encryption.dek.max_tuples))
 
     def _slot(self, connection: Connection) -> replication.Slot:
@@ -134,6 +141,10 @@ class LivePipeline:
         # Looked at only when a batch is due: is the WAL ahead of us, or are we waiting for it?
         due = self._batches.deadline is not None and now >= self._batches.deadline
         self._send_what_fits(outlet, now, more=due and reading and wal.wait(0.0))
+        # The last look before a pause; during one nothing new is said.
+        if reading or self._was_reading:
+            looked = self._look_at_sequences(outlet, now, at_once=not reading)
+            self._was_reading = reading or not looked
         busy = outlet.publisher.inflight or not self._batches.is_empty
         if dry and not busy and reading:
             wal.wait(_LONG if not self._acknowledged else _SHORT)
@@ -184,7 +195,22 @@ class LivePipeline:
                 self._ready += self._batches.due(now, more=more)
             if not self._ready:
                 return
-            outlet.send(self._ready.popleft())
+            batch = self._ready.popleft()
+            if self._sequences is not None:
+                self._sequences.attach(batch)
+            outlet.send(batch)
+
+    def _look_at_sequences(self, outlet: Outlet, now: float, *, at_once: bool = False) -> bool:
+        """Where all that was received has been sent: say how far the sequences are, if it is time."""
+        if self._sequences is None:
+            return True
+        if self._ready or not self._batches.is_empty or self._transactions.is_open:
+            return False
+        received = max(self._transactions.received_lsn, self._begins_at)
+        batch = self._sequences.alone(now, received, max(received, self._keepalive_lsn), at_once=at_once)
+        if batch is not None:
+            outlet.send(batch)
+        return True
 
     def _settle(self, wal: replication.WalStream, outlet: Outlet, now: float) -> None:
         """Make durable what Kafka has, and tell PostgreSQL."""
@@ -230,10 +256,14 @@ class LivePipeline:
         wal, outlet = self._opened()
         self._ready += self._batches.rest()
         deadline = time.monotonic() + seconds
-        while self._ready or outlet.publisher.inflight or self._acknowledged:
+        looked = False
+        while self._ready or outlet.publisher.inflight or self._acknowledged or not looked:
             if time.monotonic() > deadline:
                 raise TransientError("Kafka did not acknowledge the last batches before the stop")
             self._send_what_fits(outlet, time.monotonic())
+            if not looked and not self._ready:
+                looked = True
+                self._look_at_sequences(outlet, time.monotonic(), at_once=True)
             self._acknowledged += outlet.publisher.poll(_SHORT * 5)
             self._record()
             tick()

@@ -161,22 +161,24 @@ def require_usable(slot: Slot | None, name: str) -> Slot:
 class WalStream:
     """START_REPLICATION on a connection; from then on it carries frames only."""
 
-    def __init__(self, conn: Connection, slot: str, publication: str, *, binary: bool) -> None:
+    def __init__(
+        self, conn: Connection, slot: str, publication: str, *, binary: bool, messages: bool = False
+    ) -> None:
         self._conn = conn
         self._pq: pq.abc.PGconn = conn.pgconn
         self._pending = False
         self._next_status = 0.0
         self._reply_wanted = False
         self.confirmed = 0
-        self._start(slot, publication, binary)
+        self._start(slot, publication, binary, messages)
 
-    def _start(self, slot: str, publication: str, binary: bool) -> None:
+    def _start(self, slot: str, publication: str, binary: bool, messages: bool) -> None:
         version = self._conn.info.server_version
         options = {
             "proto_version": "4" if version >= _ORIGIN_SINCE else "3",
             # A list of identifiers: quoted as such inside of the literal.
             "publication_names": '"' + publication.replace('"', '""') + '"',
-            "messages": "true",
+            "messages": "true" if messages else "false",
             "binary": "true" if binary else "false",
         }
         if version >= _ORIGIN_SINCE:

@@ -6,8 +6,10 @@ Not here: how batches are cut (batches.py) and what a tuple holds. Rules:
   chunk holds of one transaction. Its commit position is known from its BEGIN on.
 * Dropped: transactions that reached this node through a replication origin (they are another node's),
   transactions whose commit record starts before the resume position (already in a manifest), tables of schema
-  vsql_sync and such as are not published any more, and logical messages. What is left without a change makes
-  no run, only a position.
+  vsql_sync and such as are not published any more, and logical messages of prefixes nobody named. What is
+  left without a change makes no run, only a position.
+* A logical message without a transaction is one of its own. PostgreSQL says where its record ends, and a
+  commit record may begin there: so it commits one byte before its end (docs/design/0007).
 * TRUNCATE of several tables becomes one record per table.
 * A relation message counts even where its transaction is dropped: the walsender sends it once a session.
 """
@@ -21,6 +23,7 @@ from typing import NamedTuple
 
 from vsql_producers import pgoutput
 from vsql_producers.pgoutput import (
+    KIND_AT,
     RELATION_ID,
     Begin,
     Commit,
@@ -36,6 +39,8 @@ from vsql_shared.changes import Op, TableName, Transaction
 from vsql_shared.errors import DecodeError, DivergedError
 
 OWN_SCHEMA = "vsql_sync"
+# Relation ids that no table can have.
+MESSAGE_KEY, SEQUENCE_KEY = relation_key(0), relation_key(1)
 _ROWS = re.compile(rb"[IUD]+")
 
 
@@ -56,6 +61,13 @@ class RelationChange(NamedTuple):
     descriptor: Descriptor
 
 
+class Messages(NamedTuple):
+    """The logical messages that are carried, and what says of them that they are no rows."""
+
+    prefixes: frozenset[str]
+    descriptor: Descriptor
+
+
 Describe = Callable[[RelationMessage, Mapping[int, TypeMessage]], Descriptor | None]
 """None: the table is not one to replicate."""
 
@@ -73,9 +85,17 @@ class Run:
 class Transactions:
     """Groups frames; keeps the transaction that is under way and which relation id is which table."""
 
-    def __init__(self, describe: Describe, resume_lsn: int, confirmed_lsn: int | None = None) -> None:
+    def __init__(
+        self,
+        describe: Describe,
+        resume_lsn: int,
+        confirmed_lsn: int | None = None,
+        messages: Messages | None = None,
+    ) -> None:
         """`confirmed_lsn`: where the slot begins to send; None when that is not below `resume_lsn`."""
         self._describe = describe
+        self._messages = messages
+        self._described_messages = False
         self._resume_lsn = resume_lsn
         # The transaction the chain ends with comes again when the slot has not confirmed it.
         self._must_meet = confirmed_lsn is not None and confirmed_lsn < resume_lsn
@@ -146,15 +166,19 @@ class Transactions:
         elif isinstance(message, Truncate):
             self._on_truncate(message, pgoutput.frame_lsn(frame))
         else:
-            # Anyone may emit logical messages: nothing of ours travels in them, users' are not carried yet.
-            assert isinstance(message, Message)  # noqa: S101 - the last member of the union
+            self._on_message(message, frame, runs)
 
     def _on_begin(self, begin: Begin) -> None:
         if self._begin is not None:
             raise DecodeError(f"transaction {begin.xid} begins inside of transaction {self._begin.xid}")
         self._begin, self._begun = begin, False
         self._dropped = begin.final_lsn < self._resume_lsn
-        if self._must_meet and not self._dropped:
+        if not self._dropped:
+            self._require_met(begin)
+
+    def _require_met(self, begin: Begin) -> None:
+        """Raise DivergedError when the WAL goes past the chain's end without what it ends with."""
+        if self._must_meet and begin.final_lsn >= self._resume_lsn:
             raise DivergedError(
                 f"the chain ends with a transaction that ended at {lsn.text(self._resume_lsn)}, and this"
                 " server's WAL holds none",
@@ -184,6 +208,39 @@ class Transactions:
         self._passed_over.discard(key)
         self._changes.append(RelationChange(0, key, descriptor))
 
+    def _on_message(self, message: Message, frame: bytes, runs: list[Run]) -> None:
+        """Anyone may emit one, so it is never more than data. The walsender sends those of every prefix."""
+        begin = self._begin
+        if message.transactional != (begin is not None):
+            raise DecodeError("a logical message on the wrong side of a transaction's bounds")
+        if begin is None:
+            self._alone(message, frame, runs)
+        elif not self._dropped and self._carries(message):
+            self._current(begin).frames.append(_message_frame(message, frame))
+
+    def _carries(self, message: Message) -> bool:
+        """Whether its prefix was named; the first one is described before it goes."""
+        if self._messages is None or message.prefix not in self._messages.prefixes:
+            return False
+        if not self._described_messages:
+            self._described_messages = True
+            self._changes.append(RelationChange(0, MESSAGE_KEY, self._messages.descriptor))
+        return True
+
+    def _alone(self, message: Message, frame: bytes, runs: list[Run]) -> None:
+        """One that is not part of a transaction: its own begin and commit."""
+        end = message.lsn
+        begin = Begin(end - 1, pgoutput.frame_time(frame), 0)
+        self._require_met(begin)
+        if begin.final_lsn >= self._resume_lsn and self._carries(message):
+            run = self._current(begin)
+            run.frames.append(_message_frame(message, frame))
+            run.end_lsn = end
+            runs.append(run)
+            self._run = None
+        self.received_lsn = end
+        self._must_meet = self._must_meet and end != self._resume_lsn
+
     def _on_truncate(self, message: Truncate, lsn: int) -> None:
         if self._begin is None:
             raise DecodeError("a TRUNCATE outside of a transaction")
@@ -198,3 +255,8 @@ class Transactions:
         for position, key in enumerate(keys):
             plaintext = bytes((message.options,)) + position.to_bytes(2, "big") + size
             frames.append(pgoutput.make_frame(Op.TRUNCATE, key, lsn, plaintext))
+
+
+def _message_frame(message: Message, frame: bytes) -> bytes:
+    """As a record: what pgoutput sent, after its kind byte."""
+    return pgoutput.make_frame(Op.MESSAGE, MESSAGE_KEY, message.lsn, frame[KIND_AT + 1 :])

@@ -21,6 +21,9 @@ class Op:
     COPY                    one row of binary COPY (int16 column count, then int32 length and bytes per
                             column)
     RELATION                Avro `Relation`: the descriptor; not a change, not counted in row_count
+    MESSAGE                 pgoutput's message after its kind byte: flags (1 transactional), lsn, prefix,
+                            length, content (wire/signals.py)
+    SEQUENCE                Avro `SequenceValue`: how far a sequence of the source has got (wire/signals.py)
     PIECE                   bytes of a plaintext too large for one message; the next record of the same
                             table continues it, the last one carries the true op; not counted in row_count
     """
@@ -30,11 +33,14 @@ class Op:
     DELETE = ord("D")
     TRUNCATE = ord("T")
     COPY = ord("C")
+    MESSAGE = ord("M")
+    SEQUENCE = ord("S")
     RELATION = ord("R")
     PIECE = ord("P")
 
 
-CHANGE_OPS = frozenset({Op.INSERT, Op.UPDATE, Op.DELETE, Op.TRUNCATE, Op.COPY})
+SIGNAL_OPS = frozenset({Op.MESSAGE, Op.SEQUENCE})
+CHANGE_OPS = frozenset({Op.INSERT, Op.UPDATE, Op.DELETE, Op.TRUNCATE, Op.COPY}) | SIGNAL_OPS
 ALL_OPS = CHANGE_OPS | {Op.RELATION, Op.PIECE}
 
 
@@ -46,6 +52,12 @@ class TableName(NamedTuple):
 
     def __str__(self) -> str:
         return f"{quote_ident(self.schema)}.{quote_ident(self.table)}"
+
+
+# What is no row travels as if it were of these: nobody can publish a table of pg_catalog.
+MESSAGES = TableName("pg_catalog", "pg_logical_emit_message")
+SEQUENCES = TableName("pg_catalog", "pg_sequences")
+SIGNALS = {Op.MESSAGE: MESSAGES, Op.SEQUENCE: SEQUENCES}
 
 
 def quote_ident(name: str) -> str:

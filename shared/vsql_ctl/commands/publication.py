@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -16,7 +16,7 @@ from vsql_ctl.context import (
     pass_operator,
     yes_option,
 )
-from vsql_ctl.output import emit, render_table
+from vsql_ctl.output import emit, printable, render_table
 from vsql_ctl.session import open_node
 
 if TYPE_CHECKING:
@@ -52,17 +52,32 @@ def publication() -> None:
 @click.option(
     "--insert-only", is_flag=True, help="Publish INSERT and TRUNCATE only; no replica identity needed."
 )
+@click.option(
+    "--message-prefix",
+    "prefixes",
+    multiple=True,
+    metavar="PREFIX",
+    help="Carry logical messages with exactly this prefix.",
+)
+@click.option("--sequences", is_flag=True, help="Carry the sequences of published columns.")
+@click.option(
+    "--sequence", "more_sequences", multiple=True, metavar="SEQUENCE", help="Carry this sequence, too."
+)
 @click.option("--via-leaf", is_flag=True, help="Partitioned tables travel leaf by leaf, not as one table.")
 @output_option
 @pass_operator
 def create(
     operator: Operator,
+    *,
     output: OutputFormat,
     name: str,
     tables: tuple[str, ...],
     pci_columns: tuple[str, ...],
     exclude_pci: bool,
     insert_only: bool,
+    prefixes: tuple[str, ...],
+    sequences: bool,
+    more_sequences: tuple[str, ...],
     via_leaf: bool,
 ) -> None:
     """Create publication NAME, or change it while no stream uses it.
@@ -71,7 +86,7 @@ def create(
     """
     from vsql_shared.pg import publications
     from vsql_shared.pg.publication_notes import limitations
-    from vsql_shared.pg.table_spec import parse_column, parse_spec
+    from vsql_shared.pg.table_spec import parse_column, parse_spec, parse_table
 
     request = publications.PublicationRequest(
         name,
@@ -79,6 +94,9 @@ def create(
         tuple(parse_column(text) for text in pci_columns),
         exclude_pci=exclude_pci,
         insert_only=insert_only,
+        message_prefixes=prefixes,
+        sequences=sequences,
+        more_sequences=tuple(map(parse_table, more_sequences)),
         via_leaf=via_leaf,
     )
     with open_node(operator) as conn:
@@ -173,10 +191,13 @@ def drop(operator: Operator, name: str, yes: bool) -> None:
 
 
 def _as_dict(one: PublicationInfo) -> dict[str, object]:
+    from vsql_shared.pg import signals
+
     return {
         "name": one.name,
         "exclude_pci": one.exclude_pci,
         "insert_only": one.insert_only,
+        **signals.as_json(one),
         "tables": [
             {
                 "schema": table.name.schema,
@@ -203,4 +224,15 @@ def _table(found: Sequence[PublicationInfo]) -> str:
         for one in found
         for table in one.tables
     ]
-    return render_table(("PUBLICATION", "TABLE", "COLUMNS", "ROWS", "PCI COLUMNS", "CHANGES"), rows)
+    table = render_table(("PUBLICATION", "TABLE", "COLUMNS", "ROWS", "PCI COLUMNS", "CHANGES"), rows)
+    return "\n".join([table, *(line for one in found for line in _beside_rows(one))])
+
+
+def _beside_rows(one: PublicationInfo) -> Iterator[str]:
+    """What it carries that is no row."""
+    if one.message_prefixes:
+        yield f"{one.name}: logical messages with prefix {', '.join(map(printable, one.message_prefixes))}"
+    named = [str(name) for name in one.more_sequences]
+    listed = [*(["those of published columns"] if one.sequences else []), *named]
+    if listed:
+        yield f"{one.name}: sequences: {', '.join(listed)}"

@@ -47,6 +47,8 @@ class LimitsSettings(Section):
     """Milliseconds between a service's status rows."""
     command_poll_ms: Annotated[Whole, Field(ge=100, le=60_000)] = 1_000
     """Milliseconds between looks for commands when no notification comes."""
+    sequence_interval_ms: Annotated[Whole, Field(ge=100, le=3_600_000)] = 5_000
+    """Milliseconds between looks at published sequences while no rows come; each batch brings a look."""
     memory_warn_mb: Annotated[Whole, Field(ge=64, le=65_536)] = 300
     """MiB of resident memory above which a worker warns."""
 

@@ -77,6 +77,12 @@ class PublicationSettings(Section):
     """Partitioned tables travel leaf by leaf, each under its own name, instead of as one table."""
     tables: list[Annotated[PublicationTable, BeforeValidator(_table_entry)]] = Field(default_factory=list)
     """Tables, by name or as [[publications.tables]]."""
+    message_prefixes: list[str] = Field(default_factory=list)
+    """Logical messages with exactly these prefixes are carried."""
+    sequences: bool = False
+    """Whether the sequences of published columns are carried."""
+    more_sequences: list[TableName] = Field(default_factory=list)
+    """Further sequences that are carried, with their schema if not public."""
 
 
 class PciColumns(Section):

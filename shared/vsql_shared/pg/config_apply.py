@@ -74,6 +74,9 @@ def request_of(publication: PublicationSettings) -> PublicationRequest:
         publication.name,
         tuple(specs),
         via_leaf=publication.via_leaf,
+        message_prefixes=tuple(publication.message_prefixes),
+        sequences=publication.sequences,
+        more_sequences=tuple(map(parse_table, publication.more_sequences)),
     )
 
 

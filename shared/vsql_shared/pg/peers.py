@@ -20,7 +20,7 @@ from vsql_shared import names
 from vsql_shared.changes import TableName
 from vsql_shared.crypto.signing import fingerprint
 from vsql_shared.errors import NotBuiltError, RefusedError
-from vsql_shared.pg import catalog, migrate, nodes, oplog, publication_leaves, publications, roles
+from vsql_shared.pg import catalog, migrate, nodes, oplog, publication_leaves, publications, roles, sequences
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.pg.nodes import NodeInfo
 from vsql_shared.pg.peer_tables import security_notes, target_problems
@@ -86,6 +86,7 @@ def look(origin: Connection, peer: Connection, request: PeerRequest) -> PeerPlan
     )
     with errors("comparing the tables of both nodes"):
         problems = [line for publication in chosen for line in target_problems(origin, peer, publication)]
+        problems += [line for one in chosen for line in sequences.target_problems(origin, peer, one.name)]
         problems += _overlaps(origin, chosen, there.name)
         # Only tables that are there can be looked into.
         problems += _filled(origin, peer, chosen, streams) if request.copy and not problems else []
@@ -106,6 +107,8 @@ def add(origin: Connection, peer: Connection, plan: PeerPlan) -> None:
         nodes.register_peer(peer, replace(plan.origin, mode="uni-directional"))
         write_incoming(peer, plan.streams)
         roles.grant_target(peer, targets)
+        names_there = sequences.target_names(origin, peer, [one.name for one in plan.publications])
+        roles.grant_sequences(peer, roles.CONSUMER, names_there)
         oplog.record(
             peer, "peer.add", "node", plan.origin.name, new=_as_json(plan.origin, plan.streams, "in")
         )

@@ -24,7 +24,7 @@ from psycopg import sql
 
 from vsql_shared.changes import TableName, quote_ident
 from vsql_shared.errors import RefusedError, UserError
-from vsql_shared.pg import catalog, nodes, oplog, publication_leaves, roles, row_filter
+from vsql_shared.pg import catalog, nodes, oplog, publication_leaves, roles, row_filter, sequences, signals
 from vsql_shared.pg.catalog import TableInfo
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.pg.publication_rules import (
@@ -55,6 +55,12 @@ class PublicationRequest:
     """Publish INSERT and TRUNCATE only; tables need no replica identity."""
     via_leaf: bool = False
     """Partitioned tables travel leaf by leaf (publish_via_partition_root = false)."""
+    message_prefixes: tuple[str, ...] = ()
+    """Logical messages with one of these prefixes are carried, too."""
+    sequences: bool = False
+    """Carry how far the sequences of published columns have got."""
+    more_sequences: tuple[TableName, ...] = ()
+    """Sequences that are carried beside those."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,9 @@ class PublicationInfo:
     pci: dict[TableName, list[str]]
     """Marked columns that travel."""
     via_leaf: bool = False
+    message_prefixes: tuple[str, ...] = ()
+    sequences: bool = False
+    more_sequences: tuple[TableName, ...] = ()
 
 
 def create(conn: Connection, request: PublicationRequest) -> PublicationInfo:
@@ -96,13 +105,20 @@ def create(conn: Connection, request: PublicationRequest) -> PublicationInfo:
         excludes = request.exclude_pci or any(spec.exclude_pci for spec in request.tables)
         pci = _pci_of(conn, tables)
         after = PublicationInfo(
-            request.name, tuple(tables), excludes, request.insert_only, pci, request.via_leaf
+            request.name,
+            tuple(tables),
+            excludes,
+            request.insert_only,
+            pci,
+            request.via_leaf,
+            **signals.asked(conn, request),
         )
         if before == after:
             return after
         if before is not None:
             _refuse_used(conn, request.name, "changed")
         _write(conn, after, exists=before is not None)
+        signals.write(conn, after)
         publication_leaves.remember(conn, request.name)
         grant_reading(conn, after)
         oplog.record(
@@ -156,7 +172,8 @@ def find(conn: Connection, name: str) -> PublicationInfo | None:
             (name,),
         )
     ]
-    return PublicationInfo(name, tuple(tables), row[0], row[1], _pci_of(conn, tables), row[2])
+    also = signals.read(conn, name)
+    return PublicationInfo(name, tuple(tables), row[0], row[1], _pci_of(conn, tables), row[2], **also)
 
 
 def carried(conn: Connection, publication: PublicationInfo) -> list[PublishedTable]:
@@ -177,6 +194,8 @@ def grant_reading(conn: Connection, publication: PublicationInfo) -> None:
         columns = table.columns
         readable[table.name] = None if columns is None else tuple(dict.fromkeys((*columns, *extra)))
     roles.grant_source(conn, readable)
+    listed = [one.name for one in sequences.published(conn, publication.name)]
+    roles.grant_sequences(conn, roles.PRODUCER, listed)
 
 
 def pci_scope(conn: Connection, publication: str) -> dict[tuple[str, str], list[str]]:
@@ -387,4 +406,5 @@ def _as_json(publication: PublicationInfo) -> dict[str, object]:
         "exclude_pci": publication.exclude_pci,
         "insert_only": publication.insert_only,
         "pci_columns": {str(name): columns for name, columns in publication.pci.items()},
+        **signals.as_json(publication),
     }

@@ -71,6 +71,7 @@ WRITES: dict[str, dict[str, str]] = {
         "relation_descriptors": "INSERT, UPDATE, DELETE",
         "table_sync": "INSERT, UPDATE, DELETE",
         "anomalies": "INSERT, UPDATE",
+        "sequence_sync": "INSERT, UPDATE, DELETE",
         "conflict_log": "INSERT",
     },
     # Columns that say who and when are left out: their defaults fill them.
@@ -173,6 +174,21 @@ def grant_target(conn: Connection, tables: Iterable[TableName]) -> None:
     """Let the consumer write target tables."""
     if exist(conn):
         _grant_tables(conn, CONSUMER, "SELECT, INSERT, UPDATE, DELETE, TRUNCATE", dict.fromkeys(tables))
+
+
+def grant_sequences(conn: Connection, role: str, names: Sequence[TableName]) -> None:
+    """Let the producer read sequences, or the consumer read and set them."""
+    if not names or not exist(conn):
+        return
+    privileges = "SELECT" if role == PRODUCER else "SELECT, UPDATE"
+    for schema in sorted({name.schema for name in names}):
+        conn.execute(
+            sql.SQL("GRANT USAGE ON SCHEMA {} TO {}").format(sql.Identifier(schema), sql.Identifier(role))
+        )
+    listed = sql.SQL(", ").join(sql.Identifier(name.schema, name.table) for name in names)
+    conn.execute(
+        sql.SQL("GRANT {} ON SEQUENCE {} TO {}").format(_words(privileges), listed, sql.Identifier(role))
+    )
 
 
 def _grant_tables(
