@@ -47,7 +47,7 @@ def running(
                 node.execute(script)
         pair.create(tables, publication_args=publication_args)
         pair.start()
-        pair.wait_in_step()
+        pair.wait_in_step(timeout=100)
         yield pair
         pair.stop()
     finally:
@@ -58,7 +58,7 @@ def commit(pair: TwoNodes, *scripts: str) -> None:
     """Run each script as one transaction of the source, and wait until the target has them."""
     for script in scripts:
         pair.a.execute(script)
-    pair.wait_in_step(timeout=40)
+    pair.wait_in_step(timeout=60)
 
 
 def rows(pair: TwoNodes, query: str) -> tuple[Rows, Rows]:
