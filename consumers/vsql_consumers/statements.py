@@ -6,7 +6,8 @@ whose columns are `k`, which set of rows this is; `o<n>`, the old value of colum
 
 1. Every identifier is quoted, every value lies in the staging table: texts hold names and numbers of our own.
 2. A value goes to a column of another type by way of its text, as native replication does, never through a
-   cast that could lose something silently. Casts have no type modifier: assignment checks lengths.
+   cast that could lose something silently. Casts have no type modifier: assignment checks lengths. The text
+   is what the type's output function prints, whether the value came binary or as text.
 3. Rows are found by the operators and collations of the unique index that identifies them.
 4. A column that the target generates is never written. A column the target alone has keeps its value.
 5. Columns GENERATED ALWAYS AS IDENTITY cannot be updated: such a row is deleted and inserted anew.
@@ -26,6 +27,15 @@ from vsql_shared.errors import DatabaseError, DecodeError
 
 _TEXT_TYPES = frozenset({25, 1042, 1043})  # text, bpchar, varchar: one binary form
 _TEXT_OID = 25
+_CHAR_OID, _REGCLASS_OID = 18, 2205
+# Types whose cast to text is not what their output function prints, and so not what a session of text sends:
+# boolean, bpchar, inet.
+_PRINTS = {16: "boolout", 1042: "bpcharout", 869: "inet_out"}
+# What 17 and later send for the infinite intervals is for older servers this; its text is not accepted by 17.
+_INFINITE = (
+    ("-178956970 years -8 mons -2147483648 days -2562047788:00:54.775808", "-infinity"),
+    ("178956970 years 7 mons 2147483647 days 2562047788:00:54.775807", "infinity"),
+)
 # Integers that hold every value of the other.
 _WIDER = frozenset({(21, 23), (21, 20), (23, 20)})
 OLD, NEW = "o", "c"
@@ -39,6 +49,33 @@ def quoted(name: str) -> str:
 def table_sql(name: TableName) -> str:
     """A table's full name."""
     return f"{quoted(name.schema)}.{quoted(name.table)}"
+
+
+def _printed(value: str, type_: TypeName) -> str:
+    """A value as the text its type's output function makes."""
+    if type_.oid in _PRINTS:
+        return f"pg_catalog.textin(pg_catalog.{_PRINTS[type_.oid]}({value}))"
+    return f"CAST({value} AS text)"
+
+
+def _parsed(text: str, type_: TypeName) -> str:
+    """A text as a value, by what its type's input function does; a cast from text may do something else."""
+    if type_.oid == _REGCLASS_OID:  # the cast knows neither "-" nor numbers
+        return f"pg_catalog.regclassin(pg_catalog.textout({text}))"
+    if type_.oid == _CHAR_OID:  # before 16 neither knows the octal form of bytes above 127
+        digits = " + ".join(f"(ascii(substr({text}, {n}, 1)) - 48) * {8 ** (4 - n)}" for n in (2, 3, 4))
+        octal = f"octet_length({text}) = 4 AND ascii({text}) = 92"
+        return f'CASE WHEN {octal} THEN CAST({digits} - 256 AS "char") ELSE CAST({text} AS "char") END'
+    return f"CAST({text} AS {type_.sql})"
+
+
+def _finite(value: str, staged: str, target: str) -> str:
+    """A value that holds intervals; an infinite one is an error of its row: it would be misread here."""
+    text = f"CAST({value} AS text)"
+    for misread, meant in _INFINITE:
+        text = f"replace({text}, '{misread}', '{meant}')"
+    same = f"CAST({value} AS {target})" if staged == target else f"CAST(CAST({value} AS text) AS {target})"
+    return f"CASE WHEN {text} = CAST({value} AS text) THEN {same} ELSE CAST({text} AS {target}) END"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +138,8 @@ class Plan:
         source = self.types[n]
         if source is None:
             return False
+        if source.finite:
+            return False
         return source.oid == target or (source.oid in _TEXT_TYPES and target in _TEXT_TYPES)
 
     def staged_type(self, n: int, layout: Layout) -> TypeName:
@@ -121,10 +160,14 @@ class Plan:
         """A staged value as the target's type, to be assigned or compared."""
         staged, target = self.staged_type(n, layout), self.columns[n].type
         source = f"s.{side}{n}"
+        if staged.finite:
+            return _finite(source, staged.sql, target.sql)
         if staged.oid == target.oid or (staged.oid, target.oid) in _WIDER:
             return source
-        text = source if staged.oid == _TEXT_OID else f"CAST({source} AS text)"
-        return text if target.oid == _TEXT_OID else f"CAST({text} AS {target.sql})"
+        text = source if staged.oid == _TEXT_OID else _printed(source, staged)
+        if target.oid == _TEXT_OID:
+            return text
+        return _parsed(text, target)
 
     # Parts of statements
 
@@ -153,13 +196,18 @@ class Plan:
                 continue
             elif self.columns[n].collation:
                 value = f"({value}) COLLATE {self.columns[n].collation}"
-            tests.append(f"t.{self.column(n)} {operator} {value}")
+            tests.append(f"{self._stored(n)} {operator} {value}")
         return " AND ".join(tests)
 
     def _in_index(self, n: int) -> int | None:
         names = self.index.columns if self.index is not None else ()
         name = self.columns[n].name
         return names.index(name) if name in names else None
+
+    def _stored(self, n: int) -> str:
+        """T's value as its base type: operators of enums, arrays and rows do not take a domain over one."""
+        column = f"t.{self.column(n)}"
+        return f"CAST({column} AS {self.columns[n].type.sql})" if self.columns[n].domain else column
 
     def _same_text(self, n: int, value: str) -> str:
         return f"CAST(t.{self.column(n)} AS text) IS NOT DISTINCT FROM CAST({value} AS text)"
@@ -174,7 +222,7 @@ class Plan:
                 continue
             if column.collation:
                 value = f"({value}) COLLATE {column.collation}"
-            tests.append(f"t.{self.column(n)} IS NOT DISTINCT FROM {value}")
+            tests.append(f"{self._stored(n)} IS NOT DISTINCT FROM {value}")
         return " AND ".join(tests) or "true"
 
     def _image(self, layout: Layout, side: str) -> str:
@@ -233,7 +281,7 @@ class Plan:
                 return self.replace(stage, where, found, layout, unchanged)
             pairs = [f"{quoted(touched.name)} = t.{quoted(touched.name)}"]
         found += "".join(
-            f" AND t.{self.column(n)} IS NOT DISTINCT FROM {self.value(n, layout)}" for n in always
+            f" AND {self._stored(n)} IS NOT DISTINCT FROM {self.value(n, layout)}" for n in always
         )
         return f"UPDATE {self.table} t SET {', '.join(pairs)} FROM {stage} s WHERE {where} AND {found}"
 

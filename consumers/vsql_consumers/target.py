@@ -27,15 +27,22 @@ FORBIDDEN_SCHEMAS = frozenset({"vsql_sync", "pg_catalog", "information_schema", 
 
 @dataclass(frozen=True, slots=True)
 class TypeName:
-    """A type of the target: domains stand as their base type, which has the same bytes."""
+    """A type of the target: domains stand as their base type, which has the same bytes.
+
+    `finite`: it holds intervals, and this server is older than 17, which gave two of them another meaning.
+    """
 
     oid: int
     sql: str
+    finite: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class TargetColumn:
-    """A column of the target. `comparable`: IS NOT DISTINCT FROM works with pg_catalog's operators alone."""
+    """A column of the target. `comparable`: IS NOT DISTINCT FROM works with pg_catalog's operators alone.
+
+    `domain`: its own type is a domain over `type`.
+    """
 
     name: str
     type: TypeName
@@ -43,6 +50,7 @@ class TargetColumn:
     identity_always: bool
     comparable: bool
     collation: str
+    domain: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +136,8 @@ SELECT a.attname, b.oid::bigint, format_type(b.oid, -1), a.attgenerated <> '', a
                   AND k.castmethod = 'b' AND k.castcontext = 'i'))
               AND o.opcmethod IN (SELECT oid FROM pg_am WHERE amname IN ('btree', 'hash')))),
        coalesce((SELECT quote_ident(n.nspname) || '.' || quote_ident(l.collname) FROM pg_collation l
-                   JOIN pg_namespace n ON n.oid = l.collnamespace WHERE l.oid = a.attcollation), '')
+                   JOIN pg_namespace n ON n.oid = l.collnamespace WHERE l.oid = a.attcollation), ''),
+       b.oid <> a.atttypid
   FROM pg_attribute a {_BASE.format(start="a.atttypid")}
   JOIN pg_type t ON t.oid = b.oid
   JOIN pg_type e ON e.oid = CASE WHEN t.typlen = -1 AND t.typelem <> 0 THEN t.typelem ELSE t.oid END
@@ -158,6 +167,20 @@ SELECT array_agg(a.attname::text ORDER BY k.n),
 _TYPES = f"""
 SELECT u.n, b.oid::bigint, format_type(b.oid, -1)
   FROM unnest(%s::text[]) WITH ORDINALITY AS u (name, n) {_BASE.format(start="to_regtype(u.name)")}"""
+
+# Those of some types that are, or hold, an interval.
+_INTERVALS = """
+WITH RECURSIVE t(root, oid) AS (
+    SELECT r, r FROM unnest(%s::oid[]) r
+    UNION
+    SELECT t.root, n.oid FROM t JOIN pg_type p ON p.oid = t.oid CROSS JOIN LATERAL (
+        SELECT p.typbasetype AS oid WHERE p.typtype = 'd'
+        UNION ALL SELECT p.typelem WHERE p.typelem <> 0
+        UNION ALL SELECT r.rngsubtype FROM pg_range r WHERE p.oid IN (r.rngtypid, r.rngmultitypid)
+        UNION ALL SELECT a.atttypid FROM pg_attribute a
+                  WHERE p.typtype = 'c' AND a.attrelid = p.typrelid AND a.attnum > 0) n)
+SELECT DISTINCT root::bigint FROM t WHERE oid = 'interval'::regtype"""
+_INFINITE_INTERVALS = 170000
 
 
 def check_allowed(name: TableName) -> None:
@@ -203,11 +226,16 @@ def read_table(conn: Connection, name: TableName) -> TargetTable:
 
 
 def _column(row: tuple[Any, ...]) -> TargetColumn:
-    name, oid, sql, generated, always, comparable, collation = row
-    return TargetColumn(name, TypeName(oid, sql), generated, always, comparable, collation)
+    name, oid, sql, *rest = row
+    return TargetColumn(name, TypeName(oid, sql), *rest)
 
 
 def read_types(conn: Connection, names: Sequence[str]) -> tuple[TypeName | None, ...]:
     """What the types of these names are here; None for one that is not."""
-    found = {n: TypeName(oid, sql) for n, oid, sql in conn.execute(_TYPES.encode(), (list(names),))}
+    rows = conn.execute(_TYPES.encode(), (list(names),)).fetchall()
+    finite: set[int] = set()
+    if conn.info.server_version < _INFINITE_INTERVALS:
+        oids = [oid for _, oid, _ in rows]
+        finite = {root for (root,) in conn.execute(_INTERVALS.encode(), (oids,))}
+    found = {n: TypeName(oid, sql, oid in finite) for n, oid, sql in rows}
     return tuple(found.get(n) for n in range(1, len(names) + 1))

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from vsql_producers import drift, replication
 from vsql_producers.batches import Batch, Batches
+from vsql_producers.binary_types import may_be_binary
 from vsql_producers.context import Context
 from vsql_producers.epoch import open_epoch
 from vsql_producers.level import read_or_level
 from vsql_producers.outlet import Outlet, batch_limits
 from vsql_producers.progress import Progress
 from vsql_producers.publish import Acknowledged
-from vsql_producers.relations import Describer, ScopeChanged, load_scope, may_be_binary
+from vsql_producers.relations import Describer, ScopeChanged, load_scope
 from vsql_producers.retention import Retention
 from vsql_producers.sequences import Sequences
 from vsql_producers.signals import load_messages

@@ -1,13 +1,14 @@
-"""Tables as the target is told of them: type names, PCI marks, scope; and whether a session may be binary.
+"""Tables as the target is told of them: type names, PCI marks, scope.
 
-Not here: decoding of relation messages (pgoutput.py) and when a descriptor is sent (seal.py). Rules:
+Not here: decoding of relation messages (pgoutput.py), what may travel in binary (binary_types.py), and when a
+descriptor is sent (seal.py). Rules:
 
 * A column the publication's own scope excludes never passes: a changed PostgreSQL publication stops the
   stream before anything is sealed. So does a listed column that does not come, unless it was let in later.
 * A leaf of a table that is published by leaf stands under that table's scope, also when it was detached or
   dropped since. What was a leaf and is known to nobody stops the stream: its rows would be lost.
-* A type whose binary form holds ids of this server (reg*, arrays and rows of user-defined types) makes the
-  whole session text; pgoutput knows no finer choice.
+* A type whose binary form is bound to this server makes the whole session text; pgoutput knows no finer
+  choice.
 * A descriptor keeps its salt while the table stays the same: repeated relation messages change nothing.
 """
 
@@ -18,6 +19,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from vsql_producers import binary_types
 from vsql_producers.pgoutput import RelationMessage, TypeMessage
 from vsql_producers.transactions import Descriptor
 from vsql_shared.changes import Column, Relation, TableName, quote_ident
@@ -27,35 +29,6 @@ from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.wire.pack import encode_relation, relation_hash
 
 _log = logging.getLogger(__name__)
-
-# oids from which on objects are not built in, so that each server has its own (access/transam.h).
-FIRST_NORMAL_OID = 16384
-_REG_TYPES = (24, 2202, 2203, 2204, 2205, 2206, 3734, 3769, 4089, 4096, 4191)
-
-# Root types → those among them whose binary form cannot be read on another server.
-_BOUND = f"""
-WITH RECURSIVE t(root, oid, by_id) AS (
-    SELECT r, r, false FROM unnest(%s::oid[]) r
-    UNION
-    SELECT t.root, n.oid, n.by_id FROM t JOIN pg_catalog.pg_type p ON p.oid = t.oid CROSS JOIN LATERAL (
-        SELECT p.typbasetype AS oid, false AS by_id WHERE p.typtype = 'd'
-        UNION ALL SELECT p.typelem, true WHERE p.typcategory = 'A' AND p.typelem <> 0
-        UNION ALL SELECT r.rngsubtype, false FROM pg_catalog.pg_range r
-                  WHERE p.oid IN (r.rngtypid, r.rngmultitypid)
-        UNION ALL SELECT a.atttypid, true FROM pg_catalog.pg_attribute a
-                  WHERE p.typtype = 'c' AND a.attrelid = p.typrelid AND a.attnum > 0
-                  AND NOT a.attisdropped) n)
-SELECT DISTINCT root FROM t
-WHERE oid = ANY(ARRAY{list(_REG_TYPES)}::oid[]) OR (by_id AND oid >= {FIRST_NORMAL_OID})
-"""  # noqa: S608 - numbers of our own
-
-_PUBLISHED_TYPES = """
-SELECT DISTINCT a.atttypid FROM pg_catalog.pg_publication_tables p
-JOIN pg_catalog.pg_namespace n ON n.nspname = p.schemaname
-JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename
-JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attname = ANY(p.attnames)
-WHERE p.pubname = %s AND p.schemaname <> 'vsql_sync'
-"""
 
 
 class BinaryRefused(TransientError):
@@ -83,20 +56,6 @@ class Scope(NamedTuple):
     leaves: Mapping[TableName, TableName | None] = {}
     """Of tables published by leaf: leaf → its table; None: an operator said to pass over what comes of it."""
     via_leaf: bool = False
-
-
-def bound_types(conn: Connection, oids: Sequence[int]) -> frozenset[int]:
-    """Those of the types whose binary form means something else, or nothing, on another server."""
-    with errors("looking at column types"):
-        rows = conn.execute(_BOUND, (list(oids),)).fetchall()
-    return frozenset(int(row[0]) for row in rows)
-
-
-def may_be_binary(conn: Connection, publication: str) -> bool:
-    """Whether every published column can travel in binary."""
-    with errors("looking at published columns"):
-        oids = [int(row[0]) for row in conn.execute(_PUBLISHED_TYPES, (publication,)).fetchall()]
-    return not bound_types(conn, oids)
 
 
 def load_scope(conn: Connection, publication: str) -> Scope:
@@ -203,7 +162,7 @@ class Describer:
         if not self._is_sent(name):
             _log.warning("changes of a table that is not published any more are passed over: %s", name)
             return None
-        if self._binary and bound_types(self._conn, [c.type_oid for c in message.columns]):
+        if self._binary and binary_types.ways(self._conn, [c.type_oid for c in message.columns]).bound:
             raise BinaryRefused(
                 f"table {message.schema}.{message.table} has a column that cannot travel in binary"
             )

@@ -2,7 +2,7 @@
 
 Not here: reading (reader.py). Rules: exactly what PostgreSQL's publication sends later on is copied: its
 tables, column lists and row filters, partitioned tables as a whole where their root is published. A column
-whose binary form means nothing on another server is read as text, and described as text.
+that has no binary form, or one that means nothing on another server, is read as text, and described as text.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
-from vsql_producers.relations import Scope, bound_types, describe
+from vsql_producers.binary_types import ways
+from vsql_producers.relations import Scope, describe
 from vsql_producers.transactions import Descriptor
 from vsql_shared.changes import Column, TableName
 from vsql_shared.errors import DatabaseError
@@ -80,11 +81,11 @@ def _columns(
     """Columns as they are described, and as they are selected."""
     with errors(f"reading the columns of {name}"):
         rows = conn.execute(_COLUMNS, (oid, published)).fetchall()
-    bound = bound_types(conn, [int(row[1]) for row in rows])
+    as_text = ways(conn, [int(row[1]) for row in rows]).copied_as_text
     columns: list[Column] = []
     select: list[sql.Composable] = []
     for column, type_oid, typmod, type_name in rows:
-        if type_oid in bound:
+        if type_oid in as_text:
             columns.append(Column(column, False, _TEXT_OID, -1, "text"))
             select.append(sql.SQL("{}::pg_catalog.text").format(sql.Identifier(column)))
         else:

@@ -29,7 +29,9 @@ _CONNECT_TIMEOUT = "10"
 _SESSION = (
     "SET search_path = pg_catalog; SET TimeZone = 'UTC'; SET DateStyle = 'ISO, YMD';"
     " SET IntervalStyle = 'postgres'; SET extra_float_digits = 3; SET bytea_output = 'hex';"
-    " SET standard_conforming_strings = on; SET row_security = off;"
+    " SET standard_conforming_strings = on; SET row_security = off; SET lc_monetary = 'C';"
+    " SET xmloption = 'content'; SET array_nulls = on; SET quote_all_identifiers = off;"
+    " SET transform_null_equals = off;"
     " SET default_transaction_isolation = 'read committed'; SET client_min_messages = warning;"
 )
 
