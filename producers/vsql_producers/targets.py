@@ -22,7 +22,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPar
 from vsql_shared import lsn, names
 from vsql_shared.audit.chain import EMPTY_HEAD, Accepted, ChainHead, ChainReader, Void
 from vsql_shared.audit.dsse import document_hash
-from vsql_shared.audit.entries import BATCH_APPLIED, BATCH_REFUSED, BATCH_SKIPPED, AuditEntry
+from vsql_shared.audit.entries import BATCH_APPLIED, BATCH_COVERED, BATCH_REFUSED, BATCH_SKIPPED, AuditEntry
 from vsql_shared.audit.store import recall_head, remember_head
 from vsql_shared.crypto.signing import TrustStore
 from vsql_shared.errors import DecodeError, SignatureError, VerificationError
@@ -36,7 +36,7 @@ _POLL_SECONDS = 0.25
 _REFRESH_SECONDS = 5.0
 # Records taken at a look, in portions: a target that was away for long is caught up with in minutes.
 _PORTION, _PORTIONS = 500, 8
-_COUNTED = frozenset({BATCH_APPLIED, BATCH_SKIPPED})
+_COUNTED = frozenset({BATCH_APPLIED, BATCH_SKIPPED, BATCH_COVERED})
 
 
 @dataclass(slots=True)
@@ -240,6 +240,9 @@ def _compare(entry: AuditEntry, manifest: tuple[int, bytes, bytes] | None) -> st
         return ""
     if manifest is None or (entry.ref_epoch, entry.ref_hash) != manifest[:2]:
         return f"acknowledgement {entry.sequence} names a manifest {entry.ref_sequence} that is not ours"
+    if entry.event_type == BATCH_COVERED:
+        # What came with the first copy: no record was read, so there is no root.
+        return ""
     if entry.merkle_root != manifest[2]:
         return (
             f"batch {entry.batch}: the target computed root {entry.merkle_root.hex()},"

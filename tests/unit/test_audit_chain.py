@@ -37,8 +37,9 @@ from vsql_shared.audit.chain import (
 )
 from vsql_shared.audit.compare import ack_target, compare_roots
 from vsql_shared.audit.dsse import AUDIT_ENTRY, sign_document
-from vsql_shared.audit.entries import BATCH_SKIPPED, EPOCH_OPENED, OPERATOR_ACTION
+from vsql_shared.audit.entries import BATCH_COVERED, BATCH_SKIPPED, EPOCH_OPENED, OPERATOR_ACTION
 from vsql_shared.audit.history import KafkaHistory
+from vsql_shared.audit.merkle import EMPTY_ROOT
 from vsql_shared.audit.rows import StoredDocument, parse
 from vsql_shared.audit.verify import ChainReport, Report
 from vsql_shared.crypto.signing import TrustStore
@@ -497,6 +498,30 @@ def test_target_that_joined_later_begins_with_its_first_batch() -> None:
     acks.acknowledge(source.entries[3])
     found = compare_roots(CHAIN, "node-b", stored(source), stored(acks))
     assert (found.problem, found.compared) == (None, 1)
+
+
+@pytest.mark.parametrize(("told", "words"), [(0, None), (1, "covers"), (-1, "covers")])
+def test_what_a_first_copy_covers_is_counted_as_the_source_signed_it(told: int, words: str | None) -> None:
+    source = built(["batch", "fragment", "open", "batch", "batch", "batch"])
+    batches = [made for made in source.entries if made.entry.batch]
+    complete = [batches[0], *batches[2:]]
+    rows = sum(made.entry.row_count for made in complete[:3]) + told
+    acks = History(ACKS, B)
+    acks.open()
+    acks.acknowledge(
+        complete[2],
+        event_type=BATCH_COVERED,
+        row_count=rows,
+        verdicts=(("covered", rows),),
+        merkle_root=EMPTY_ROOT,
+    )
+    acks.acknowledge(complete[3])
+    found = compare_roots(CHAIN, "node-b", stored(source), stored(acks))
+    if words is None:
+        assert (found.problem, found.compared) == (None, 2)
+    else:
+        assert found.problem is not None
+        assert words in found.problem.what
 
 
 def report_of(history: History, entries: int | None = None) -> Report:

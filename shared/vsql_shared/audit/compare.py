@@ -6,7 +6,9 @@ the entries it is given. Rules:
 * Every acknowledgement names a manifest: same hash, same batch, positions and counts, and the root the
   target computed itself equals the source's.
 * From the first acknowledged batch to the last one, each is acknowledged or skipped by an operator's
-  decision; abandoned fragments are not. Batches after the last acknowledgement are under way.
+  decision; abandoned fragments are not. A target that joined late says `batch_covered` once for all batches
+  its first copy covers: it counts the changes nobody had acknowledged, and has no root of its own. Batches
+  after the last acknowledgement are under way.
 * What a peer remembers of a chain must still be in it: a rewritten or shortened history is found here.
 """
 
@@ -21,7 +23,9 @@ from vsql_shared.audit.chain import writer_of
 from vsql_shared.audit.dsse import AUDIT_ENTRY, document_hash, open_document
 from vsql_shared.audit.entries import (
     BATCH_APPLIED,
+    BATCH_COVERED,
     BATCH_SKIPPED,
+    COVERED,
     EPOCH_OPENED,
     REPLICATION_BATCH,
     AuditEntry,
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
 
 _SAME = ("merkle_root", "batch", "batch_lsn_start", "batch_lsn_end", "row_count", "continues")
 """Fields an acknowledgement repeats from its manifest; `merkle_root` is the target's own computation."""
+_ANSWERS = frozenset({BATCH_APPLIED, BATCH_SKIPPED, BATCH_COVERED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +68,21 @@ def compare_roots(
 ) -> Comparison:
     """Walk both chains side by side, in memory of one manifest at a time."""
     source = _Manifests(manifests)
-    compared = 0
+    compared = counted = 0
     for stored in acks:
         ack = stored.entry
-        if ack.event_type not in (BATCH_APPLIED, BATCH_SKIPPED) or not ack.ref_sequence:
+        if ack.event_type not in _ANSWERS or not ack.ref_sequence:
             continue
         manifest = source.find(ack.ref_sequence)
         what = _disagreement(manifest, ack)
-        if what is None and compared and source.passed is not None:
+        if what is None and ack.event_type == BATCH_COVERED:
+            what = _miscounted(source.rows - counted, ack)
+        elif what is None and compared and source.passed is not None:
             ack, what = source.passed.entry, f"target {target} did not acknowledge this batch"
         if what is not None:
             problem = Problem(ack.chain, ack.sequence, str(uuid.UUID(bytes=ack.event_id)), what)
             return Comparison(chain, target, compared, 0, problem)
-        compared += 1
+        compared, counted = compared + 1, counted + ack.row_count
     return Comparison(chain, target, compared, source.rest(), None)
 
 
@@ -85,16 +92,27 @@ class _Manifests:
     def __init__(self, entries: Iterable[StoredDocument]) -> None:
         self._entries = iter(entries)
         self.passed: StoredDocument | None = None
+        self.rows = self._unfinished = 0
+        """Changes of the batches so far, and of a transaction that is not complete."""
 
     def find(self, sequence: int) -> StoredDocument | None:
         """The manifest of this sequence; None when it is not there or already behind."""
         self.passed = None
         for stored in self._entries:
             entry = stored.entry
+            self._count(entry)
             if entry.sequence == sequence:
                 return stored if entry.event_type == REPLICATION_BATCH else None
             self._pass(stored)
         return None
+
+    def _count(self, entry: AuditEntry) -> None:
+        if entry.event_type == EPOCH_OPENED:
+            self._unfinished = 0
+        elif entry.event_type == REPLICATION_BATCH:
+            self._unfinished += entry.row_count
+            if not entry.continues:
+                self.rows, self._unfinished = self.rows + self._unfinished, 0
 
     def rest(self) -> int:
         """Batches after the last one found, abandoned ones aside."""
@@ -124,7 +142,7 @@ def _disagreement(manifest: StoredDocument | None, ack: AuditEntry) -> str | Non
             f"names manifest {ack.ref_sequence} with hash {ack.ref_hash.hex()}, "
             f"the source has {manifest.entry_hash.hex()}"
         )
-    if ack.event_type == BATCH_SKIPPED:
+    if ack.event_type in (BATCH_SKIPPED, BATCH_COVERED):
         return None
     wrong = [name for name in _SAME if getattr(manifest.entry, name) != getattr(ack, name)]
     if "merkle_root" in wrong:
@@ -133,6 +151,13 @@ def _disagreement(manifest: StoredDocument | None, ack: AuditEntry) -> str | Non
             f"the source signed {manifest.entry.merkle_root.hex()}"
         )
     return f"differs from manifest {ack.ref_sequence} in {', '.join(wrong)}" if wrong else None
+
+
+def _miscounted(rows: int, ack: AuditEntry) -> str | None:
+    """What is passed over is counted: the source's chain up to there has as many changes."""
+    if ack.row_count == rows:
+        return None
+    return f"covers {ack.row_count} changes, it should be {rows} up to manifest {ack.ref_sequence}"
 
 
 def compare_nodes(
@@ -231,7 +256,7 @@ def compare_receipts(
         what = (
             _check_acked(acks, found, sequence, bytes(root), verdicts)
             if acked
-            else _check_open(trust, name, bytes(manifest), bytes(root))
+            else _check_open(trust, name, bytes(manifest), None if COVERED in verdicts else bytes(root))
         )
         if what is not None:
             problems[name] = Problem(name, sequence, None, what)
@@ -262,12 +287,13 @@ def _check_acked(
     return None
 
 
-def _check_open(trust: TrustStore, chain: str, manifest: bytes, root: bytes) -> str | None:
+def _check_open(trust: TrustStore, chain: str, manifest: bytes, root: bytes | None) -> str | None:
+    """`root` is None where this node computed none."""
     try:
         payload = open_document(trust, writer_of(chain), manifest, AUDIT_ENTRY, signed_place)
         entry = AuditEntry.decode(payload)
     except (DecodeError, SignatureError) as error:
         return f"its manifest does not verify: {error.message}"
-    if entry.merkle_root != root:
+    if root is not None and entry.merkle_root != root:
         return f"this node computed root {root.hex()}, the source signed {entry.merkle_root.hex()}"
     return None

@@ -37,6 +37,7 @@ COPY_FINISHED: Final = "copy_finished"
 BATCH_APPLIED: Final = "batch_applied"
 BATCH_REFUSED: Final = "batch_refused"
 BATCH_SKIPPED: Final = "batch_skipped"
+BATCH_COVERED: Final = "batch_covered"
 OPERATOR_ACTION: Final = "operator_action"
 KEY_ROTATED: Final = "key_rotated"
 EVENT_TYPES = frozenset(
@@ -48,16 +49,20 @@ EVENT_TYPES = frozenset(
         BATCH_APPLIED,
         BATCH_REFUSED,
         BATCH_SKIPPED,
+        BATCH_COVERED,
         OPERATOR_ACTION,
         KEY_ROTATED,
     }
 )
 """What this version writes. Readers accept other types too: they link the chain and bring no batch."""
 
-BATCH_EVENTS = frozenset({REPLICATION_BATCH, BATCH_APPLIED, BATCH_SKIPPED})
+BATCH_EVENTS = frozenset({REPLICATION_BATCH, BATCH_APPLIED, BATCH_SKIPPED, BATCH_COVERED})
 """Events that bring a chain's batch number and position forward, when they carry a batch."""
 
-VERDICTS = ("applied", "displaced", "lost", "missing", "parked", "shredded", "skipped")
+COVERED: Final = "covered"
+"""Verdict on changes that came with the first copy; their records were not read."""
+
+VERDICTS = ("applied", COVERED, "displaced", "lost", "missing", "parked", "shredded", "skipped")
 
 MAX_DETAIL_SIZE = 64 << 10
 """Bytes of `detail`."""
@@ -316,7 +321,7 @@ def _check_batch(entry: AuditEntry) -> None:
             raise _refuse("merkle_root", "is not the root over the partitions' sub_roots")
         if entry.row_count > entry.record_count:
             raise _refuse("row_count", "is larger than record_count")
-    elif entry.event_type == BATCH_APPLIED:
+    elif entry.event_type in (BATCH_APPLIED, BATCH_COVERED):
         if not entry.batch or not entry.ref_epoch or not entry.ref_sequence:
             raise _refuse("ref_sequence", "an acknowledgement names a batch and its manifest")
         if sum(count for _, count in entry.verdicts) != entry.row_count:
