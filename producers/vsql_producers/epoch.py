@@ -288,6 +288,7 @@ def open_epoch(
     publisher: Publisher,
     identity: Identity,
     first_lsn: int,
+    detail: str = "{}",
 ) -> Opened:
     """Append `epoch_opened` until one of ours is the chain's head (rule 2)."""
     for _ in range(_ATTEMPTS):
@@ -299,6 +300,7 @@ def open_epoch(
             lsn=head.lsn_end or first_lsn,
             system_identifier=identity.system_identifier,
             timeline=identity.timeline,
+            detail=detail,
         )
         failpoints.hit("producer.opening")
         offset = publisher.publish_entry(opening)

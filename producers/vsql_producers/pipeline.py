@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vsql_producers import drift, replication
+from vsql_producers import drift, joining, replication
 from vsql_producers.batches import Batch, Batches
 from vsql_producers.binary_types import may_be_binary
 from vsql_producers.context import Context
@@ -47,7 +47,7 @@ _SHORT = 0.001
 _LONG = 0.1
 # Manifests are committed to the audit table in groups, at most this far apart.
 _RECORD_SECONDS = 0.02
-# What an operator decides about columns holds after so many seconds at most.
+# What an operator decides about columns and targets holds after so many seconds at most.
 _SCOPE_SECONDS = 5.0
 
 
@@ -93,7 +93,9 @@ class LivePipeline:
         publisher = c.make_publisher()
         reader, tail = read_or_level(c.conn, c.writing, c.make_consumer(), publisher, c.on_tick)
         c.check_source(reader.head, identity, points)
-        opened = open_epoch(c.conn, c.writing, reader, tail, publisher, identity, slot.confirmed_lsn)
+        self._targets = joining.load_targets(c.conn, c.stream.chain)
+        detail = joining.opening_detail(self._targets)
+        opened = open_epoch(c.conn, c.writing, reader, tail, publisher, identity, slot.confirmed_lsn, detail)
         failpoints.hit("producer.epoch-opened")
         self._watch = opened.watch
         head = opened.writer.head
@@ -156,6 +158,7 @@ class LivePipeline:
         if now >= self._next_scope:
             self._next_scope = now + _SCOPE_SECONDS
             self._require_same_scope()
+            joining.require_no_new(self._context.conn, self._context.stream.chain, self._targets)
 
     def _require_same_scope(self) -> None:
         """Descriptors and PCI marks are those of the epoch's start: other ones need another epoch."""

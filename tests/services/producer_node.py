@@ -213,9 +213,12 @@ enabled = false
                 " VALUES (%s, 'out', 'copy', %s, %s, %s, %s, 'running')",
                 (chain, PUBLICATION, NODE, target, slot),
             )
-            connection.execute(
-                "INSERT INTO vsql_sync.stream_targets (chain, target) VALUES (%s, %s)", (chain, target)
-            )
+            for one in (self.chain, chain):
+                connection.execute(
+                    "INSERT INTO vsql_sync.stream_targets (chain, target) VALUES (%s, %s)"
+                    " ON CONFLICT DO NOTHING",
+                    (one, target),
+                )
         return chain
 
     @property

@@ -4,7 +4,8 @@
 
 Rules:
 
-* It begins when the live stream's slot exists: what commits after the snapshot is in the live stream.
+* It begins when the live stream's slot exists: what commits after the snapshot is in the live stream. And
+  when the live stream's epoch names its target (joining.py): what follows the snapshot is there to be read.
 * Each table is one sequence of fragments under the snapshot's position S (xid 0, commit position S); its last
   batch does not continue. An empty table sends nothing and is named in `copy_started` and `copy_finished`.
 * Interrupted, it goes on in a new epoch with a new snapshot; complete tables keep theirs (history.py).
@@ -19,7 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from vsql_producers import drift, replication
+from vsql_producers import drift, joining, replication
 from vsql_producers.batches import Batch, Batches
 from vsql_producers.context import Context
 from vsql_producers.epoch import open_epoch
@@ -28,6 +29,7 @@ from vsql_producers.outlet import Outlet, batch_limits
 from vsql_producers.progress import Progress
 from vsql_producers.publish import Acknowledged
 from vsql_producers.relations import load_scope
+from vsql_producers.sequences import Sequences
 from vsql_producers.snapshot.history import CopyHistory, read_history
 from vsql_producers.snapshot.reader import Snapshot, TableReader, export_snapshot, import_snapshot
 from vsql_producers.snapshot.tables import CopyTable, count_tables, tables_to_copy
@@ -36,7 +38,7 @@ from vsql_shared import failpoints, lsn, names
 from vsql_shared.audit.chain import ChainWriter, Prepared
 from vsql_shared.audit.entries import COPY_FINISHED, COPY_STARTED, MAX_DETAIL_SIZE, canonical_json
 from vsql_shared.audit.store import insert_entries, iterate
-from vsql_shared.changes import Transaction
+from vsql_shared.changes import SEQUENCES, Transaction
 from vsql_shared.errors import DatabaseError, TransientError
 from vsql_shared.kafka.topics import delete_topics
 from vsql_shared.observe.metrics import Stage
@@ -64,6 +66,7 @@ class CopyPipeline:
         self._ready: deque[Batch] = deque()
         self._acknowledged: list[Acknowledged] = []
         self._history = CopyHistory()
+        self._sequences: Sequences | None = None
         self._copied = 0
         self._expected = 0
         self.epoch = self.sequence = 0
@@ -73,6 +76,8 @@ class CopyPipeline:
         """Wait for the live slot, open the epoch, take the snapshot, say what will be copied."""
         c = self._context
         self._require_live_slot()
+        live_chain = names.live_chain(c.stream.publication, c.stream.origin)
+        joining.require_named(c.conn, live_chain, c.stream.target)
         publisher = c.make_publisher()
         reader, tail = read_or_level(c.conn, c.writing, c.make_consumer(), publisher, c.on_tick)
         replica = replication.open_replication(
@@ -144,6 +149,9 @@ class CopyPipeline:
         self._transaction = Transaction(0, snapshot.lsn, time.time_ns() // 1000)
         for table in self._tables:
             self._history.snapshot[str(table.name)] = snapshot.lsn
+        if str(SEQUENCES) not in self._history.rows:
+            publication, closing = c.stream.publication, c.closing.callback
+            self._sequences = Sequences.open(c.conn, c.settings, publication, closing)
         self._say(COPY_STARTED, snapshot, self._started_detail(snapshot))
         failpoints.hit("copy.started")
 
@@ -191,6 +199,7 @@ class CopyPipeline:
         _, outlet = self._require_open()
         if reading and not self._ready:
             self._read()
+            self._look_at_sequences()
         most = self._context.settings.limits.inflight_batches
         while self._ready and outlet.publisher.inflight < most:
             outlet.send(self._ready.popleft())
@@ -228,6 +237,16 @@ class CopyPipeline:
             # The next table begins a batch of its own.
             self._ready += self._batches.rest()
             self._reader = None
+
+    def _look_at_sequences(self) -> None:
+        """After the last table: what its rows used was given out by now."""
+        if self._sequences is None or self._ready or self._reader is not None or self._tables:
+            return
+        batch, self._sequences = self._sequences.copied(self._transaction), None
+        if batch is not None:
+            self._history.snapshot[str(SEQUENCES)] = self._transaction.commit_lsn
+            self._history.rows[str(SEQUENCES)] = len(batch.frames)
+            self._ready.append(batch)
 
     def _record(self) -> None:
         if not self._acknowledged:

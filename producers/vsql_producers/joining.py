@@ -1,0 +1,67 @@
+"""Targets that join a stream which is at work: they begin where an epoch begins.
+
+Not here: the copy itself (snapshot/) and what a target passes over (the consumer). Rules (docs/design/0006):
+
+* Descriptors and records below an epoch may be gone when a target joins: whatever it must read has to come
+  after an `epoch_opened`, because an epoch sends every descriptor again.
+* An epoch names, in its opening, the targets that were registered before it. A live stream ends its epoch
+  when another target was registered since: from its registration on nothing is deleted that it lacks.
+* A first copy takes its snapshot only when the live stream's present epoch names its target. So every batch
+  that ends beyond the snapshot lies in an epoch of which Kafka has everything.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from vsql_shared.audit.entries import EPOCH_OPENED, canonical_json
+from vsql_shared.audit.rows import parse
+from vsql_shared.errors import TransientError
+from vsql_shared.pg.connect import Connection, errors
+
+_TARGETS = "targets"
+
+
+class TargetJoined(TransientError):
+    """A target was registered after this epoch began: it cannot read what the epoch sent so far."""
+
+
+def load_targets(conn: Connection, chain: str) -> frozenset[str]:
+    """Names of a stream's registered targets."""
+    with errors("reading the targets"):
+        rows = conn.execute(
+            "SELECT target FROM vsql_sync.stream_targets WHERE chain = %s AND target <> '*'", (chain,)
+        ).fetchall()
+    return frozenset(row[0] for row in rows)
+
+
+def opening_detail(targets: Iterable[str]) -> str:
+    """Detail of the `epoch_opened` entry of a live stream."""
+    return canonical_json({_TARGETS: sorted(targets)})
+
+
+def require_no_new(conn: Connection, chain: str, known: frozenset[str]) -> None:
+    """Raise TargetJoined when a target was registered that the present epoch does not name."""
+    new = load_targets(conn, chain) - known
+    if new:
+        raise TargetJoined(
+            f"target {', '.join(sorted(new))} joins stream {chain}: it begins with a new epoch",
+            hint="nothing is to be done; the stream goes on",
+        )
+
+
+def require_named(conn: Connection, live_chain: str, target: str) -> None:
+    """Raise TransientError until the live stream's present epoch names the target of a copy."""
+    with errors("looking at the live stream's epoch"):
+        row = conn.execute(
+            "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND event_type = %s"
+            " ORDER BY sequence DESC LIMIT 1",
+            (live_chain, EPOCH_OPENED),
+        ).fetchone()
+    named = json.loads(parse(bytes(row[0])).entry.detail).get(_TARGETS, []) if row else []
+    if target not in named:
+        raise TransientError(
+            f"the first copy waits for stream {live_chain} to open an epoch for target {target}",
+            hint="the live stream must run; the copy follows",
+        )
