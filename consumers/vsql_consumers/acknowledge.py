@@ -36,8 +36,10 @@ from vsql_shared.audit.chain import Accepted, ChainReader, ChainWriter, Prepared
 from vsql_shared.audit.dsse import document_hash
 from vsql_shared.audit.entries import (
     BATCH_APPLIED,
+    BATCH_COVERED,
     BATCH_REFUSED,
     BATCH_SKIPPED,
+    COVERED,
     OPERATOR_ACTION,
     AuditEntry,
     canonical_json,
@@ -275,6 +277,8 @@ class Acknowledger:
         if not receipt.manifest:
             return self._skipped_unread(receipt)
         manifest = parse(receipt.manifest).entry
+        if COVERED in receipt.verdicts:
+            return self._covered(receipt, manifest)
         return self._open_writer().prepare(
             event_type=BATCH_SKIPPED if is_skipped(receipt) else BATCH_APPLIED,
             merkle_root=receipt.merkle_root,
@@ -285,6 +289,30 @@ class Acknowledger:
             ref_sequence=manifest.sequence,
             ref_hash=document_hash(receipt.manifest),
             **_copied(manifest),
+        )
+
+    def _covered(self, receipt: Receipt, manifest: AuditEntry) -> Prepared:
+        """Says that everything up to this batch came with the first copy: no record of it was read.
+
+        What this chain counted before, on a node that was initialised anew, is not counted twice.
+        """
+        row = self._conn.execute(
+            "SELECT coalesce(sum(row_count), 0)::bigint FROM vsql_sync.vsql_sync_audit WHERE chain = %s",
+            (self._place.ack_chain,),
+        ).fetchone()
+        rows = max(0, receipt.verdicts[COVERED] - (int(row[0]) if row else 0))
+        return self._open_writer().prepare(
+            event_type=BATCH_COVERED,
+            source_node_id=self._place.origin,
+            target_node_id=self._place.node,
+            batch=receipt.batch,
+            batch_lsn_start=0,
+            batch_lsn_end=manifest.batch_lsn_end,
+            row_count=rows,
+            verdicts=((COVERED, rows),),
+            ref_epoch=manifest.epoch,
+            ref_sequence=manifest.sequence,
+            ref_hash=document_hash(receipt.manifest),
         )
 
     def _skipped_unread(self, receipt: Receipt) -> Prepared:

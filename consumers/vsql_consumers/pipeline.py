@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from vsql_consumers import state
+from vsql_consumers import joining, state
 from vsql_consumers.acknowledge import Acknowledger
 from vsql_consumers.apply import Applier
 from vsql_consumers.clock import ClockOffset
@@ -111,12 +111,13 @@ class Pipeline:
         # The fence: whoever holds the origin is the only one, so what it reads now stays true.
         self._applier.setup(stream.origin_name)
         with errors("reading the stream's progress"):
-            self.position: Position = state.load_position(conn, stream.chain)
+            position = state.load_position(conn, stream.chain)
             self._descriptors: dict[bytes, Descriptor] = state.load_descriptors(conn, stream.chain)
             decisions = state.load_decisions(
                 means.control, stream.chain, names.ack_chain(stream.chain, stream.target)
             )
             self._open_decisions = state.load_open_decisions(means.control, stream.chain)
+        self.position: Position = joining.first_position(means, self._applier, position, skip, decisions)
         self.acknowledger = means.open_acknowledger()
         head = self.position.head
         dek = settings.encryption.dek
