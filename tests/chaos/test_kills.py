@@ -69,6 +69,10 @@ def _kill_one(node: Node, role: str, rng: random.Random) -> None:
         return
 
 
+def _names(command: list[str] | None, folder: str) -> bool:
+    return any(folder in word for word in command or ())
+
+
 def _survive(stack: Stack, pairs: Pairs, kills: int, parts: tuple[str, ...]) -> None:
     print(f"SEED={SEED} RUNS={kills}")
     rng = random.Random(SEED)
@@ -103,6 +107,9 @@ def _survive(stack: Stack, pairs: Pairs, kills: int, parts: tuple[str, ...]) -> 
         verified = node.ctl("audit", "verify", check=False)
         assert verified.returncode == 0, f"SEED={SEED}\n{verified.stdout}{verified.stderr}"
     pair.stop()
+    folder = str(pair.a.config.parent)
+    left = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if _names(p.info["cmdline"], folder)]
+    assert left == [], f"SEED={SEED}: processes outlived their daemon"
 
 
 @pytest.mark.timeout(600)

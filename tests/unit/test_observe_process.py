@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import signal
 import subprocess
 import sys
 
@@ -31,6 +32,22 @@ def test_a_hardened_process_is_not_dumpable() -> None:
     )
     assert done.stdout.split(maxsplit=1)[0] == "True"
     assert "(0, 0) 0" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.parametrize(("parent", "code"), [("os.getppid()", 0), ("os.getppid() + 1", -signal.SIGTERM)])
+def test_a_process_whose_parent_ended_before_it_asked_ends_at_once(parent: str, code: int) -> None:
+    program = (
+        "import os, signal\n"
+        "from vsql_shared.observe.process import die_with_parent\n"
+        f"die_with_parent(signal.SIGTERM, {parent})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == code
 
 
 def test_wiping_overwrites_in_place() -> None:

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -140,7 +141,7 @@ class Supervisor:
                 stdout=subprocess.PIPE if to_files else None,
                 stderr=subprocess.STDOUT if to_files else None,
                 start_new_session=True,
-                preexec_fn=_in_child,  # noqa: PLW1509 - this process has one thread
+                preexec_fn=partial(_in_child, os.getpid()),  # noqa: PLW1509 - this process has one thread
             )
         except OSError as error:  # no memory or no process left: as if it had ended at once
             self._say(f"{service.name} cannot be started: {error.strerror}")
@@ -267,6 +268,6 @@ class Supervisor:
                 sys.stderr.flush()
 
 
-def _in_child() -> None:
+def _in_child(daemon: int) -> None:
     """In a service, before it begins: rule 4."""
-    die_with_parent(signal.SIGTERM)
+    die_with_parent(signal.SIGTERM, daemon)

@@ -44,9 +44,16 @@ def harden() -> Hardening:
     return Hardening(no_core_dumps=core, not_dumpable=_prctl(_PR_SET_DUMPABLE, 0))
 
 
-def die_with_parent(signal_number: int) -> bool:
-    """Have the kernel send this process a signal when its parent ends, however that ends. Linux only."""
-    return _prctl(_PR_SET_PDEATHSIG, signal_number)
+def die_with_parent(signal_number: int, parent: int | None = None) -> bool:
+    """Have the kernel send this process a signal when its parent ends, however that ends. Linux only.
+
+    `parent` is the process that started this one: where it has ended before the kernel was asked, nobody
+    would say so any more, and the signal is sent at once (PR_SET_PDEATHSIG in prctl(2)).
+    """
+    asked = _prctl(_PR_SET_PDEATHSIG, signal_number)
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), signal_number)
+    return asked
 
 
 def _prctl(option: int, value: int) -> bool:

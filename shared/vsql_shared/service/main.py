@@ -35,6 +35,7 @@ def service_main(role: Role, package: str, run_worker: RunWorker, argv: list[str
     parser = argparse.ArgumentParser(prog=f"python -m {package}", description=f"vsql-sync {role}")
     parser.add_argument("--config", type=Path, help="vsql-sync.toml; else where syncctl looks for it")
     parser.add_argument("--chain", help="run the worker of one stream (the service starts these itself)")
+    parser.add_argument("--service-pid", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     hardening = harden()
     try:
@@ -45,7 +46,7 @@ def service_main(role: Role, package: str, run_worker: RunWorker, argv: list[str
         if not hardening.complete:
             _log.warning("this system does not let us forbid core dumps and debuggers")
         if args.chain:
-            die_with_parent(signal.SIGTERM)
+            die_with_parent(signal.SIGTERM, args.service_pid)
             return run_worker(settings, args.chain)
         for text in advice(settings):
             _log.warning("%s", text)

@@ -37,6 +37,7 @@ class Workers:
 
     def __init__(self, package: str, config: str | None, backoff: float, backoff_max: float) -> None:
         self._base = [sys.executable, "-m", package, *(["--config", config] if config else [])]
+        self._base += ["--service-pid", str(os.getpid())]
         self._backoff, self._backoff_max = backoff, backoff_max
         self._workers: dict[str, _Worker] = {}
 
