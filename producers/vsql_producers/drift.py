@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from vsql_shared.changes import TableName, quote_ident
 from vsql_shared.errors import DatabaseError
-from vsql_shared.pg import publication_leaves
+from vsql_shared.pg import catalog, publication_leaves
 from vsql_shared.pg.connect import Connection, errors
+from vsql_shared.pg.publication_rules import root_identity_problem
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ FROM ours FULL JOIN theirs USING (s, t) ORDER BY 1, 2
 """
 # A new partition has the identity DEFAULT, whatever its table has.
 _IDENTITIES = """
-SELECT t.table_schema, t.table_name, n.nspname, c.relname, r.relreplident::text
+SELECT t.table_schema, t.table_name, n.nspname, c.relname
 FROM vsql_sync.publication_tables t JOIN vsql_sync.publications p ON p.name = t.publication
 JOIN pg_catalog.pg_publication b ON b.pubname = p.name AND b.pubupdate
 JOIN pg_catalog.pg_class r
@@ -45,7 +46,7 @@ JOIN pg_catalog.pg_class r
 CROSS JOIN LATERAL pg_catalog.pg_partition_tree(r.oid) l
 JOIN pg_catalog.pg_class c ON c.oid = l.relid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 WHERE p.name = %s AND NOT p.via_leaf AND l.isleaf AND l.level > 0
-AND c.relreplident NOT IN ('f', r.relreplident) ORDER BY 1, 2, 3, 4 LIMIT 1
+AND c.relreplident NOT IN ('f', r.relreplident) ORDER BY 1, 2, 3, 4
 """
 
 
@@ -68,17 +69,19 @@ def require_none(conn: Connection, publication: str) -> None:
     publication_leaves.remember(conn, publication)
     with errors("looking at the publication"):
         pairs = [_Pair(*row) for row in conn.execute(_BOTH, {"name": publication})]
-        differing = conn.execute(_IDENTITIES, (publication,)).fetchone()
+        differing = conn.execute(_IDENTITIES, (publication,)).fetchall()
     for pair in pairs:
         _compare(publication, pair)
-    if differing is not None:
-        root, leaf = TableName(*differing[:2]), TableName(*differing[2:4])
-        wanted = "FULL" if differing[4] == "f" else "as that table has it"
-        raise DatabaseError(
-            f"partition {leaf} has another replica identity than {root}, under which its rows travel",
-            hint=f"ALTER TABLE {leaf} REPLICA IDENTITY {wanted}; rows deleted meanwhile may be left at the"
-            " targets",
-        )
+    for names in differing:
+        _require_identity(conn, TableName(*names[:2]), TableName(*names[2:]))
+
+
+def _require_identity(conn: Connection, root_name: TableName, leaf_name: TableName) -> None:
+    with errors("looking at a partition"):
+        root, leaf = catalog.describe(conn, root_name), catalog.describe(conn, leaf_name)
+    problem = root_identity_problem(root, leaf) if root and leaf else None
+    if problem is not None:
+        raise DatabaseError(problem, hint="rows of it that were deleted meanwhile may be left at the targets")
 
 
 def _compare(publication: str, pair: _Pair) -> None:

@@ -127,10 +127,14 @@ def partitions(conn: Connection, table: TableInfo) -> list[TableInfo]:
 
 
 def has_rows(conn: Connection, names: Iterable[TableName]) -> list[TableName]:
-    """Those of the tables that are not empty."""
+    """Those of the tables that are not empty: with their partitions, without the children of a parent."""
     found = []
     for name in names:
-        query = sql.SQL("SELECT EXISTS (SELECT FROM {})").format(sql.Identifier(name.schema, name.table))
+        row = conn.execute(_TABLES + " WHERE n.nspname = %s AND c.relname = %s", name).fetchone()
+        only = sql.SQL("ONLY " if row is not None and row[3] != "p" else "")
+        query = sql.SQL("SELECT EXISTS (SELECT FROM {}{})").format(
+            only, sql.Identifier(name.schema, name.table)
+        )
         row = conn.execute(query).fetchone()
         if row is not None and row[0]:
             found.append(name)

@@ -22,10 +22,11 @@ from vsql_shared.pg.connect import Connection
 _MAX_LENGTH = 10_000
 # Strings, with escapes where they begin with E, and quoted names; then single marks.
 _LEXEME = re.compile(
-    r"""[eE]'(?:[^'\\]|\\.|'')*'|'(?:[^']|'')*'|"(?:[^"]|"")*"|\w+|--|/\*|\$|[();'"\0]|.""", re.DOTALL
+    r"""[eE]'(?:[^'\\]|\\.|'')*'|[eE]'|'(?:[^']|'')*'|"(?:[^"]|"")*"|\w+|--|/\*|\$|[();'"\0]|.""", re.DOTALL
 )
 _FORBIDDEN = {
     ";": "a semicolon", "--": "a comment", "/*": "a comment", "$": "a $", "'": "a string without end",
+    "e'": "a string without end", "E'": "a string without end",
     '"': "a name without end", "\0": "a zero byte",
 }  # fmt: skip
 # The columns a predicate names, by the dependencies PostgreSQL writes down for it.
