@@ -31,6 +31,8 @@ _HINTS = {
     "23P01": "another row of the target excludes this one; find out who wrote it, then retry",
     "22001": "a column of the target is shorter than the source's",
     "22003": "a column of the target holds a smaller range than the source's",
+    "22P05": "the target database's encoding lacks a character of this row: make the target anew with "
+    "ENCODING 'UTF8', or have the batch skipped",
 }
 
 

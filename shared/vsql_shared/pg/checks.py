@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from vsql_shared.errors import DatabaseError
 from vsql_shared.pg.connect import Connection, errors
+from vsql_shared.pg.encodings import UTF8, WHOLE
 
 OLDEST, NEWEST = 15, 18
 # What one more publication with one peer takes: its stream's slot and the first copy's, a sender for each.
@@ -88,9 +89,10 @@ def judge(state: ServerState) -> Iterator[Finding]:
             "server version", str(state.version), f"{OLDEST} to {NEWEST}", "error", "use another server"
         )
         return
-    if state.encoding != "UTF8":
+    if state.encoding != UTF8 and state.encoding not in WHOLE:
         fix = "make the database anew: CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
-        yield Finding("server_encoding", state.encoding, "UTF8", "error", fix)
+        wanted = f"{UTF8}, or one whose every text has a form in UTF8 and back ({', '.join(WHOLE)})"
+        yield Finding("server_encoding", state.encoding, wanted, "error", fix)
     if state.in_recovery:
         yield Finding(
             "pg_is_in_recovery()", "true", "false", "error", "connect to the primary, this is a standby"

@@ -20,6 +20,7 @@ from psycopg import conninfo as libpq
 from psycopg import sql
 
 from vsql_shared.errors import ConfigError, DatabaseError, TransientError, VsqlSyncError
+from vsql_shared.pg.encodings import UTF8, fit_parameters
 
 Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
 
@@ -51,6 +52,7 @@ _ADVICE = (
     (r"role .* does not exist", "check the user, or create it"),
     (r"not permitted to log in", "ALTER ROLE … LOGIN, or take another user"),
     (r"permission denied for database", "GRANT CONNECT ON DATABASE … TO the user"),
+    (r"conversion between \S+ and \S+ is not supported", "make the database anew with ENCODING 'UTF8'"),
     (r"SSL|certificate", "check sslmode, sslrootcert and the server's certificate"),
     (r"resolve host", "check the host name"),
     (r"connection refused|no such file", "check host and port, and that the server runs"),
@@ -91,6 +93,7 @@ def connect(
     try:
         conn.execute(sql.SQL(_SESSION) + timeouts, prepare=False)
         conn.autocommit = autocommit
+        fit_parameters(conn, conn.info.parameter_status("server_encoding") or UTF8)
     except psycopg.Error as error:
         conn.close()
         raise translate(error, f"opening a session {_where(parameters)}") from None

@@ -21,6 +21,7 @@ from psycopg import sql
 
 from vsql_shared.errors import RefusedError
 from vsql_shared.pg.connect import Connection, errors
+from vsql_shared.pg.encodings import fit_script
 
 SCHEMA = "vsql_sync"
 EXTENSION = "vsql_sync"
@@ -118,7 +119,7 @@ def _apply(conn: Connection, step: Migration, steps: Sequence[Migration]) -> boo
                 hint="the database comes from another build of vsql-sync; use that one",
             )
         conn.execute("SET LOCAL search_path = pg_catalog, pg_temp")
-        conn.execute(step.text.encode(), prepare=False)
+        conn.execute(fit_script(conn, step.text).encode(), prepare=False)
         conn.execute(
             "INSERT INTO vsql_sync.schema_version (version, name, checksum) VALUES (%s, %s, %s)",
             (step.version, step.name, step.checksum),
