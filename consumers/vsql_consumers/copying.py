@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from vsql_consumers import quarantine, state
 from vsql_shared import lsn
 from vsql_shared.audit.entries import COPY_FINISHED, COPY_STARTED, AuditEntry
-from vsql_shared.changes import OpenedBatch, TableName
+from vsql_shared.changes import SIGNALS, OpenedBatch, TableName
 from vsql_shared.errors import DecodeError, RecordError
 from vsql_shared.pg.connect import Connection, errors
 
@@ -74,7 +74,10 @@ class CopyKeeper:
             return
         at = opened.transactions[-1].commit_lsn
         for name, rows in Counter(opened.relation_of).items():
-            self._current = table = opened.relations[name].name
+            table = opened.relations[name].name
+            if table in SIGNALS.values():
+                continue  # no table: it has no position of its own
+            self._current = table
             group.copied[table] = (at, group.copied.get(table, (0, 0))[1] + rows)
 
     def write(self, conn: Connection, group: Group) -> None:
@@ -121,7 +124,8 @@ def _tables(entry: AuditEntry) -> dict[TableName, dict[str, Any]]:
     """`tables` of the entry's detail: {"schema.table": {"rows": …, "lsn": …}}. Raises RecordError."""
     try:
         said = json.loads(entry.detail).get("tables", {})
-        return {quarantine.parse_table(name): dict(about) for name, about in said.items()}
+        found = {quarantine.parse_table(name): dict(about) for name, about in said.items()}
+        return {name: about for name, about in found.items() if name not in SIGNALS.values()}
     except (ValueError, TypeError, AttributeError, DecodeError):
         raise RecordError(
             f"{entry.event_type} does not describe its tables",

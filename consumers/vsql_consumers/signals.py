@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from psycopg import sql
 
+from vsql_shared import names
 from vsql_shared.changes import TableName
 from vsql_shared.errors import DatabaseError
 from vsql_shared.pg import sequences
@@ -73,6 +74,7 @@ class Signals:
 
     def __init__(self, conn: Connection, chain: str) -> None:
         self._conn, self._chain = conn, chain
+        self._live_chain = names.live_chain_of(chain)
         self._values: dict[TableName, SequenceValue] = {}
         self._back: list[Set] = []
         self._emitted = False
@@ -150,7 +152,7 @@ class Signals:
         self._conn.execute(
             _REMEMBER,
             (
-                self._chain,
+                self._live_chain,
                 [value.name.schema for value in values],
                 [value.name.table for value in values],
                 [value.last_value for value in values],

@@ -29,7 +29,7 @@ from vsql_shared.config import Settings
 from vsql_shared.errors import DatabaseError
 from vsql_shared.pg import sequences as catalog
 from vsql_shared.pg.connect import Connection, connect, errors
-from vsql_shared.wire.signals import SequenceValue, encode_sequence
+from vsql_shared.wire.signals import SequenceState, SequenceValue, encode_sequence
 
 _log = logging.getLogger(__name__)
 
@@ -46,9 +46,11 @@ SELECT s.seqrelid::bigint, pg_catalog.pg_sequence_last_value(s.seqrelid::pg_cata
 FROM pg_catalog.pg_sequence s JOIN pg_catalog.pg_class c ON c.oid = s.seqrelid
 WHERE s.seqrelid = ANY (%s)
 """
+# Looking takes a ROW EXCLUSIVE lock, as nextval does; these are the ones it waits for.
 _FREE = """ AND s.seqrelid NOT IN (
     SELECT l.relation FROM pg_catalog.pg_locks l WHERE l.locktype = 'relation' AND l.granted
-    AND l.mode = 'AccessExclusiveLock' AND l.relation IS NOT NULL)
+    AND l.mode IN ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+    AND l.relation IS NOT NULL)
 """
 
 
@@ -91,6 +93,15 @@ class Sequences:
     def count(self) -> int:
         """How many there are."""
         return len(self._known)
+
+    def copied(self, transaction: Transaction) -> Batch | None:
+        """How far they are after a snapshot, as the last batch of its copy; None where there are none."""
+        values = self.look(transaction.commit_lsn)
+        if not values:
+            return None
+        batch = Batch(end_lsn=transaction.commit_lsn)
+        self._append(batch, transaction, [one._replace(state=SequenceState.AHEAD) for one in values])
+        return batch
 
     def attach(self, batch: Batch) -> None:
         """Put what is to be said into a batch that is about to be sent."""

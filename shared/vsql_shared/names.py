@@ -33,6 +33,11 @@ def live_chain(publication: str, origin: str) -> str:
     return f"{publication}.{origin}"
 
 
+def live_chain_of(chain: str) -> str:
+    """The live chain that a chain of the same stream belongs to; neither part of its name holds a dot."""
+    return ".".join(chain.split(".")[:2])
+
+
 def copy_chain(publication: str, origin: str, target: str) -> str:
     """Chain of a first copy for one target, signed by the origin node."""
     return f"{publication}.{origin}.copy.{target}"

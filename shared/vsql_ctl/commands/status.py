@@ -111,6 +111,9 @@ def _standing(one: StreamStatus) -> Iterator[str]:
         yield "was never started; `syncctl start`"
     if one.desired == "paused":
         yield f"paused: {printable(one.desired_reason)}"
+    if one.sequences:
+        last = max(sequence["applied_at"] for sequence in one.sequences)
+        yield f"{len(one.sequences)} sequences are carried, the last change came {printable(last)}"
 
 
 def _troubles(one: StreamStatus) -> Iterator[str]:

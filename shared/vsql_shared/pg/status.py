@@ -44,6 +44,8 @@ class StreamStatus:
     """docs/operations/status.md."""
     slot: dict[str, Any] | None
     """The slot as PostgreSQL has it; None where there is none."""
+    sequences: list[dict[str, Any]]
+    """Incoming: how far each carried sequence was said to be, and how often it was set back."""
 
 
 _READ = """
@@ -52,7 +54,12 @@ SELECT s.chain, s.direction, s.kind, s.publication, s.origin, s.target, s.desire
        w.state, w.updated_at < pg_catalog.clock_timestamp() - %s::interval, w.updated_at, w.detail,
        r.slot_name IS NOT NULL, r.active, r.wal_status, r.confirmed_flush_lsn::text,
        pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_lsn(), r.confirmed_flush_lsn)::bigint,
-       r.safe_wal_size
+       r.safe_wal_size,
+       coalesce((SELECT pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
+           'schema', q.sequence_schema, 'sequence', q.sequence_name, 'last_value', q.last_value,
+           'is_called', q.is_called, 'set_back', q.set_back, 'applied_at', q.applied_at)
+           ORDER BY q.sequence_schema, q.sequence_name)
+         FROM vsql_sync.sequence_sync q WHERE q.chain = s.chain AND s.direction = 'in'), '[]')
 FROM vsql_sync.streams s
 LEFT JOIN vsql_sync.stream_status w USING (chain, direction)
 LEFT JOIN pg_catalog.pg_replication_slots r
@@ -96,4 +103,4 @@ def _status(row: tuple[Any, ...]) -> StreamStatus:
         }
     state = "not running" if said is None or stale else said
     stream = row[:12]
-    return StreamStatus(*stream, state, stale, updated_at, detail or {}, slot)  # type: ignore[call-arg]  # 12 of them
+    return StreamStatus(*stream, state, stale, updated_at, detail or {}, slot, row[22])  # type: ignore[call-arg]  # 12 of them
