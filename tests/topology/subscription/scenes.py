@@ -30,6 +30,7 @@ def running(
     publication_args: Sequence[str] = (),
     config: str = "",
     conninfos: tuple[str, str] | None = None,
+    kafka: str | None = None,
 ) -> Iterator[TwoNodes]:
     """Nodes whose first copy is done. `source` and `target`: what one of them has beside `schema`."""
     pair = TwoNodes(
@@ -40,6 +41,7 @@ def running(
         target_version=versions[1],
         config=config,
         conninfos=conninfos,
+        kafka=kafka,
     )
     try:
         for node, script in ((pair.a, source), (pair.b, target)):
