@@ -320,6 +320,8 @@ class Pipeline:
         try:
             with metrics.timed(Stage.VERIFY, rows=entry.row_count, size=size):
                 verified = verify_batch(entry, ready.parts, self._means.stream.origin)
+            for part in ready.parts:
+                part.packs.clear()  # with a row of 255 MB twice in memory, a third time is too much
             if not self._announcements.knows(entry.dek_id):
                 self._read_keys(entry.dek_id)
             key = self._figures.open_key(self._announcements, entry, self._means.provider)
