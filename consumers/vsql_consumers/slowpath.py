@@ -8,7 +8,8 @@ own, so that it sees what others committed while it waited. Rules:
 2. An update or delete whose row is not there has the verdict "missing".
 3. Without a unique key one row is found by all columns (NULL equals NULL, the row that is equal byte by byte
    first), locked, and written where it lies.
-4. Only an error here is a real one; it names the change, never a value.
+4. A value of a domain that did not change is not assigned again: the domain may have become stricter since.
+5. Only an error here is a real one; it names the change, never a value.
 """
 
 from __future__ import annotations
@@ -196,6 +197,7 @@ class _Writer:
 
     def _update(self, number: int, found: str, unchanged: Unchanged, keep: tuple[int, ...]) -> int:
         plan, stage, layout = self._plan, self._stage.name, self._layout
+        unchanged = (*unchanged, *self._same(number, found, unchanged))
         count = self._run(
             number,
             found,
@@ -211,6 +213,17 @@ class _Writer:
                 lambda: plan.replace(stage, _SET, _FOUND, layout, unchanged),
             )
         return count
+
+    def _same(self, number: int, found: str, without: Unchanged) -> Unchanged:
+        """Columns of domains in which the row has the staged value already."""
+        plan, stage, layout = self._plan, self._stage.name, self._layout
+        columns = tuple(n for n in plan.checked if n not in without)
+        if not columns:
+            return ()
+        text = self._text(("same", columns), lambda: plan.same(stage, _SET, _FOUND, layout, columns))
+        text = text.replace(_NUMBER, str(number)).replace(_FOUND, found)
+        row = self._conn.execute(text.encode(), prepare=False).fetchone()
+        return tuple(n for n, same in zip(columns, row or (), strict=False) if same)
 
     def _delete(self, number: int, found: str) -> int:
         return self._run(

@@ -10,6 +10,7 @@ layout and one choice of old columns; its columns are `k`, `o<n>`, `c<n>`. Rules
 * There are at most some hundreds of them: the server's lock table is small, and each that is dropped takes a
   lock.
 * A table made in a transaction that was rolled back is gone, and forgotten.
+* A wide plan's rows do not fit into a table beside their number and old values: packed.py.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING
 
+from vsql_consumers import packed
 from vsql_consumers.frames import NULL, Fields, Layout, field_chunks
-from vsql_consumers.statements import Plan
+from vsql_consumers.packed import RowType
+from vsql_consumers.statements import NEW, OLD, Plan
 from vsql_shared.changes import TableName
 
 if TYPE_CHECKING:
@@ -44,18 +48,29 @@ class Stage:
     layout: Layout
     old: tuple[int, ...]
     made_at: float
+    row_types: tuple[RowType, ...] = ()
+    """Of the columns beside `k`; none unless the plan is wide."""
     left_rows: int = 0
     rows: list[Sequence[bytes | None]] = field(default_factory=list)
 
     def add(self, number: int, fields: Fields, old: Sequence[bytes | None] | None = None) -> None:
         """Put a row of set `number` in; it is there after `Stages.fill`. No `old`: NULLs."""
         olds = old if old is not None else (NULL,) * len(self.old)
-        self.rows.append((_INT4 + number.to_bytes(4, "big"), *olds, *fields))
+        first = _INT4 + number.to_bytes(4, "big")
+        if not self.row_types:
+            self.rows.append((first, *olds, *fields))
+            return
+        by_old = dict(zip(self.old, olds, strict=True))
+        values = ((t, [by_old[n] if t.side == OLD else fields[n] for n in t.columns]) for t in self.row_types)
+        self.rows.append((first, *(self._pack(row_type, value) for row_type, value in values)))
 
     @property
     def width(self) -> int:
         """How many columns it has."""
-        return 1 + len(self.old) + len(self.plan.columns)
+        return 1 + (len(self.row_types) or len(self.old) + len(self.plan.columns))
+
+    def _pack(self, row_type: RowType, fields: Sequence[bytes | None]) -> bytes:
+        return packed.pack([self.plan.staged_type(n, self.layout).oid for n in row_type.columns], fields)
 
 
 class Stages:
@@ -93,13 +108,24 @@ class Stages:
     def _make(self, plan: Plan, layout: Layout, old: tuple[int, ...]) -> Stage:
         self._names += 1
         name = f"pg_temp.vsql_stage_{self._names}"
-        columns = ["k int4"]
-        columns += [f"o{n} {plan.staged_type(n, layout).sql}" for n in old]
-        columns += [f"c{n} {plan.staged_type(n, layout).sql}" for n in range(len(plan.columns))]
-        self._conn.execute(
-            f"CREATE TEMPORARY TABLE {name[8:]} ({', '.join(columns)})".encode(), prepare=False
-        )
-        return Stage(name, plan, layout, old, time.monotonic())
+        sides = ((OLD, old), (NEW, range(len(plan.columns))))
+        columns, row_types = ["k int4"], []
+        for side, numbers in sides:
+            values = {n: f"{side}{n} {plan.staged_type(n, layout).sql}" for n in numbers}
+            if not plan.wide:
+                columns += values.values()
+                continue
+            for group, members in groupby(numbers, packed.group):
+                row_type = RowType(f"{name}_{side}{group}", side, tuple(members))
+                self._create(row_type.name, [values[n] for n in row_type.columns])
+                columns.append(f"{side}_{group} {row_type.name}")
+                row_types.append(row_type)
+        self._create(name, columns)
+        return Stage(name, plan, layout, old, time.monotonic(), tuple(row_types))
+
+    def _create(self, name: str, columns: Sequence[str]) -> None:
+        text = f"CREATE TEMPORARY TABLE {name[8:]} ({', '.join(columns)})"
+        self._conn.execute(text.encode(), prepare=False)
 
     def fill(self, stage: Stage) -> None:
         """Write the rows that were added."""
@@ -128,7 +154,10 @@ class Stages:
 
     def _drop(self, keys: list[tuple[TableName, Layout, tuple[int, ...]]]) -> None:
         if keys:
-            names = ", ".join(self._stages.pop(key).name for key in keys)
+            stages = [self._stages.pop(key) for key in keys]
+            names = ", ".join(
+                name for stage in stages for name in (stage.name, *(one.name for one in stage.row_types))
+            )
             self._conn.execute(f"DROP TABLE IF EXISTS {names}".encode(), prepare=False)
 
     def settle(self) -> None:

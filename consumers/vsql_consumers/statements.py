@@ -2,7 +2,7 @@
 
 Not here: running it (setwise.py, slowpath.py). A plan's statements read rows from a staging table (stage.py)
 whose columns are `k`, which set of rows this is; `o<n>`, the old value of column n where one is staged;
-`c<n>`, the new one. Rules:
+`c<n>`, the new one. Where that would be too many, they are fields of columns `o_<group>`, `c_<group>`. Rules:
 
 1. Every identifier is quoted, every value lies in the staging table: texts hold names and numbers of our own.
 2. A value goes to a column of another type by way of its text, as native replication does, never through a
@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vsql_consumers import packed
 from vsql_consumers.fold import Unchanged
 from vsql_consumers.frames import BINARY, TEXT, Layout
 from vsql_consumers.target import TargetColumn, TargetTable, TypeName, UniqueIndex
@@ -116,9 +117,19 @@ class Plan:
         return self.key or tuple(range(len(self.columns)))
 
     @property
+    def wide(self) -> bool:
+        """Whether staged rows would not fit into a table with a column for each value."""
+        return len(self.match) + len(self.columns) > packed.NARROW
+
+    @property
     def always(self) -> tuple[int, ...]:
         """Written columns that are GENERATED ALWAYS AS IDENTITY."""
         return tuple(n for n in self.written if self.columns[n].identity_always)
+
+    @property
+    def checked(self) -> tuple[int, ...]:
+        """Written columns whose type is a domain."""
+        return tuple(n for n in self.written if self.columns[n].domain)
 
     def direct(self, layout: Layout) -> bool:
         """Whether rows of this layout can be copied straight into the table."""
@@ -159,7 +170,7 @@ class Plan:
     def value(self, n: int, layout: Layout, side: str = NEW) -> str:
         """A staged value as the target's type, to be assigned or compared."""
         staged, target = self.staged_type(n, layout), self.columns[n].type
-        source = f"s.{side}{n}"
+        source = f"(s.{side}_{packed.group(n)}).{side}{n}" if self.wide else f"s.{side}{n}"
         if staged.finite:
             return _finite(source, staged.sql, target.sql)
         if staged.oid == target.oid or (staged.oid, target.oid) in _WIDER:
@@ -299,6 +310,12 @@ class Plan:
             f" INSERT INTO {table_sql(self.name)} ({columns}) OVERRIDING SYSTEM VALUE"
             f" SELECT {values} FROM gone"
         )
+
+    def same(self, stage: str, where: str, found: str, layout: Layout, columns: Sequence[int]) -> str:
+        """For each of some columns, whether the row `found` has the very value that was staged."""
+        test = 'CAST(t.{} AS text) COLLATE "C" IS NOT DISTINCT FROM CAST({} AS text) COLLATE "C"'
+        tests = ", ".join(test.format(self.column(n), self.value(n, layout)) for n in columns)
+        return f"SELECT {tests} FROM {self.table} t, {stage} s WHERE {where} AND {found}"
 
     def lock_one(self, stage: str, where: str, layout: Layout, side: str) -> str:
         """Find one row equal to the staged one (the key's columns, or all), lock it, and say where it is."""
