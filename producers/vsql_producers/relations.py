@@ -158,6 +158,7 @@ class Describer:
         None for a table that is not ours to send: never published through vsql-sync, or no longer, and out of
         PostgreSQL's publication by now. The WAL still holds what was written while it was in.
         """
+        message = self._under_known_name(message)
         name = TableName(message.schema, message.table)
         if not self._is_sent(name):
             _log.warning("changes of a table that is not published any more are passed over: %s", name)
@@ -183,6 +184,24 @@ class Describer:
         )
         self._known[message.relation_id] = (message, columns, descriptor)
         return descriptor
+
+    def _under_known_name(self, message: RelationMessage) -> RelationMessage:
+        """The WAL calls a table what it was called then: another name, perhaps, for a part of a transaction.
+
+        Where that one is not known the table's present one counts, so that its rows are not passed over.
+        """
+        name = TableName(message.schema, message.table)
+        if name in self._scope.columns or name in self._scope.leaves:
+            return message
+        with errors("looking for a table's present name"):
+            row = self._conn.execute(
+                "SELECT n.nspname, c.relname FROM pg_catalog.pg_class c"
+                " JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = %s::oid",
+                (message.relation_id,),
+            ).fetchone()
+        present = TableName(*row) if row else name
+        known = present in self._scope.columns or present in self._scope.leaves
+        return message._replace(schema=present.schema, table=present.table) if known else message
 
     def _is_sent(self, name: TableName) -> bool:
         """Whether to describe a table. Raises DatabaseError where rows of a leaf would be lost unseen."""
