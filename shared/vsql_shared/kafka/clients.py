@@ -31,6 +31,7 @@ _AWAY = frozenset(
         KafkaError._RESOLVE,
         KafkaError._DESTROY,
         KafkaError._UNKNOWN_BROKER,
+        KafkaError._UNKNOWN_PARTITION,  # of a topic that was made a moment ago
         KafkaError.LEADER_NOT_AVAILABLE,
         KafkaError.NOT_LEADER_FOR_PARTITION,
         KafkaError.BROKER_NOT_AVAILABLE,
