@@ -23,7 +23,14 @@ pytest_plugins = ["tests.pairs"]
 _FOLDER_MARKS = {"unit": "unit", "services": "services", "topology": "topology", "chaos": "chaos"}
 
 
-_SCENES = ("test_extension.py", "test_packaging.py", "test_prod_mode.py", "test_tampering.py")
+_SCENES = (
+    "test_beyond_native.py",
+    "test_extension.py",
+    "test_packaging.py",
+    "test_prod_mode.py",
+    "test_size.py",
+    "test_tampering.py",
+)
 """Files whose tests stand on one costly scene (a fixture of their module), or write into one folder."""
 
 _SHARED = pytest.StashKey[SharedServers]()
