@@ -173,15 +173,22 @@ class Applier:
                 self._wait(Window(plan, batches, op == Op.COPY), number, first, last, op)
 
     def _signal(self, op: int, batch: OpenedBatch, start: int, stop: int) -> None:
-        """Changes [start, stop) that are no rows: messages keep their place among them."""
+        """Changes [start, stop) that are no rows: messages keep their place among them.
+
+        Messages begin where the first copy begins: what was said before was said to others.
+        """
         name = batch.relations[batch.relation_of[start]].name
         if name != SIGNALS[op] or self._group is not None:
             raise DecodeError(
                 f"a record of {name} claims to be what {SIGNALS[op]} is for, or interrupts a TRUNCATE"
             )
         if op == Op.MESSAGE:
-            self._flush_all()
-            self._signals.emit(batch.plaintexts[start:stop])
+            begin = min(self._skip.values(), default=0)
+            committed = [transaction.commit_lsn >= begin for transaction in batch.transactions]
+            late = [at for at in range(start, stop) if committed[batch.tx_of[at]]]
+            if late:
+                self._flush_all()
+                self._signals.emit([batch.plaintexts[at] for at in late])
             return
         for plaintext in batch.plaintexts[start:stop]:
             self._signals.take(plaintext)

@@ -33,7 +33,7 @@ from vsql_shared import failpoints, lsn, names
 from vsql_shared.audit.chain import Accepted, ChainReader
 from vsql_shared.audit.entries import COVERED, EPOCH_OPENED, REPLICATION_BATCH, AuditEntry
 from vsql_shared.audit.merkle import EMPTY_ROOT
-from vsql_shared.changes import TableName
+from vsql_shared.changes import SIGNALS, TableName
 from vsql_shared.errors import DecodeError, RecordError, VerificationError
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from vsql_shared.pg.connect import Connection
 
 _log = logging.getLogger(__name__)
+
+# Messages begin at the copy's position, and a copy brings its sequences (docs/design/0007).
+_NO_TABLES = frozenset(SIGNALS.values())
 
 
 class JoinPoint(NamedTuple):
@@ -114,7 +117,7 @@ class JoinScan:
         # A fragment's own end says nothing; the last one of its transaction has the position of the commit.
         if (
             not tables
-            or not tables <= self._copied
+            or not tables - _NO_TABLES <= self._copied
             or (not entry.continues and entry.batch_lsn_end > self._upto)
         ):
             return False

@@ -164,13 +164,13 @@ class SealedChain:
         return (
             sorted(roots, key=lambda root: (root.topic, root.partition)),
             rows,
-            {str(TableName("public", table)) for table in records},
+            {str(named(table)) for table in records},
         )
 
     def _send_table(
         self, table: str, heads: list[Transaction], records: list[tuple[int, int, int, bytes]]
     ) -> PartitionRoot:
-        topic = names.data_topic(CLUSTER, CHAIN, "public", table)
+        topic = names.data_topic(CLUSTER, CHAIN, *named(table))
         log = self.log[topic, 0]
         offsets: list[int] = []
         leaves: list[bytes] = []
@@ -190,7 +190,7 @@ class SealedChain:
             CLUSTER,
             CHAIN,
             ORIGIN,
-            TableName("public", table),
+            named(table),
             0,
             self.head.epoch,
             self.number,
@@ -206,10 +206,15 @@ class SealedChain:
         return encode_pack(encoded, sealed)
 
 
+def named(table: str) -> TableName:
+    """Tables are in public; what is no row is under names of pg_catalog (docs/design/0007)."""
+    return TableName("pg_catalog" if table.startswith("pg_") else "public", table)
+
+
 def relation(table: str) -> Relation:
     """A table of two columns."""
     columns = (Column("id", True, 23, -1, "integer"), Column("v", False, 25, -1, "text"))
-    return Relation(TableName("public", table), "d", columns, random.randbytes(16))
+    return Relation(named(table), "d", columns, random.randbytes(16))
 
 
 def rows(table: str, *values: int) -> list[Row]:

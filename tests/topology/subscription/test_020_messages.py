@@ -16,6 +16,7 @@ import pytest
 
 from tests.nodes import Node, TwoNodes
 from tests.pairs import Pairs
+from tests.stack import kill_tree
 
 pytestmark = pytest.mark.topology
 
@@ -102,4 +103,28 @@ def test_messages_of_named_prefixes_arrive_in_place_once_and_no_others_leave(pai
         assert node.ctl("audit", "verify").returncode == 0
     listed = pair.a.ctl_json("publication", "list")
     assert [one["message_prefixes"] for one in listed] == [["Größe", "orders"]]
+    pair.stop()
+
+
+@pytest.mark.timeout(180)
+def test_messages_are_there_once_whoever_is_killed(pairs: Pairs) -> None:
+    """On 15, whose walsender tells no origin of a message outside of a transaction."""
+    pair = made(pairs, version=15, config="[limits]\nretry_backoff_ms = 50\nbatch_linger_ms = 0\n")
+    pair.start()
+    pair.wait_in_step()
+    read_back(pair.b)
+    wanted: list[tuple[Any, ...]] = []
+    for turn in range(3):
+        for number in range(20):
+            content = f"{turn}/{number}".encode()
+            transactional = number % 2 == 0
+            emit(pair.a, transactional, "orders", content)
+            wanted.append((True, "orders", content))
+            if number == 10:
+                for node, role in ((pair.a, "producer"), (pair.b, "consumer"))[turn % 2 :]:
+                    kill_tree(node.services.pop(role))
+                    node.start(role)
+    pair.wait_in_step()
+    assert read_back(pair.b) == wanted
+    assert pair.audited_rows() == len(wanted)
     pair.stop()

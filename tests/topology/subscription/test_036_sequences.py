@@ -62,6 +62,10 @@ def test_no_row_is_ever_beyond_the_sequence_of_the_target(pairs: Pairs) -> None:
     pair = pairs(SCHEMA, config=CONFIG)
     pair.a.execute("INSERT INTO owned (v) SELECT 'x' FROM generate_series(1, 50)")
     pair.create(TABLES, publication_args=ARGS)
+    for node, role, privileges in ((pair.a, "producer", "SELECT"), (pair.b, "consumer", "SELECT, UPDATE")):
+        for sequence, granted in (("owned_id_seq", True), ('"Down Going"', True), ("private", False)):
+            query = "SELECT has_sequence_privilege(%s, %s, %s)"
+            assert node.query(query, f"vsql_sync_{role}", sequence, privileges) == [(granted,)]
     pair.start()
     pair.wait_in_step()
     # The first copy is there, and its sequences with it; "never" gave out nothing on either side.
