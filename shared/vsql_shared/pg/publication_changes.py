@@ -32,7 +32,9 @@ def add_column(conn: Connection, name: str, table: TableName, column: str) -> No
                 hint="check the spelling; generated columns are computed at the target",
             )
         listed = published.columns
-        if (listed is None or column in listed) and column in _sent(conn, name, table):
+        # One that was taken out of PostgreSQL's publication and put back there is missing from some rows.
+        settled = listed is None or (column in listed and column in _added(conn, name, table))
+        if settled and column in _sent(conn, name, table):
             raise RefusedError(f"column {table}.{quote_ident(column)} is published already")
         if before.exclude_pci and column in publications.marked(conn, table):
             raise RefusedError(
@@ -90,6 +92,16 @@ def _sent(conn: Connection, name: str, table: TableName) -> list[str]:
     row = conn.execute(
         "SELECT attnames::text[] FROM pg_catalog.pg_publication_tables"
         " WHERE (pubname, schemaname, tablename) = (%s, %s, %s)",
+        (name, *table),
+    ).fetchone()
+    return [] if row is None else list(row[0])
+
+
+def _added(conn: Connection, name: str, table: TableName) -> list[str]:
+    """Columns that rows in the WAL may lack, as an operator decided."""
+    row = conn.execute(
+        "SELECT added_columns FROM vsql_sync.publication_tables"
+        " WHERE (publication, table_schema, table_name) = (%s, %s, %s)",
         (name, *table),
     ).fetchone()
     return [] if row is None else list(row[0])

@@ -10,7 +10,7 @@ from confluent_kafka.admin import AdminClient
 from tests.nodes import TwoNodes
 from tests.stack import Stack
 from tests.topology.subscription.scenes import anomalies, commit, rows, running, same
-from tests.topology.subscription.waiting import says
+from tests.topology.subscription.waiting import QUICK, says
 
 pytestmark = [pytest.mark.topology, pytest.mark.timeout(180)]
 
@@ -57,7 +57,9 @@ BY_ROOT = ("ranged", "nested", "whole", "plain_here", "emptied")
 @pytest.fixture(scope="module")
 def by_root(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
     folder = tmp_path_factory.mktemp("by-root")
-    with running(stack, folder, "", BY_ROOT, source=BY_ROOT_SOURCE, target=BY_ROOT_TARGET) as made:
+    with running(
+        stack, folder, "", BY_ROOT, source=BY_ROOT_SOURCE, target=BY_ROOT_TARGET, config=QUICK
+    ) as made:
         yield made
 
 
@@ -153,7 +155,14 @@ FACTS = ("facts_1", "facts_2a", "facts_2b")
 def by_leaf(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
     folder = tmp_path_factory.mktemp("by-leaf")
     with running(
-        stack, folder, "", BY_LEAF, source=LEAVES, target=LEAVES_TARGET, publication_args=["--via-leaf"]
+        stack,
+        folder,
+        "",
+        BY_LEAF,
+        source=LEAVES,
+        target=LEAVES_TARGET,
+        publication_args=["--via-leaf"],
+        config=QUICK,
     ) as made:
         yield made
 

@@ -10,7 +10,7 @@ import pytest
 from tests.nodes import TwoNodes
 from tests.stack import Stack
 from tests.topology.subscription.scenes import anomalies, commit, rows, same
-from tests.topology.subscription.waiting import says
+from tests.topology.subscription.waiting import QUICK, says
 
 pytestmark = [pytest.mark.topology, pytest.mark.timeout(180)]
 
@@ -40,7 +40,7 @@ def users() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def pair(stack: Stack, tmp_path_factory: pytest.TempPathFactory, users: dict[str, str]) -> Iterator[TwoNodes]:
     """Nodes whose services have their roles' rights only; nothing runs yet."""
-    made = TwoNodes(stack, tmp_path_factory.mktemp("security"), SCHEMA)
+    made = TwoNodes(stack, tmp_path_factory.mktemp("security"), SCHEMA, config=QUICK)
     try:
         for node in (made.a, made.b):
             node.execute(SECURITY)

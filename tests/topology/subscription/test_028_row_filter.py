@@ -9,7 +9,7 @@ import pytest
 from tests.nodes import TwoNodes
 from tests.stack import Stack
 from tests.topology.subscription.scenes import anomalies, commit, rows, running
-from tests.topology.subscription.waiting import says
+from tests.topology.subscription.waiting import QUICK, says
 
 pytestmark = [pytest.mark.topology, pytest.mark.timeout(120)]
 
@@ -60,7 +60,7 @@ KEPT = {
 @pytest.fixture(scope="module")
 def pair(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
     folder = tmp_path_factory.mktemp("row-filter")
-    with running(stack, folder, SCHEMA, TABLES, source=SOURCE, target=TARGET) as made:
+    with running(stack, folder, SCHEMA, TABLES, source=SOURCE, target=TARGET, config=QUICK) as made:
         yield made
 
 

@@ -6,6 +6,9 @@ import time
 
 from tests.nodes import Node
 
+QUICK = "[limits]\nretry_backoff_max_ms = 500\n"
+"""What is mended is noticed soon: by default a stream that stands waits for half a minute between looks."""
+
 
 def says(node: Node, direction: str, words: str, *, kind: str = "live", timeout: float = 60) -> str:
     """Wait until a node's stream reports an error with these words; with no words, until it has none."""
