@@ -39,7 +39,7 @@ from vsql_shared.errors import DecodeError, RecordError, VerificationError
 if TYPE_CHECKING:
     from vsql_consumers.apply import Applier
     from vsql_consumers.collected import Decisions
-    from vsql_consumers.pipeline import Means
+    from vsql_consumers.means import Means
     from vsql_shared.pg.connect import Connection
 
 _log = logging.getLogger(__name__)

@@ -13,86 +13,38 @@ Not here: what happens after an error, pausing and waiting (worker.py). Rules:
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from vsql_consumers import joining, state
-from vsql_consumers.acknowledge import Acknowledger
 from vsql_consumers.apply import Applier
-from vsql_consumers.clock import ClockOffset
-from vsql_consumers.collect import Collector
-from vsql_consumers.collected import Awaited, Ready
+from vsql_consumers.collected import Ready
 from vsql_consumers.copying import CopyKeeper
 from vsql_consumers.figures import Figures
 from vsql_consumers.groups import Group
-from vsql_consumers.source import Source
-from vsql_consumers.state import Position, Stream
-from vsql_consumers.unseal import Announcements, Descriptor, name_altered, open_batch
+from vsql_consumers.intake import Intake
+from vsql_consumers.means import Means
+from vsql_consumers.state import Position
+from vsql_consumers.unseal import Descriptor, name_altered, open_batch
 from vsql_consumers.verify import batch_name, verify_batch
 from vsql_consumers.write import ApplyLimits
 from vsql_shared import failpoints, names
-from vsql_shared.audit.chain import ChainReader
 from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry
 from vsql_shared.changes import OpenedBatch
-from vsql_shared.crypto.announce import KeyRing
 from vsql_shared.errors import (
     DecodeError,
-    DivergedError,
     RecordError,
     TransientError,
     VerificationError,
     VsqlSyncError,
 )
-from vsql_shared.observe.metrics import Stage, StreamMetrics, Verdict
+from vsql_shared.observe.metrics import Stage, Verdict
 from vsql_shared.pg.connect import Connection, errors
-
-if TYPE_CHECKING:
-    from vsql_shared.config import Settings
-    from vsql_shared.crypto.signing import TrustStore
-    from vsql_shared.kms.base import KekProvider
 
 _log = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.1
-LOST_AFTER_SECONDS = 5.0
-"""How long a batch may lack records before Kafka is asked whether it still has them."""
 REST_AFTER_SECONDS = 2.0
-READ_KEYS_SECONDS = 30.0
-"""How long the keys topic may bring nothing while it is read to its end."""
 _COMMIT_OFFSETS_SECONDS = 0.5
-
-
-@dataclass(slots=True)
-class Totals:
-    """What passed since the worker started; kept across attempts."""
-
-    rows: int = 0
-    bytes: int = 0
-    batches: int = 0
-    orphans: int = 0
-    clock: ClockOffset = field(default_factory=ClockOffset)
-    one_by_one: bool = False
-    """Batches are not merged: one of them holds a tuple that cannot be read."""
-
-
-@dataclass(slots=True)
-class Means:
-    """What an attempt works with; whoever made it closes it."""
-
-    settings: Settings
-    stream: Stream
-    control: Connection
-    applying: Connection
-    trust: TrustStore
-    provider: KekProvider
-    open_acknowledger: Callable[[], Acknowledger]
-    source: Source
-    metrics: StreamMetrics
-    totals: Totals
-    stop: threading.Event
 
 
 class Pipeline:
@@ -101,7 +53,6 @@ class Pipeline:
     def __init__(self, means: Means) -> None:
         settings, stream, conn = means.settings, means.stream, means.applying
         self._means, self._chain = means, stream.chain
-        cluster = settings.cluster.name
         self._live_chain = names.live_chain(stream.publication, stream.origin)
         with errors("reading the stream's progress"):
             skip = {} if stream.kind == "copy" else state.copy_lsns(means.control, self._live_chain)
@@ -119,38 +70,11 @@ class Pipeline:
             self._open_decisions = state.load_open_decisions(means.control, stream.chain)
         self.position: Position = joining.first_position(means, self._applier, position, skip, decisions)
         self.acknowledger = means.open_acknowledger()
-        head = self.position.head
-        dek = settings.encryption.dek
-        self._audit = (names.audit_topic(cluster), stream.audit_partition)
-        self._keys = (names.keys_topic(cluster), 0)
-        self.collector = Collector(
-            ChainReader(cluster, stream.chain, stream.origin, means.trust, head),
-            means.trust,
-            self._audit,
-            self.position.audit_offset,
-            self.position.offsets,
-            settings.limits.collect_buffer_bytes,
-            decisions,
-        )
-        self._ignored = decisions.ignored
-        self._announcements = Announcements(
-            cluster,
-            stream.chain,
-            stream.origin,
-            means.trust,
-            KeyRing(dek.cached_keys, dek.cached_for.total_seconds()),
-            head.epoch,
-            dek.announcements_held,
-        )
-        self._keys_paused = False
-        self._keys_next = 0
+        self.intake = Intake(means, self.position, decisions)
         self.copy = CopyKeeper(conn, stream, self._live_chain)
         self._group = Group.after(self.position, self._live_chain)
-        self._awaited: list[Awaited] = []
-        self._awaited_since = 0.0
         self._busy_until, self._rested = 0.0, True
         self._offsets_due = 0.0
-        self._orphans_told = self._voids_told = 0
         self._figures = Figures(means.metrics)
         self._spoilt = False
         """An apply or a commit failed: what the group has left must not be committed without it."""
@@ -158,7 +82,7 @@ class Pipeline:
 
     def run(self, tick: Callable[[], bool]) -> None:
         """Turn until `tick` says False or the stop event is set; then what is complete is committed."""
-        self._begin()
+        self.intake.begin()
         try:
             while not self._means.stop.is_set() and not self.finished and tick():
                 self.turn()
@@ -168,94 +92,16 @@ class Pipeline:
         self.acknowledger.settle()
         self._commit_offsets(wait=True)
 
-    def _begin(self) -> None:
-        means, begin = self._means, self.position.audit_offset
-        end = means.source.ends(*self._audit)[1]
-        if end < begin:
-            raise DivergedError(
-                f"Kafka lost the end of topic {self._audit[0]}/{self._audit[1]}: it ends at offset {end},"
-                f" this node has applied what lay before {begin}",
-                hint="restore the topic, or initialise this node anew",
-            )
-        means.source.assign([(*self._keys, -1), (*self._audit, begin)])
-        means.source.assign(self.collector.wanted())
-        self._read_keys()
-
     def turn(self) -> None:
         """One round: take what has arrived, apply what is ready."""
-        came = self._pump(POLL_SECONDS)
+        came = self.intake.pump()
         refused = self._take_ready()
         self.acknowledger.poll()
         if refused is not None:
             raise refused
-        self._look_for_lost()
-        self._tell_strays()
+        self.intake.look_for_lost()
+        self.intake.tell_strays()
         self._rest(came)
-
-    # Taking records
-
-    def _pump(self, seconds: float) -> int:
-        """Take what Kafka has; returns how many records came."""
-        means, collector = self._means, self.collector
-        polled = means.source.poll(seconds)
-        for topic, partition, offset, key, value in polled.records:
-            if (topic, partition) == self._keys:
-                self._keys_next = offset + 1
-                if (topic, partition, offset) not in self._ignored:
-                    self._announcements.feed(topic, partition, offset, key, value)
-            else:
-                if (topic, partition) == self._audit:
-                    means.totals.clock.arrived(offset, time.time_ns() // 1000)
-                collector.feed(topic, partition, offset, value)
-        for topic, partition, offset, _, _ in polled.ends:
-            if (topic, partition) == self._keys:
-                self._keys_next = offset
-            elif (topic, partition) == self._audit:
-                means.totals.clock.ended(offset)
-            collector.delivered(topic, partition, offset)
-        for topic, partition, _, _, _ in polled.lost:
-            self._lost(topic, partition)
-        means.source.assign(collector.wanted())
-        flow = collector.flow()
-        means.source.pause(flow.pause)
-        means.source.resume(flow.resume)
-        self._hold_keys()
-        return len(polled.records)
-
-    def _lost(self, topic: str, partition: int) -> None:
-        """Kafka lacks the offset to go on from: what a manifest names is missed when its turn comes."""
-        if (topic, partition) in (self._audit, self._keys):
-            raise TransientError(f"Kafka does not have the offset we need of {topic}/{partition}")
-        low, high = self._means.source.ends(topic, partition)
-        self.collector.deleted_below(topic, partition, low)
-        self._means.source.go_on(topic, partition, self.collector.next_offset(topic, partition, high))
-        _log.warning("Kafka deleted records", extra={"topic": topic, "partition": partition, "begins": low})
-
-    def _read_keys(self, wanted: str = "") -> None:
-        """Read the keys topic to its present end, or up to the key that is wanted.
-
-        Announcements that nobody asked for yet are bounded: beyond that the topic waits. While one is wanted,
-        older ones make room: keys are used in the order they are announced.
-        """
-        high = self._means.source.ends(*self._keys)[1]
-        deadline = time.monotonic() + READ_KEYS_SECONDS
-        self._announcements.wanted = wanted
-        while self._keys_next < high and not self._announcements.satisfied and not self._means.stop.is_set():
-            before = self._keys_next
-            self._hold_keys()
-            self._pump(POLL_SECONDS)
-            if self._keys_next != before:
-                deadline = time.monotonic() + READ_KEYS_SECONDS
-            elif time.monotonic() > deadline:
-                raise TransientError(f"topic {self._keys[0]} cannot be read to its end")
-        self._announcements.wanted = ""
-
-    def _hold_keys(self) -> None:
-        """Pause the keys topic while more announcements wait than are held."""
-        pause = self._announcements.full
-        if pause != self._keys_paused:
-            self._keys_paused = pause
-            (self._means.source.pause if pause else self._means.source.resume)([self._keys])
 
     # Applying
 
@@ -265,7 +111,7 @@ class Pipeline:
         limits = self._means.settings.limits
         try:
             while not self.finished:
-                ready = self.collector.next_ready()
+                ready = self.intake.collector.next_ready()
                 if ready is None:
                     break
                 self._take(ready)
@@ -322,14 +168,14 @@ class Pipeline:
                 verified = verify_batch(entry, ready.parts, self._means.stream.origin)
             for part in ready.parts:
                 part.packs.clear()  # with a row of 255 MB twice in memory, a third time is too much
-            if not self._announcements.knows(entry.dek_id):
-                self._read_keys(entry.dek_id)
-            key = self._figures.open_key(self._announcements, entry, self._means.provider)
+            if not self.intake.announcements.knows(entry.dek_id):
+                self.intake.read_keys(entry.dek_id)
+            key = self._figures.open_key(self.intake.announcements, entry, self._means.provider)
             with metrics.timed(Stage.OPEN, rows=entry.row_count, size=size):
                 opened, new = open_batch(verified, key, self._descriptors, ready.entry_hash)
         except VerificationError as error:
-            if isinstance(error, RecordError) and self._announcements.knows(entry.dek_id):
-                name_altered(error, ready.parts, self._announcements.open(entry, self._means.provider))
+            if isinstance(error, RecordError) and self.intake.announcements.knows(entry.dek_id):
+                name_altered(error, ready.parts, self.intake.announcements.open(entry, self._means.provider))
             error.record = error.record or batch_name(entry)
             raise
         metrics.verified(Verdict.ACCEPTED)
@@ -342,7 +188,7 @@ class Pipeline:
             self._applier.abort()
             self._group = Group.after(self.position, self._live_chain)
         self._descriptors = {}
-        self._announcements.forget_before(entry.epoch)
+        self.intake.announcements.forget_before(entry.epoch)
 
     def _skip(self, ready: Ready, entry: AuditEntry | None) -> None:
         """A batch an operator passes over; entries that carry none are never skipped."""
@@ -422,7 +268,7 @@ class Pipeline:
 
     def _honoured(self, position: Position) -> list[int]:
         """Decisions whose place the stream has passed once it stands at `position`."""
-        passed = {**position.offsets, self._audit: position.audit_offset, self._keys: self._keys_next}
+        passed = self.intake.passed(position)
         return [
             one.id
             for one in self._open_decisions
@@ -435,7 +281,7 @@ class Pipeline:
         if wait or now >= self._offsets_due:
             failpoints.hit("consumer.before-offset-commit")
             self._offsets_due = now + _COMMIT_OFFSETS_SECONDS
-            offsets = {**self.position.offsets, self._audit: self.position.audit_offset}
+            offsets = {**self.position.offsets, self.intake.audit: self.position.audit_offset}
             self._means.source.commit(offsets, wait=wait)
 
     # Watching
@@ -450,24 +296,3 @@ class Pipeline:
             self._applier.rest()
             self.acknowledger.settle()
             self._commit_offsets(wait=False)
-
-    def _look_for_lost(self) -> None:
-        """A batch that stays incomplete: ask Kafka whether its records still exist."""
-        awaited, now = self.collector.awaited(), time.monotonic()
-        if awaited != self._awaited:
-            self._awaited, self._awaited_since = awaited, now
-        elif awaited and now - self._awaited_since >= LOST_AFTER_SECONDS:
-            self._awaited_since = now
-            for place in awaited:
-                ends = self._means.source.ends(place.topic, place.partition)
-                self.collector.check_log(place.topic, place.partition, *ends)
-
-    def _tell_strays(self) -> None:
-        collector, metrics = self.collector, self._means.metrics
-        if collector.orphans > self._orphans_told:
-            metrics.verified(Verdict.ORPHAN, collector.orphans - self._orphans_told)
-            self._means.totals.orphans += collector.orphans - self._orphans_told
-            self._orphans_told = collector.orphans
-        if collector.voids > self._voids_told:
-            metrics.verified(Verdict.VOID, collector.voids - self._voids_told)
-            self._voids_told = collector.voids

@@ -1,4 +1,4 @@
-"""The worker of one incoming stream: connections, locks, retries, pausing, refusals, status.
+"""The worker of one incoming stream: connections, locks, retries, pausing, refusals.
 
 Not here: the stages (pipeline.py). What becomes of an error (docs/design/0002):
 
@@ -16,12 +16,11 @@ held, else when it runs again. A worker that ends in between finds it unanswered
 from __future__ import annotations
 
 import logging
-import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psycopg
 from confluent_kafka import KafkaException
@@ -29,13 +28,15 @@ from confluent_kafka import KafkaException
 from vsql_consumers import state
 from vsql_consumers.acknowledge import Acknowledger, Place
 from vsql_consumers.control import Control, Wish
+from vsql_consumers.means import Means
 from vsql_consumers.origin import OriginSession
-from vsql_consumers.pipeline import Means, Pipeline, Totals
+from vsql_consumers.pipeline import Pipeline
 from vsql_consumers.quarantine import Refusal
+from vsql_consumers.report import Report
 from vsql_consumers.session import open_applying, open_control, own_trust
 from vsql_consumers.source import Source, read_chain
 from vsql_consumers.state import Stream
-from vsql_shared import failpoints, lsn, names
+from vsql_shared import failpoints, names
 from vsql_shared.audit.store import ensure_partitions
 from vsql_shared.crypto.signing import Signer, TrustStore, load_signer
 from vsql_shared.errors import (
@@ -48,10 +49,9 @@ from vsql_shared.errors import (
 from vsql_shared.kafka.clients import from_exception, make_admin, make_producer
 from vsql_shared.kafka.topics import ensure_topic
 from vsql_shared.kms import open_provider
-from vsql_shared.observe.metrics import StreamMetrics, StreamState
-from vsql_shared.observe.process import resident_bytes
 from vsql_shared.pg import acts, signers
 from vsql_shared.pg.connect import Connection, translate
+from vsql_shared.service.stopping import set_on_signals
 
 if TYPE_CHECKING:
     from vsql_shared.config import Settings
@@ -61,15 +61,6 @@ _log = logging.getLogger(__name__)
 _HOLD_SECONDS = 0.2
 _CONNECT_AGAIN_SECONDS = 2.0
 _VERBS = frozenset({"pause", "resume", "retry"})
-_STATES = {
-    "running": StreamState.STREAMING,
-    "copying": StreamState.COPYING,
-    "paused": StreamState.PAUSED,
-    "waiting": StreamState.WAITING,
-    "refused": StreamState.REFUSED,
-    "diverged": StreamState.DIVERGED,
-    "stopped": StreamState.STOPPED,
-}
 
 
 def _nothing() -> None:
@@ -80,8 +71,7 @@ def run_worker(settings: Settings, chain: str) -> int:
     """Run the worker until SIGTERM, or until its copy is finished; returns the process's exit code."""
     failpoints.arm(dev_mode=not settings.is_prod)
     worker = Worker(settings, chain)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: worker.stop.set())
+    set_on_signals(worker.stop)
     return worker.run()
 
 
@@ -91,13 +81,9 @@ class Worker:
     def __init__(self, settings: Settings, chain: str) -> None:
         self._settings, self._chain = settings, chain
         self.stop = threading.Event()
-        self._metrics = StreamMetrics(chain, settings.cluster.node_name)
-        self._totals = Totals()
+        self._report = Report(settings, chain)
         self._signer: Signer | None = None
         self._failures = 0
-        self._last_error: tuple[str, float] | None = None
-        self._rates = (time.monotonic(), 0, 0)
-        self._refusal: Refusal | None = None
         self._obeyed: set[int] = set()
         """Commands that were acted upon and wait for their entry and answer."""
 
@@ -111,12 +97,12 @@ class Worker:
                 if self._attempt():
                     break
             except TransientError as error:
-                self._failed(error)
+                self._report.failed(error)
                 self._back_off(longest=False)
             except EnvironmentFault as error:
-                self._failed(error)
+                self._report.failed(error)
                 self._back_off(longest=True)
-        self._say_alone("stopped")
+        self._report.say_alone("stopped")
         return 0
 
     def _attempt(self) -> bool:
@@ -168,7 +154,7 @@ class Worker:
             self._obeyed.update(wish.id for wish in wishes)  # answered by the stream that now runs
         elif wishes and what != "waiting":
             self._obey_held(control, stream, what, wishes)
-        self._say(control, what, {"waiting_for": why} if what == "waiting" else {})
+        self._report.say(control, what, {"waiting_for": why} if what == "waiting" else {})
         self.stop.wait(_HOLD_SECONDS)
 
     def _obey_held(self, control: Control, stream: Stream, what: str, wishes: Sequence[Wish]) -> None:
@@ -179,7 +165,7 @@ class Worker:
                 acknowledger = self._open_fenced(control.conn, stream, closing)
             except DivergedError as error:
                 # It is our own chain that does not hold: the order waits until somebody has mended that.
-                self._failed(error)
+                self._report.failed(error)
                 return
 
             def obey() -> None:
@@ -198,25 +184,25 @@ class Worker:
             with ExitStack() as closing:
                 self._turn(self._open_pipeline(conn, stream, closing), stream, control)
         except VerificationError as error:
-            self._failed(error)
-            self._totals.one_by_one = False
+            self._report.failed(error)
+            self._report.totals.one_by_one = False
             return Refusal.of(error, state.load_position(conn, self._chain).head.sequence + 1)
         except DivergedError as error:
-            self._failed(error)
+            self._report.failed(error)
             state.set_stream_state(conn, self._chain, "DIVERGED", str(error))
         return None
 
     def _turn(self, pipeline: Pipeline, stream: Stream, control: Control) -> None:
         conn = control.conn
         self._failures = 0
-        self._refusal = None
+        self._report.refusal = None
         trusted = signers.load(conn)
         say_running = "copying" if stream.kind == "copy" else "running"
 
         def tick() -> bool:
             if not control.due():
                 if control.status_due():
-                    self._say(control, say_running, self._detail(pipeline))
+                    self._report.say(control, say_running, self._report.of_pipeline(pipeline))
                 return True
             wishes = control.poll()
             # Decisions are read when a pipeline is opened.
@@ -226,9 +212,9 @@ class Worker:
             return control.desired == "running" and not decided and signers.load(conn) == trusted
 
         _log.info("running", extra={"sequence": pipeline.position.head.sequence})
-        self._say(control, say_running, self._detail(pipeline))
+        self._report.say(control, say_running, self._report.of_pipeline(pipeline))
         pipeline.run(tick)
-        self._say(control, say_running, self._detail(pipeline))
+        self._report.say(control, say_running, self._report.of_pipeline(pipeline))
 
     def _answer(
         self,
@@ -275,15 +261,15 @@ class Worker:
                 provider,
                 lambda: self._open_acknowledger(conn, stream, closing),
                 source,
-                self._metrics,
-                self._totals,
+                self._report.metrics,
+                self._report.totals,
                 self.stop,
             )
         )
 
     def _refuse(self, conn: Connection, stream: Stream, control: Control, refusal: Refusal) -> None:
         """Say what was refused, signed and in the status; stay until an operator decides."""
-        self._refusal = refusal
+        self._report.refusal = refusal
         _log.error("refused", extra={"record": refusal.record, "sequence": refusal.sequence})
         with ExitStack() as closing:
             acknowledger = self._open_fenced(conn, stream, closing)
@@ -300,7 +286,7 @@ class Worker:
                 with ExitStack() as closing:
                     acknowledger = self._open_fenced(conn, stream, closing)
                     self._answer(acknowledger, control, wishes, f"the stream is refused: {refusal.error}")
-            self._say(control, "refused", {"sequence": refusal.sequence - 1})
+            self._report.say(control, "refused", {"sequence": refusal.sequence - 1})
             self.stop.wait(_HOLD_SECONDS)
 
     def _open_fenced(self, conn: Connection, stream: Stream, closing: ExitStack) -> Acknowledger:
@@ -330,81 +316,16 @@ class Worker:
     def _note_sync(self, conn: Connection, stream: Stream, pipeline: Pipeline) -> None:
         """A live stream that has applied all it knows of is SYNCHRONIZED."""
         if stream.kind == "live":
-            level = pipeline.position.head.sequence == pipeline.collector.read_head.sequence
+            level = pipeline.position.head.sequence == pipeline.intake.collector.read_head.sequence
             if level and pipeline.position.head.sequence:
                 state.set_stream_state(conn, self._chain, "SYNCHRONIZED")
-
-    # Status
-
-    def _detail(self, pipeline: Pipeline) -> dict[str, Any]:
-        head, known = pipeline.position.head, pipeline.collector.read_head
-        behind = known.batch > head.batch
-        commit = pipeline.position.commit_time
-        lag_seconds = time.time() - commit / 1e6 if behind and commit is not None else 0.0
-        size = max(0, known.lsn_end - head.lsn_end)
-        self._metrics.lag(size=size, seconds=lag_seconds, batches=known.batch - head.batch)
-        self._metrics.memory(resident=resident_bytes(), buffered=pipeline.collector.buffered)
-        detail: dict[str, Any] = {
-            "epoch": head.epoch,
-            "sequence": head.sequence,
-            "batch": head.batch,
-            "applied_lsn": lsn.text(head.lsn_end),
-            "known_lsn": lsn.text(known.lsn_end),
-            "lag_bytes": size,
-            "lag_batches": known.batch - head.batch,
-            "lag_seconds": round(lag_seconds, 3),
-            "buffered_bytes": pipeline.collector.buffered,
-        }
-        if pipeline.copy.is_copy:
-            detail["copy"] = pipeline.copy.detail()
-        return detail
-
-    def _say(self, control: Control, what: str, detail: dict[str, Any]) -> None:
-        if not control.status_due(what):
-            return
-        totals, now = self._totals, time.monotonic()
-        before, rows, size = self._rates
-        seconds = max(now - before, 0.001)
-        self._rates = (now, totals.rows, totals.bytes)
-        error, offset_us = self._last_error, totals.clock.offset_us
-        detail = {
-            "rows": totals.rows,
-            "bytes": totals.bytes,
-            "batches": totals.batches,
-            "rows_per_s": round((totals.rows - rows) / seconds, 1),
-            "bytes_per_s": round((totals.bytes - size) / seconds, 1),
-            "orphans": totals.orphans,
-            "anomalies": control.anomalies(),
-            "clock_offset_ms": None if offset_us is None else offset_us / 1000,
-            "last_error": error[0] if error else "",
-            "last_error_at": error[1] if error else None,
-            **detail,
-        }
-        if what == "refused" and self._refusal is not None:
-            detail["refused"] = self._refusal.as_detail()
-        control.say(what, detail)
-        self._metrics.state(_STATES[what])
-
-    def _say_alone(self, what: str) -> None:
-        """Say the state without a session of our own; where the database is away there is nobody to tell."""
-        self._metrics.state(_STATES[what])
-        try:
-            with open_control(self._settings, self._chain, None) as conn:
-                self._say(Control(conn, self._chain, self._settings.limits), what, {})
-        except (VsqlSyncError, psycopg.Error):
-            _log.debug("the status could not be written")
-
-    def _failed(self, error: VsqlSyncError) -> None:
-        self._metrics.failed(error)
-        self._last_error = (str(error), time.time())
-        _log.error("%s", error, extra={"error": type(error).__name__})
 
     def _back_off(self, *, longest: bool) -> None:
         limits = self._settings.limits
         most = limits.retry_backoff_max_ms / 1000
         pause = most if longest else min(limits.retry_backoff_ms / 1000 * 2**self._failures, most)
         self._failures = min(self._failures + 1, 16)
-        self._say_alone("waiting")
+        self._report.say_alone("waiting")
         deadline = time.monotonic() + pause
         while not self.stop.is_set() and (left := deadline - time.monotonic()) > 0:
             if self._listen(deadline):
@@ -422,7 +343,7 @@ class Worker:
                     if new:
                         self._obeyed |= new
                         return True
-                    self._say(control, "waiting", {})
+                    self._report.say(control, "waiting", {})
         except (VsqlSyncError, psycopg.Error):
             _log.debug("the database is away while the stream waits")
         return False

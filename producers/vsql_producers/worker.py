@@ -14,7 +14,6 @@ A worker that ends before that obeys again, and says so again.
 from __future__ import annotations
 
 import logging
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -54,6 +53,7 @@ from vsql_shared.pg import acts
 from vsql_shared.pg.commands import Command
 from vsql_shared.pg.connect import Connection, connect, errors, translate
 from vsql_shared.pg.status import write_status
+from vsql_shared.service.stopping import set_on_signals
 
 _log = logging.getLogger(__name__)
 
@@ -114,8 +114,7 @@ def run_worker(settings: Settings, chain: str) -> int:
         )
     failpoints.arm(dev_mode=not settings.is_prod)
     worker = Worker(settings, chain)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: worker.stop.set())
+    set_on_signals(worker.stop)
     return worker.run()
 
 

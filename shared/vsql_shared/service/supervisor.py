@@ -10,7 +10,6 @@ It replicates nothing itself. Rules:
 from __future__ import annotations
 
 import logging
-import signal
 import threading
 import time
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +18,7 @@ from vsql_shared import names
 from vsql_shared.errors import DatabaseError, RefusedError, TransientError, VsqlSyncError
 from vsql_shared.observe import shared_metrics
 from vsql_shared.pg.connect import Connection, connect, errors
+from vsql_shared.service.stopping import set_on_signals
 from vsql_shared.service.workers import Workers
 
 if TYPE_CHECKING:
@@ -51,10 +51,6 @@ class Supervisor:
         self._last_seen = 0.0
         self._not_ready = ["the service is starting"]
 
-    def request_stop(self) -> None:
-        """Ask the loop to end; safe in a signal handler."""
-        self._stop.set()
-
     def healthy(self) -> str | None:
         """None while the loop turns (for /healthz)."""
         silent = time.monotonic() - self._last_seen
@@ -66,8 +62,7 @@ class Supervisor:
 
     def run(self) -> int:
         """The loop, until a signal; returns the exit code."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self.request_stop())
+        set_on_signals(self._stop)
         warned = float("-inf")
         try:
             while not self._stop.is_set():

@@ -1,0 +1,170 @@
+"""What Kafka brings of one stream: records to the collector, announcements of keys to their holder.
+
+Not here: what is done with batches that are ready (pipeline.py). Bounded by the collector's buffer and by the
+number of announcements held: what runs ahead is paused.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from vsql_consumers.collect import Collector
+from vsql_consumers.collected import Awaited, Decisions
+from vsql_consumers.unseal import Announcements
+from vsql_shared import names
+from vsql_shared.audit.chain import ChainReader
+from vsql_shared.crypto.announce import KeyRing
+from vsql_shared.errors import DivergedError, TransientError
+from vsql_shared.observe.metrics import Verdict
+
+if TYPE_CHECKING:
+    from vsql_consumers.means import Means
+    from vsql_consumers.state import Position
+
+_log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.1
+LOST_AFTER_SECONDS = 5.0
+"""How long a batch may lack records before Kafka is asked whether it still has them."""
+READ_KEYS_SECONDS = 30.0
+"""How long the keys topic may bring nothing while it is read to its end."""
+
+
+class Intake:
+    """Takes records from `position` on."""
+
+    def __init__(self, means: Means, position: Position, decisions: Decisions) -> None:
+        settings, stream = means.settings, means.stream
+        cluster, head, dek = settings.cluster.name, position.head, settings.encryption.dek
+        self._means, self._begins_at = means, position.audit_offset
+        self.audit = (names.audit_topic(cluster), stream.audit_partition)
+        self._keys = (names.keys_topic(cluster), 0)
+        self.collector = Collector(
+            ChainReader(cluster, stream.chain, stream.origin, means.trust, head),
+            means.trust,
+            self.audit,
+            position.audit_offset,
+            position.offsets,
+            settings.limits.collect_buffer_bytes,
+            decisions,
+        )
+        self.announcements = Announcements(
+            cluster,
+            stream.chain,
+            stream.origin,
+            means.trust,
+            KeyRing(dek.cached_keys, dek.cached_for.total_seconds()),
+            head.epoch,
+            dek.announcements_held,
+        )
+        self._ignored = decisions.ignored
+        self._keys_paused = False
+        self._keys_next = 0
+        self._awaited: list[Awaited] = []
+        self._awaited_since = 0.0
+        self._orphans_told = self._voids_told = 0
+
+    def passed(self, position: Position) -> dict[tuple[str, int], int]:
+        """Up to where each partition has been dealt with when the stream stands at `position`."""
+        return {**position.offsets, self.audit: position.audit_offset, self._keys: self._keys_next}
+
+    def begin(self) -> None:
+        """Assign the partitions, read the keys topic. Raises DivergedError: Kafka ends below the position."""
+        means, begin = self._means, self._begins_at
+        end = means.source.ends(*self.audit)[1]
+        if end < begin:
+            raise DivergedError(
+                f"Kafka lost the end of topic {self.audit[0]}/{self.audit[1]}: it ends at offset {end},"
+                f" this node has applied what lay before {begin}",
+                hint="restore the topic, or initialise this node anew",
+            )
+        means.source.assign([(*self._keys, -1), (*self.audit, begin)])
+        means.source.assign(self.collector.wanted())
+        self.read_keys()
+
+    def pump(self, seconds: float = POLL_SECONDS) -> int:
+        """Take what Kafka has; returns how many records came."""
+        means, collector = self._means, self.collector
+        polled = means.source.poll(seconds)
+        for topic, partition, offset, key, value in polled.records:
+            if (topic, partition) == self._keys:
+                self._keys_next = offset + 1
+                if (topic, partition, offset) not in self._ignored:
+                    self.announcements.feed(topic, partition, offset, key, value)
+            else:
+                if (topic, partition) == self.audit:
+                    means.totals.clock.arrived(offset, time.time_ns() // 1000)
+                collector.feed(topic, partition, offset, value)
+        for topic, partition, offset, _, _ in polled.ends:
+            if (topic, partition) == self._keys:
+                self._keys_next = offset
+            elif (topic, partition) == self.audit:
+                means.totals.clock.ended(offset)
+            collector.delivered(topic, partition, offset)
+        for topic, partition, _, _, _ in polled.lost:
+            self._lost(topic, partition)
+        means.source.assign(collector.wanted())
+        flow = collector.flow()
+        means.source.pause(flow.pause)
+        means.source.resume(flow.resume)
+        self._hold_keys()
+        return len(polled.records)
+
+    def _lost(self, topic: str, partition: int) -> None:
+        """Kafka lacks the offset to go on from: what a manifest names is missed when its turn comes."""
+        if (topic, partition) in (self.audit, self._keys):
+            raise TransientError(f"Kafka does not have the offset we need of {topic}/{partition}")
+        low, high = self._means.source.ends(topic, partition)
+        self.collector.deleted_below(topic, partition, low)
+        self._means.source.go_on(topic, partition, self.collector.next_offset(topic, partition, high))
+        _log.warning("Kafka deleted records", extra={"topic": topic, "partition": partition, "begins": low})
+
+    def read_keys(self, wanted: str = "") -> None:
+        """Read the keys topic to its present end, or up to the key that is wanted.
+
+        Announcements that nobody asked for yet are bounded: beyond that the topic waits. While one is wanted,
+        older ones make room: keys are used in the order they are announced.
+        """
+        high = self._means.source.ends(*self._keys)[1]
+        deadline = time.monotonic() + READ_KEYS_SECONDS
+        self.announcements.wanted = wanted
+        while self._keys_next < high and not self.announcements.satisfied and not self._means.stop.is_set():
+            before = self._keys_next
+            self._hold_keys()
+            self.pump()
+            if self._keys_next != before:
+                deadline = time.monotonic() + READ_KEYS_SECONDS
+            elif time.monotonic() > deadline:
+                raise TransientError(f"topic {self._keys[0]} cannot be read to its end")
+        self.announcements.wanted = ""
+
+    def _hold_keys(self) -> None:
+        """Pause the keys topic while more announcements wait than are held."""
+        pause = self.announcements.full
+        if pause != self._keys_paused:
+            self._keys_paused = pause
+            (self._means.source.pause if pause else self._means.source.resume)([self._keys])
+
+    def look_for_lost(self) -> None:
+        """A batch that stays incomplete: ask Kafka whether its records still exist."""
+        awaited, now = self.collector.awaited(), time.monotonic()
+        if awaited != self._awaited:
+            self._awaited, self._awaited_since = awaited, now
+        elif awaited and now - self._awaited_since >= LOST_AFTER_SECONDS:
+            self._awaited_since = now
+            for place in awaited:
+                ends = self._means.source.ends(place.topic, place.partition)
+                self.collector.check_log(place.topic, place.partition, *ends)
+
+    def tell_strays(self) -> None:
+        """Count orphans and void entries since the last call."""
+        collector, metrics = self.collector, self._means.metrics
+        if collector.orphans > self._orphans_told:
+            metrics.verified(Verdict.ORPHAN, collector.orphans - self._orphans_told)
+            self._means.totals.orphans += collector.orphans - self._orphans_told
+            self._orphans_told = collector.orphans
+        if collector.voids > self._voids_told:
+            metrics.verified(Verdict.VOID, collector.voids - self._voids_told)
+            self._voids_told = collector.voids
