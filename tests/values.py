@@ -270,7 +270,11 @@ TEXTS = Family(
         Kind("varchar(12)", tuple(w for w in _WORDS if len(w) <= 12)),
         Kind("char(12)", tuple(w for w in _WORDS if len(w) <= 12)),
         Kind("bpchar", _WORDS),
-        Kind('"char"', ("", "a", " ", "\\", "'", "{", ",", "0", "\x01", "\x7f")),
+        Kind(
+            '"char"',
+            ("", "a", " ", "\\", "'", "{", ",", "0", "\x01", "\x7f"),
+            later={16: (r"\200", r"\377")},  # 15 prints bytes that are no UTF8
+        ),
         Kind("name", (*_WORDS, "n" * 63)),
         Kind("refcursor", ("", "c", "<unnamed portal 1>"), key=False),
         Kind("citext", (*_WORDS, "CaSe", "ÄÖ"), array="text"),
