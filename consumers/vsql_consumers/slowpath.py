@@ -169,7 +169,7 @@ class _Writer:
         """Write one change. Returns "", the kind of anomaly, or None when it could not be decided."""
         if change.op == Op.INSERT:
             return self._insert(number)
-        found = self._old_key or self._lock(number)
+        found = self._old_key or self._lock(number, change.old or change.new or [])
         if change.op == Op.DELETE:
             return "" if found and self._delete(number, found) else DELETE_MISSING
         if not found:
@@ -230,10 +230,12 @@ class _Writer:
             number, found, ("delete",), lambda: self._plan.delete(self._stage.name, _SET, _FOUND)
         )
 
-    def _lock(self, number: int) -> str:
+    def _lock(self, number: int, old: Fields) -> str:
         """Lock one row that is as the staged old one; where it lies, or "" when there is none."""
+        plan = self._plan
+        nulls = () if plan.key else tuple(n for n, field in enumerate(old) if field == NULL)
         text = self._text(
-            ("lock",), lambda: self._plan.lock_one(self._stage.name, _SET, self._layout, OLD)
+            ("lock", nulls), lambda: plan.lock_one(self._stage.name, _SET, self._layout, OLD, nulls)
         ).replace(_NUMBER, str(number))
         row = self._conn.execute(text.encode(), prepare=False).fetchone()
         return f"t.tableoid = {row[0]:d} AND t.ctid = '{row[1]}'" if row else ""

@@ -16,7 +16,7 @@ whose columns are `k`, which set of rows this is; `o<n>`, the old value of colum
 # ruff: noqa: S608 - identifiers are quoted by statements.quoted, values never stand in texts
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from vsql_consumers import packed
@@ -113,8 +113,26 @@ class Plan:
 
     @property
     def match(self) -> tuple[int, ...]:
-        """Columns whose old values find a row."""
-        return self.key or tuple(range(len(self.columns)))
+        """Columns whose old values find a row: what the target generates says nothing the others do not."""
+        return self.key or self.written
+
+    @property
+    def differing(self) -> list[str]:
+        """Columns the source generates that come out differently here, or the other way round.
+
+        A column the target lacks cannot; one it generates by the same definition does not.
+        """
+        source, target = dict(self.relation.generated), dict(self.target.generated)
+        if not source and not target:
+            return []
+        sent = {column.name for column in self.relation.columns}
+        differing = {name for name in sent & target.keys() if name not in source}
+        for name, definition in source.items():
+            if name in target:
+                differing |= {name} if target[name] != definition else set()
+            elif name in self.target.columns and name not in sent:
+                differing.add(name)
+        return sorted(differing)
 
     @property
     def wide(self) -> bool:
@@ -223,26 +241,29 @@ class Plan:
     def _same_text(self, n: int, value: str) -> str:
         return f"CAST(t.{self.column(n)} AS text) IS NOT DISTINCT FROM CAST({value} AS text)"
 
-    def found_by_all(self, layout: Layout, side: str) -> str:
-        """T equals the staged row in every column; NULL equals NULL."""
+    def found_by_all(self, layout: Layout, side: str, nulls: Collection[int]) -> str:
+        """T equals the staged row in every column; those numbered in `nulls` are NULL there.
+
+        IS NOT DISTINCT FROM uses no index, = and IS NULL do.
+        """
         tests = []
-        for n, column in enumerate(self.columns):
-            value = self.value(n, layout, side)
+        for n in self.written:
+            column, value = self.columns[n], self.value(n, layout, side)
             if not column.comparable:
                 tests.append(self._same_text(n, value))
-                continue
-            if column.collation:
-                value = f"({value}) COLLATE {column.collation}"
-            tests.append(f"{self._stored(n)} IS NOT DISTINCT FROM {value}")
+            elif n in nulls:
+                tests.append(f"t.{self.column(n)} IS NULL")
+            else:
+                value = f"({value}) COLLATE {column.collation}" if column.collation else value
+                tests.append(f"{self._stored(n)} OPERATOR(pg_catalog.=) {value}")
         return " AND ".join(tests) or "true"
 
     def _image(self, layout: Layout, side: str) -> str:
         """T equals the staged row byte by byte: 1.0 is not 1.00."""
+        written = [(n, self.columns[n].type.sql) for n in self.written]
         rows = [
-            ", ".join(f"CAST(t.{self.column(n)} AS {c.type.sql})" for n, c in enumerate(self.columns)),
-            ", ".join(
-                f"CAST({self.value(n, layout, side)} AS {c.type.sql})" for n, c in enumerate(self.columns)
-            ),
+            ", ".join(f"CAST(t.{self.column(n)} AS {type_})" for n, type_ in written),
+            ", ".join(f"CAST({self.value(n, layout, side)} AS {type_})" for n, type_ in written),
         ]
         # Without the casts this would be the grammar's comparison of two rows, column by column.
         return f"CAST(ROW({rows[0]}) AS record) OPERATOR(pg_catalog.*=) CAST(ROW({rows[1]}) AS record)"
@@ -317,14 +338,14 @@ class Plan:
         tests = ", ".join(test.format(self.column(n), self.value(n, layout)) for n in columns)
         return f"SELECT {tests} FROM {self.table} t, {stage} s WHERE {where} AND {found}"
 
-    def lock_one(self, stage: str, where: str, layout: Layout, side: str) -> str:
+    def lock_one(self, stage: str, where: str, layout: Layout, side: str, nulls: Collection[int] = ()) -> str:
         """Find one row equal to the staged one (the key's columns, or all), lock it, and say where it is."""
         if self.key:
             found, order = self.found_by_key(layout, side), ""
         else:
             # All rows of a table without columns are equal.
-            order = f" ORDER BY {self._image(layout, side)} DESC" if self.columns else ""
-            found = self.found_by_all(layout, side)
+            order = f" ORDER BY {self._image(layout, side)} DESC" if self.written else ""
+            found = self.found_by_all(layout, side, nulls)
         return (
             f"SELECT t.tableoid::bigint, t.ctid::text FROM {self.table} t, {stage} s"
             f" WHERE {where} AND {found}{order} LIMIT 1 FOR UPDATE OF t"
@@ -361,7 +382,8 @@ def truncate_sql(plans: Sequence[Plan], named: int, options: int) -> list[str]:
 def make_plan(relation: Relation, target: TargetTable, types: tuple[TypeName | None, ...]) -> Plan:
     """Join a descriptor and its table. Raises DatabaseError for a column the target lacks."""
     names = [column.name for column in relation.columns]
-    missing = [name for name in names if name not in target.columns]
+    generated = dict(relation.generated)
+    missing = [name for name in names if name not in target.columns and name not in generated]
     if missing:
         raise DatabaseError(
             f"table {target.name} lacks {'column' if len(missing) == 1 else 'columns'} "
@@ -370,10 +392,15 @@ def make_plan(relation: Relation, target: TargetTable, types: tuple[TypeName | N
         )
     if len(set(names)) != len(names):
         raise DecodeError(f"the descriptor of {relation.name} names a column twice")
-    columns = tuple(target.columns[name] for name in names)
+    columns = tuple(target.columns.get(name) or _passed_over(name) for name in names)
     key, index = _identity(relation, target)
     written = tuple(n for n, column in enumerate(columns) if not column.generated)
     return Plan(relation, target, types, columns, key, index, written)
+
+
+def _passed_over(name: str) -> TargetColumn:
+    """A column the source generates and the target lacks: read, and neither written nor compared."""
+    return TargetColumn(name, TypeName(_TEXT_OID, "text"), True, False, False, "", False)
 
 
 def _identity(relation: Relation, target: TargetTable) -> tuple[tuple[int, ...], UniqueIndex | None]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from vsql_shared.changes import TableName
 from vsql_shared.errors import DatabaseError, DecodeError
+from vsql_shared.pg import generated as generation
 
 if TYPE_CHECKING:
     from vsql_shared.pg.connect import Connection
@@ -72,7 +73,8 @@ class TargetTable:
     """`ordered`: triggers fire for replicas too, or exclusion constraints: its changes keep their order.
 
     For TRUNCATE: `members` are the table and its partitions, `referrers` other tables with a foreign key to
-    one of them, `sequences` those its columns own, as SQL.
+    one of them, `sequences` those its columns own, as SQL. `generated`: digests of what columns are generated
+    by.
     """
 
     name: TableName
@@ -84,6 +86,7 @@ class TargetTable:
     members: frozenset[int] = frozenset()
     referrers: frozenset[int] = frozenset()
     sequences: tuple[str, ...] = ()
+    generated: tuple[tuple[str, bytes], ...] = ()
 
 
 # Everything a description depends on. A change of any of these rows makes a new xmin.
@@ -222,6 +225,7 @@ def read_table(conn: Connection, name: TableName) -> TargetTable:
     return TargetTable(
         name, kind == "p", ordered, columns, uniques, version,
         frozenset(members), frozenset(referrers), tuple(sequences),
+        generation.definitions(conn, name),
     )  # fmt: skip
 
 

@@ -24,9 +24,9 @@ from vsql_consumers.fold import Folded, Step, fold, only_inserts
 from vsql_consumers.frames import Layout, LayoutChange, copied_chunks, insert_chunks
 from vsql_consumers.slowpath import INSERT_EXISTS, Replay
 from vsql_consumers.stage import Stages, copy_in, run
-from vsql_consumers.statements import binary_layout
+from vsql_consumers.statements import binary_layout, quoted
 from vsql_consumers.window import Window
-from vsql_shared.changes import TableName
+from vsql_shared.changes import Op, TableName
 from vsql_shared.errors import DatabaseError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 OnAnomaly: TypeAlias = Literal["continue", "stop"]
 COPIED, FOLDED, UPSERTED, REPLAYED = "copied", "folded", "upserted", "replayed"
+GENERATED_DIFFERS = "generated_differs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,16 @@ class Writer:
     def write(self, window: Window) -> None:
         """Write a window's changes. Raises our errors and psycopg's; the transaction is then lost."""
         plan = window.plan
+        if plan.differing and self._on_anomaly == "stop":
+            columns = ", ".join(map(quoted, plan.differing))
+            raise DatabaseError(
+                f"{GENERATED_DIFFERS} at {window.naming(0)}: the source and this node do not generate column"
+                f" {columns} by the same expression and functions",
+                hint="define it as on the source, and functions it uses; the stream then goes on by itself;"
+                ' [apply] on_anomaly = "continue" counts such changes and goes on',
+            )
+        if plan.differing:
+            self._count_generated(window)
         layout = self._layouts.get(plan.name, b"")
         if len(layout) != len(plan.columns):
             layout = binary_layout(plan.relation)
@@ -98,6 +109,13 @@ class Writer:
             return
         for step in fold(ops, plaintexts, layout, plan.key):
             self._step(window, ops, plaintexts, step)
+
+    def _count_generated(self, window: Window) -> None:
+        """Rows whose generated columns are not the source's: written, counted, and so reported."""
+        written = sum(op != Op.DELETE for op in window.ops())
+        if written:
+            batch = window.batches[window.place(window.rows - 1)[0]].batch
+            self.tally.add(window.plan.name, GENERATED_DIFFERS, written, batch)
 
     def _inserts(self, window: Window, plaintexts: Sequence[bytes], layout: Layout) -> None:
         plan, chunk_bytes = window.plan, self._limits.copy_chunk_bytes

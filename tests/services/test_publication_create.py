@@ -16,7 +16,8 @@ from vsql_shared.pg.table_spec import TableSpec, parse_column, parse_spec, parse
 
 TABLES = """
 CREATE TABLE public.payments (id bigint PRIMARY KEY, amount numeric, pan text, cvv text,
-    twice numeric GENERATED ALWAYS AS (amount * 2) STORED);
+    twice numeric GENERATED ALWAYS AS (amount * 2) STORED,
+    thrice numeric GENERATED ALWAYS AS (amount * 3) VIRTUAL);
 CREATE TABLE public.merchants (id int PRIMARY KEY, name text);
 CREATE TABLE public.bare (x int, y int);
 CREATE TABLE public.chosen (x int NOT NULL, y int);
@@ -160,7 +161,7 @@ def test_children_of_an_inheritance_parent_are_not_published_with_it(conn: Conne
     [
         ("gone", "there is no such table"),
         ("merchants(id, nope)", "there is no column nope"),
-        ("payments(id, twice)", "generated"),
+        ("payments(id, thrice)", "generated"),
         ("seen", "is a view"),
         ("volatile", "SET LOGGED"),
         ("parted_1", "publish the partitioned table"),

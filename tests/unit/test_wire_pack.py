@@ -55,6 +55,7 @@ RELATIONS = st.builds(
         max_size=6,
     ).map(tuple),
     salt=st.binary(min_size=16, max_size=16),
+    generated=st.lists(st.tuples(TEXT, st.binary(min_size=32, max_size=32)), max_size=3).map(tuple),
 )
 CLEARS = st.tuples(
     st.integers(0, 65535),
@@ -295,7 +296,9 @@ def test_bytes_that_are_no_pack_are_refused(data: bytes) -> None:
 
 def test_a_descriptor_with_trailing_bytes_or_of_another_format_is_refused() -> None:
     encoded = encode_relation(Relation(TableName("s", "t"), "d", (Column("id", True, 20, -1, "bigint"),)))
-    for bad in (encoded + b"\0", b"\x04" + encoded[1:]):
+    # Format 2 ends in an array of generated columns, which is never empty.
+    empty = b"\x04" + encoded[1:] + b"\0"
+    for bad in (encoded + b"\0", b"\x06" + encoded[1:], empty):
         with pytest.raises(DecodeError, match="another format or with trailing bytes"):
             decode_relation(bad)
     for cut in range(len(encoded)):

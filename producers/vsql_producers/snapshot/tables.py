@@ -16,7 +16,7 @@ from vsql_producers.relations import Scope, describe
 from vsql_producers.transactions import Descriptor
 from vsql_shared.changes import Column, TableName
 from vsql_shared.errors import DatabaseError
-from vsql_shared.pg import catalog
+from vsql_shared.pg import catalog, generated
 from vsql_shared.pg.connect import Connection, errors
 
 _TEXT_OID = 25
@@ -61,7 +61,8 @@ def tables_to_copy(conn: Connection, publication: str, scope: Scope, salts: list
             raise DatabaseError(f"table {name} went away while it was prepared for the copy")
         keys = frozenset(info.identity or ())
         described = [Column(c.name, c.name in keys, c.type_oid, c.typmod, c.type_name) for c in described]
-        descriptor = describe(name, info.replica_identity, tuple(described), scope, salts.pop())
+        made_by = generated.definitions(conn, name)
+        descriptor = describe(name, info.replica_identity, tuple(described), scope, salts.pop(), made_by)
         command = _command(name, select, row_filter, partitioned=partitioned).as_string(conn).encode()
         found.append(
             CopyTable(name, int(oid).to_bytes(4, "big"), len(described), descriptor, command, estimate)

@@ -20,7 +20,9 @@ FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamesp
 """
 _COLUMNS = """
 SELECT a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attgenerated <> '',
-       a.atthasdef OR a.attidentity <> ''
+       a.atthasdef OR a.attidentity <> '', a.attgenerated = 'v',
+       a.attgenerated = '' OR (a.attgenerated = 's'
+           AND pg_catalog.current_setting('server_version_num')::int >= 180000)
 FROM pg_catalog.pg_attribute a
 WHERE a.attrelid = %s AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum
 """
@@ -46,6 +48,10 @@ class ColumnInfo:
     not_null: bool
     generated: bool
     has_default: bool
+    virtual: bool
+    """Generated when it is read (PostgreSQL 18)."""
+    may_be_sent: bool
+    """Not generated, or stored and on a server that can publish it (PostgreSQL 18)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +89,11 @@ class TableInfo:
     def sent_columns(self) -> tuple[str, ...]:
         """Columns that replication sends: generated ones are computed where they are."""
         return tuple(column.name for column in self.columns if not column.generated)
+
+    @property
+    def full_with_generated(self) -> bool:
+        """Whether UPDATE needs stored generated columns published (PostgreSQL 18): FULL holds them, too."""
+        return self.replica_identity == "f" and any(c.generated and c.may_be_sent for c in self.columns)
 
     @property
     def identity(self) -> tuple[str, ...] | None:

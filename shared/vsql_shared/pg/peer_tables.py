@@ -52,10 +52,12 @@ def table_problems(
         yield f"{name}: is no table on the peer; create one there"
         return
     there = {column.name: column for column in target.columns}
+    # What both nodes generate is computed on each: the consumer says if it differs.
+    ours = {column.name for column in source.columns if column.generated}
     missing = [column for column in columns if column not in there]
     if missing:
         yield f"{name}: the peer's table lacks column {', '.join(map(quote_ident, missing))}; add it there"
-    generated = [column for column in columns if column in there and there[column].generated]
+    generated = [c for c in columns if c in there and there[c].generated and c not in ours]
     if generated:
         yield (
             f"{name}: column {', '.join(map(quote_ident, generated))} is generated on the peer and comes with"

@@ -45,13 +45,12 @@ def choose_columns(
     unknown = [column for column in listed or () if column not in table.column_names]
     if unknown:
         return None, [f"{table.name}: there is no column {', '.join(map(quote_ident, unknown))}"]
-    generated = [column for column in listed or () if column not in table.sent_columns]
+    sendable = [column.name for column in table.columns if column.may_be_sent]
+    generated = [column for column in listed or () if column not in sendable]
     if generated:
         names = ", ".join(map(quote_ident, generated))
         return None, [f"{table.name}: column {names} is generated, the target computes it; leave it out"]
-    wanted = (
-        table.sent_columns if listed is None else tuple(c for c in table.sent_columns if c in set(listed))
-    )
+    wanted = table.sent_columns if listed is None else tuple(c for c in sendable if c in set(listed))
     chosen = tuple(column for column in wanted if column not in left_out)
     if wanted and not chosen:
         return None, [f"{table.name}: no column is left to publish"]
@@ -115,12 +114,21 @@ def identity_problem(table: TableInfo, columns: Sequence[str] | None, left_out: 
     identity = table.identity
     if identity is None:
         return f"{table.name}: has no replica identity, UPDATE and DELETE need one; {_remedy(table, columns)}"
-    if columns is None:
-        return None
-    missing = [column for column in identity if column not in columns]
+    if table.replica_identity == "f" and any(column.virtual for column in table.columns):
+        return (
+            f"{table.name}: REPLICA IDENTITY FULL sends every column before a change, and a virtual generated"
+            f" one cannot be sent; {_remedy(table, table.column_names)}"
+        )
+    sent = table.sent_columns if columns is None else columns
+    missing = [column for column in identity if column not in sent]
     if not missing:
         return None
     names = ", ".join(map(quote_ident, missing))
+    if columns is None:
+        return (
+            f"{table.name}: key column {names} is generated and travels only where it is listed, which"
+            f" PostgreSQL 18 and later can; list the columns, or {_remedy(table, sent)}"
+        )
     if table.replica_identity == "f":
         return (
             f"{table.name}: REPLICA IDENTITY FULL sends every column before a change, {names} too, which"

@@ -40,6 +40,9 @@ from vsql_shared.pg.publication_rules import (
 from vsql_shared.pg.row_filter import RowFilter
 from vsql_shared.pg.table_spec import TableSpec
 
+_SENDS_GENERATED = 180000
+"""Servers from this version on can publish stored generated columns."""
+
 
 @dataclass(frozen=True, slots=True)
 class PublicationRequest:
@@ -361,6 +364,13 @@ def _write(conn: Connection, publication: PublicationInfo, *, exists: bool) -> N
             "CREATE PUBLICATION {} FOR TABLE {} WITH (publish = {}, publish_via_partition_root = {})"
         ).format(name, tables_sql(publication.tables), operations, sql.SQL(via_root))
     )
+    if (
+        conn.info.server_version >= _SENDS_GENERATED
+        and not publication.insert_only
+        and any(_full_with_generated(conn, table.name) for table in publication.tables)
+    ):
+        # Without it PostgreSQL would refuse the source's own UPDATEs of those tables.
+        conn.execute(sql.SQL("ALTER PUBLICATION {} SET (publish_generated_columns = stored)").format(name))
     conn.execute(
         "INSERT INTO vsql_sync.publications (name, exclude_pci, via_leaf) VALUES (%s, %s, %s)"
         " ON CONFLICT (name) DO UPDATE SET exclude_pci = excluded.exclude_pci, via_leaf = excluded.via_leaf",
@@ -393,6 +403,12 @@ def _table_sql(table: PublishedTable) -> sql.Composed:
     if table.where is not None:
         parts.append(sql.SQL(" WHERE ({})").format(sql.SQL(table.where)))
     return sql.Composed(parts)
+
+
+def _full_with_generated(conn: Connection, name: TableName) -> bool:
+    table = catalog.describe(conn, name)
+    parts = [] if table is None else [table, *catalog.partitions(conn, table)]
+    return any(part.full_with_generated for part in parts)
 
 
 def _as_json(publication: PublicationInfo) -> dict[str, object]:

@@ -27,6 +27,8 @@ from vsql_shared.changes import Column, Relation, TableName, Transaction
 from vsql_shared.errors import DecodeError
 
 FORMAT = 1
+# A descriptor of a table with generated columns.
+_GENERATED_FORMAT = 2
 CLEAR = struct.Struct(">HQIc")  # index into transactions, lsn, index in batch, op
 CLEAR_SIZE = CLEAR.size
 _CLEAR_INTS = struct.Struct(">HQIB")  # the same, op as an int
@@ -223,30 +225,34 @@ def decode_tuples(message: bytes, offset: int, digest: bytes) -> list[SealedTupl
 
 
 def encode_relation(relation: Relation) -> bytes:
-    """Plaintext of a descriptor record."""
+    """Plaintext of a descriptor record: format 2 for a table with generated columns, else format 1."""
     out = io.BytesIO()
-    fastavro.schemaless_writer(
-        out,
-        schema("relation"),
-        {
-            "format": FORMAT,
-            "salt": relation.salt,
-            "schema_name": relation.name.schema,
-            "table_name": relation.name.table,
-            "replica_identity": relation.replica_identity,
-            "columns": [
-                {
-                    "name": c.name,
-                    "key": c.key,
-                    "type_oid": c.type_oid,
-                    "typmod": c.typmod,
-                    "type_name": c.type_name,
-                }
-                for c in relation.columns
-            ],
-        },
-    )
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "salt": relation.salt,
+        "schema_name": relation.name.schema,
+        "table_name": relation.name.table,
+        "replica_identity": relation.replica_identity,
+        "columns": [
+            {
+                "name": c.name,
+                "key": c.key,
+                "type_oid": c.type_oid,
+                "typmod": c.typmod,
+                "type_name": c.type_name,
+            }
+            for c in relation.columns
+        ],
+    }
+    if relation.generated:
+        record["format"] = _GENERATED_FORMAT
+        record["generated"] = [{"name": name, "definition": digest} for name, digest in relation.generated]
+    fastavro.schemaless_writer(out, schema(_relation_schema(record["format"])), record)
     return out.getvalue()
+
+
+def _relation_schema(format_: int) -> str:
+    return "relation_2" if format_ == _GENERATED_FORMAT else "relation"
 
 
 def relation_hash(encoded: bytes) -> bytes:
@@ -257,15 +263,23 @@ def relation_hash(encoded: bytes) -> bytes:
 def decode_relation(data: bytes) -> Relation:
     """Decode a descriptor record. Raises DecodeError."""
     stream = io.BytesIO(data)
+    # The format comes first, as a varint in zigzag.
+    wanted = _GENERATED_FORMAT if data[:1] == bytes((2 * _GENERATED_FORMAT,)) else FORMAT
     try:
-        raw: Any = fastavro.schemaless_reader(stream, schema("relation"), None)
+        raw: Any = fastavro.schemaless_reader(stream, schema(_relation_schema(wanted)), None)
     except Exception as error:  # as in decode_header
         raise DecodeError(f"not a relation descriptor: {type(error).__name__}") from error
-    if raw["format"] != FORMAT or stream.tell() != len(data):
+    generated = tuple((g["name"], g["definition"]) for g in raw.get("generated", ()))
+    fits = raw["format"] == wanted and bool(generated) == (wanted == _GENERATED_FORMAT)
+    if not fits or stream.tell() != len(data):
         raise DecodeError("relation descriptor of another format or with trailing bytes")
     columns = tuple(
         Column(c["name"], c["key"], c["type_oid"], c["typmod"], c["type_name"]) for c in raw["columns"]
     )
     return Relation(
-        TableName(raw["schema_name"], raw["table_name"]), raw["replica_identity"], columns, raw["salt"]
+        TableName(raw["schema_name"], raw["table_name"]),
+        raw["replica_identity"],
+        columns,
+        raw["salt"],
+        generated,
     )
