@@ -95,6 +95,16 @@ def test_a_table_the_copy_does_not_have_is_never_passed_over() -> None:
     assert (point.position.head.sequence, point.rows) == (3, 1)
 
 
+def test_messages_and_sequences_are_passed_over_with_the_rows() -> None:
+    chain = SealedChain()
+    chain.batch(rows("t", 1), rows("pg_sequences", 2))
+    chain.batch(rows("pg_logical_emit_message", 3))
+    chain.restart()
+    point = scan(chain, {T: chain.lsn})
+    assert point is not None
+    assert point.rows == 3
+
+
 def test_fragments_count_with_the_end_of_their_transaction_only() -> None:
     chain = SealedChain()
     chain.batch(rows("t", 1))

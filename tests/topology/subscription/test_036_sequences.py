@@ -131,6 +131,13 @@ def test_a_sequence_goes_back_only_where_the_source_s_was_set_back(pairs: Pairs)
     assert pair.b.query("SELECT set_back > 0 FROM vsql_sync.sequence_sync WHERE sequence_name = 'alone'") == [
         (True,)
     ]
+    # While nobody looked: rows that are still to come used more than the sequence shows now.
+    pair.a.stop("producer")
+    pair.a.execute("INSERT INTO owned (v) SELECT 'late' FROM generate_series(1, 5)")
+    pair.a.query("SELECT setval('owned_id_seq', 1)")
+    pair.a.start("producer")
+    pair.wait_in_step()
+    assert (at(pair.b, "owned_id_seq"), behind(pair.b)) == ((7, True), [])
     pair.stop()
 
 
