@@ -104,10 +104,12 @@ def read_change(op: int, data: bytes, layout: Layout) -> tuple[Fields | None, Fi
         if op == Op.INSERT:
             # PostgreSQL's own subscriber writes NULL here.
             raise DecodeError(
-                f"an INSERT leaves out the value of column {at}: an UPDATE brought the row into the row filter, and"
-                " the WAL has no large value that did not change"
+                f"an INSERT leaves out the value of column {at}: an UPDATE brought the row into the row"
+                " filter, and the WAL has no large value that did not change"
             )
-        raise DecodeError(f"a change of kind {chr(op)} leaves out the value of column {at}, which it must carry")
+        raise DecodeError(
+            f"a change of kind {chr(op)} leaves out the value of column {at}, which it must carry"
+        )
     return old, new
 
 

@@ -53,7 +53,7 @@ def conn(request: pytest.FixtureRequest, new_database: NewDatabase) -> Iterator[
 
 def _create(conn: Connection, *tables: str, name: str = "pub", **options: bool) -> PublicationInfo:
     specs = tuple(parse_spec(text) for text in tables)
-    return publications.create(conn, PublicationRequest(name, specs, **options))  # type: ignore[arg-type]  # flags
+    return publications.create(conn, PublicationRequest(name, specs, **options))  # type: ignore[arg-type] - flags by name
 
 
 def _sent(conn: Connection, name: str = "pub") -> dict[str, tuple[list[str], str | None]]:

@@ -71,7 +71,9 @@ def test_a_changed_applied_file_is_refused(new_database: NewDatabase) -> None:
             migrate.install(conn, changed)
 
 
-def test_a_database_made_from_other_files_of_equal_numbers_is_named_as_such(new_database: NewDatabase) -> None:
+def test_a_database_made_from_other_files_of_equal_numbers_is_named_as_such(
+    new_database: NewDatabase,
+) -> None:
     with _open(new_database("schema")) as conn:
         migrate.install(conn)
         conn.execute("UPDATE vsql_sync.schema_version SET checksum = 'other' WHERE version = 2")
