@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -51,7 +52,7 @@ def conn(request: pytest.FixtureRequest, new_database: NewDatabase) -> Iterator[
         yield opened
 
 
-def _create(conn: Connection, *tables: str, name: str = "pub", **options: bool) -> PublicationInfo:
+def _create(conn: Connection, *tables: str, name: str = "pub", **options: Any) -> PublicationInfo:
     specs = tuple(parse_spec(text) for text in tables)
     return publications.create(conn, PublicationRequest(name, specs, **options))  # type: ignore[arg-type] - flags by name
 
