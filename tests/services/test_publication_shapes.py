@@ -54,7 +54,7 @@ def conn(request: pytest.FixtureRequest, new_database: NewDatabase) -> Iterator[
 
 def _create(conn: Connection, *tables: str, name: str = "pub", **options: Any) -> PublicationInfo:
     specs = tuple(parse_spec(text) for text in tables)
-    return publications.create(conn, PublicationRequest(name, specs, **options))  # type: ignore[arg-type] - flags by name
+    return publications.create(conn, PublicationRequest(name, specs, **options))
 
 
 def _sent(conn: Connection, name: str = "pub") -> dict[str, tuple[list[str], str | None]]:
