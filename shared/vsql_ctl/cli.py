@@ -46,6 +46,7 @@ class Entry:
 COMMANDS: dict[str, Entry] = {
     "node": Entry("node", "Prepare this node's database; add other nodes."),
     "publication": Entry("publication", "Choose the tables and columns that leave this node."),
+    "schema": Entry("schema", "Compare the definitions of tables between nodes."),
     "start": Entry("start", "Begin or resume this node's streams."),
     "pause": Entry("pause", "Pause this node's streams, with a reason."),
     "resume": Entry("resume", "Resume paused streams."),

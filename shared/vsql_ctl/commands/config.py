@@ -92,6 +92,8 @@ def apply(operator: Operator, output: OutputFormat, dry_run: bool, yes: bool) ->
         shown = [dict(zip(names, row, strict=True)) for row in rows]
         nothing = "The database has all that the file asks for."
         emit(output, shown, lambda: render_table(names, rows) if rows else nothing)
+        for note in (note for change in changes for note in change.notes):
+            click.echo(f"note: {note}", err=True)
         if not rows or dry_run:
             return
         confirm("Apply these changes?", yes=yes)

@@ -24,6 +24,7 @@ from vsql_shared.errors import RefusedError, TransientError, UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vsql_shared.config import Settings
     from vsql_shared.pg.connect import Connection
     from vsql_shared.pg.nodes import NodeInfo
     from vsql_shared.pg.peers import PeerRequest, Stream
@@ -64,6 +65,11 @@ _DAY = 86_400.0
 )
 @click.option(
     "--fingerprint", help="The peer's key fingerprint as its operator told it; nothing is asked then."
+)
+@click.option(
+    "--schema-sync",
+    type=click.Choice(["strict", "auto", "manual"]),
+    help="Published tables that differ on the peer: refused, or only named; else as configured (manual).",
 )
 @click.option("--no-copy", is_flag=True, help="The peer's tables hold the same rows already.")
 @click.option("--receive", is_flag=True, help="With --peer-key: this node is the one that receives.")
@@ -107,8 +113,16 @@ def _peer_request(operator: Operator, given: dict[str, Any]) -> PeerRequest:
         mode=given["mode"],
         publications=given["publications"],
         copy=not given["no_copy"],
+        schema_sync=given["schema_sync"] or _configured_sync(settings),
         allow_unsigned=settings is not None and not settings.is_prod,
     )
+
+
+def _configured_sync(settings: Settings | None) -> str:
+    from vsql_shared.config import SchemaSyncSettings
+
+    chosen = SchemaSyncSettings() if settings is None else settings.replication.initialization.schema_sync
+    return chosen.mode
 
 
 def _add_by_connection(

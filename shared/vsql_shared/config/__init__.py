@@ -20,7 +20,13 @@ from vsql_shared.config.secrets import ConnectionString, mask_conninfo
 from vsql_shared.config.service import LogSettings, MetricsSettings, ServerSettings
 from vsql_shared.config.settings import Settings
 from vsql_shared.config.show import masked, to_toml
-from vsql_shared.config.topology import PciColumns, PeerSettings, PublicationSettings, PublicationTable
+from vsql_shared.config.topology import (
+    PciColumns,
+    PeerSettings,
+    PublicationSettings,
+    PublicationTable,
+    SchemaSyncSettings,
+)
 from vsql_shared.config.values import split_address
 
 __all__ = [
@@ -37,6 +43,7 @@ __all__ = [
     "PeerSettings",
     "PublicationSettings",
     "PublicationTable",
+    "SchemaSyncSettings",
     "ServerSettings",
     "Settings",
     "advice",

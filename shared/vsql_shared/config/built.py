@@ -44,10 +44,12 @@ def _missing(settings: Settings) -> Iterator[tuple[str, str]]:
 
 
 def _missing_many_writers(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Bidirectional streams, and what settles conflicts."""
+    """Bidirectional streams, tables made by themselves, and what settles conflicts."""
     for index, peer in enumerate(settings.peers):
         if peer.mode == "bidirectional":
             yield f'peers[{index}].mode = "bidirectional"', 'use "uni-directional"'
+    if settings.replication.initialization.schema_sync.mode == "auto":
+        yield 'replication.initialization.schema_sync.mode = "auto"', 'use "strict" or "manual"'
     for index, publication in enumerate(settings.publications):
         if publication.mode == "bidirectional":
             yield f'publications[{index}].mode = "bidirectional"', 'use "uni-directional"'

@@ -30,7 +30,12 @@ from vsql_shared.config.kafka import KafkaSettings
 from vsql_shared.config.limits import LimitsSettings
 from vsql_shared.config.service import ClusterSettings, LogSettings, MetricsSettings, ServerSettings
 from vsql_shared.config.sources import LayeredSettings
-from vsql_shared.config.topology import PciSettings, PeerSettings, PublicationSettings
+from vsql_shared.config.topology import (
+    PciSettings,
+    PeerSettings,
+    PublicationSettings,
+    ReplicationSettings,
+)
 
 _T = TypeVar("_T")
 Finding = tuple[tuple[str | int, ...], str]
@@ -51,6 +56,8 @@ class Settings(LayeredSettings):
     """How the services run."""
     peers: list[PeerSettings] = Field(default_factory=list)
     """Other nodes, for `config apply`."""
+    replication: ReplicationSettings = ReplicationSettings()
+    """How peers begin."""
     kafka: KafkaSettings = KafkaSettings()
     """The brokers."""
     encryption: EncryptionSettings = EncryptionSettings()

@@ -15,6 +15,7 @@ from vsql_shared.config.service import NodeId
 from vsql_shared.config.values import Identifier, NodeName, TableName, refusal
 
 StreamMode = Literal["uni-directional", "bidirectional"]
+SchemaSyncMode = Literal["strict", "auto", "manual"]
 
 
 def _table_entry(value: object) -> object:
@@ -44,6 +45,27 @@ class PeerSettings(Section):
     """How to reach its database (libpq connection string); a password in it is never shown."""
     mode: StreamMode = "uni-directional"
     """Whether it only receives, or both nodes write."""
+
+
+class SchemaSyncSettings(Section):
+    """[replication.initialization.schema_sync]: tables that are not defined alike when a peer is added."""
+
+    mode: SchemaSyncMode = "manual"
+    """"strict" refuses the peer, "manual" names them and goes on where it can take the rows."""
+
+
+class InitializationSettings(Section):
+    """[replication.initialization]: how a peer begins."""
+
+    schema_sync: SchemaSyncSettings = SchemaSyncSettings()
+    """Tables that are not defined alike."""
+
+
+class ReplicationSettings(Section):
+    """[replication]: streams as a whole."""
+
+    initialization: InitializationSettings = InitializationSettings()
+    """How a peer begins."""
 
 
 class PublicationTable(Section):

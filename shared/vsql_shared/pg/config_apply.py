@@ -34,6 +34,8 @@ class Change:
     detail: str
     fingerprint: str = ""
     """A peer's key as it was shown."""
+    notes: tuple[str, ...] = ()
+    """What is worth knowing and does not stop anything."""
 
 
 def plan(conn: Connection, settings: Settings) -> list[Change]:
@@ -120,7 +122,7 @@ def _plan_peers(conn: Connection, settings: Settings) -> Iterator[Change]:
         if new or pinned is None:
             shown = planned.peer.key_fingerprint or "unsigned"
             detail = f"key {shown}" + (f", streams {', '.join(new)}" if new else "")
-            yield Change("peer", peer.node_name, "add", detail, shown)
+            yield Change("peer", peer.node_name, "add", detail, shown, planned.notes)
 
 
 def _add_peer(conn: Connection, settings: Settings, peer: PeerSettings, change: Change) -> None:
@@ -137,7 +139,11 @@ def _add_peer(conn: Connection, settings: Settings, peer: PeerSettings, change: 
 
 def _peer_request(settings: Settings, peer: PeerSettings) -> peers.PeerRequest:
     return peers.PeerRequest(
-        number=peer.node_id, name=peer.node_name, mode=peer.mode, allow_unsigned=not settings.is_prod
+        number=peer.node_id,
+        name=peer.node_name,
+        mode=peer.mode,
+        schema_sync=settings.replication.initialization.schema_sync.mode,
+        allow_unsigned=not settings.is_prod,
     )
 
 

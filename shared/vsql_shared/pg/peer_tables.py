@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from vsql_shared.changes import TableName, quote_ident
-from vsql_shared.pg import catalog
+from vsql_shared.pg import catalog, schema_compare
 from vsql_shared.pg.catalog import TableInfo
 from vsql_shared.pg.connect import Connection
 from vsql_shared.pg.publications import PublicationInfo, carried
@@ -27,6 +27,16 @@ def target_problems(origin: Connection, peer: Connection, publication: Publicati
             columns = source.sent_columns if published.columns is None else published.columns
             found += table_problems(source, target, columns, insert_only=publication.insert_only)
     return found
+
+
+def unlike(origin: Connection, peer: Connection, chosen: Sequence[PublicationInfo]) -> list[str]:
+    """Tables of publications that both nodes have and do not define alike, as far as they travel."""
+    wanted = {table.name: table.columns for one in chosen for table in carried(origin, one)}
+    return [
+        f"{one.table}: is not defined as on the peer: {one.difference}"
+        for one in schema_compare.compare(origin, peer, wanted)
+        if one.status == "MISMATCH"
+    ]
 
 
 def security_notes(origin: Connection, peer: Connection, tables: Sequence[TableName]) -> list[str]:

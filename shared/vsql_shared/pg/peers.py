@@ -23,11 +23,14 @@ from vsql_shared.errors import NotBuiltError, RefusedError
 from vsql_shared.pg import catalog, migrate, nodes, oplog, publication_leaves, publications, roles, sequences
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.pg.nodes import NodeInfo
-from vsql_shared.pg.peer_tables import security_notes, target_problems
+from vsql_shared.pg.peer_tables import security_notes, target_problems, unlike
 from vsql_shared.pg.publications import PublicationInfo
 
 # The audit topic has one partition. Stored with each stream, so that it may have more one day.
 AUDIT_PARTITION = 0
+
+SCHEMA_SYNC = ("strict", "manual")
+"""What may be done about tables that differ; "auto" would change the peer's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,8 @@ class PeerRequest:
     publications: tuple[str, ...] = ()
     """None named: all of the origin's."""
     copy: bool = True
+    schema_sync: str = "manual"
+    """Tables that are not defined alike: "strict" refuses them, "manual" notes them."""
     allow_unsigned: bool = False
     """Whether a node without a signing key is accepted (dev mode)."""
 
@@ -75,8 +80,7 @@ class PeerPlan:
 
 def look(origin: Connection, peer: Connection, request: PeerRequest) -> PeerPlan:
     """Check everything and say what would be written. Raises RefusedError; changes nothing."""
-    if request.mode != "uni-directional":
-        raise NotBuiltError(f'mode "{request.mode}" is not built yet', hint='use "--mode uni-directional"')
+    _require_built(request)
     here, there = _both(origin, peer, request)
     chosen = _choose(origin, request.publications)
     streams = tuple(
@@ -88,15 +92,28 @@ def look(origin: Connection, peer: Connection, request: PeerRequest) -> PeerPlan
         problems = [line for publication in chosen for line in target_problems(origin, peer, publication)]
         problems += [line for one in chosen for line in sequences.target_problems(origin, peer, one.name)]
         problems += _overlaps(origin, chosen, there.name)
+        differing = unlike(origin, peer, chosen)
+        if request.schema_sync == "strict":
+            problems += [f'{line} (schema sync is "strict")' for line in differing]
         # Only tables that are there can be looked into.
         problems += _filled(origin, peer, chosen, streams) if request.copy and not problems else []
-        notes = security_notes(origin, peer, _names(origin, chosen)) if not problems else []
+        notes = [*differing, *security_notes(origin, peer, _names(origin, chosen))] if not problems else []
     if problems:
         lines = "\n  ".join(problems)
         raise RefusedError(f"peer {there.name} is refused, nothing was changed:\n  {lines}")
     if not chosen:
         notes.append(f"node {here.name} has no publication: only the keys are exchanged")
     return PeerPlan(here, there, tuple(chosen), streams, tuple(notes))
+
+
+def _require_built(request: PeerRequest) -> None:
+    if request.mode != "uni-directional":
+        raise NotBuiltError(f'mode "{request.mode}" is not built yet', hint='use "--mode uni-directional"')
+    if request.schema_sync not in SCHEMA_SYNC:
+        raise NotBuiltError(
+            f'schema sync "{request.schema_sync}" is not built yet',
+            hint='use "--schema-sync strict" or "--schema-sync manual"',
+        )
 
 
 def add(origin: Connection, peer: Connection, plan: PeerPlan) -> None:
@@ -326,8 +343,12 @@ def add_origin(
 
 def _alone(conn: Connection, peer: NodeInfo, request: PeerRequest) -> NodeInfo:
     """This node, if the peer known by number, name and key only may be added to it."""
-    if request.mode != "uni-directional":
-        raise NotBuiltError(f'mode "{request.mode}" is not built yet', hint='use "--mode uni-directional"')
+    _require_built(request)
+    if request.schema_sync == "strict":
+        raise RefusedError(
+            'schema sync "strict" compares the tables of both nodes, and the peer\'s are out of reach',
+            hint="give --peer-connection, or --schema-sync manual and compare them yourselves",
+        )
     here = nodes.local(conn)
     migrate.require_current(conn)
     if peer.number == here.number or peer.name == here.name:
