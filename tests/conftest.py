@@ -92,7 +92,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     first: dict[str, int] = {}
     for number, item in enumerate(items):
         first.setdefault(scene(item.nodeid), number)
-    items.sort(key=lambda item: first[scene(item.nodeid)])
+    # A scene's tests tell one story, in the order of their file.
+    items.sort(key=lambda item: (first[scene(item.nodeid)], item.location[1] or 0))
 
 
 @pytest.fixture(scope="session")
