@@ -25,6 +25,7 @@ _FOLDER_MARKS = {"unit": "unit", "services": "services", "topology": "topology",
 
 _SCENES = (
     "test_beyond_native.py",
+    "test_drift.py",
     "test_extension.py",
     "test_packaging.py",
     "test_prod_mode.py",

@@ -3,7 +3,9 @@
 Not here: what happens after an error, pausing and waiting (worker.py). Rules:
 
 * One thread, one turn after the other: memory is bounded by the collector's buffer and one group.
-* A group is what is ready, up to `merge_max_rows`; nothing waits for more to come.
+* A group is what is ready, up to `merge_max_rows`; nothing waits for more to come. It ends before a batch
+  that describes a table anew, and before an epoch: what came before is applied while the target may still
+  lack what the new definition needs.
 * What was refused ends the attempt, after everything before it was applied.
 * Acknowledgements follow the flushed commit; Kafka's group offsets follow them and mean nothing to us.
 * The origin first: progress, receipts and decisions are read, and the acknowledger is opened, in the session
@@ -135,6 +137,7 @@ class Pipeline:
             self._take_batch(ready, entry)
         else:
             if entry.event_type == EPOCH_OPENED:
+                self._flush()
                 self._new_epoch(entry)
             self._group.add_entry(ready)
             self.copy.entry(entry, self._group)
@@ -144,7 +147,7 @@ class Pipeline:
 
     def _take_batch(self, ready: Ready, entry: AuditEntry) -> None:
         opened, new = self._open(ready, entry)
-        if opened.continues and not self._group.fragments:
+        if (opened.continues and not self._group.fragments) or self._redefines(new):
             self._flush()  # what is complete must not depend on how this transaction ends
         self._group.add_batch(ready, opened, new)
         self._descriptors.update(new)
@@ -156,6 +159,11 @@ class Pipeline:
             if not opened.continues:
                 self._group.fragments = False
                 self._flush()
+
+    def _redefines(self, new: dict[bytes, Descriptor]) -> bool:
+        """Whether a table that was described before has another definition."""
+        known = {one.relation.name for one in self._descriptors.values()} if new else set()
+        return any(one.relation.name in known for one in new.values())
 
     def _open(self, ready: Ready, entry: AuditEntry) -> tuple[OpenedBatch, dict[bytes, Descriptor]]:
         """Verify, then decrypt; a batch that fails names its record."""

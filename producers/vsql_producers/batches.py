@@ -4,6 +4,8 @@ Not here: sealing, numbers of batches, time (the caller passes it). Rules:
 
 * A batch is whole transactions, or a fragment of one transaction that is larger than a batch; a fragment
   batch holds nothing else, and all but its last fragment say `continues`.
+* A transaction in which a table was described anew begins a batch: what came before it must be applicable
+  before the target has what the new definition needs.
 * Limits are changes, bytes, and the time the first whole transaction has waited. A transaction that does not
   fit behind the ones before it begins the next batch. No batch is empty.
 * Memory is bounded by one batch of whole transactions, one of the open transaction, and one run.
@@ -16,7 +18,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from vsql_producers.transactions import RelationChange, Run
-from vsql_shared.changes import Transaction
+from vsql_shared.changes import TableName, Transaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class Batches:
         self._whole = Batch()
         self._open = Batch()
         self._fragmented = False
+        self._described: dict[TableName, bytes] = {}
         self.deadline: float | None = None
         """When the batch that is being filled has waited long enough; None while it is empty."""
 
@@ -82,6 +85,8 @@ class Batches:
     def add(self, run: Run, now: float) -> list[Batch]:
         """Take a run; returns the batches it fills."""
         out: list[Batch] = []
+        if run.relations and self._redefines(run) and self._whole.frames:
+            out.append(self._take_whole())
         if self._add_small(run, now):
             return out
         self._open.append(run.transaction, run.frames, run.relations)
@@ -94,6 +99,15 @@ class Batches:
         if run.end_lsn:
             self._end_transaction(run.end_lsn, now, out)
         return out
+
+    def _redefines(self, run: Run) -> bool:
+        """Whether a table that was described before has another descriptor in this run; notes them all."""
+        found = False
+        for change in run.relations:
+            name, digest = change.descriptor.name, change.descriptor.hash
+            found = found or self._described.get(name, digest) != digest
+            self._described[name] = digest
+        return found
 
     def _add_small(self, run: Run, now: float) -> bool:
         """The common case at less cost: a whole transaction that fits behind the others and fills nothing."""

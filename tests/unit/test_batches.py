@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vsql_producers.batches import Batch, Batches, BatchLimits
-from vsql_producers.transactions import Run
-from vsql_shared.changes import Transaction
+from vsql_producers.transactions import Descriptor, RelationChange, Run
+from vsql_shared.changes import TableName, Transaction
 
 HOUR = 3600.0
 
@@ -143,3 +143,36 @@ def test_whatever_is_cut_nothing_is_lost_reordered_or_over_its_limit(
         for start, transaction in zip(batch.starts, batch.transactions, strict=True):
             assert batch.frames[start].startswith(f"{transaction.xid}:".encode())
     assert open_transaction is None
+
+
+def described(transaction: int, *changes: tuple[str, bytes], ends: bool = True, first: int = 0) -> Run:
+    """A run of two rows, before which tables are described."""
+    made = run(transaction, 2, ends=ends, first=first)
+    made.relations = [
+        RelationChange(0, table.encode(), Descriptor(TableName("public", table), digest, digest))
+        for table, digest in changes
+    ]
+    return made
+
+
+def xids(made: list[Batch]) -> list[list[int]]:
+    return [[transaction.xid for transaction in batch.transactions] for batch in made]
+
+
+def test_a_table_described_anew_begins_a_batch() -> None:
+    made = batches()
+    assert made.add(described(1, ("t", b"old"), ("u", b"u")), 0.0) == []
+    assert made.add(described(2, ("t", b"old")), 0.0) == [], "the walsender repeats itself"
+    assert made.add(run(3, 1), 0.0) == []
+    assert xids(made.add(described(4, ("u", b"u"), ("t", b"new")), 0.0)) == [[1, 2, 3]]
+    assert made.add(described(5, ("v", b"first")), 0.0) == []
+    assert xids(made.add(described(6, ("t", b"old")), 0.0)) == [[4, 5]]
+    assert xids(made.rest()) == [[6]]
+
+
+def test_a_definition_that_changes_within_a_transaction_parts_it_from_those_before() -> None:
+    made = batches()
+    made.add(described(1, ("t", b"old")), 0.0)
+    assert made.add(run(2, 2, ends=False), 0.0) == []
+    assert xids(made.add(described(2, ("t", b"new"), first=2), 0.0)) == [[1]]
+    assert [(len(batch.frames), batch.end_lsn) for batch in made.rest()] == [(4, 208)]
