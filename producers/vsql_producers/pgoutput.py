@@ -19,6 +19,7 @@ from collections.abc import Callable
 from operator import itemgetter
 from typing import NamedTuple
 
+from vsql_shared.changes import MAX_POSITION, MAX_TIME, MIN_TIME
 from vsql_shared.errors import DecodeError
 
 # Offsets in a frame of a row.
@@ -34,6 +35,10 @@ _COMMIT = struct.Struct(">xQQq")
 _KEEPALIVE = struct.Struct(">cQqB")
 # PostgreSQL counts microseconds from 2000-01-01; everything of ours from 1970-01-01.
 POSTGRES_EPOCH_US = 946_684_800_000_000
+_MIN_TIME, _MAX_TIME = MIN_TIME - POSTGRES_EPOCH_US, MAX_TIME - POSTGRES_EPOCH_US
+_CASCADE_AND_RESTART = 3
+_MAX_TRUNCATED = 0xFFFF
+"""Tables of one TRUNCATE: their records count them in 16 bits (changes.py)."""
 _B, _C = b"BC"
 
 _kind_of = itemgetter(KIND_AT)
@@ -165,9 +170,13 @@ def decode(frame: bytes) -> Control:
     # Every transaction has these two; their size is fixed, so they need no cursor.
     if kind == _B and size == _BEGIN.size:
         final_lsn, time, xid = _BEGIN.unpack_from(frame, KIND_AT + 1)
+        if final_lsn > MAX_POSITION or not _MIN_TIME <= time <= _MAX_TIME:
+            raise _beyond(kind, final_lsn, time)
         return Begin(final_lsn, time + POSTGRES_EPOCH_US, xid)
     if kind == _C and size == _COMMIT.size:
         commit_lsn, end_lsn, time = _COMMIT.unpack_from(frame, KIND_AT + 1)
+        if commit_lsn > MAX_POSITION or end_lsn > MAX_POSITION or not _MIN_TIME <= time <= _MAX_TIME:
+            raise _beyond(kind, max(commit_lsn, end_lsn), time)
         return Commit(commit_lsn, end_lsn, time + POSTGRES_EPOCH_US)
     decoder = _DECODERS.get(kind)
     if decoder is None:
@@ -179,6 +188,13 @@ def decode(frame: bytes) -> Control:
     value = decoder(reader)
     reader.end()
     return value
+
+
+def _beyond(kind: int, position: int, time: int) -> DecodeError:
+    return DecodeError(
+        f"pgoutput message {chr(kind)} with position {position} and time {time}, beyond what a pack can say",
+        hint="commit times from the year 1 to the year 9999 are taken; look at the server's clock",
+    )
 
 
 def decode_keepalive(data: bytes) -> Keepalive:
@@ -205,8 +221,11 @@ def frame_lsn(frame: bytes) -> int:
 
 
 def frame_time(frame: bytes) -> int:
-    """When the walsender sent a frame, by the source's clock."""
-    return int.from_bytes(frame[17:25], "big", signed=True) + POSTGRES_EPOCH_US
+    """When the walsender sent a frame, by the source's clock. Raises DecodeError."""
+    time = int.from_bytes(frame[17:25], "big", signed=True)
+    if not _MIN_TIME <= time <= _MAX_TIME:
+        raise _beyond(frame[KIND_AT], frame_lsn(frame), time)
+    return time + POSTGRES_EPOCH_US
 
 
 def relation_key(relation_id: int) -> bytes:
@@ -244,13 +263,15 @@ def _type(r: _Reader) -> TypeMessage:
 
 def _truncate(r: _Reader) -> Truncate:
     count, options = r.number(">I"), r.number("B")
-    if count == 0 or count > len(r.data) // 4:
-        raise DecodeError(f"TRUNCATE of {count} tables in {len(r.data)} bytes")
+    if count == 0 or count > min(len(r.data) // 4, _MAX_TRUNCATED) or options > _CASCADE_AND_RESTART:
+        raise DecodeError(f"TRUNCATE of {count} tables with options {options} in {len(r.data)} bytes")
     return Truncate(options, tuple(r.number(">I") for _ in range(count)))
 
 
 def _message(r: _Reader) -> Message:
     flags, lsn, prefix, size = r.number("B"), r.number(">Q"), r.text(), r.number(">i")
+    if not 0 < lsn <= MAX_POSITION:  # one without a transaction commits one byte before it
+        raise DecodeError(f"{r.what} at position {lsn}")
     r.skip(size)
     return Message(bool(flags & 1), lsn, prefix, size)
 

@@ -71,6 +71,12 @@ def quote_ident(name: str) -> str:
     return name if plain and name else '"' + name.replace('"', '""') + '"'
 
 
+MAX_POSITION = (1 << 63) - 1
+"""The highest LSN that is taken: Avro's longs have a sign. PostgreSQL's own would last for ages more."""
+MIN_TIME, MAX_TIME = -62_135_596_800_000_000, 253_402_300_800_000_000 - 1
+"""µs since 1970 of the first and the last moment Python's datetime knows, in the years 1 and 9999."""
+
+
 class Transaction(NamedTuple):
     """A source transaction: xid, start LSN of its commit record, commit time."""
 

@@ -75,6 +75,17 @@ MALFORMED = {
     "truncate of more tables than there are bytes": b"T" + struct.pack(">IBI", 0xFFFFFFFF, 0, 1),
     "message larger than it is": b"M" + struct.pack(">BQ", 1, 9) + b"a\0" + struct.pack(">i", 6) + b"hello",
     "message of a negative size": b"M" + struct.pack(">BQ", 1, 9) + b"a\0" + struct.pack(">i", -1),
+    "begin beyond what a long holds": b"B" + struct.pack(">QqI", 2**63, 7, 42),
+    "begin in the year 10000": b"B" + struct.pack(">QqI", 500, 252_455_616_000_000_000, 42),
+    "begin before the year 1": b"B" + struct.pack(">QqI", 500, -(2**63), 42),
+    "commit beyond what a long holds": b"C" + struct.pack(">BQQq", 0, 500, 2**63, 7),
+    "commit in the year 10000": b"C" + struct.pack(">BQQq", 0, 500, 530, 252_455_616_000_000_000),
+    "truncate with unknown options": b"T" + struct.pack(">IBI", 1, 4, 77),
+    "truncate of more tables than its records can count": b"T"
+    + struct.pack(">IB", 65536, 0)
+    + bytes(4 * 65536),
+    "message at the very start": b"M" + struct.pack(">BQ", 0, 0) + b"a\0" + struct.pack(">i", 0),
+    "message beyond what a long holds": b"M" + struct.pack(">BQ", 1, 2**63) + b"a\0" + struct.pack(">i", 0),
     "bytes after the end": MESSAGES["origin"][0] + b"!",
 }
 
@@ -120,6 +131,13 @@ def test_keepalive_is_decoded_and_other_sizes_are_refused() -> None:
     for bad in (data[:-1], data + b"\0", b"x" + data[1:], b""):
         with pytest.raises(DecodeError):
             pgoutput.decode_keepalive(bad)
+
+
+@pytest.mark.parametrize("time", [252_455_616_000_000_000, -(2**63), 2**63 - 1])
+def test_a_frame_sent_in_a_year_that_has_no_date_is_refused(time: int) -> None:
+    frame = b"w" + bytes(16) + struct.pack(">q", time) + b"M"
+    with pytest.raises(DecodeError, match="look at the server's clock"):
+        pgoutput.frame_time(frame)
 
 
 def test_kinds_of_a_chunk_are_read_at_once_and_short_frames_refused() -> None:

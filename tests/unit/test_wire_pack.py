@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
@@ -12,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vsql_shared.changes import Column, Relation, TableName, Transaction
+from vsql_shared.changes import MAX_TIME, MIN_TIME, Column, Relation, TableName, Transaction
 from vsql_shared.errors import DecodeError
 from vsql_shared.wire.pack import (
     CLEAR,
     CLEAR_SIZE,
+    MAX_COLUMNS,
     NONCE_SIZE,
     TAG_SIZE,
     PackHeader,
@@ -33,6 +35,8 @@ from vsql_shared.wire.pack import (
 
 LONG = st.integers(-(2**63), 2**63 - 1)
 TEXT = st.text(max_size=30)
+NAME = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
+POSITION, TIME = st.integers(0, 2**63 - 1), st.integers(MIN_TIME, MAX_TIME)
 HEADERS = st.builds(
     PackHeader,
     cluster=TEXT,
@@ -44,18 +48,18 @@ HEADERS = st.builds(
     batch=LONG,
     dek_id=TEXT,
     relation=st.binary(min_size=32, max_size=32),
-    transactions=st.lists(st.builds(Transaction, LONG, LONG, LONG), max_size=5).map(tuple),
+    transactions=st.lists(st.builds(Transaction, LONG, POSITION, TIME), max_size=5).map(tuple),
 )
 RELATIONS = st.builds(
     Relation,
-    name=st.builds(TableName, TEXT, TEXT),
+    name=st.builds(TableName, NAME, NAME),
     replica_identity=st.sampled_from("dnfi"),
     columns=st.lists(
-        st.builds(Column, TEXT, st.booleans(), st.integers(0, 2**32 - 1), st.integers(-1, 2**31 - 1), TEXT),
+        st.builds(Column, NAME, st.booleans(), st.integers(0, 2**32 - 1), st.integers(-1, 2**31 - 1), NAME),
         max_size=6,
     ).map(tuple),
     salt=st.binary(min_size=16, max_size=16),
-    generated=st.lists(st.tuples(TEXT, st.binary(min_size=32, max_size=32)), max_size=3).map(tuple),
+    generated=st.lists(st.tuples(NAME, st.binary(min_size=32, max_size=32)), max_size=3).map(tuple),
 )
 CLEARS = st.tuples(
     st.integers(0, 65535),
@@ -292,6 +296,38 @@ def test_a_pack_of_a_later_format_says_what_to_do() -> None:
 def test_bytes_that_are_no_pack_are_refused(data: bytes) -> None:
     with pytest.raises(DecodeError, match="not a pack"):
         decode_header(data)
+
+
+@pytest.mark.parametrize(
+    "transaction",
+    [Transaction(1, -1, 0), Transaction(1, 2, MAX_TIME + 1), Transaction(1, 2, MIN_TIME - 1)],
+    ids=["before the WAL's start", "in the year 10000", "before the year 1"],
+)
+def test_a_transaction_no_source_can_have_committed_is_refused(transaction: Transaction) -> None:
+    with pytest.raises(DecodeError, match="position or time out of range"):
+        decode_header(encode_header(HEADER._replace(transactions=(transaction,))))
+
+
+ID = Column("id", True, 20, -1, "bigint")
+
+
+@pytest.mark.parametrize(
+    ("relation", "says"),
+    [
+        (Relation(TableName("s", "t"), "x", (ID,)), "unknown replica identity"),
+        (Relation(TableName("s", "t"), "", (ID,)), "unknown replica identity"),
+        (Relation(TableName("s", "t"), "d", (ID,) * (MAX_COLUMNS + 1)), "1601 columns"),
+        (Relation(TableName("s", "t"), "d", (replace(ID, type_oid=-1),)), "type id out of range"),
+        (Relation(TableName("s", "t"), "d", (replace(ID, type_oid=2**32),)), "type id out of range"),
+        (Relation(TableName("s", "t\0"), "d", (ID,)), "NUL"),
+        (Relation(TableName("s", "t"), "d", (replace(ID, name="i\0d"),)), "NUL"),
+        (Relation(TableName("s", "t"), "d", (replace(ID, type_name="\0"),)), "NUL"),
+        (Relation(TableName("s", "t"), "d", (ID,), generated=(("g\0", bytes(32)),)), "NUL"),
+    ],
+)
+def test_a_descriptor_of_what_no_server_can_have_is_refused(relation: Relation, says: str) -> None:
+    with pytest.raises(DecodeError, match=says):
+        decode_relation(encode_relation(relation))
 
 
 def test_a_descriptor_with_trailing_bytes_or_of_another_format_is_refused() -> None:

@@ -37,6 +37,7 @@ KIND = "aes-256"
 DEFAULT_KEK_ID = "vsql-sync-kek"
 KEK_SIZE = 32
 NONCE_SIZE = 12
+_VERSION_DIGITS = 9
 _GENERATE = "make one with `syncctl key generate --kek FILE`"
 _MAX_FILE = 1 << 20  # thousands of versions
 
@@ -110,7 +111,10 @@ def _parse_line(path: Path, number: int, line: str) -> tuple[int, bytes]:
         key = base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError):
         key = b""
-    if not (version.isascii() and version.isdigit() and len(version) <= 9) or len(key) != KEK_SIZE:
+    if (
+        not (version.isascii() and version.isdigit() and len(version) <= _VERSION_DIGITS)
+        or len(key) != KEK_SIZE
+    ):
         raise KeyUnavailableError(
             f"{path} line {number} is no KEK version", hint="expected: a number, a space, base64 of 32 bytes"
         )
@@ -198,7 +202,9 @@ class FileKek:
 
     def _version(self, kek_id: str) -> int:
         name, _, version = kek_id.rpartition("/")
-        return int(version) if name == self._id and version.isascii() and version.isdigit() else -1
+        known = name == self._id and version.isascii() and version.isdigit()
+        # As long as a line of the file may have it; Python refuses to read thousands of digits.
+        return int(version) if known and len(version) <= _VERSION_DIGITS else -1
 
     def close(self) -> None:
         """Forget the keys; the next use reads the file again."""

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import fastavro
 
-from vsql_shared.changes import Column, Relation, TableName, Transaction
+from vsql_shared.changes import MAX_TIME, MIN_TIME, Column, Relation, TableName, Transaction
 from vsql_shared.errors import DecodeError
 
 FORMAT = 1
@@ -35,6 +35,10 @@ _CLEAR_INTS = struct.Struct(">HQIB")  # the same, op as an int
 NONCE_SIZE = 12
 TAG_SIZE = 16
 MAX_TRANSACTIONS = 65_535
+MAX_COLUMNS = 1_600
+"""PostgreSQL's own limit."""
+_MAX_OID = 0xFFFFFFFF
+_IDENTITIES = frozenset("dnfi")
 
 
 class PackHeader(NamedTuple):
@@ -146,6 +150,12 @@ def decode_header(message: bytes) -> tuple[PackHeader, int]:
         raise DecodeError(f"not a pack: {type(error).__name__}") from error
     if raw["format"] != FORMAT:
         raise DecodeError(f"pack format {raw['format']}, expected {FORMAT}", hint="upgrade this node")
+    transactions = tuple(
+        Transaction(t["xid"], t["commit_lsn"], t["commit_time"]) for t in raw["transactions"]
+    )
+    for _, position, time in transactions:
+        if position < 0 or not MIN_TIME <= time <= MAX_TIME:
+            raise DecodeError("a pack with a transaction's position or time out of range")
     header = PackHeader(
         raw["cluster"],
         raw["chain"],
@@ -156,7 +166,7 @@ def decode_header(message: bytes) -> tuple[PackHeader, int]:
         raw["batch"],
         raw["dek_id"],
         raw["relation"],
-        tuple(Transaction(t["xid"], t["commit_lsn"], t["commit_time"]) for t in raw["transactions"]),
+        transactions,
     )
     return header, stream.tell()
 
@@ -276,6 +286,13 @@ def decode_relation(data: bytes) -> Relation:
     columns = tuple(
         Column(c["name"], c["key"], c["type_oid"], c["typmod"], c["type_name"]) for c in raw["columns"]
     )
+    if raw["replica_identity"] not in _IDENTITIES or len(columns) > MAX_COLUMNS:
+        raise DecodeError(f"relation descriptor with an unknown replica identity, or {len(columns)} columns")
+    if not all(0 <= column.type_oid <= _MAX_OID for column in columns):
+        raise DecodeError("relation descriptor with a type id out of range")
+    texts = [raw["schema_name"], raw["table_name"], *(name for name, _ in generated)]
+    if any("\0" in text for text in (*texts, *(c.name for c in columns), *(c.type_name for c in columns))):
+        raise DecodeError("relation descriptor with a NUL character in a name")
     return Relation(
         TableName(raw["schema_name"], raw["table_name"]),
         raw["replica_identity"],

@@ -116,6 +116,8 @@ def decode_sequence(data: bytes) -> SequenceValue:
     )
     if len(value.owner) not in (0, 3) or not value.increment:
         raise DecodeError("a sequence's value has half an owner, or no direction")
+    if any("\0" in text for text in (*name, *value.owner)):
+        raise DecodeError("a sequence's value with a NUL character in a name")
     if value.increment not in _BIGINT or value.last_value not in _BIGINT:
         raise DecodeError("a sequence's value is out of range")
     return value
