@@ -16,6 +16,10 @@ ARGS ?=
 # make test-faults SEED=7 RUNS=50
 SEED ?= $(shell date +%s)
 RUNS ?= 10
+# make fuzz SECONDS=3600, for all parsers together
+SECONDS ?= 60
+# … or for some of them: make fuzz PARSERS="pack entry"
+PARSERS ?=
 
 # Tests that use servers mostly wait: more run at once than there are processors. JOBS=0 runs them one by one.
 JOBS ?= 3
@@ -80,11 +84,16 @@ docs-check: $(READY)  ## Check that help texts and links in the documentation ar
 # --- tests ------------------------------------------------------------------------------------------------
 
 .PHONY: test
-test: check docs-check fetch  ## Everything but the long tests
+test: check docs-check fuzz fetch  ## Everything but the long tests
 	@echo "==> tests against real servers"
 	@$(PYTEST) $(PARALLEL) tests/services tests/topology tests/chaos tests/extension -m "$(NOT_LONG)" $(ARGS)
 	@echo
 	@echo "All checks and tests passed."
+
+.PHONY: fuzz
+fuzz: $(READY)  ## Fuzz the parsers for a minute, guided by coverage; SECONDS=3600 for longer
+	@echo "==> fuzzing the parsers"
+	@$(PY) -m tests.fuzz --seconds $(SECONDS) $(PARSERS)
 
 .PHONY: test-short
 test-short: $(READY)  ## Unit tests only
@@ -149,5 +158,5 @@ bench-quick: fetch  ## The same with less data
 
 .PHONY: clean
 clean:  ## Delete what tools and tests left behind; .venv and the download cache stay
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist build .coverage .coverage.* coverage.json
+	rm -rf .fuzz .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist build .coverage .coverage.* coverage.json
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
