@@ -154,9 +154,9 @@ class Intake:
             self._awaited, self._awaited_since = awaited, now
         elif awaited and now - self._awaited_since >= LOST_AFTER_SECONDS:
             self._awaited_since = now
-            for place in awaited:
-                ends = self._means.source.ends(place.topic, place.partition)
-                self.collector.check_log(place.topic, place.partition, *ends)
+            ends = self._means.source.ends_of([(place.topic, place.partition) for place in awaited])
+            for (topic, partition), bounds in ends.items():
+                self.collector.check_log(topic, partition, *bounds)
 
     def tell_strays(self) -> None:
         """Count orphans and void entries since the last call."""

@@ -12,10 +12,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    OFFSET_END,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicPartition,
+)
 
 from vsql_shared.audit.dsse import SignedDocument
 from vsql_shared.audit.entries import peek_chain
@@ -76,13 +85,15 @@ class Source:
 
     def assign(self, places: Iterable[tuple[str, int, int]]) -> None:
         """Read these partitions too, from these offsets on (below 0: from the first record)."""
+        wanted = {(topic, number): offset for topic, number, offset in places}
+        wanted = {place: offset for place, offset in wanted.items() if place not in self._assigned}
+        ends = self.ends_of([place for place, offset in wanted.items() if offset >= 0])
         new: list[TopicPartition] = []
-        for topic, number, offset in places:
-            if (topic, number) in self._assigned:
-                continue
-            start = OFFSET_BEGINNING if offset < 0 else self._within(topic, number, offset)
-            self._assigned[topic, number] = start
-            new.append(TopicPartition(topic, number, start))
+        for place, offset in wanted.items():
+            # Not beyond the log's end where the log is shorter: Kafka would take that for an error.
+            start = OFFSET_BEGINNING if offset < 0 else min(offset, ends[place][1])
+            self._assigned[place] = start
+            new.append(TopicPartition(*place, start))
         if new:
             self._call("read new partitions", lambda: self._consumer.incremental_assign(new))
 
@@ -96,10 +107,6 @@ class Source:
 
         self._call(f"read topic {topic} on", again)
 
-    def _within(self, topic: str, number: int, offset: int) -> int:
-        """The offset, or the log's end where the log is shorter: Kafka would take that for an error."""
-        return min(offset, self.ends(topic, number)[1])
-
     def ends(self, topic: str, number: int) -> tuple[int, int]:
         """First offset and next offset of a partition, as its leader says now."""
         place = TopicPartition(topic, number)
@@ -108,6 +115,29 @@ class Source:
             lambda: self._consumer.get_watermark_offsets(place, timeout=TIMEOUT_SECONDS),
         )
         return int(low), int(high)
+
+    def ends_of(self, places: Sequence[Place]) -> dict[Place, tuple[int, int]]:
+        """The same of several partitions, with two questions to a broker instead of two for each of them.
+
+        A broker answers in order, and what it has to answer first may be a fetch that waits for records.
+        """
+        if len(places) <= 1:
+            return {place: self.ends(*place) for place in places}
+        low, high = (dict.fromkeys(places, -1) for _ in range(2))
+        for found, end in ((low, OFFSET_BEGINNING), (high, OFFSET_END)):
+            asked = [TopicPartition(*place, end) for place in places]
+            answers = self._call(
+                f"ask for the offsets of {len(places)} partitions",
+                partial(self._consumer.offsets_for_times, asked, timeout=TIMEOUT_SECONDS),
+            )
+            for one in answers:
+                if one.error is None:
+                    found[one.topic, one.partition] = int(one.offset)
+        # One that was not answered is asked for by itself, which says why.
+        return {
+            place: (low[place], high[place]) if min(low[place], high[place]) >= 0 else self.ends(*place)
+            for place in places
+        }
 
     def poll(self, seconds: float) -> Polled:
         """Wait for a record at most so long; take what else has arrived, within bounds."""
