@@ -165,7 +165,8 @@ class Describer:
         message = self._under_known_name(message)
         name = TableName(message.schema, message.table)
         if not self._is_sent(name):
-            _log.warning("changes of a table that is not published any more are passed over: %s", name)
+            if not self._goes_as_its_root(name):
+                _log.warning("changes of a table that is not published any more are passed over: %s", name)
             return None
         if self._binary and binary_types.ways(self._conn, [c.type_oid for c in message.columns]).bound:
             raise BinaryRefused(
@@ -231,6 +232,15 @@ class Describer:
                 " lets them pass, with --pass-over they are left out",
             )
         return False
+
+    def _goes_as_its_root(self, name: TableName) -> bool:
+        """Whether its rows come as those of its partitioned table; pgoutput describes both."""
+        if self._scope.via_leaf:
+            return False
+        with errors("looking for a partition's table"):
+            return any(
+                above in self._scope.columns for above in publication_leaves.ancestors(self._conn, name)
+            )
 
     def _published_now(self, name: TableName) -> bool:
         with errors("looking at the publication"):
