@@ -5,7 +5,8 @@ Not here: rows. Rules (docs/design/0007):
 * A message is emitted again, always as a transactional one: so it is there exactly if its rows are, and
   under the origin, so that no stream takes it for this node's own.
 * A sequence is only ever set forward, before the commit: setval stays when the transaction does not, and
-  being ahead harms nobody. It goes back only where the source's was set back, and only after the commit.
+  being ahead harms nobody. It goes back only where the source's was set back, and only after the commit:
+  a crash in between leaves it ahead.
 * A value that is unsure is held against the rows: the column it belongs to, where an index gives its end.
 * A sequence that is missing, locked away, too small, or runs the other way stops the stream, by name.
 """
@@ -123,8 +124,8 @@ class Signals:
         for value, target in here:
             reached = last[target.oid]
             if value.state is SequenceState.SET_BACK:
+                # Forward all the same: it may have gone on beyond what this one has reached.
                 self._back.append((target.oid, value.last_value, value.is_called))
-                continue
             unsure = value.state is SequenceState.UNSURE
             to_be = self._with_rows(value, target) if unsure else value
             if must_set(to_be, reached):

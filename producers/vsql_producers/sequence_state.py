@@ -6,8 +6,10 @@ between a row and the look. Rules (docs/design/0007):
 
 * Set back: the highest value said so far stands, as `unsure`, until everything from before that look has been
   sent. Then the present value is said as `set_back`, and targets follow.
-* The first value of an epoch is `unsure` until then, too: nobody looked while no producer ran.
+* The first values of an epoch are `unsure`, too, up to the one whose rows reach beyond that look: nobody
+  looked while no producer ran.
 * A value that is `unsure` is said with every batch, so that the target looks at its rows each time.
+* One that could not be looked at is `unsure`, too: rows may have used more before it was locked.
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ class Sequence:
     went_back: bool = False
     settled_at: int = 0
     """What is below has been sent: then all that was used before the last surprise is known."""
+    sent: int = -1
+    """Where the stream stood with the last look."""
 
     def look(self, now: Look, sent_lsn: int) -> SequenceValue | None:
         """Take a look; `sent_lsn` is where the stream stands with what is said now. None: nothing to say."""
@@ -53,7 +57,9 @@ class Sequence:
         elif _behind(now, self.seen):
             self.went_back, self.settled_at = True, now.lsn
         self.seen = now
-        unsure = sent_lsn < self.settled_at
+        # A value goes with rows: what follows the position before it may lie below the surprise.
+        before, self.sent = self.sent, sent_lsn
+        unsure = (sent_lsn if self.went_back else before) < self.settled_at
         state = SequenceState.UNSURE if unsure else SequenceState.AHEAD
         if self.went_back and self.said is not None:
             if unsure:
@@ -65,6 +71,13 @@ class Sequence:
             return None
         self.said = now
         return SequenceValue(self.name, self.owner, now.increment, now.last_value, now.is_called, state)
+
+    def unseen(self, increment: int, start: int) -> SequenceValue:
+        """What goes with rows where it could not be looked at: what stands, else that it began."""
+        last = self.said or Look(increment, start, is_called=False, lsn=0)
+        return SequenceValue(
+            self.name, self.owner, last.increment, last.last_value, last.is_called, SequenceState.UNSURE
+        )
 
 
 def _behind(one: Look, other: Look) -> bool:

@@ -6,7 +6,8 @@ Not here: what is said of a value (sequence_state.py). Rules (docs/design/0007):
   before it is sealed: at the target its rows and these values are one transaction.
 * Where no rows come, the interval of the settings brings a look, and so does a stop.
 * A session of its own, with a lock timeout: an unfinished TRUNCATE … RESTART IDENTITY locks its sequence,
-  whose numbers nobody can take meanwhile. It is passed over, and looked at when it is free.
+  whose numbers nobody can take meanwhile. It is passed over, and looked at when it is free. What was taken
+  before is not known: with rows it goes as `unsure`.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ SELECT s.seqrelid::bigint, pg_catalog.pg_sequence_last_value(s.seqrelid::pg_cata
 FROM pg_catalog.pg_sequence s JOIN pg_catalog.pg_class c ON c.oid = s.seqrelid
 WHERE s.seqrelid = ANY (%s)
 """
+# What is known of a sequence although it is locked.
+_MADE = (
+    "SELECT seqrelid::bigint, seqincrement, seqstart FROM pg_catalog.pg_sequence WHERE seqrelid = ANY (%s)"
+)
 # Looking takes a ROW EXCLUSIVE lock, as nextval does; these are the ones it waits for.
 _FREE = """ AND s.seqrelid NOT IN (
     SELECT l.relation FROM pg_catalog.pg_locks l WHERE l.locktype = 'relation' AND l.granted
@@ -96,18 +101,20 @@ class Sequences:
 
     def copied(self, transaction: Transaction) -> Batch | None:
         """How far they are after a snapshot, as the last batch of its copy; None where there are none."""
-        values = self.look(transaction.commit_lsn)
+        values = [one._replace(state=SequenceState.AHEAD) for one in self.look(transaction.commit_lsn)]
+        values += self._unseen()
         if not values:
             return None
         batch = Batch(end_lsn=transaction.commit_lsn)
-        self._append(batch, transaction, [one._replace(state=SequenceState.AHEAD) for one in values])
+        self._append(batch, transaction, values)
         return batch
 
     def attach(self, batch: Batch) -> None:
         """Put what is to be said into a batch that is about to be sent."""
         if batch.continues:
             return
-        self._append(batch, batch.transactions[-1], self.look(batch.end_lsn))
+        values = self.look(batch.end_lsn)
+        self._append(batch, batch.transactions[-1], [*values, *self._unseen()])
 
     def alone(self, now: float, position: int, sent_lsn: int, *, at_once: bool = False) -> Batch | None:
         """A batch of its own where it is time and something is to be said; nothing may be outstanding.
@@ -125,7 +132,7 @@ class Sequences:
 
     def _append(self, batch: Batch, transaction: Transaction, values: list[SequenceValue]) -> None:
         if values:
-            at = max(one.lsn for one in self._looked.values())
+            at = max((one.lsn for one in self._looked.values()), default=transaction.commit_lsn)
             frames = [make_frame(Op.SEQUENCE, SEQUENCE_KEY, at, encode_sequence(one)) for one in values]
             batch.append(transaction, frames, [RelationChange(0, SEQUENCE_KEY, self._descriptor)])
 
@@ -143,6 +150,15 @@ class Sequences:
             if value is not None:
                 said.append(value)
         return said
+
+    def _unseen(self) -> list[SequenceValue]:
+        """What is to be said of those the last look had to leave out."""
+        oids = [oid for oid in self._known if oid not in self._looked]
+        if not oids:
+            return []
+        with errors("looking for locked sequences"):
+            made = self._conn.execute(_MADE, (oids,)).fetchall()
+        return [self._known[oid].unseen(increment, start) for oid, increment, start in made]
 
     def _read_list(self) -> None:
         with errors("listing the published sequences"):

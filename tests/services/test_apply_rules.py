@@ -13,8 +13,9 @@ from tests.services.apply_source import add_change, empty_batch
 from vsql_consumers.apply import Applier
 from vsql_consumers.write import ApplyLimits
 from vsql_shared import lsn
-from vsql_shared.changes import Column, Op, Relation, TableName, Transaction
+from vsql_shared.changes import SEQUENCES, Column, Op, Relation, TableName, Transaction
 from vsql_shared.errors import DatabaseError, DecodeError, TransientError
+from vsql_shared.wire.signals import SequenceState, SequenceValue, encode_sequence
 
 T = TableName("public", "t")
 TABLE = "CREATE TABLE public.t (id int PRIMARY KEY, v text)"
@@ -25,6 +26,11 @@ CREATE FUNCTION public.no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE '
 CREATE CONSTRAINT TRIGGER no AFTER INSERT ON public.late DEFERRABLE INITIALLY DEFERRED
     FOR EACH ROW EXECUTE FUNCTION public.no();
 ALTER TABLE public.late ENABLE ALWAYS TRIGGER no"""
+
+SEQUENCE_SYNC = """
+CREATE TABLE vsql_sync.sequence_sync (chain TEXT, sequence_schema TEXT, sequence_name TEXT, last_value BIGINT,
+    is_called BOOLEAN, set_back BIGINT, applied_at TIMESTAMPTZ DEFAULT now(),
+    PRIMARY KEY (chain, sequence_schema, sequence_name))"""
 
 
 @pytest.fixture
@@ -481,6 +487,31 @@ def test_finish_without_changes_commits_what_the_caller_writes(pair: Pair) -> No
     pair.tables(TABLE)
     assert pair.current().finish(1, 0, lambda conn: note_progress(conn, 3)) > 0
     assert pair.target.execute("SELECT batch FROM vsql_sync.progress").fetchall() == [(3,)]
+
+
+def test_a_sequence_set_back_is_ahead_of_the_rows_before_they_are_committed(pair: Pair) -> None:
+    """It went back, and then beyond what the target has: a crash behind the commit must find it there."""
+    pair.tables("CREATE SEQUENCE public.s; CREATE TABLE public.t (id int PRIMARY KEY)")
+    pair.target.execute(SEQUENCE_SYNC)
+    pair.target.execute("SELECT setval('s', 100)")
+    batch = empty_batch()
+    value = SequenceValue(TableName("public", "s"), (), 1, 2_000, True, SequenceState.SET_BACK)
+    add_change(batch, Relation(SEQUENCES, "n", ()), Op.SEQUENCE, encode_sequence(value))
+    applier = pair.current()
+    applier.apply([batch])
+    reached: list[object] = []
+
+    def before_commit(conn: psycopg.Connection[tuple[object, ...]]) -> None:
+        reached.append(conn.execute("SELECT last_value FROM public.s").fetchone())
+
+    applier.finish(1_000, 0, before_commit)
+    assert reached == [(2_000,)]
+    back = empty_batch(2)
+    add_change(back, Relation(SEQUENCES, "n", ()), Op.SEQUENCE, encode_sequence(value._replace(last_value=3)))
+    applier.apply([back])
+    applier.finish(1_100, 0, before_commit)
+    assert reached[1] == (2_000,)
+    assert pair.target.execute("SELECT last_value, is_called FROM s").fetchone() == (3, True)
 
 
 def test_an_impossible_commit_time_is_refused(pair: Pair) -> None:

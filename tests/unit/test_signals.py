@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.unit.test_pgoutput_transactions import begin, commit, describe, frame, relation, row
@@ -175,7 +175,8 @@ def test_a_sequence_that_was_set_back_stands_until_what_used_it_is_sent() -> Non
     looks = [
         # (value, position of the look, where the stream stands) → said
         (Look(1, 10, True, 100), 50, (10, SequenceState.UNSURE)),
-        (Look(1, 10, True, 110), 105, None),
+        (Look(1, 10, True, 110), 105, (10, SequenceState.UNSURE)),
+        (Look(1, 10, True, 115), 110, None),
         (Look(1, 20, True, 120), 115, (20, SequenceState.AHEAD)),
         (Look(1, 1, False, 130), 120, (20, SequenceState.UNSURE)),
         (Look(1, 3, True, 140), 125, (20, SequenceState.UNSURE)),
@@ -188,6 +189,18 @@ def test_a_sequence_that_was_set_back_stands_until_what_used_it_is_sent() -> Non
         assert (None if value is None else (value.last_value, value.state)) == wanted
 
 
+def test_a_sequence_that_is_locked_is_unsure_and_what_stands_is_not_changed_by_that() -> None:
+    one = Sequence(NAME, ())
+    began = one.unseen(2, 7)
+    assert (began.increment, began.last_value, began.is_called, began.state) == (
+        2, 7, False, SequenceState.UNSURE,
+    )  # fmt: skip
+    one.look(Look(1, 10, True, 100), 100)
+    stands = one.unseen(1, 1)
+    assert (stands.last_value, stands.is_called, stands.state) == (10, True, SequenceState.UNSURE)
+    assert one.look(Look(1, 10, True, 120), 110) is None
+
+
 @st.composite
 def histories(draw: st.DrawFn) -> tuple[int, list[tuple[str, int]]]:
     """A direction, and what happened: rows that took a number, set backs, looks by a producer that lags."""
@@ -197,6 +210,8 @@ def histories(draw: st.DrawFn) -> tuple[int, list[tuple[str, int]]]:
 
 
 @given(histories())
+@example((1, [("row", 0), ("back", 1), ("look", 0)]))
+@example((1, [("row", 0), ("back", 2), ("look", 2), ("row", 0), ("look", 0)]))
 def test_no_row_is_beyond_what_the_target_was_told_but_where_it_looks_itself(
     history: tuple[int, list[tuple[str, int]]],
 ) -> None:

@@ -138,6 +138,16 @@ def test_a_sequence_goes_back_only_where_the_source_s_was_set_back(pairs: Pairs)
     pair.a.start("producer")
     pair.wait_in_step()
     assert (at(pair.b, "owned_id_seq"), behind(pair.b)) == ((7, True), [])
+    # Rows were committed before it was locked, and nobody had looked in between.
+    pair.a.stop("producer")
+    pair.a.query("SELECT setval('owned_id_seq', 7)")
+    pair.a.execute("INSERT INTO owned (v) SELECT 'before the lock' FROM generate_series(1, 5)")
+    with psycopg.connect(pair.a.conninfo) as conn:
+        conn.execute("ALTER SEQUENCE owned_id_seq RESTART WITH 1000")
+        pair.a.start("producer")
+        pair.wait_in_step()
+        assert (at(pair.b, "owned_id_seq"), behind(pair.b)) == ((12, True), [])
+        conn.rollback()
     pair.stop()
 
 
