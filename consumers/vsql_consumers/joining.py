@@ -80,25 +80,24 @@ class JoinScan:
         self._last: tuple[AuditEntry, bytes] | None = None
         self.point: JoinPoint | None = None
 
-    @property
-    def due(self) -> int:
-        """Sequence of the next entry."""
-        return self._reader.head.sequence + 1
-
     def feed(self, offset: int, encoded: bytes, where: str) -> bool:
         """Take the next record of the audit partition; False when what follows is not covered.
 
-        Raises VerificationError.
+        Raises VerificationError, with the sequence of the entry that was due.
         """
+        due = self._reader.head.sequence + 1
         try:
-            found = self._reader.accept(encoded, where)
+            return self._feed(offset, encoded, where)
         except DecodeError as error:
-            raise RecordError(
-                f"no entry of a chain: {error.message}", record=where, hint=error.hint
-            ) from error
+            refused = RecordError(f"no entry of a chain: {error.message}", record=where, hint=error.hint)
+            refused.sequence = due
+            raise refused from error
         except VerificationError as error:
-            error.record = error.record or where
+            error.record, error.sequence = error.record or where, due
             raise
+
+    def _feed(self, offset: int, encoded: bytes, where: str) -> bool:
+        found = self._reader.accept(encoded, where)
         if not isinstance(found, Accepted):
             return True
         entry = found.entry
@@ -181,8 +180,8 @@ def _scan(means: Means, copied: Mapping[TableName, int], decisions: Decisions) -
         try:
             if not scan.feed(offset, encoded, record_name(topic, partition, offset)):
                 break
-        except VerificationError:
-            if scan.due not in decisions.skipped:
+        except VerificationError as error:
+            if error.sequence not in decisions.skipped:
                 raise
             break  # what an operator skips, the collector passes over
     return scan.point

@@ -32,9 +32,9 @@ class Refusal:
 
     @classmethod
     def of(cls, error: VerificationError, next_sequence: int) -> Refusal:
-        """The refusal an error means, with the entry the stream stopped before."""
+        """The refusal an error means; the entry is the next one, where the error does not name another."""
         text = error.message + (f"; {error.hint}" if error.hint else "")
-        return cls(error.record, text, next_sequence)
+        return cls(error.record, text, error.sequence or next_sequence)
 
     def as_detail(self) -> dict[str, object]:
         """For the `refused` key of the stream's status."""

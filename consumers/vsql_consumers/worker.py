@@ -270,6 +270,7 @@ class Worker:
     def _refuse(self, conn: Connection, stream: Stream, control: Control, refusal: Refusal) -> None:
         """Say what was refused, signed and in the status; stay until an operator decides."""
         self._report.refusal = refusal
+        stands = {"sequence": state.load_position(conn, self._chain).head.sequence}
         _log.error("refused", extra={"record": refusal.record, "sequence": refusal.sequence})
         with ExitStack() as closing:
             acknowledger = self._open_fenced(conn, stream, closing)
@@ -286,7 +287,7 @@ class Worker:
                 with ExitStack() as closing:
                     acknowledger = self._open_fenced(conn, stream, closing)
                     self._answer(acknowledger, control, wishes, f"the stream is refused: {refusal.error}")
-            self._report.say(control, "refused", {"sequence": refusal.sequence - 1})
+            self._report.say(control, "refused", stands)
             self.stop.wait(_HOLD_SECONDS)
 
     def _open_fenced(self, conn: Connection, stream: Stream, closing: ExitStack) -> Acknowledger:

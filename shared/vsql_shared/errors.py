@@ -105,7 +105,8 @@ class DecodeError(ProtocolError):
 class VerificationError(VsqlSyncError):
     """What arrived is not what was signed. The stream stops; nothing of the batch is applied.
 
-    `record` names where: topic, partition, offset, or chain position.
+    `record` names where: topic, partition, offset, or chain position. `sequence` is the entry of the
+    chain that was due, where that is not the next one to be applied; else 0.
     """
 
     exit_code = 9
@@ -113,6 +114,7 @@ class VerificationError(VsqlSyncError):
     def __init__(self, message: str, *, record: str = "", hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.record = record
+        self.sequence = 0
 
     def __str__(self) -> str:
         where = f" [{self.record}]" if self.record else ""

@@ -8,6 +8,7 @@ import pytest
 
 from tests.unit.sealed_chain import AUDIT, CHAIN, CLUSTER, ORIGIN, SealedChain, read, rows
 from vsql_consumers.joining import JoinPoint, JoinScan
+from vsql_consumers.quarantine import Refusal
 from vsql_shared import names
 from vsql_shared.audit.chain import ChainReader
 from vsql_shared.changes import TableName
@@ -144,3 +145,4 @@ def test_the_chain_is_verified_although_no_record_is_read(attack: str) -> None:
     with pytest.raises(VerificationError) as caught:
         scan(chain, {T: chain.lsn, U: chain.lsn})
     assert caught.value.record == f"{AUDIT[0]}/{AUDIT[1]}/1"
+    assert Refusal.of(caught.value, 1).sequence == 2  # the one to decide on, although nothing was applied
