@@ -47,7 +47,14 @@ from vsql_shared.audit.entries import (
 from vsql_shared.audit.rows import parse
 from vsql_shared.audit.store import insert_entries, iterate, load_head
 from vsql_shared.crypto.signing import Signer, TrustStore
-from vsql_shared.errors import DivergedError, TransientError, VsqlSyncError
+from vsql_shared.errors import (
+    DecodeError,
+    DivergedError,
+    KeyEndedError,
+    SignatureError,
+    TransientError,
+    VsqlSyncError,
+)
 from vsql_shared.kafka.clients import from_exception, kafka_error
 from vsql_shared.pg.connect import Connection, errors
 
@@ -232,13 +239,21 @@ class Acknowledger:
         """Highest sequence Kafka and the table share; what Kafka has beyond the table goes to `newer`."""
         in_kafka = 0
         for offset, encoded in published:
-            sequence = parse(encoded).entry.sequence
-            if sequence > reader.head.sequence:
-                found = reader.accept(encoded, f"{self._place.topic}/{self._place.partition}/{offset}")
-                if isinstance(found, Accepted):
-                    newer.append((encoded, offset))
-                    in_kafka = sequence
-            elif not newer and self._table_has(sequence, encoded):
+            where = f"{self._place.topic}/{self._place.partition}/{offset}"
+            try:
+                sequence = parse(encoded).entry.sequence
+                new = sequence > reader.head.sequence
+                found = reader.accept(encoded, where) if new else None
+            except KeyEndedError:
+                raise
+            except (DecodeError, SignatureError) as error:
+                # Not ours: otherwise anybody who can write to the topic could keep us from starting.
+                _log.error("a record that is no entry of ours lies among them: %s", error)
+                continue
+            if isinstance(found, Accepted):
+                newer.append((encoded, offset))
+                in_kafka = sequence
+            elif not new and not newer and self._table_has(sequence, encoded):
                 in_kafka = max(in_kafka, sequence)
         return in_kafka
 

@@ -5,7 +5,7 @@ Not here: the rows themselves, which go the way of all batches. Rules:
 * The position S of a table's snapshot is written in the transaction that applies the table's rows. The live
   stream leaves out what committed before S.
 * The copy's chain says when it is over (`copy_finished`); only then is the stream FINISHED and may the live
-  one begin.
+  one begin. A table of which a batch was skipped stays DIVERGED.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class CopyKeeper:
         if not self.is_copy:
             return
         if entry.event_type == COPY_STARTED:
-            for table, said in _tables(entry).items():
-                self.tables[table] = int(said.get("rows", 0))
-            group.also.append(lambda conn: self._begin(conn, list(self.tables)))
+            begun = {table: int(said.get("rows", 0)) for table, said in _tables(entry).items()}
+            self.tables |= begun
+            group.also.append(lambda conn: self._begin(conn, list(begun)))
         elif entry.event_type == COPY_FINISHED:
             self.finished = True
             final = _tables(entry)
@@ -96,9 +96,12 @@ class CopyKeeper:
         state.set_stream_state(conn, self._stream.chain, "COPYING")
 
     def _end(self, conn: Connection, tables: Mapping[TableName, Mapping[str, Any]]) -> None:
+        lacking = state.diverged_tables(conn, self._live_chain)
         for table, said in tables.items():
             at = lsn.parse(said["lsn"]) if isinstance(said.get("lsn"), str) else None
-            state.mark_table(conn, self._live_chain, table, "SYNCHRONIZED", copy_lsn=at, copied_rows=None)
+            reason = lacking.get(table)
+            found = "SYNCHRONIZED" if reason is None else "DIVERGED"
+            state.mark_table(conn, self._live_chain, table, found, copy_lsn=at, reason=reason)
         conn.execute(
             "UPDATE vsql_sync.table_sync SET state = 'SYNCHRONIZED' WHERE chain = %s AND state = 'COPYING'",
             (self._live_chain,),

@@ -272,6 +272,16 @@ def copy_lsns(conn: Connection, live_chain: str) -> dict[TableName, int]:
     return {TableName(schema, table): lsn.parse(at) for schema, table, at in rows}
 
 
+def diverged_tables(conn: Connection, live_chain: str) -> dict[TableName, str]:
+    """Tables that lack changes, and why."""
+    rows = conn.execute(
+        "SELECT table_schema, table_name, coalesce(reason, '') FROM vsql_sync.table_sync"
+        " WHERE chain = %s AND state = 'DIVERGED'",
+        (live_chain,),
+    ).fetchall()
+    return {TableName(schema, table): reason for schema, table, reason in rows}
+
+
 def mark_table(conn: Connection, live_chain: str, table: TableName, state: str, **columns: Any) -> None:
     """Set a table's state in table_sync; `columns`: copy_lsn (int), copied_rows, reason."""
     at = columns.get("copy_lsn")

@@ -9,22 +9,26 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+from confluent_kafka import Producer
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from tests.audit_history import A, B, incarnation, manifest_fields, trust
-from tests.nodes import TwoNodes
+from tests.nodes import PUBLICATION, TwoNodes
 from tests.stack import Stack
 from tests.streams import read_topics
 from vsql_consumers.acknowledge import Acknowledger, Place
 from vsql_consumers.source import read_chain
 from vsql_shared import names
 from vsql_shared.audit.chain import EMPTY_HEAD, ChainWriter
+from vsql_shared.audit.dsse import SignedDocument
+from vsql_shared.audit.entries import AuditEntry
 from vsql_shared.audit.rows import parse
 from vsql_shared.config import load_settings
 from vsql_shared.kafka.clients import make_admin, make_producer
@@ -96,6 +100,53 @@ def test_nothing_is_acknowledged_before_the_origin_is_ours(pair: TwoNodes) -> No
     pair.wait_in_step()
     batches = _until(lambda: [batch for event, batch in _own_entries(pair) if event == "batch_applied"])
     assert batches == list(range(1, len(batches) + 1))
+
+
+@pytest.mark.timeout(240)
+def test_forged_entries_of_our_own_chain_do_not_keep_the_consumer_from_starting(pair: TwoNodes) -> None:
+    """Whoever may write to the audit topic writes acknowledgements in our name: badly signed, or cut off."""
+    pair.b.start("consumer")
+    pair.a.execute("INSERT INTO t VALUES (1, 'a')")
+    pair.wait_in_step()
+    pair.b.stop("consumer")
+    chain, topic = names.ack_chain(pair.chain, "node-b"), names.audit_topic(pair.cluster)
+    newest = "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s ORDER BY sequence DESC LIMIT 1"
+    genuine = SignedDocument.decode(bytes(pair.b.query(newest, chain)[0][0]))
+    entry = AuditEntry.decode(genuine.payload)
+    later = replace(entry, sequence=entry.sequence + 1).encode()
+    producer = Producer({"bootstrap.servers": pair.a.kafka})
+    for payload in (later, genuine.payload[:-1]):
+        producer.produce(topic, replace(genuine, payload=payload).encode(), key=b"forged", partition=0)
+    assert producer.flush(20) == 0
+    pair.a.execute("INSERT INTO t VALUES (2, 'b')")
+    pair.b.start("consumer")
+    pair.wait_in_step()
+    assert [batch for event, batch in _own_entries(pair) if event == "batch_applied"] == [1, 2]
+    assert pair.b.ctl("audit", "verify").returncode == 0
+
+
+@pytest.mark.timeout(240)
+def test_a_table_of_which_the_first_copy_lacks_a_batch_stays_diverged(stack: Stack, tmp_path: Path) -> None:
+    made = TwoNodes(stack, tmp_path, TABLES)
+    try:
+        made.a.execute("INSERT INTO t VALUES (1, 'a'); INSERT INTO u VALUES (1, 1)")
+        made.create(["t(*)", "u(*)"])
+        made.a.start("producer")
+        copy = names.copy_chain(PUBLICATION, "node-a", "node-b")
+        found = "SELECT sequence FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND tables_affected = %s"
+        sequence = _until(lambda: made.a.query(found, copy, ["public.t"]))[0][0]
+        made.b.ctl(
+            "stream", "skip-batch", "--chain", copy, "--sequence", str(sequence), "--reason", "lost", "--yes"
+        )
+        made.b.start("consumer")
+        ended = "SELECT 1 FROM vsql_sync.streams WHERE kind = 'copy' AND state = 'FINISHED'"
+        _until(lambda: made.b.query(ended))
+        states = dict(made.b.query("SELECT table_name, state FROM vsql_sync.table_sync"))
+        assert states == {"t": "DIVERGED", "u": "SYNCHRONIZED"}
+        reason = "SELECT 1 FROM vsql_sync.table_sync WHERE table_name = 't' AND reason LIKE '%%skipped%%'"
+        assert made.b.query(reason) == [(1,)]
+    finally:
+        made.end()
 
 
 @pytest.mark.timeout(240)
