@@ -32,7 +32,7 @@ from vsql_producers.relations import load_scope
 from vsql_producers.sequences import Sequences
 from vsql_producers.snapshot.history import CopyHistory, read_history
 from vsql_producers.snapshot.reader import Snapshot, TableReader, export_snapshot, import_snapshot
-from vsql_producers.snapshot.tables import CopyTable, count_tables, tables_to_copy
+from vsql_producers.snapshot.tables import CopyTable, count_tables, require_same, tables_to_copy
 from vsql_producers.transactions import RelationChange, Run
 from vsql_shared import failpoints, lsn, names
 from vsql_shared.audit.chain import ChainWriter, Prepared
@@ -217,7 +217,12 @@ class CopyPipeline:
             if not self._tables:
                 return
             self._table = table = self._tables.popleft()
-            self._reader = TableReader(self._reading, table, self._transaction.commit_lsn)
+            self._reader = TableReader(
+                self._reading,
+                table,
+                self._transaction.commit_lsn,
+                lambda: require_same(self._context.conn, table),
+            )
             self._relations = [RelationChange(0, table.key, table.descriptor)]
             self._history.rows[str(table.name)] = 0
         reader, began = self._reader, time.perf_counter()

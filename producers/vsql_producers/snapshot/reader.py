@@ -60,7 +60,11 @@ def import_snapshot(conn: Connection, snapshot: Snapshot) -> None:
 class TableReader:
     """The rows of one table, as frames of op COPY."""
 
-    def __init__(self, conn: Connection, table: CopyTable, snapshot_lsn: int) -> None:
+    def __init__(
+        self, conn: Connection, table: CopyTable, snapshot_lsn: int, begun: Callable[[], None]
+    ) -> None:
+        """`begun` is called once, when the COPY holds its locks and before any row is taken."""
+        self._on_begun = begun
         self._pq: pq.abc.PGconn = conn.pgconn
         self._table = table
         self._prefix = frame_prefix(Op.COPY, table.key, snapshot_lsn)
@@ -84,6 +88,7 @@ class TableReader:
             if result is None:
                 raise TransientError(f"table {self._table.name}: the server began no COPY")
             raise translate(psycopg.errors.error_from_result(result), f"copying table {self._table.name}")
+        self._on_begun()
         self._begun = True
         return True
 
