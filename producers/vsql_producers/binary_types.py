@@ -7,7 +7,8 @@ binary form
 * has an element or attribute named by its id, and each server, or each major version, has an id of its own
   for that: arrays and rows of types whose ids are not fixed for ever;
 * cannot be made or read: no send function inside of an array, row or range (array_send fails then), or a
-  receive function that refuses some value.
+  receive function that refuses some value;
+* is that of a type the catalog has no more.
 
 A column whose own type has no send function is sent as text by pgoutput in a binary session too; COPY fails.
 """
@@ -69,7 +70,9 @@ def ways(conn: Connection, oids: Sequence[int]) -> Ways:
     """How columns of these types travel."""
     with errors("looking at column types"):
         rows = conn.execute(_WAYS, (list(oids),)).fetchall()
-    bound = frozenset(int(root) for root, is_bound, _ in rows if is_bound)
+    # Of a type that was dropped since the WAL was written nobody knows any more what its binary form holds.
+    unknown = frozenset(oids) - {int(root) for root, _, _ in rows}
+    bound = unknown | {int(root) for root, is_bound, _ in rows if is_bound}
     return Ways(bound, bound | frozenset(int(root) for root, _, formless in rows if formless))
 
 

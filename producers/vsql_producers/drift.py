@@ -4,6 +4,7 @@ Not here: columns of what the WAL holds; each relation message is checked agains
 That says nothing of row filters, nor of a table's list being narrowed before any row comes. Rules:
 
 * Read in one statement, so that a decision (which changes both halves in one transaction) is never half seen.
+* A schema in the publication, or all tables, make the row filters of its tables void without changing them.
 * A table that PostgreSQL's publication has no more is no error: nothing of it leaves. It is logged.
 """
 
@@ -35,6 +36,12 @@ SELECT s, t, ours.columns, theirs.columns, ours.row_filter, theirs.row_filter,
     ours.t IS NULL, theirs.t IS NULL,
     (SELECT pub.pubviaroot = p.via_leaf FROM pub, vsql_sync.publications p WHERE p.name = %(name)s)
 FROM ours FULL JOIN theirs USING (s, t) ORDER BY 1, 2
+"""
+_KIND = """
+SELECT b.puballtables OR EXISTS (SELECT FROM pg_catalog.pg_publication_namespace s WHERE s.pnpubid = b.oid),
+    b.pubinsert AND b.pubtruncate AND b.pubupdate <> p.insert_only AND b.pubdelete <> p.insert_only
+FROM pg_catalog.pg_publication b JOIN vsql_sync.publications p ON p.name = b.pubname::text
+WHERE p.name = %s
 """
 # A new partition has the identity DEFAULT, whatever its table has.
 _IDENTITIES = """
@@ -68,12 +75,32 @@ def require_none(conn: Connection, publication: str) -> None:
     """Raise DatabaseError when the publication was changed behind our back; note the leaves there are now."""
     publication_leaves.remember(conn, publication)
     with errors("looking at the publication"):
+        kind = conn.execute(_KIND, (publication,)).fetchone()
         pairs = [_Pair(*row) for row in conn.execute(_BOTH, {"name": publication})]
         differing = conn.execute(_IDENTITIES, (publication,)).fetchall()
+    # Without one the walsender says so.
+    if kind is not None:
+        _require_kind(publication, widened=kind[0], operations=kind[1])
     for pair in pairs:
         _compare(publication, pair)
     for names in differing:
         _require_identity(conn, TableName(*names[:2]), TableName(*names[2:]))
+
+
+def _require_kind(publication: str, *, widened: bool, operations: bool) -> None:
+    if widened:
+        raise DatabaseError(
+            f"PostgreSQL's publication {publication} has a whole schema, or all tables: no row filter holds"
+            " then",
+            hint=f"take it out with ALTER PUBLICATION {publication} DROP TABLES IN SCHEMA …; what was written"
+            " meanwhile was not filtered: look for it at the targets",
+        )
+    if not operations:
+        raise DatabaseError(
+            f"PostgreSQL's publication {publication} does not send the operations that were decided",
+            hint=f"set them back with ALTER PUBLICATION {publication} SET (publish = …); changes that were"
+            " left out meanwhile are lost: compare the tables at the targets",
+        )
 
 
 def _require_identity(conn: Connection, root_name: TableName, leaf_name: TableName) -> None:

@@ -46,6 +46,23 @@ class ScopeChanged(TransientError):
     """An operator changed what the publication may carry, or marked PCI columns."""
 
 
+# A mark holds for its table, for that one's partitions, and for the tables it is a partition of.
+_MARKS = """
+WITH marked AS (SELECT DISTINCT table_schema AS s, table_name AS t, pg_catalog.to_regclass(
+        pg_catalog.format('%%I.%%I', table_schema, table_name)) AS id FROM vsql_sync.pci_columns),
+family AS (SELECT m.s, m.t, m.s AS other_s, m.t AS other_t FROM marked m
+    UNION SELECT m.s, m.t, n.nspname::text, k.relname::text
+    FROM marked m CROSS JOIN LATERAL (
+        SELECT x.relid::oid AS oid FROM pg_catalog.pg_partition_ancestors(m.id) x
+        UNION SELECT y.relid::oid FROM pg_catalog.pg_partition_tree(m.id) y) r
+    JOIN pg_catalog.pg_class k ON k.oid = r.oid JOIN pg_catalog.pg_namespace n ON n.oid = k.relnamespace)
+SELECT f.other_s, f.other_t, c.column_name, p.exclude_pci AND c.marked_at > p.created_at,
+    (f.s, f.t) = (f.other_s, f.other_t)
+FROM vsql_sync.pci_columns c JOIN family f ON (f.s, f.t) = (c.table_schema, c.table_name)
+CROSS JOIN vsql_sync.publications p WHERE p.name = %s
+"""
+
+
 class Scope(NamedTuple):
     """What the publication may carry, as the operator decided it on this node."""
 
@@ -73,11 +90,7 @@ def load_scope(conn: Connection, publication: str) -> Scope:
             " WHERE publication = %s",
             (publication,),
         ).fetchall()
-        marked = conn.execute(
-            "SELECT c.table_schema, c.table_name, c.column_name, p.exclude_pci AND c.marked_at > p.created_at"
-            " FROM vsql_sync.pci_columns c CROSS JOIN vsql_sync.publications p WHERE p.name = %s",
-            (publication,),
-        ).fetchall()
+        marked = conn.execute(_MARKS, (publication,)).fetchall()
     if there is None:
         raise DatabaseError(
             f"publication {publication} is not known to vsql-sync",
@@ -85,7 +98,12 @@ def load_scope(conn: Connection, publication: str) -> Scope:
         )
     columns = {TableName(s, t): None if c is None else frozenset(c) for s, t, c, _ in tables}
     leaves = publication_leaves.remembered(conn, publication) if there[0] else {}
-    ours = [row for row in marked if (name := TableName(row[0], row[1])) in columns or name in leaves]
+    # Of a table's relatives the published ones count; a leaf's owner is among them.
+    ours = [
+        row[:4]
+        for row in marked
+        if (name := TableName(row[0], row[1])) in columns or (row[4] and name in leaves)
+    ]
     return Scope(
         columns,
         _by_table((s, t, c) for s, t, c, _ in ours),

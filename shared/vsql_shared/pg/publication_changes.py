@@ -36,7 +36,7 @@ def add_column(conn: Connection, name: str, table: TableName, column: str) -> No
         settled = listed is None or (column in listed and column in _added(conn, name, table))
         if settled and column in _sent(conn, name, table):
             raise RefusedError(f"column {table}.{quote_ident(column)} is published already")
-        if before.exclude_pci and column in publications.marked(conn, table):
+        if before.exclude_pci and column in publications.marked_anywhere(conn, info):
             raise RefusedError(
                 f"column {table}.{quote_ident(column)} is marked as PCI data, which publication {name}"
                 " excludes",

@@ -161,9 +161,7 @@ def everything(conn: Connection) -> list[PublicationInfo]:
 def find(conn: Connection, name: str) -> PublicationInfo | None:
     """One publication, or None."""
     row = conn.execute(
-        "SELECT exclude_pci, NOT coalesce(p.pubupdate, true), via_leaf FROM vsql_sync.publications v"
-        " LEFT JOIN pg_catalog.pg_publication p ON p.pubname = v.name WHERE v.name = %s",
-        (name,),
+        "SELECT exclude_pci, insert_only, via_leaf FROM vsql_sync.publications WHERE name = %s", (name,)
     ).fetchone()
     if row is None:
         return None
@@ -266,7 +264,7 @@ def _resolve_one(
     if problem or table is None:
         return None, [problem or f"{spec.name}: there is no such table"]
     closed = request.exclude_pci or spec.exclude_pci
-    secret = _marked_above(conn, table) if closed else set()
+    secret = marked_anywhere(conn, table) if closed else set()
     columns, problems = choose_columns(table, spec.columns, secret, closed=closed)
     by_leaf = request.via_leaf and leaf_problem(table, columns, spec.where)
     problems += [by_leaf] if by_leaf else []
@@ -283,9 +281,10 @@ def _resolve_one(
     return PublishedTable(table.name, columns, predicate.text if predicate else None), problems
 
 
-def _marked_above(conn: Connection, table: TableInfo) -> set[str]:
-    """Marks of the table, and of the partitioned tables it is a part of."""
-    names = [table.name, *(publication_leaves.ancestors(conn, table.name) if table.is_partition else ())]
+def marked_anywhere(conn: Connection, table: TableInfo) -> set[str]:
+    """Marks of the table, of the partitioned tables it is a part of, and of its own partitions."""
+    names = {table.name, *(publication_leaves.ancestors(conn, table.name) if table.is_partition else ())}
+    names |= publication_leaves.family(conn, table.name) if table.kind == "p" else set()
     return set().union(*(marked(conn, name) for name in names))
 
 
@@ -327,7 +326,7 @@ def _pci_of(conn: Connection, tables: Iterable[PublishedTable]) -> dict[TableNam
     scope = {}
     for published in tables:
         table = catalog.describe(conn, published.name)
-        if table is not None and (secret := _marked_above(conn, table)):
+        if table is not None and (secret := marked_anywhere(conn, table)):
             sent = published.columns if published.columns is not None else table.sent_columns
             scope[published.name] = [column for column in sent if column in secret]
     return {name: columns for name, columns in scope.items() if columns}
@@ -372,9 +371,10 @@ def _write(conn: Connection, publication: PublicationInfo, *, exists: bool) -> N
         # Without it PostgreSQL would refuse the source's own UPDATEs of those tables.
         conn.execute(sql.SQL("ALTER PUBLICATION {} SET (publish_generated_columns = stored)").format(name))
     conn.execute(
-        "INSERT INTO vsql_sync.publications (name, exclude_pci, via_leaf) VALUES (%s, %s, %s)"
-        " ON CONFLICT (name) DO UPDATE SET exclude_pci = excluded.exclude_pci, via_leaf = excluded.via_leaf",
-        (publication.name, publication.exclude_pci, publication.via_leaf),
+        "INSERT INTO vsql_sync.publications (name, exclude_pci, via_leaf, insert_only)"
+        " VALUES (%s, %s, %s, %s) ON CONFLICT (name) DO UPDATE SET exclude_pci = excluded.exclude_pci,"
+        " via_leaf = excluded.via_leaf, insert_only = excluded.insert_only",
+        (publication.name, publication.exclude_pci, publication.via_leaf, publication.insert_only),
     )
     for table in ("publication_tables", "publication_leaves"):
         conn.execute(
