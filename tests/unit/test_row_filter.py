@@ -38,6 +38,7 @@ def test_an_expression_passes(text: str) -> None:
         ("true /* x", "a comment"),
         ("v = $$x$$", "a $"),
         ("v = 'open", "a string without end"),
+        ("v = €E'\\'; DROP TABLE t --'", "a semicolon"),
         (r"v = E'open\'", "a string without end"),
         ('"open = 1', "a name without end"),
         ("a = 1\0", "a zero byte"),

@@ -20,9 +20,11 @@ from vsql_shared.pg.catalog import TableInfo
 from vsql_shared.pg.connect import Connection
 
 _MAX_LENGTH = 10_000
-# Strings, with escapes where they begin with E, and quoted names; then single marks.
+# Strings, with escapes where they begin with E, and quoted names; then single marks. To PostgreSQL every
+# character beyond ASCII is part of a name, as letters are: an E behind one begins no string.
 _LEXEME = re.compile(
-    r"""[eE]'(?:[^'\\]|\\.|'')*'|[eE]'|'(?:[^']|'')*'|"(?:[^"]|"")*"|\w+|--|/\*|\$|[();'"\0]|.""", re.DOTALL
+    r"""[eE]'(?:[^'\\]|\\.|'')*'|[eE]'|'(?:[^']|'')*'|"(?:[^"]|"")*"|(?:\w|[^\x00-\x7f])+|--|/\*|\$|[();'"\0]|.""",
+    re.DOTALL,
 )
 _FORBIDDEN = {
     ";": "a semicolon", "--": "a comment", "/*": "a comment", "$": "a $", "'": "a string without end",
