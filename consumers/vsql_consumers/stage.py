@@ -115,7 +115,7 @@ class Stages:
             if not plan.wide:
                 columns += values.values()
                 continue
-            for group, members in groupby(numbers, packed.group):
+            for group, members in groupby(sorted(numbers), packed.group):
                 row_type = RowType(f"{name}_{side}{group}", side, tuple(members))
                 self._create(row_type.name, [values[n] for n in row_type.columns])
                 columns.append(f"{side}_{group} {row_type.name}")

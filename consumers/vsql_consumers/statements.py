@@ -334,9 +334,15 @@ class Plan:
 
     def same(self, stage: str, where: str, found: str, layout: Layout, columns: Sequence[int]) -> str:
         """For each of some columns, whether the row `found` has the very value that was staged."""
-        test = 'CAST(t.{} AS text) COLLATE "C" IS NOT DISTINCT FROM CAST({} AS text) COLLATE "C"'
-        tests = ", ".join(test.format(self.column(n), self.value(n, layout)) for n in columns)
+        tests = ", ".join(self._very_same(n, layout) for n in columns)
         return f"SELECT {tests} FROM {self.table} t, {stage} s WHERE {where} AND {found}"
+
+    def _very_same(self, n: int, layout: Layout) -> str:
+        """T prints what was staged; a cast to text could hide a difference (char(n) loses its padding)."""
+        type_ = self.columns[n].type
+        stored = _printed(f"CAST(t.{self.column(n)} AS {type_.sql})", type_)
+        staged = _printed(f"CAST({self.value(n, layout)} AS {type_.sql})", type_)
+        return f'{stored} COLLATE "C" IS NOT DISTINCT FROM {staged} COLLATE "C"'
 
     def lock_one(self, stage: str, where: str, layout: Layout, side: str, nulls: Collection[int] = ()) -> str:
         """Find one row equal to the staged one (the key's columns, or all), lock it, and say where it is."""
@@ -407,15 +413,17 @@ def _identity(relation: Relation, target: TargetTable) -> tuple[tuple[int, ...],
     """The columns that find a row, and the unique index that says they find at most one.
 
     Identity d and i: the columns the source marked. FULL and none: those of a unique index of the target
-    whose columns all come and are never NULL, if there is one.
+    whose columns all come, are written and never NULL, if there is one.
     """
     at = {column.name: n for n, column in enumerate(relation.columns)}
     marked = tuple(n for n, column in enumerate(relation.columns) if column.key)
     if relation.replica_identity in "di" and marked:
         names = {relation.columns[n].name for n in marked}
         return marked, next((index for index in target.uniques if names.issuperset(index.columns)), None)
+    # What the target generates may differ from what came, and would find no row, or another one.
+    written = at.keys() - {name for name, column in target.columns.items() if column.generated}
     for index in target.uniques:
-        if index.never_null and at.keys() >= set(index.columns):
+        if index.never_null and written >= set(index.columns):
             return tuple(at[name] for name in index.columns), index
     return (), None
 

@@ -605,3 +605,41 @@ def test_a_row_that_a_trigger_of_the_target_swallows_counts_as_applied(pair: Pai
     assert pair.carry() == [{"applied": 3}]
     assert pair.target.execute("SELECT * FROM t ORDER BY 1").fetchall() == [(2, "a"), (4, "a")]
     assert pair.anomalies() == {"insert_exists": 1}
+
+
+def test_a_wide_row_is_found_by_an_index_whose_columns_are_in_any_order(pair: Pair) -> None:
+    columns = ", ".join(f"c{n} int NOT NULL DEFAULT {n}" for n in range(330))
+    table = f"CREATE TABLE public.t ({columns}); ALTER TABLE t REPLICA IDENTITY FULL"
+    pair.tables(table, f"{table}; CREATE UNIQUE INDEX ON t (c200, c3, c201)")
+    pair.do("INSERT INTO t DEFAULT VALUES", "UPDATE t SET c3 = 4, c7 = 8", "UPDATE t SET c201 = 5")
+    pair.do(
+        "INSERT INTO t (c3) VALUES (77)", "UPDATE t SET c9 = 1 WHERE c3 = 77", "DELETE FROM t WHERE c3 = 4"
+    )
+    pair.carry()
+    pair.equal("public.t")
+    assert not pair.anomalies()
+
+
+def test_padding_is_no_reason_to_leave_a_domains_value_alone(pair: Pair) -> None:
+    domains = "CREATE DOMAIN public.padded AS bpchar; CREATE DOMAIN public.strict AS int;"
+    pair.tables(f"{domains} CREATE TABLE public.t (id int PRIMARY KEY, v padded, n strict)")
+    pair.do("INSERT INTO t VALUES (1, 'a  ', -1)")
+    pair.carry()
+    pair.target.execute("ALTER DOMAIN public.strict ADD CONSTRAINT c CHECK (VALUE > 0) NOT VALID")
+    pair.do("UPDATE t SET v = 'a' WHERE id = 1")
+    pair.carry()
+    assert pair.current().ways["replayed"] == 1
+    assert pair.target.execute("SELECT octet_length(v::bpchar) FROM t").fetchone() == (1,)
+
+
+def test_no_row_is_found_by_what_the_target_generates_itself(pair: Pair) -> None:
+    pair.tables(
+        "CREATE TABLE public.t (a int, b int); ALTER TABLE t REPLICA IDENTITY FULL",
+        "CREATE TABLE public.t (a int, b int GENERATED ALWAYS AS (a * 2) STORED NOT NULL UNIQUE)",
+    )
+    pair.do(
+        "INSERT INTO t VALUES (1, 7), (2, 8)", "DELETE FROM t WHERE a = 1", "UPDATE t SET a = 3 WHERE b = 8"
+    )
+    pair.carry()
+    assert pair.target.execute("SELECT a, b FROM t").fetchall() == [(3, 6)]
+    assert not set(pair.anomalies()) - {"generated_differs"}
