@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from confluent_kafka import (
@@ -87,11 +86,14 @@ class Source:
         """Read these partitions too, from these offsets on (below 0: from the first record)."""
         wanted = {(topic, number): offset for topic, number, offset in places}
         wanted = {place: offset for place, offset in wanted.items() if place not in self._assigned}
-        ends = self.ends_of([place for place, offset in wanted.items() if offset >= 0])
+        ends = self._bounds([place for place, offset in wanted.items() if offset >= 0], OFFSET_END)
         new: list[TopicPartition] = []
         for place, offset in wanted.items():
             # Not beyond the log's end where the log is shorter: Kafka would take that for an error.
-            start = OFFSET_BEGINNING if offset < 0 else min(offset, ends[place][1])
+            if offset < 0:
+                start = OFFSET_BEGINNING
+            else:
+                start = min(offset, ends[place] if place in ends else self.ends(*place)[1])
             self._assigned[place] = start
             new.append(TopicPartition(*place, start))
         if new:
@@ -117,27 +119,28 @@ class Source:
         return int(low), int(high)
 
     def ends_of(self, places: Sequence[Place]) -> dict[Place, tuple[int, int]]:
-        """The same of several partitions, with two questions to a broker instead of two for each of them.
+        """The same of several partitions, with two questions to a broker instead of two for each of them."""
+        low, high = self._bounds(places, OFFSET_BEGINNING), self._bounds(places, OFFSET_END)
+        # One that was not answered is asked for by itself, which says why.
+        return {
+            place: (low[place], high[place]) if place in low and place in high else self.ends(*place)
+            for place in places
+        }
+
+    def _bounds(self, places: Sequence[Place], which: int) -> dict[Place, int]:
+        """One end of several partitions, with one question to a broker; those with an error are left out.
 
         A broker answers in order, and what it has to answer first may be a fetch that waits for records.
         """
-        if len(places) <= 1:
-            return {place: self.ends(*place) for place in places}
-        low, high = (dict.fromkeys(places, -1) for _ in range(2))
-        for found, end in ((low, OFFSET_BEGINNING), (high, OFFSET_END)):
-            asked = [TopicPartition(*place, end) for place in places]
-            answers = self._call(
-                f"ask for the offsets of {len(places)} partitions",
-                partial(self._consumer.offsets_for_times, asked, timeout=TIMEOUT_SECONDS),
-            )
-            for one in answers:
-                if one.error is None:
-                    found[one.topic, one.partition] = int(one.offset)
-        # One that was not answered is asked for by itself, which says why.
-        return {
-            place: (low[place], high[place]) if min(low[place], high[place]) >= 0 else self.ends(*place)
-            for place in places
-        }
+        if not places:
+            return {}
+        asked = [TopicPartition(*place, which) for place in places]
+        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        answers = self._call(
+            f"ask for the offsets of {places[0][0]}{more}",
+            lambda: self._consumer.offsets_for_times(asked, timeout=TIMEOUT_SECONDS),
+        )
+        return {(a.topic, a.partition): int(a.offset) for a in answers if a.error is None and a.offset >= 0}
 
     def poll(self, seconds: float) -> Polled:
         """Wait for a record at most so long; take what else has arrived, within bounds."""

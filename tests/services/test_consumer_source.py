@@ -64,9 +64,12 @@ def test_the_bounds_of_many_partitions_are_those_of_each(source: Source, places:
     assert source.ends_of([]) == {}
 
 
-def test_a_topic_that_is_not_there_is_named_among_many(source: Source, places: list[Place]) -> None:
+def test_a_topic_that_is_not_there_is_named_alone_and_among_many(source: Source, places: list[Place]) -> None:
+    for asked in ([("not-there", 0)], [*places, ("not-there", 0)]):
+        with pytest.raises(TransientError, match="not-there"):
+            source.ends_of(asked)
     with pytest.raises(TransientError, match="not-there"):
-        source.ends_of([*places, ("not-there", 0)])
+        source.assign([("not-there", 0, 5)])
 
 
 def test_partitions_are_read_from_their_offsets_or_from_the_end_of_a_shorter_log(
