@@ -27,6 +27,7 @@ _SCENES = (
     "test_beyond_native.py",
     "test_drift.py",
     "test_extension.py",
+    "test_kafka_rights.py",
     "test_packaging.py",
     "test_prod_mode.py",
     "test_size.py",

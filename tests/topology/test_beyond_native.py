@@ -14,7 +14,7 @@ from tests.stack import Stack
 from tests.topology.stops import stands
 from tests.topology.subscription.scenes import anomalies, commit, running, same
 
-pytestmark = [pytest.mark.topology, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.topology, pytest.mark.timeout(300)]
 
 # No equality operator an index could use: the rows are found by their text.
 NO_EQUALITY = {

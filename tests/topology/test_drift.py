@@ -19,7 +19,7 @@ from tests.stack import Stack
 from tests.topology.stops import stands
 from tests.topology.subscription.scenes import anomalies, commit, running, same
 
-pytestmark = [pytest.mark.topology, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.topology, pytest.mark.timeout(300)]
 
 CONFIG = "[limits]\nretry_backoff_max_ms = 500\nstatus_interval_ms = 300\n"
 PLACES = ("wal", "kafka")

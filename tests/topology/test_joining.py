@@ -139,9 +139,13 @@ def test_a_target_that_joins_late_needs_no_record_its_copy_covers(
     pair.a.execute("UPDATE t SET v = 'later' WHERE id = 1")
     in_step(pair, third)
     entries = own_entries(third, pair.chain)
-    assert entries[0] == ("batch_covered", 3, 6)
+    event, begin, covered = entries[0]
+    # At least what came before C was added; its copy may be made after what followed.
+    assert event == "batch_covered"
+    assert begin >= 3
+    assert covered >= 6
     assert {event for event, _, _ in entries[1:]} == {"batch_applied"}
-    assert [batch for _, batch, _ in entries] == list(range(3, 3 + len(entries)))
+    assert [batch for _, batch, _ in entries] == list(range(begin, begin + len(entries)))
     assert sum(rows for _, _, rows in entries) == pair.audited_rows()
     for node in (pair.a, pair.b, third):
         node.ctl("audit", "verify")

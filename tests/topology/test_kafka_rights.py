@@ -116,6 +116,8 @@ def guarded(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         pair.create(["t(*)"])
         pair.start()
         pair.wait_in_step()
+        pair.a.execute("INSERT INTO t VALUES (999, 'the first of the live stream makes its topic')")
+        pair.wait_in_step()
         yield made
     finally:
         pair.end()

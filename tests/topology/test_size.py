@@ -158,18 +158,18 @@ def _value(pair: TwoNodes, megabytes: int, timeout: float) -> None:
     assert _sums(pair, "SELECT id FROM t WHERE id > 0") == []
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_a_transaction_of_many_batches_is_seen_whole_or_not_at_all(pair: TwoNodes) -> None:
     _transaction(pair, 40, timeout=120)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_a_value_larger_than_messages_and_batches_passes_copied_and_live(pair: TwoNodes) -> None:
     assert _sums(pair, "SELECT octet_length(v), md5(v) FROM t WHERE id = 0")[0][0] == SHORT_VALUE_MB * 2**20
     _value(pair, SHORT_VALUE_MB, timeout=60)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("table", WIDE)
 def test_rows_of_as_many_columns_as_there_may_be_are_written_changed_and_deleted(
     pair: TwoNodes, table: str
@@ -193,7 +193,7 @@ def test_rows_of_as_many_columns_as_there_may_be_are_written_changed_and_deleted
     assert len(same(pair, table)) == 20
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_ten_thousand_subtransactions_pass_and_those_taken_back_do_not(pair: TwoNodes) -> None:
     audited = pair.audited_rows()
     commit(
@@ -219,7 +219,7 @@ def test_ten_thousand_subtransactions_pass_and_those_taken_back_do_not(pair: Two
     assert ("10", "w499 is the last") in same(pair, "nested")
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_none_of_it_takes_much_memory(pair: TwoNodes) -> None:
     """Run by itself it looks at idle processes, after the others at what all of them needed."""
     _value(pair, 1, timeout=40)

@@ -60,7 +60,7 @@ def commit(pair: TwoNodes, *scripts: str) -> None:
     """Run each script as one transaction of the source, and wait until the target has them."""
     for script in scripts:
         pair.a.execute(script)
-    pair.wait_in_step(timeout=60)
+    pair.wait_in_step(timeout=150)
 
 
 def rows(pair: TwoNodes, query: str) -> tuple[Rows, Rows]:

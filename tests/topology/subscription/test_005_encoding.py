@@ -18,7 +18,7 @@ from tests.stack import Stack
 from vsql_shared.pg.connect import connect
 from vsql_shared.pg.encodings import WHOLE
 
-pytestmark = [pytest.mark.topology, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.topology, pytest.mark.timeout(300)]
 
 SCHEMA = """
 CREATE TYPE "größe" AS ENUM ('klein', 'groß');

@@ -10,7 +10,7 @@ from tests.nodes import TwoNodes
 from tests.stack import Stack
 from tests.topology.subscription.scenes import anomalies, commit, running, same
 
-pytestmark = [pytest.mark.topology, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.topology, pytest.mark.timeout(300)]
 
 SCHEMA = """
 CREATE TABLE rewritten (id int PRIMARY KEY, v text);

@@ -10,7 +10,7 @@ from tests.nodes import TwoNodes
 from tests.stack import Stack
 from tests.topology.subscription.scenes import anomalies, commit, rows, running, same
 
-pytestmark = [pytest.mark.topology, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.topology, pytest.mark.timeout(300)]
 
 SOURCE = """
 CREATE TABLE extended (a int PRIMARY KEY, b text);

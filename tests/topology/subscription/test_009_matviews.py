@@ -7,7 +7,7 @@ import pytest
 from tests.pairs import Pairs
 from tests.topology.subscription.scenes import commit, same
 
-pytestmark = [pytest.mark.topology, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.topology, pytest.mark.timeout(300)]
 
 SCHEMA = "CREATE TABLE sold (id int PRIMARY KEY, region text, amount int)"
 VIEW = "CREATE MATERIALIZED VIEW per_region AS SELECT region, sum(amount) AS amount FROM sold GROUP BY region"

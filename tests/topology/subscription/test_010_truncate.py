@@ -10,7 +10,7 @@ from tests.nodes import TwoNodes
 from tests.stack import Stack
 from tests.topology.subscription.scenes import commit, rows, running, same
 
-pytestmark = [pytest.mark.topology, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.topology, pytest.mark.timeout(300)]
 
 SCHEMA = """
 CREATE TABLE single (id int PRIMARY KEY);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +11,7 @@ from tests.nodes import TwoNodes
 from tests.stack import Stack
 from tests.topology.subscription.scenes import anomalies, commit, rows, running, same
 
-pytestmark = [pytest.mark.topology, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.topology, pytest.mark.timeout(300)]
 
 SCHEMA = """
 CREATE TABLE computed (a int PRIMARY KEY, b int GENERATED ALWAYS AS (a * 2) STORED, c text);
@@ -132,8 +133,9 @@ def test_a_column_that_comes_out_differently_is_reported_and_the_stream_goes_on(
     source, target = rows(pair, f"SELECT b FROM {table}")
     assert source != target
     assert anomalies(pair, table) == {REPORT: 3}
-    status = pair.b.ctl("status", "--output", "json").stdout
-    assert REPORT in status
+    deadline = time.monotonic() + 30  # a status is written now and then
+    while REPORT not in pair.b.ctl("status", "--output", "json").stdout:
+        assert time.monotonic() < deadline, "the report is not in the status"
     assert f'"table": "public.{table}", "columns": "\\"b\\""' in pair.b.log_file("consumer").read_text()
 
 

@@ -12,7 +12,7 @@ from tests.stack import Stack
 from tests.topology.subscription.scenes import anomalies, commit, rows, running, same
 from tests.topology.subscription.waiting import QUICK, says
 
-pytestmark = [pytest.mark.topology, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.topology, pytest.mark.timeout(300)]
 
 BY_ROOT_SOURCE = """
 CREATE TABLE ranged (id int PRIMARY KEY, v text) PARTITION BY RANGE (id);

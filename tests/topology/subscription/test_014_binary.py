@@ -11,7 +11,7 @@ from tests.nodes import TwoNodes
 from tests.stack import Stack
 from tests.topology.subscription.scenes import commit, rows, running, same
 
-pytestmark = [pytest.mark.topology, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.topology, pytest.mark.timeout(300)]
 
 # Column: type at the source, at the target, a value, and the target's text of it.
 CONVERTED = {

@@ -15,7 +15,7 @@ from tests.nodes import TwoNodes
 from tests.stack import Stack
 from tests.topology.subscription.scenes import commit, running, same
 
-pytestmark = [pytest.mark.topology, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.topology, pytest.mark.timeout(300)]
 
 NAMES = ("large", "aside", "nested", "altered", "aborted", "truncated", "altered_back")
 SCHEMA = "".join(f"CREATE TABLE {name} (a int PRIMARY KEY, b text);\n" for name in NAMES)

@@ -65,7 +65,7 @@ def tail(node: Node, chain: str, limit: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_messages_of_named_prefixes_arrive_in_place_once_and_no_others_leave(pairs: Pairs) -> None:
     pair = made(pairs)
     large = bytes(range(256)) * 12_000  # three of Kafka's messages
@@ -106,7 +106,7 @@ def test_messages_of_named_prefixes_arrive_in_place_once_and_no_others_leave(pai
     pair.stop()
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_messages_are_there_once_whoever_is_killed(pairs: Pairs) -> None:
     """On 15, whose walsender tells no origin of a message outside of a transaction."""
     pair = made(pairs, version=15, config="[limits]\nretry_backoff_ms = 50\nbatch_linger_ms = 0\n")

@@ -16,7 +16,7 @@ from tests.nodes import TwoNodes
 from tests.stack import PostgresServer, Stack
 from tests.topology.subscription.scenes import commit, running, same
 
-pytestmark = [pytest.mark.topology, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.topology, pytest.mark.timeout(300)]
 
 SCHEMA = "CREATE TABLE t (a int PRIMARY KEY, b text);"
 # A large transaction is spilled to disk before it is prepared, and sent in fragments.

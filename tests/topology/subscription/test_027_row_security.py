@@ -12,7 +12,7 @@ from tests.stack import Stack
 from tests.topology.subscription.scenes import anomalies, commit, rows, same
 from tests.topology.subscription.waiting import QUICK, says
 
-pytestmark = [pytest.mark.topology, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.topology, pytest.mark.timeout(300)]
 
 SCHEMA = """
 CREATE TABLE secured (id int PRIMARY KEY, owner text);

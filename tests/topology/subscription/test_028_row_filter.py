@@ -11,7 +11,7 @@ from tests.stack import Stack
 from tests.topology.subscription.scenes import anomalies, commit, rows, running
 from tests.topology.subscription.waiting import QUICK, says
 
-pytestmark = [pytest.mark.topology, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.topology, pytest.mark.timeout(300)]
 
 SCHEMA = """
 CREATE TABLE orders (id int, region text, amount int, PRIMARY KEY (id, region));

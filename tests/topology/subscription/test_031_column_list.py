@@ -13,7 +13,7 @@ from tests.topology.subscription.scenes import commit, rows, running
 from tests.topology.subscription.waiting import QUICK, says
 from tests.topology.test_leaks import _forms, _search
 
-pytestmark = [pytest.mark.topology, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.topology, pytest.mark.timeout(300)]
 
 SCHEMA = """
 CREATE TABLE cards (id int PRIMARY KEY, holder text, pan text);

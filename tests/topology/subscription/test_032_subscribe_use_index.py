@@ -11,7 +11,7 @@ from tests.nodes import TwoNodes
 from tests.stack import Stack
 from tests.topology.subscription.scenes import anomalies, commit, running, same
 
-pytestmark = [pytest.mark.topology, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.topology, pytest.mark.timeout(300)]
 
 ROWS = 4000
 NAMES = ("plain", "nullable", "several", "hashed", "keyed", "partial", "expression", "split")

@@ -57,7 +57,7 @@ def behind(node: Node) -> list[str]:
     return found
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 def test_no_row_is_ever_beyond_the_sequence_of_the_target(pairs: Pairs) -> None:
     pair = pairs(SCHEMA, config=CONFIG)
     pair.a.execute("INSERT INTO owned (v) SELECT 'x' FROM generate_series(1, 50)")
@@ -97,7 +97,7 @@ def test_no_row_is_ever_beyond_the_sequence_of_the_target(pairs: Pairs) -> None:
     pair.stop()
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 def test_a_sequence_goes_back_only_where_the_source_s_was_set_back(pairs: Pairs) -> None:
     pair = pairs(SCHEMA, config=CONFIG)
     pair.create(TABLES, publication_args=ARGS)
@@ -151,7 +151,7 @@ def test_a_sequence_goes_back_only_where_the_source_s_was_set_back(pairs: Pairs)
     pair.stop()
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 def test_what_cannot_be_carried_is_said_by_name_and_goes_on_once_it_is_mended(pairs: Pairs) -> None:
     pair = pairs(SCHEMA, config=f"{CONFIG}retry_backoff_max_ms = 1000\n")
     pair.b.execute(
