@@ -84,10 +84,10 @@ class Intake:
         means.source.assign(self.collector.wanted())
         self.read_keys()
 
-    def pump(self, seconds: float = POLL_SECONDS) -> int:
+    def pump(self) -> int:
         """Take what Kafka has; returns how many records came."""
         means, collector = self._means, self.collector
-        polled = means.source.poll(seconds)
+        polled = means.source.poll(POLL_SECONDS)
         for topic, partition, offset, key, value in polled.records:
             if (topic, partition) == self._keys:
                 self._keys_next = offset + 1

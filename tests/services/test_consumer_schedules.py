@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tests.audit_history import A, B, incarnation, manifest_fields, trust
 from tests.nodes import PUBLICATION, TwoNodes
 from tests.stack import Stack
 from tests.streams import read_topics
+from tests.waiting import until
 from vsql_consumers.acknowledge import Acknowledger, Place
 from vsql_consumers.source import read_chain
 from vsql_shared import names
@@ -46,7 +47,7 @@ def pair(stack: Stack, tmp_path: Path) -> Iterator[TwoNodes]:
     try:
         made.create(["t(*)", "u(*)"], copy=False)
         made.a.start("producer")
-        _until(
+        until(
             lambda: made.a.query(
                 "SELECT 1 FROM vsql_sync.streams WHERE slot_created AND state = 'SYNCHRONIZED'"
             )
@@ -54,16 +55,6 @@ def pair(stack: Stack, tmp_path: Path) -> Iterator[TwoNodes]:
         yield made
     finally:
         made.end()
-
-
-def _until(check: Callable[[], Any], timeout: float = 60) -> Any:
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        found = check()
-        if found:
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"not within {timeout} s")
 
 
 def _own_entries(pair: TwoNodes) -> list[tuple[Any, ...]]:
@@ -90,7 +81,7 @@ def test_nothing_is_acknowledged_before_the_origin_is_ours(pair: TwoNodes) -> No
         before.execute("SELECT pg_replication_origin_session_setup(%s)", (origin,))
         pair.a.execute("INSERT INTO t VALUES (1, 'a')")
         pair.b.start("consumer")
-        _until(
+        until(
             lambda: pair.b.query(
                 "SELECT 1 FROM vsql_sync.stream_status"
                 " WHERE state = 'waiting' AND detail->>'last_error' LIKE '%%origin%%'"
@@ -98,7 +89,7 @@ def test_nothing_is_acknowledged_before_the_origin_is_ours(pair: TwoNodes) -> No
         )
         assert _own_entries(pair) == []
     pair.wait_in_step()
-    batches = _until(lambda: [batch for event, batch in _own_entries(pair) if event == "batch_applied"])
+    batches = until(lambda: [batch for event, batch in _own_entries(pair) if event == "batch_applied"])
     assert batches == list(range(1, len(batches) + 1))
 
 
@@ -134,13 +125,13 @@ def test_a_table_of_which_the_first_copy_lacks_a_batch_stays_diverged(stack: Sta
         made.a.start("producer")
         copy = names.copy_chain(PUBLICATION, "node-a", "node-b")
         found = "SELECT sequence FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND tables_affected = %s"
-        sequence = _until(lambda: made.a.query(found, copy, ["public.t"]))[0][0]
+        sequence = until(lambda: made.a.query(found, copy, ["public.t"]))[0][0]
         made.b.ctl(
             "stream", "skip-batch", "--chain", copy, "--sequence", str(sequence), "--reason", "lost", "--yes"
         )
         made.b.start("consumer")
         ended = "SELECT 1 FROM vsql_sync.streams WHERE kind = 'copy' AND state = 'FINISHED'"
-        _until(lambda: made.b.query(ended))
+        until(lambda: made.b.query(ended))
         states = dict(made.b.query("SELECT table_name, state FROM vsql_sync.table_sync"))
         assert states == {"t": "DIVERGED", "u": "SYNCHRONIZED"}
         reason = "SELECT 1 FROM vsql_sync.table_sync WHERE table_name = 't' AND reason LIKE '%%skipped%%'"
@@ -155,12 +146,12 @@ def test_a_command_ends_a_back_off_and_stands_signed_in_the_chain(pair: TwoNodes
     pair.a.execute("INSERT INTO t VALUES (1, 'a')")
     pair.b.start("consumer")
     missing = "SELECT 1 FROM vsql_sync.stream_status WHERE state = 'waiting' AND detail->>'last_error' <> ''"
-    _until(lambda: pair.b.query(missing))
+    until(lambda: pair.b.query(missing))
     pair.b.execute("ALTER TABLE t_away RENAME TO t")
     began = time.monotonic()
     with connect(pair.b.conninfo, application_name="test") as conn:
         asked = commands.request(conn, "consumer", "retry", {}, "mended", pair.chain)
-        _until(lambda: pair.b.query("SELECT 1 FROM t"), timeout=15)
+        until(lambda: pair.b.query("SELECT 1 FROM t"), timeout=15)
         assert time.monotonic() - began < 15  # the back-off is 30 s
         answers = commands.wait(conn, asked, 1, 20)
         assert [answer.ok for answer in answers] == [True]
@@ -205,7 +196,7 @@ def test_a_database_that_was_set_back_applies_again_and_does_not_acknowledge_twi
     pair.a.execute("INSERT INTO t VALUES (4, 'c')")
     pair.wait_in_step()
     assert pair.differences() == []
-    batches = _until(
+    batches = until(
         lambda: (found := [batch for event, batch in _own_entries(pair) if batch])[-1:] == [4] and found
     )
     assert batches == [1, 2, 3, 4]
@@ -220,7 +211,7 @@ def test_a_topic_that_is_shorter_than_what_was_applied_is_said_at_once(pair: Two
     pair.b.stop("consumer")
     pair.b.query("UPDATE vsql_sync.apply_progress SET audit_offset = audit_offset + 1000")
     pair.b.start("consumer")
-    reason = _until(
+    reason = until(
         lambda: pair.b.query("SELECT state_reason FROM vsql_sync.streams WHERE state = 'DIVERGED'")
     )
     assert "lost the end" in reason[0][0]
@@ -234,7 +225,7 @@ def _diverge(pair: TwoNodes) -> None:
     pair.b.stop("consumer")
     pair.b.query("UPDATE vsql_sync.apply_progress SET audit_offset = audit_offset + 1000")
     pair.b.start("consumer")
-    _until(lambda: pair.b.query(DIVERGED))
+    until(lambda: pair.b.query(DIVERGED))
 
 
 DIVERGED = "SELECT state_reason FROM vsql_sync.streams WHERE state = 'DIVERGED'"
@@ -248,7 +239,7 @@ def test_a_retry_that_does_not_help_is_signed_and_answered_once(pair: TwoNodes) 
         answers = commands.wait(conn, asked, 1, 20)
         assert [answer.ok for answer in answers] == [True]
         assert [one["act"] for one in _acts(pair)] == ["retry"]
-        reason = _until(lambda: pair.b.query(DIVERGED))
+        reason = until(lambda: pair.b.query(DIVERGED))
         assert "lost the end" in reason[0][0]
         time.sleep(2)
         assert [one["command"] for one in _acts(pair)] == [asked]
@@ -272,7 +263,7 @@ def test_a_retry_survives_the_worker_that_obeyed_it(pair: TwoNodes, where: str) 
         asked = commands.request(conn, "consumer", "retry", {}, "restored", pair.chain)
         env = {"VSQL_SYNC_ALLOW_FAILPOINTS": "1", "VSQL_SYNC_FAILPOINTS": f"{where}=kill"}
         pair.b.start("consumer", env)
-        _until(lambda: '"code": -9' in pair.b.tail("consumer", 200))
+        until(lambda: '"code": -9' in pair.b.tail("consumer", 200))
         pair.b.stop("consumer")
         assert commands.answers(conn, asked) == []
         assert {one["command"] for one in _acts(pair)} == {asked}

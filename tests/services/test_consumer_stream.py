@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.nodes import TwoNodes
 from tests.pairs import Pairs
 from tests.stack import Stack
 from tests.streams import read_topics
+from tests.waiting import until
 from vsql_shared import names
 
 TABLES = "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE u (id int PRIMARY KEY, n numeric(10,2));"
@@ -51,14 +53,7 @@ def pair(stack: Stack, tmp_path: Path) -> Iterator[TwoNodes]:
         made.end()
 
 
-def _until(check: Callable[[], Any], timeout: float = 45) -> Any:
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        found = check()
-        if found:
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"not within {timeout} s")
+_until = partial(until, timeout=45)
 
 
 def _refusal(pair: TwoNodes) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from tests.nodes import PUBLICATION, Node, TwoNodes
 from tests.pairs import Pairs
 from tests.stack import Stack, kill_tree
 from tests.streams import cluster_topics
+from tests.waiting import until
 from vsql_shared import names
 
 pytestmark = pytest.mark.topology
@@ -64,14 +64,9 @@ def third(pair: TwoNodes, stack: Stack) -> Iterator[Node]:
         kill_tree(process)
 
 
-def until(check: Callable[[], Any], node: Node, timeout: float = 60) -> Any:
-    """Wait for what a node does."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if found := check():
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"not within {timeout} s\n{node.tail('consumer')}\n{node.tail('producer')}")
+def _shown(check: Callable[[], Any], node: Node) -> Any:
+    """Wait for what a node does; its services' last lines where it does not."""
+    return until(check, tell=lambda: f"{node.tail('consumer')}\n{node.tail('producer')}")
 
 
 def join(pair: TwoNodes, third: Node) -> None:
@@ -89,7 +84,7 @@ def in_step(pair: TwoNodes, third: Node) -> None:
         rows = third.query("SELECT sequence FROM vsql_sync.apply_progress WHERE chain = %s", pair.chain)
         return bool(rows) and rows[0][0] >= pair.heads()[0]
 
-    until(level, third)
+    _shown(level, third)
     for statement in COMMON:
         assert third.query(statement) == pair.a.query(statement)
 
@@ -130,7 +125,7 @@ def test_a_target_that_joins_late_needs_no_record_its_copy_covers(
         for where in ("before", "after"):
             point = f"consumer.{where}-join-commit=kill"
             third.start("consumer", {"VSQL_SYNC_ALLOW_FAILPOINTS": "1", "VSQL_SYNC_FAILPOINTS": point})
-            until(lambda: '"code": -9' in third.tail("consumer", 200), third)
+            _shown(lambda: '"code": -9' in third.tail("consumer", 200), third)
             third.stop("consumer")
             third.log_file("consumer").unlink()
     third.start("consumer")
@@ -150,7 +145,7 @@ def test_a_target_that_joins_late_needs_no_record_its_copy_covers(
     for node in (pair.a, pair.b, third):
         node.ctl("audit", "verify")
     pair.a.ctl("audit", "verify", "--kafka", "--peer-connection", third.conninfo)
-    until(
+    _shown(
         lambda: pair.a.query(
             "SELECT 1 FROM vsql_sync.stream_targets WHERE chain = %s AND target = 'node-c'"
             " AND acked_sequence = %s AND mismatch IS NULL",
@@ -166,12 +161,12 @@ def test_records_deleted_beyond_the_copy_are_missed_by_name(pair: TwoNodes, thir
     join(pair, third)
     copy = names.copy_chain(PUBLICATION, "node-a", "node-c")
     ended = "SELECT 1 FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND event_type = 'copy_finished'"
-    until(lambda: pair.a.query(ended, copy), pair.a)
+    _shown(lambda: pair.a.query(ended, copy), pair.a)
     pair.a.execute("INSERT INTO t VALUES (100, 'after the copy'); INSERT INTO u VALUES (100, 1)")
     pair.wait_in_step()
     delete_records(pair)
     third.start("consumer")
-    until(lambda: third.query("SELECT 1 FROM vsql_sync.stream_status WHERE state = 'refused'"), third)
+    _shown(lambda: third.query("SELECT 1 FROM vsql_sync.stream_status WHERE state = 'refused'"), third)
     detail = third.query("SELECT detail FROM vsql_sync.stream_status WHERE state = 'refused'")[0][0]
     assert detail["refused"]["record"].startswith(f"{pair.cluster}.{PUBLICATION}.node-a.public.t/0/")
     assert "Kafka begins at offset" in detail["refused"]["error"]
@@ -186,5 +181,5 @@ def test_without_a_copy_nothing_is_passed_over(pair: TwoNodes, third: Node) -> N
     pair.a.ctl(*ADD_C, "--no-copy", "--peer-connection", third.conninfo)
     third.ctl("start")
     third.start("consumer")
-    until(lambda: third.query("SELECT 1 FROM vsql_sync.stream_status WHERE state = 'refused'"), third)
+    _shown(lambda: third.query("SELECT 1 FROM vsql_sync.stream_status WHERE state = 'refused'"), third)
     assert own_entries(third, pair.chain) == []
