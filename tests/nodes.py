@@ -90,6 +90,19 @@ consumer_addr = "127.0.0.1:0"
 """
         )
 
+    def fingerprint(self) -> str:
+        """Of its signing key, as the operator reads it."""
+        shown = self.ctl("key", "show-public").stdout
+        return next(word for word in shown.split() if word.startswith("SHA256:"))
+
+    def new_key(self) -> None:
+        """Make a key in another directory and repeat `node init`, as the operator does."""
+        text, old = self.config.read_text(), self.keys
+        self.keys = self.folder / f"{old.name}-next"
+        self.ctl("key", "generate", "--output", str(self.keys))
+        self.config.write_text(text.replace(f"{old}/", f"{self.keys}/"))
+        self.ctl("node", "init")
+
     def ctl(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run syncctl with this node's configuration."""
         if self.echo is not None:

@@ -30,7 +30,7 @@ _HINTS = {
     "23503": "a foreign key is checked although this is a replica session",
     "23P01": "another row of the target excludes this one; find out who wrote it, then retry",
     "22001": "a column of the target is shorter than the source's",
-    "22003": "a column of the target holds a smaller range than the source's",
+    "22003": "a column of the target holds a smaller range, or fewer digits, than the source's; widen it",
     "22P05": "the target database's encoding lacks a character of this row: make the target anew with "
     "ENCODING 'UTF8', or have the batch skipped",
 }

@@ -6,8 +6,9 @@ whose columns are `k`, which set of rows this is; `o<n>`, the old value of colum
 
 1. Every identifier is quoted, every value lies in the staging table: texts hold names and numbers of our own.
 2. A value goes to a column of another type by way of its text, as native replication does, never through a
-   cast that could lose something silently. Casts have no type modifier: assignment checks lengths. The text
-   is what the type's output function prints, whether the value came binary or as text.
+   cast that could lose something silently. The text is what the type's output function prints, whether the
+   value came binary or as text. Where the target's type may hold less (fitting.py), a value that would not
+   come back as it came is an error of its row.
 3. Rows are found by the operators and collations of the unique index that identifies them.
 4. A column that the target generates is never written. A column the target alone has keeps its value.
 5. Columns GENERATED ALWAYS AS IDENTITY cannot be updated: such a row is deleted and inserted anew.
@@ -19,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from vsql_consumers import packed
+from vsql_consumers import conversion, fitting, packed
 from vsql_consumers.fold import Unchanged
 from vsql_consumers.frames import BINARY, TEXT, Layout
 from vsql_consumers.target import TargetColumn, TargetTable, TypeName, UniqueIndex
@@ -28,17 +29,6 @@ from vsql_shared.errors import DatabaseError, DecodeError
 
 _TEXT_TYPES = frozenset({25, 1042, 1043})  # text, bpchar, varchar: one binary form
 _TEXT_OID = 25
-_CHAR_OID, _REGCLASS_OID = 18, 2205
-# Types whose cast to text is not what their output function prints, and so not what a session of text sends:
-# boolean, bpchar, inet.
-_PRINTS = {16: "boolout", 1042: "bpcharout", 869: "inet_out"}
-# What 17 and later send for the infinite intervals is for older servers this; its text is not accepted by 17.
-_INFINITE = (
-    ("-178956970 years -8 mons -2147483648 days -2562047788:00:54.775808", "-infinity"),
-    ("178956970 years 7 mons 2147483647 days 2562047788:00:54.775807", "infinity"),
-)
-# Integers that hold every value of the other.
-_WIDER = frozenset({(21, 23), (21, 20), (23, 20)})
 OLD, NEW = "o", "c"
 
 
@@ -50,33 +40,6 @@ def quoted(name: str) -> str:
 def table_sql(name: TableName) -> str:
     """A table's full name."""
     return f"{quoted(name.schema)}.{quoted(name.table)}"
-
-
-def _printed(value: str, type_: TypeName) -> str:
-    """A value as the text its type's output function makes."""
-    if type_.oid in _PRINTS:
-        return f"pg_catalog.textin(pg_catalog.{_PRINTS[type_.oid]}({value}))"
-    return f"CAST({value} AS text)"
-
-
-def _parsed(text: str, type_: TypeName) -> str:
-    """A text as a value, by what its type's input function does; a cast from text may do something else."""
-    if type_.oid == _REGCLASS_OID:  # the cast knows neither "-" nor numbers
-        return f"pg_catalog.regclassin(pg_catalog.textout({text}))"
-    if type_.oid == _CHAR_OID:  # before 16 neither knows the octal form of bytes above 127
-        digits = " + ".join(f"(ascii(substr({text}, {n}, 1)) - 48) * {8 ** (4 - n)}" for n in (2, 3, 4))
-        octal = f"octet_length({text}) = 4 AND ascii({text}) = 92"
-        return f'CASE WHEN {octal} THEN CAST({digits} - 256 AS "char") ELSE CAST({text} AS "char") END'
-    return f"CAST({text} AS {type_.sql})"
-
-
-def _finite(value: str, staged: str, target: str) -> str:
-    """A value that holds intervals; an infinite one is an error of its row: it would be misread here."""
-    text = f"CAST({value} AS text)"
-    for misread, meant in _INFINITE:
-        text = f"replace({text}, '{misread}', '{meant}')"
-    same = f"CAST({value} AS {target})" if staged == target else f"CAST(CAST({value} AS text) AS {target})"
-    return f"CASE WHEN {text} = CAST({value} AS text) THEN {same} ELSE CAST({text} AS {target}) END"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +126,9 @@ class Plan:
     def _same_bytes(self, n: int, layout: Layout) -> bool:
         target = self.columns[n].type.oid
         if layout[n : n + 1] == TEXT:
-            return target in _TEXT_TYPES
+            return target in _TEXT_TYPES and self._holds(n)
         source = self.types[n]
-        if source is None:
-            return False
-        if source.finite:
+        if source is None or source.finite or not self._holds(n):
             return False
         return source.oid == target or (source.oid in _TEXT_TYPES and target in _TEXT_TYPES)
 
@@ -189,14 +150,19 @@ class Plan:
         """A staged value as the target's type, to be assigned or compared."""
         staged, target = self.staged_type(n, layout), self.columns[n].type
         source = f"(s.{side}_{packed.group(n)}).{side}{n}" if self.wide else f"s.{side}{n}"
-        if staged.finite:
-            return _finite(source, staged.sql, target.sql)
-        if staged.oid == target.oid or (staged.oid, target.oid) in _WIDER:
-            return source
-        text = source if staged.oid == _TEXT_OID else _printed(source, staged)
-        if target.oid == _TEXT_OID:
-            return text
-        return _parsed(text, target)
+        value = conversion.convert(source, staged, target)
+        came, column = self.types[n], self.columns[n]
+        if came is None or self._holds(n):
+            return value
+        return conversion.hold(value, source, staged, came, column)
+
+    def _holds(self, n: int) -> bool:
+        """Whether the target's column takes every value of the source's as it is."""
+        source, column = self.types[n], self.columns[n]
+        if source is None:
+            return True  # by its text alone
+        have = self.relation.columns[n].typmod
+        return fitting.holds(source.oid, have, column.type.oid, column.modifier)
 
     # Parts of statements
 
@@ -340,8 +306,8 @@ class Plan:
     def _very_same(self, n: int, layout: Layout) -> str:
         """T prints what was staged; a cast to text could hide a difference (char(n) loses its padding)."""
         type_ = self.columns[n].type
-        stored = _printed(f"CAST(t.{self.column(n)} AS {type_.sql})", type_)
-        staged = _printed(f"CAST({self.value(n, layout)} AS {type_.sql})", type_)
+        stored = conversion.printed(f"CAST(t.{self.column(n)} AS {type_.sql})", type_)
+        staged = conversion.printed(f"CAST({self.value(n, layout)} AS {type_.sql})", type_)
         return f'{stored} COLLATE "C" IS NOT DISTINCT FROM {staged} COLLATE "C"'
 
     def lock_one(self, stage: str, where: str, layout: Layout, side: str, nulls: Collection[int] = ()) -> str:

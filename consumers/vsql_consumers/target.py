@@ -42,7 +42,8 @@ class TypeName:
 class TargetColumn:
     """A column of the target. `comparable`: IS NOT DISTINCT FROM works with pg_catalog's operators alone.
 
-    `domain`: its own type is a domain over `type`.
+    `domain`: its own type is a domain over `type`. `modifier`: its own or its domain's length or precision,
+    -1 when it has none; `exact`: `type` with it, as SQL.
     """
 
     name: str
@@ -52,6 +53,8 @@ class TargetColumn:
     comparable: bool
     collation: str
     domain: bool
+    modifier: int = -1
+    exact: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +126,12 @@ SELECT c.oid::bigint, c.relkind::text, pg_is_other_temp_schema(n.oid) OR n.oid =
 # Follows domains down to the type whose bytes they have.
 _BASE = """
 CROSS JOIN LATERAL (
-    WITH RECURSIVE chain (oid, typtype, typbasetype) AS (
-        SELECT t.oid, t.typtype, t.typbasetype FROM pg_type t WHERE t.oid = {start}
+    WITH RECURSIVE chain (oid, typtype, typbasetype, typmod) AS (
+        SELECT t.oid, t.typtype, t.typbasetype, t.typtypmod FROM pg_type t WHERE t.oid = {start}
         UNION ALL
-        SELECT t.oid, t.typtype, t.typbasetype FROM chain JOIN pg_type t ON t.oid = chain.typbasetype
-         WHERE chain.typtype = 'd')
-    SELECT oid FROM chain WHERE typtype <> 'd') AS b"""
+        SELECT t.oid, t.typtype, t.typbasetype, greatest(chain.typmod, t.typtypmod)
+          FROM chain JOIN pg_type t ON t.oid = chain.typbasetype WHERE chain.typtype = 'd')
+    SELECT oid, typmod FROM chain WHERE typtype <> 'd') AS b"""
 
 # Comparable: an enum, or a built-in type (or an array of one) with a default btree or hash operator class.
 _COLUMNS = f"""
@@ -140,7 +143,8 @@ SELECT a.attname, b.oid::bigint, format_type(b.oid, -1), a.attgenerated <> '', a
               AND o.opcmethod IN (SELECT oid FROM pg_am WHERE amname IN ('btree', 'hash')))),
        coalesce((SELECT quote_ident(n.nspname) || '.' || quote_ident(l.collname) FROM pg_collation l
                    JOIN pg_namespace n ON n.oid = l.collnamespace WHERE l.oid = a.attcollation), ''),
-       b.oid <> a.atttypid
+       b.oid <> a.atttypid, greatest(a.atttypmod, b.typmod),
+       format_type(b.oid, greatest(a.atttypmod, b.typmod))
   FROM pg_attribute a {_BASE.format(start="a.atttypid")}
   JOIN pg_type t ON t.oid = b.oid
   JOIN pg_type e ON e.oid = CASE WHEN t.typlen = -1 AND t.typelem <> 0 THEN t.typelem ELSE t.oid END

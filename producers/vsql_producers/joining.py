@@ -8,6 +8,8 @@ Not here: the copy itself (snapshot/) and what a target passes over (the consume
   when another target was registered since: from its registration on nothing is deleted that it lacks.
 * A first copy takes its snapshot only when the live stream's present epoch names its target. So every batch
   that ends beyond the snapshot lies in an epoch of which Kafka has everything.
+* A target may say of a batch that its first copy covers it, once that copy is finished: every table of the
+  batch was copied, and the batch ends at or below the position of each table's copy.
 """
 
 from __future__ import annotations
@@ -15,12 +17,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from vsql_shared.audit.entries import EPOCH_OPENED, canonical_json
+from vsql_shared import lsn, names
+from vsql_shared.audit.entries import COPY_FINISHED, EPOCH_OPENED, canonical_json
 from vsql_shared.audit.rows import parse
+from vsql_shared.changes import SIGNALS
 from vsql_shared.errors import TransientError
 from vsql_shared.pg.connect import Connection, errors
 
 _TARGETS = "targets"
+# A copy brings its sequences, and messages begin behind it: they are no tables of a copy.
+_NO_TABLES = frozenset(str(name) for name in SIGNALS.values())
 
 
 class TargetJoined(TransientError):
@@ -65,3 +71,30 @@ def require_named(conn: Connection, live_chain: str, target: str) -> None:
             f"the first copy waits for stream {live_chain} to open an epoch for target {target}",
             hint="the live stream must run; the copy follows",
         )
+
+
+def uncovered(conn: Connection, chain: str, target: str, sequence: int) -> str:
+    """Why the target's first copy does not cover our manifest `sequence`; '' when it does."""
+    publication, origin = names.live_chain_of(chain).split(".")
+    copy = names.copy_chain(publication, origin, target)
+    said = f"target {target} says its first copy covers our manifest {sequence}, "
+    if chain == copy:
+        return said + "which is of that copy"
+    with errors("reading the first copy's end"):
+        rows = conn.execute(
+            "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND event_type = %s"
+            " UNION ALL SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND sequence = %s",
+            (copy, COPY_FINISHED, chain, sequence),
+        ).fetchall()
+    *copies, manifest = (parse(bytes(row[0])).entry for row in rows)
+    if not copies:
+        return said + "but that copy is not finished"
+    copied = {
+        name: lsn.parse(table["lsn"]) for name, table in json.loads(copies[-1].detail)["tables"].items()
+    }
+    missing = set(manifest.tables_affected) - _NO_TABLES - copied.keys()
+    if missing:
+        return said + f"which changes {', '.join(sorted(missing))}: the copy has no such table"
+    if manifest.batch_lsn_end > min(copied.values(), default=0):
+        return said + f"which ends at {lsn.text(manifest.batch_lsn_end)}, beyond the copy"
+    return ""

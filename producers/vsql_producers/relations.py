@@ -24,7 +24,7 @@ from vsql_producers.pgoutput import RelationMessage, TypeMessage
 from vsql_producers.transactions import Descriptor
 from vsql_shared.changes import Column, Relation, TableName, quote_ident
 from vsql_shared.errors import DatabaseError, TransientError
-from vsql_shared.pg import generated, publication_leaves
+from vsql_shared.pg import catalog, generated, publication_leaves
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.wire.pack import encode_relation, relation_hash
 
@@ -49,7 +49,7 @@ class ScopeChanged(TransientError):
 # A mark holds for its table, for that one's partitions, and for the tables it is a partition of.
 _MARKS = """
 WITH marked AS (SELECT DISTINCT table_schema AS s, table_name AS t, pg_catalog.to_regclass(
-        pg_catalog.format('%%I.%%I', table_schema, table_name)) AS id FROM vsql_sync.pci_columns),
+        pg_catalog.format('%%I.%%I', table_schema, table_name)) AS id FROM vsql_sync.pci_marks),
 family AS (SELECT m.s, m.t, m.s AS other_s, m.t AS other_t FROM marked m
     UNION SELECT m.s, m.t, n.nspname::text, k.relname::text
     FROM marked m CROSS JOIN LATERAL (
@@ -58,7 +58,7 @@ family AS (SELECT m.s, m.t, m.s AS other_s, m.t AS other_t FROM marked m
     JOIN pg_catalog.pg_class k ON k.oid = r.oid JOIN pg_catalog.pg_namespace n ON n.oid = k.relnamespace)
 SELECT f.other_s, f.other_t, c.column_name, p.exclude_pci AND c.marked_at > p.created_at,
     (f.s, f.t) = (f.other_s, f.other_t)
-FROM vsql_sync.pci_columns c JOIN family f ON (f.s, f.t) = (c.table_schema, c.table_name)
+FROM vsql_sync.pci_marks c JOIN family f ON (f.s, f.t) = (c.table_schema, c.table_name)
 CROSS JOIN vsql_sync.publications p WHERE p.name = %s
 """
 
@@ -80,7 +80,7 @@ class Scope(NamedTuple):
 
 
 def load_scope(conn: Connection, publication: str) -> Scope:
-    """Read the scope from vsql_sync.publications, publication_tables and pci_columns."""
+    """Read the scope from vsql_sync.publications, publication_tables and pci_marks."""
     with errors("reading the publication's scope"):
         there = conn.execute(
             "SELECT via_leaf FROM vsql_sync.publications WHERE name = %s", (publication,)
@@ -121,9 +121,16 @@ def _by_table(rows: Iterable[tuple[str, str, str]]) -> dict[TableName, frozenset
     return {name: frozenset(columns) for name, columns in found.items()}
 
 
-def pci_in(scope: Scope, table: TableName, columns: Sequence[str]) -> tuple[str, ...]:
+def marks_of(scope: Scope, table: TableName) -> frozenset[str]:
+    """Names of the columns of a table that are marked; a leaf's marks are those of its table, and its own."""
+    owner = scope.leaves.get(table) or table
+    return scope.pci.get(table, frozenset()) | scope.pci.get(owner, frozenset())
+
+
+def pci_in(
+    scope: Scope, table: TableName, columns: Sequence[str], past: frozenset[str] = frozenset()
+) -> tuple[str, ...]:
     """The columns that hold PCI data, as manifests name them. Raises DatabaseError for one out of scope."""
-    # A leaf's marks are those of its table, and its own.
     owner = scope.leaves.get(table) or table
     if owner not in scope.columns:
         raise DatabaseError(
@@ -151,7 +158,7 @@ def pci_in(scope: Scope, table: TableName, columns: Sequence[str]) -> tuple[str,
             hint=f"`syncctl publication add-column` with {table}.{column} puts it back and lets the rows"
             " pass that were written without it; mend those at the targets",
         )
-    marked = scope.pci.get(table, frozenset()) | scope.pci.get(owner, frozenset())
+    marked = marks_of(scope, table) | past
     return tuple(f"{table}.{quote_ident(column)}" for column in sorted(marked.intersection(columns)))
 
 
@@ -206,9 +213,26 @@ class Describer:
             self._scope,
             self._random(16),
             made_by,
+            self._past_names(name, columns),
         )
         self._known[message.relation_id] = (message, columns, made_by, descriptor)
         return descriptor
+
+    def _past_names(self, name: TableName, columns: Sequence[Column]) -> frozenset[str]:
+        """Of a table with PCI marks, columns that have another name by now, or are gone: one may be marked.
+
+        Raises ScopeChanged when the marks are others than at the epoch's start: they follow a rename.
+        """
+        if not marks_of(self._scope, name):
+            return frozenset()
+        if load_scope(self._conn, self._publication).pci != self._scope.pci:
+            raise ScopeChanged(
+                f"a marked column of {name} was renamed, or another one marked",
+                hint="the stream goes on with it",
+            )
+        present = catalog.describe(self._conn, name)
+        names = () if present is None else present.column_names
+        return frozenset(column.name for column in columns).difference(names)
 
     def _under_known_name(self, message: RelationMessage) -> RelationMessage:
         """The WAL calls a table what it was called then: another name, perhaps, for a part of a transaction.
@@ -295,8 +319,9 @@ def describe(
     scope: Scope,
     salt: bytes,
     made_by: Generated,
+    past: frozenset[str] = frozenset(),
 ) -> Descriptor:
-    """The descriptor of a table, checked against the scope."""
-    pci = pci_in(scope, name, [column.name for column in columns])
+    """The descriptor of a table, checked against the scope; `past`: columns that may hold PCI data, too."""
+    pci = pci_in(scope, name, [column.name for column in columns], past)
     encoded = encode_relation(Relation(name, replica_identity, columns, salt, made_by))
     return Descriptor(name, encoded, relation_hash(encoded), pci)

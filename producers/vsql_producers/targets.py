@@ -5,9 +5,14 @@ Not here: what follows from it (worker.py, snapshot/). Procedure for each acknow
 1. It is an entry of the target's chain for this stream, signed by the target's pinned key (a forged one).
 2. It names one of our manifests by sequence, epoch and hash (an acknowledgement of something we never sent).
 3. Its root, computed by the target over what it received, is the manifest's (a record that was altered).
+   `batch_covered` has none: there the target's own finished copy must hold what the batch changed.
 
-A target whose acknowledgements do not hold is marked with the first reason, loudly, and stays marked; the
-stream itself goes on, because other targets are not to blame.
+A target whose own, signed acknowledgements do not hold is marked with the first reason, loudly, and stays
+marked; the stream itself goes on, because other targets are not to blame.
+
+What is not signed by the target, or cannot be read, says nothing of it and is passed over: whoever can write
+to the topic must not be able to mark a target. Its key may be pinned later, though, so when an entry then
+does not follow, reading goes back once to the last one that did.
 """
 
 from __future__ import annotations
@@ -17,14 +22,15 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, Consumer, KafkaException, TopicPartition
 
+from vsql_producers.joining import uncovered
 from vsql_shared import lsn, names
-from vsql_shared.audit.chain import EMPTY_HEAD, Accepted, ChainHead, ChainReader, Void
+from vsql_shared.audit.chain import EMPTY_HEAD, Accepted, ChainHead, ChainReader
 from vsql_shared.audit.dsse import document_hash
 from vsql_shared.audit.entries import BATCH_APPLIED, BATCH_COVERED, BATCH_REFUSED, BATCH_SKIPPED, AuditEntry
 from vsql_shared.audit.store import recall_head, remember_head
-from vsql_shared.crypto.signing import TrustStore
+from vsql_shared.crypto.signing import PinnedKey, TrustStore
 from vsql_shared.errors import DecodeError, SignatureError, VerificationError
 from vsql_shared.kafka.clients import from_exception, kafka_error
 from vsql_shared.pg import signers
@@ -45,12 +51,16 @@ class Target:
 
     name: str
     reader: ChainReader
+    keys: list[PinnedKey]
     offset: int | None
     acked_sequence: int
     mismatch: str
     waiting: list[AuditEntry] = field(default_factory=list)
     """Acknowledgements that came before our own table had their manifests."""
     moved: bool = False
+    doubt: str = ""
+    """The first record since the last entry that was passed over, as the chain's or unreadable."""
+    went_back: bool = False
 
 
 class Targets:
@@ -73,6 +83,7 @@ class Targets:
         self._allow_unsigned = allow_unsigned
         self._targets: dict[str, Target] = {}
         self._next_poll = self._next_refresh = 0.0
+        self._go_back = False
 
     def poll(self, now: float | None = None) -> None:
         """Look at what came; returns at once. Costs nothing while there are no targets."""
@@ -86,17 +97,24 @@ class Targets:
         if not self._targets:
             return
         for _ in range(_PORTIONS):
-            messages = self._consumer.consume(_PORTION, timeout=0)
-            for message in messages:
-                if (error := message.error()) is not None:
-                    raise kafka_error(error, "read acknowledgements")
-                offset, value = message.offset(), message.value()
-                if offset is not None and value is not None:
-                    self._take(offset, value)
-            if len(messages) < _PORTION:
+            if not self._read_portion():
                 break
         for target in self._targets.values():
             self._settle(target)
+
+    def _read_portion(self) -> bool:
+        """Take some records; whether more may be there at once."""
+        messages = self._consumer.consume(_PORTION, timeout=0)
+        for message in messages:
+            if (error := message.error()) is not None:
+                raise kafka_error(error, "read acknowledgements")
+            offset, value = message.offset(), message.value()
+            if offset is not None and value is not None:
+                self._take(offset, value)
+            if self._go_back:
+                self._assign()
+                return False
+        return len(messages) == _PORTION
 
     def acknowledged(self, sequence: int) -> bool:
         """Whether every target acknowledged our manifests up to this sequence, without a mismatch."""
@@ -111,6 +129,7 @@ class Targets:
                 "acked_sequence": target.acked_sequence,
                 "lag_batches": max(0, sequence - target.acked_sequence),
                 "mismatch": target.mismatch or None,
+                "passed_over": target.doubt or None,
             }
             for target in self._targets.values()
         }
@@ -123,29 +142,45 @@ class Targets:
                 " WHERE chain = %s AND target <> '*'",
                 (self._chain,),
             ).fetchall()
+        pinned: dict[str, list[PinnedKey]] = {}
+        for key in signers.load(self._conn):
+            pinned.setdefault(key.node, []).append(key)
         for gone in self._targets.keys() - {row[0] for row in rows}:
             del self._targets[gone]
+        for target in self._targets.values():
+            if target.keys != pinned.get(target.name, []):
+                self._renew(target, pinned.get(target.name, []))
         new = [row for row in rows if row[0] not in self._targets]
         for name, acked, mismatch in new:
             chain = names.ack_chain(self._chain, name)
             known = recall_head(self._conn, chain)
             head, offset = known or (EMPTY_HEAD, None)
-            self._targets[name] = Target(name, self._reader(name, head), offset, acked, mismatch)
-        if new:
-            offsets = [target.offset for target in self._targets.values()]
-            starts = [offset + 1 for offset in offsets if offset is not None]
-            start = min(starts) if len(starts) == len(offsets) else OFFSET_BEGINNING
-            try:
-                self._consumer.assign([TopicPartition(self._topic, self._partition, start)])
-            except KafkaException as error:
-                raise from_exception(error, "read acknowledgements") from error
+            keys = pinned.get(name, [])
+            self._targets[name] = Target(name, self._reader(name, keys, head), keys, offset, acked, mismatch)
+        if new or self._go_back:
+            self._assign()
 
-    def _reader(self, target: str, head: ChainHead) -> ChainReader:
-        chain = names.ack_chain(self._chain, target)
-        return ChainReader(self._cluster, chain, target, self._trust(target), head)
+    def _renew(self, target: Target, keys: list[PinnedKey]) -> None:
+        """Its keys were pinned, retired or revoked since: what was passed over may count now."""
+        target.reader, target.keys = self._reader(target.name, keys, target.reader.head), keys
+        if target.doubt:
+            target.doubt, target.went_back = "", False
+            self._go_back = True
 
-    def _trust(self, target: str) -> TrustStore:
-        return TrustStore(signers.load(self._conn, target), allow_unsigned=self._allow_unsigned)
+    def _assign(self) -> None:
+        """Read from behind the last entry of each target that is read; what others have had is left out."""
+        self._go_back = False
+        offsets = [target.offset for target in self._targets.values() if not target.mismatch]
+        starts = [offset + 1 for offset in offsets if offset is not None]
+        start = min(starts, default=OFFSET_END) if len(starts) == len(offsets) else OFFSET_BEGINNING
+        try:
+            self._consumer.assign([TopicPartition(self._topic, self._partition, start)])
+        except KafkaException as error:
+            raise from_exception(error, "read acknowledgements") from error
+
+    def _reader(self, target: str, keys: list[PinnedKey], head: ChainHead) -> ChainReader:
+        trust = TrustStore(keys, allow_unsigned=self._allow_unsigned)
+        return ChainReader(self._cluster, names.ack_chain(self._chain, target), target, trust, head)
 
     def _take(self, offset: int, value: bytes) -> None:
         where = f"{self._topic}/{self._partition}/{offset}"
@@ -153,21 +188,33 @@ class Targets:
             if target.mismatch or (target.offset is not None and offset <= target.offset):
                 continue
             try:
-                found = self._accept(target, value, where)
-            except (VerificationError, DecodeError) as error:
-                self._mark(target, str(error))
-                continue
-            if isinstance(found, Accepted):
-                target.offset, target.moved = offset, True
-                self._note(target, found.entry)
+                found = target.reader.accept(value, where)
+            except (SignatureError, DecodeError) as error:
+                self._doubt(target, str(error))
+            except VerificationError as error:
+                self._unfit(target, str(error))
+            else:
+                if isinstance(found, Accepted):
+                    target.offset, target.moved = offset, True
+                    target.doubt, target.went_back = "", False
+                    self._note(target, found.entry)
 
-    def _accept(self, target: Target, value: bytes, where: str) -> Accepted | Void | None:
-        try:
-            return target.reader.accept(value, where)
-        except SignatureError:
-            # Its key may have been pinned, or revoked, since we looked.
-            target.reader = self._reader(target.name, target.reader.head)
-            return target.reader.accept(value, where)
+    def _doubt(self, target: Target, problem: str) -> None:
+        if target.doubt:
+            return  # one line until its next entry: anybody can send many
+        target.doubt = problem
+        _log.warning(
+            "passed over a record in the acknowledgements of target %s: %s", target.name, problem,
+            extra={"target": target.name},
+        )  # fmt: skip
+
+    def _unfit(self, target: Target, problem: str) -> None:
+        """An entry of the target does not follow: what was passed over before may be what is missing."""
+        if target.doubt and not target.went_back:
+            target.went_back = True
+            self._go_back = True
+        else:
+            self._mark(target, f"{problem}; before it, {target.doubt}" if target.doubt else problem)
 
     def _note(self, target: Target, entry: AuditEntry) -> None:
         if entry.event_type in _COUNTED and entry.ref_sequence:
@@ -196,6 +243,8 @@ class Targets:
         while target.waiting and target.waiting[0].ref_sequence <= last:
             entry = target.waiting.pop(0)
             problem = _compare(entry, ours.get(entry.ref_sequence))
+            if not problem and entry.event_type == BATCH_COVERED:
+                problem = uncovered(self._conn, self._chain, target.name, entry.ref_sequence)
             if problem:
                 self._mark(target, problem)
                 target.waiting.clear()

@@ -345,8 +345,32 @@ class PeerNode:
         for chain, old in list(self._writers.items()):
             self._again[chain] = old.tip
 
-    def acknowledge(self, chain: str, root: bytes | None = None) -> None:
-        """Acknowledge every manifest that was not acknowledged yet; `root` replaces the last one's."""
+    def prepare_next(self, chain: str, signer: Signer) -> bytes:
+        """The next entry of the target's chain as another signer would make it; it is not sent."""
+        known = self._writers[chain].tip
+        writer = ChainWriter(
+            signer, self._source.cluster, names.ack_chain(chain, self.name), known, new_incarnation()
+        )
+        return writer.open_epoch(lsn=1, system_identifier="1", timeline=1, source_node_id=NODE).encoded
+
+    def send(self, encoded: bytes, key: bytes = b"") -> None:
+        """Append a record to the audit topic."""
+        producer = Producer({"bootstrap.servers": self._source.kafka, "enable.idempotence": True})
+        producer.produce(names.audit_topic(self._source.cluster), encoded, key=key, partition=0)
+        assert producer.flush(20) == 0
+
+    def acknowledge(
+        self,
+        chain: str,
+        root: bytes | None = None,
+        *,
+        event: str = BATCH_APPLIED,
+        lose: bool = False,
+    ) -> None:
+        """Acknowledge every manifest that was not acknowledged yet; `root` replaces the last one's.
+
+        `event`: what is said of each; with `lose` nothing of it is sent.
+        """
         writer = self._writers.get(chain)
         made: list[Prepared] = []
         tip = self._again.pop(chain, EMPTY_HEAD)
@@ -371,7 +395,7 @@ class PeerNode:
             last = root if root is not None and place == len(rows) else manifest.merkle_root
             made.append(
                 writer.prepare(
-                    event_type=BATCH_APPLIED,
+                    event_type=event,
                     source_node_id=NODE,
                     target_node_id=self.name,
                     batch=manifest.batch,
@@ -386,6 +410,8 @@ class PeerNode:
                     verdicts=(("applied", manifest.row_count),),
                 )
             )
+        if lose:
+            return
         producer = Producer({"bootstrap.servers": self._source.kafka, "enable.idempotence": True})
         for one in made:
             entry = one.entry

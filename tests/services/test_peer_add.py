@@ -340,3 +340,27 @@ def test_an_origin_added_by_its_key_finds_filled_or_missing_tables(pair: Pair) -
     with pytest.raises(RefusedError, match="is this node"):
         peers.add_target(pair.a, origin, PeerRequest(1, "node-a"))
     assert pair.untouched()
+
+
+def test_keys_that_ended_are_pinned_as_ended(pair: Pair) -> None:
+    """By the origin's database: with its time, or up to what was seen. By a file: up to now."""
+    pair.a.execute(
+        "INSERT INTO vsql_sync.signers"
+        " (fingerprint, node_name, public_key, retired_at, revoked_at, trusted_to) VALUES"
+        " ('SHA256:r', 'node-a', decode(repeat('01', 32), 'hex'), '2020-01-01Z', NULL, '{}'),"
+        " ('SHA256:s', 'node-a', decode(repeat('02', 32), 'hex'), NULL, now(), '{\"pub.node-a\": 7}'),"
+        " ('SHA256:f', 'node-a', decode(repeat('03', 32), 'hex'), '2999-01-01Z', NULL, '{}')"
+    )
+    plan = peers.look(pair.a, pair.b, REQUEST)
+    assert [key.fingerprint for key in plan.former] == ["SHA256:f", "SHA256:r", "SHA256:s"]
+    peers.add(pair.a, pair.b, plan)
+    found = pair.b.execute(
+        "SELECT fingerprint, retired_at = '2020-01-01Z', retired_at <= now(), revoked_at IS NOT NULL,"
+        " trusted_to FROM vsql_sync.signers WHERE fingerprint LIKE 'SHA256:_' ORDER BY 1"
+    ).fetchall()
+    assert found == [
+        ("SHA256:f", False, True, False, {}),
+        ("SHA256:r", True, True, False, {}),
+        ("SHA256:s", None, None, True, {"pub.node-a": 7}),
+    ]
+    assert peers.look(pair.a, pair.b, REQUEST).former == ()

@@ -164,6 +164,26 @@ def test_a_column_marked_as_pci_is_named_without_a_restart(new_source: NewSource
     assert [m.pci_columns for m in node.read().manifests] == [(), ("public.t.note",)]
 
 
+def test_a_mark_follows_its_column_to_another_name(new_source: NewSource) -> None:
+    """Also in the very first batch after it, and while the WAL still holds the old name."""
+    node = new_source(TABLE, ["t"], config=QUICK, pci_columns=[("t", "note")])
+    worker = node.start()
+    node.wait(lambda: node.state()[0] == "running")
+    node.execute("INSERT INTO t VALUES (1, 'a')")
+    node.wait_confirmed()
+    node.execute("ALTER TABLE t RENAME note TO remark; INSERT INTO t VALUES (2, 'b')")
+    node.wait_confirmed()
+    node.stop(worker)
+    node.execute("INSERT INTO t VALUES (3, 'c'); ALTER TABLE t RENAME remark TO words")
+    node.execute("INSERT INTO t VALUES (4, 'd')")
+    worker = node.start(log="second")
+    node.wait_confirmed()
+    node.stop(worker)
+    assert {m.contains_pci for m in node.read().manifests} == {True}
+    named = {name for m in node.read().manifests for name in m.pci_columns}
+    assert named == {"public.t.note", "public.t.remark", "public.t.words"}
+
+
 def test_a_target_that_was_given_another_key_is_believed_under_it(new_source: NewSource) -> None:
     node = new_source(TABLE, ["t"], config=QUICK)
     node.execute(f"INSERT INTO vsql_sync.stream_targets (chain, target) VALUES ('{CHAIN}', 'node-b')")

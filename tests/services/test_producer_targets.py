@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from tests.services.conftest import NewSource
 from tests.services.producer_node import CHAIN, PeerNode, SourceNode
+from vsql_shared.audit.entries import BATCH_COVERED
+from vsql_shared.crypto.signing import fingerprint, generate_signing_key, load_public_key, load_signer
 
 TABLE = "CREATE TABLE t (id bigint PRIMARY KEY, note text)"
 QUICK = "[limits]\nbatch_linger_ms = 1\nstatus_interval_ms = 100\ncommand_poll_ms = 100\n"
@@ -41,7 +45,7 @@ def test_acknowledgements_move_the_target_forward_across_restarts(new_source: Ne
     target.acknowledge(CHAIN)
     last = node.read().manifests[-1].sequence
     node.wait(lambda: said(node).get("acked_sequence") == last)
-    assert said(node) == {"acked_sequence": last, "lag_batches": 0, "mismatch": None}
+    assert said(node) == {"acked_sequence": last, "lag_batches": 0, "mismatch": None, "passed_over": None}
     node.stop(worker)
 
 
@@ -64,3 +68,101 @@ def test_a_root_that_differs_is_said_loudly_and_stays(new_source: NewSource) -> 
     node.stop(worker)
     stored = node.query("SELECT acked_sequence, mismatch IS NOT NULL FROM vsql_sync.stream_targets")
     assert stored == [(manifests[-2].sequence, True)]
+
+
+def test_what_a_target_did_not_sign_is_passed_over_and_marks_nothing(new_source: NewSource) -> None:
+    node, target = with_target(new_source)
+    worker = node.start()
+    node.wait(lambda: node.state()[0] == "running")
+    node.execute("INSERT INTO t VALUES (1, 'a')")
+    node.wait_confirmed()
+    target.acknowledge(CHAIN)
+    acked = node.read().manifests[-1].sequence
+    node.wait(lambda: said(node).get("acked_sequence") == acked)
+    for forged in (b"", b"no entry", b"x" * 100_000, forge(node, target)):
+        target.send(forged)
+    node.wait(lambda: bool(said(node).get("passed_over")))
+    assert said(node)["mismatch"] is None
+    assert node.log().count("passed over a record") == 1
+    node.execute("INSERT INTO t VALUES (2, 'b')")
+    node.wait_confirmed()
+    target.acknowledge(CHAIN)
+    last = node.state()[1]["sequence"]
+    node.wait(lambda: said(node).get("acked_sequence") == last)
+    assert said(node) == {"acked_sequence": last, "lag_batches": 0, "mismatch": None, "passed_over": None}
+    node.stop(worker)
+
+
+def forge(node: SourceNode, target: PeerNode) -> bytes:
+    """An acknowledgement in the target's name by a key that is nobody's."""
+    folder = node.folder / "thief"
+    folder.mkdir()
+    private, _ = generate_signing_key(folder)
+    return target.prepare_next(CHAIN, load_signer(private, target.name))
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_acknowledgements_by_a_key_that_is_pinned_later_count_then(
+    new_source: NewSource, follows: bool
+) -> None:
+    """With `follows` the target goes on before the source looks at its pins again: a gap."""
+    node, target = with_target(new_source)
+    worker = node.start()
+    node.wait(lambda: node.state()[0] == "running")
+    node.execute("INSERT INTO t VALUES (1, 'a')")
+    node.wait_confirmed()
+    target.acknowledge(CHAIN)
+    acked = node.read().manifests[-1].sequence
+    node.wait(lambda: said(node).get("acked_sequence") == acked)
+    folder = node.folder / "next"
+    folder.mkdir()
+    private, public = generate_signing_key(folder)
+    target.sign_with(load_signer(private, target.name))
+    node.execute("INSERT INTO t VALUES (2, 'b')")
+    node.wait_confirmed()
+    target.acknowledge(CHAIN)
+    node.wait(lambda: bool(said(node).get("passed_over")))
+    raw = load_public_key(public)
+    pin = f"INSERT INTO vsql_sync.signers (fingerprint, node_name, public_key) VALUES ('{fingerprint(raw)}', "
+    node.execute(pin + f"'{target.name}', '\\x{raw.hex()}')")
+    if follows:
+        node.execute("INSERT INTO t VALUES (3, 'c')")
+        node.wait_confirmed()
+        target.acknowledge(CHAIN)
+    last = node.read().manifests[-1].sequence
+    node.wait(lambda: said(node).get("acked_sequence") == last)
+    assert said(node) == {"acked_sequence": last, "lag_batches": 0, "mismatch": None, "passed_over": None}
+    node.stop(worker)
+
+
+def test_an_entry_that_is_missing_marks_the_target_whatever_was_forged_before(new_source: NewSource) -> None:
+    node, target = with_target(new_source)
+    worker = node.start()
+    node.wait(lambda: node.state()[0] == "running")
+    node.execute("INSERT INTO t VALUES (1, 'a')")
+    node.wait_confirmed()
+    target.acknowledge(CHAIN)
+    acked = node.read().manifests[-1].sequence
+    node.wait(lambda: said(node).get("acked_sequence") == acked)
+    target.send(b"no entry")
+    for number in (2, 3):
+        node.execute(f"INSERT INTO t VALUES ({number}, 'b')")
+        node.wait_confirmed()
+        target.acknowledge(CHAIN, lose=number == 2)
+    node.wait(lambda: bool(said(node).get("mismatch")))
+    assert "gap: expected sequence" in said(node)["mismatch"]
+    assert said(node)["acked_sequence"] == acked
+    node.stop(worker)
+
+
+def test_a_batch_is_covered_by_a_finished_copy_only(new_source: NewSource) -> None:
+    node, target = with_target(new_source)
+    worker = node.start()
+    node.wait(lambda: node.state()[0] == "running")
+    node.execute("INSERT INTO t VALUES (1, 'a')")
+    node.wait_confirmed()
+    target.acknowledge(CHAIN, event=BATCH_COVERED)
+    node.wait(lambda: bool(said(node).get("mismatch")))
+    assert "that copy is not finished" in said(node)["mismatch"]
+    assert said(node)["acked_sequence"] == 0
+    node.stop(worker)

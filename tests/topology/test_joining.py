@@ -175,6 +175,33 @@ def test_records_deleted_beyond_the_copy_are_missed_by_name(pair: TwoNodes, thir
 
 
 @pytest.mark.timeout(300)
+def test_a_target_joins_after_its_origin_changed_keys(pair: TwoNodes, third: Node) -> None:
+    """The chain begins under a key that has ended; the operator agrees to it, too; C trusts it so far."""
+    old = pair.a.fingerprint()
+    pair.a.stop("producer")
+    for node in (pair.a, pair.b):
+        node.ctl("key", "retire", "--fingerprint", old, "--reason", "yearly change", "--yes")
+    pair.a.new_key()
+    pair.a.ctl("node", "add-peer", "--peer-node-id", "2", "--peer-connection", pair.b.conninfo, "--yes")
+    pair.a.start("producer")
+    add = (*ADD_C[:-1], "--peer-connection", third.conninfo)
+    refused = pair.a.ctl(*add, "--fingerprint", third.fingerprint(), check=False)
+    assert refused.returncode != 0
+    assert f"{old} of node-a before" in refused.stderr
+    assert third.query("SELECT * FROM vsql_sync.streams") == []
+    pair.a.ctl(*add, "--fingerprint", third.fingerprint(), "--fingerprint", old)
+    pair.a.ctl("start")
+    third.ctl("start")
+    third.start("consumer")
+    pair.a.execute("INSERT INTO t VALUES (100, 'by the second key')")
+    in_step(pair, third)
+    ended = third.query("SELECT fingerprint FROM vsql_sync.signers WHERE retired_at < now()")
+    assert ended == [(old,)]
+    for one, other in ((pair.a, third), (third, pair.a)):
+        one.ctl("audit", "verify", "--kafka", "--peer-connection", other.conninfo)
+
+
+@pytest.mark.timeout(300)
 def test_without_a_copy_nothing_is_passed_over(pair: TwoNodes, third: Node) -> None:
     """`--no-copy` says that the rows are there already; nothing says up to which position."""
     delete_records(pair)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.nodes import Node, TwoNodes
+from tests.nodes import TwoNodes
 from tests.pairs import Pairs
 
 pytestmark = pytest.mark.topology
@@ -24,20 +24,6 @@ def _until(done: Callable[[], object], what: str, seconds: float = 40) -> None:
     while not done():
         assert time.monotonic() < deadline, what
         time.sleep(0.2)
-
-
-def _fingerprint(node: Node) -> str:
-    shown = node.ctl("key", "show-public").stdout
-    return next(word for word in shown.split() if word.startswith("SHA256:"))
-
-
-def _new_key(node: Node) -> None:
-    """A key in another directory, and `node init` again, as the operator does it."""
-    text, old = node.config.read_text(), node.keys
-    node.keys = node.folder / f"{old.name}-next"
-    node.ctl("key", "generate", "--output", str(node.keys))
-    node.config.write_text(text.replace(f"{old}/", f"{node.keys}/"))
-    node.ctl("node", "init")
 
 
 def _pin_again(pair: TwoNodes) -> None:
@@ -75,7 +61,7 @@ def _signers(pair: TwoNodes) -> set[str]:
 @pytest.mark.timeout(240)
 def test_a_key_that_was_handed_over_in_order_is_followed_by_the_new_one(pairs: Pairs) -> None:
     pair = _in_step(pairs)
-    old = _fingerprint(pair.a)
+    old = pair.a.fingerprint()
     pair.a.stop("producer")
     retire = ("key", "retire", "--fingerprint", old, "--reason", "yearly change", "--yes")
     assert f"key {old} of node node-a is retired" in pair.a.ctl(*retire).stdout
@@ -83,16 +69,16 @@ def test_a_key_that_was_handed_over_in_order_is_followed_by_the_new_one(pairs: P
     again = pair.b.ctl(*retire, check=False)
     assert again.returncode != 0
     assert "has ended already" in again.stderr
-    _new_key(pair.a)
+    pair.a.new_key()
     _pin_again(pair)
-    assert _signers(pair) == {old, _fingerprint(pair.a)}
+    assert _signers(pair) == {old, pair.a.fingerprint()}
     pair.a.start("producer")
     pair.a.execute("INSERT INTO t VALUES (2, 'signed by the second key')")
     pair.wait_in_step()
     assert pair.differences() == []
     _both_verify(pair)
     used = "SELECT DISTINCT signer_key FROM vsql_sync.vsql_sync_audit WHERE chain = %s"
-    assert {row[0] for row in pair.a.query(used, pair.chain)} == {old, _fingerprint(pair.a)}
+    assert {row[0] for row in pair.a.query(used, pair.chain)} == {old, pair.a.fingerprint()}
     pair.stop()
 
 
@@ -100,7 +86,7 @@ def test_a_key_that_was_handed_over_in_order_is_followed_by_the_new_one(pairs: P
 @pytest.mark.parametrize("act", ["retire", "revoke"])
 def test_what_a_key_signs_after_its_end_is_refused(pairs: Pairs, act: str) -> None:
     pair = _in_step(pairs)
-    old = _fingerprint(pair.a)
+    old = pair.a.fingerprint()
     shown = pair.b.ctl("key", act, "--fingerprint", old, "--reason", "IR-7", "--yes").stdout
     assert old in shown
     time.sleep(1.5)
@@ -117,7 +103,7 @@ def test_what_a_key_signs_after_its_end_is_refused(pairs: Pairs, act: str) -> No
 @pytest.mark.timeout(240)
 def test_a_stream_goes_on_with_a_new_key_after_the_old_one_was_revoked(pairs: Pairs) -> None:
     pair = _in_step(pairs)
-    old = _fingerprint(pair.a)
+    old = pair.a.fingerprint()
     pair.a.stop("producer")
     _until(lambda: len(set(pair.heads())) == 1, "the target has not read what the old key signed")
     shown = pair.b.ctl("key", "revoke", "--fingerprint", old, "--reason", "laptop stolen", "--yes").stdout
@@ -125,7 +111,7 @@ def test_a_stream_goes_on_with_a_new_key_after_the_old_one_was_revoked(pairs: Pa
     assert f"{pair.chain} " in shown
     assert str(head) in shown.split()
     pair.a.ctl("key", "revoke", "--fingerprint", old, "--reason", "laptop stolen", "--yes")
-    _new_key(pair.a)
+    pair.a.new_key()
     _pin_again(pair)
     pair.a.start("producer")
     pair.a.execute("INSERT INTO t VALUES (2, 'signed by the second key')")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vsql_shared.config import Settings
+    from vsql_shared.crypto.signing import PinnedKey
     from vsql_shared.pg.connect import Connection
     from vsql_shared.pg.nodes import NodeInfo
     from vsql_shared.pg.peers import PeerRequest, Stream
@@ -50,6 +51,14 @@ _DAY = 86_400.0
     help="The peer's public key, where its database is out of reach.",
 )
 @click.option(
+    "--former-key",
+    "former_keys",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="With --receive: a public key the peer signed with before.",
+)
+@click.option(
     "--mode",
     type=click.Choice(["uni-directional", "bidirectional"]),
     default="uni-directional",
@@ -64,7 +73,12 @@ _DAY = 86_400.0
     help="Publications; else all of this node's.",
 )
 @click.option(
-    "--fingerprint", help="The peer's key fingerprint as its operator told it; nothing is asked then."
+    "--fingerprint",
+    "fingerprints",
+    multiple=True,
+    metavar="SHA256:…",
+    help="A key's fingerprint as the peer's operator told it; nothing is asked then."
+    " Keys that this node, or with --receive the peer, signed with before are named, too.",
 )
 @click.option(
     "--schema-sync",
@@ -140,7 +154,7 @@ def _add_by_connection(
         plan = peers.look(origin, peer, request)
         for note in plan.notes:
             click.echo(f"note: {note}", err=True)
-        _agree(plan.origin, plan.peer, given["fingerprint"], yes=given["yes"])
+        _agree(plan.origin, plan.peer, plan.former, given["fingerprints"], yes=given["yes"])
         peers.add(origin, peer, plan)
     return plan.streams, plan.peer
 
@@ -156,35 +170,56 @@ def _add_by_key(
         raise UserError("--peer-key needs --peer-name", hint="name the peer as its operator does")
     if given["receive"] and not request.publications:
         raise UserError("--receive needs --publication", hint="name the origin's publications")
-    key = load_public_key(given["peer_key"])
+    if given["former_keys"] and not given["receive"]:
+        raise UserError(
+            "--former-key goes with --receive", hint="a node that receives begins with its present key"
+        )
+    key, former = load_public_key(given["peer_key"]), _former(request.name, given["former_keys"])
     with open_node(operator) as conn:
         here = nodes.local(conn)
         peer = nodes.NodeInfo(
             request.number, request.name, here.cluster, False, "unknown", 5432, request.mode, None,
             key, fingerprint(key), None, "UNINITIALIZED", "unknown",
         )  # fmt: skip
-        _agree(here, peer, given["fingerprint"], yes=given["yes"])
+        _agree(here, peer, former, given["fingerprints"], yes=given["yes"])
         if given["receive"]:
             names = [parse_table(text) for text in given["tables"]]
-            return peers.add_origin(conn, peer, request, names), peer
+            return peers.add_origin(conn, peer, request, names, former), peer
         return peers.add_target(conn, peer, request), peer
 
 
-def _agree(here: NodeInfo, peer: NodeInfo, told: str | None, *, yes: bool) -> None:
-    """Trust a key only when the operator says so: by its fingerprint, by an answer, or by --yes."""
-    if told is not None:
-        if told != peer.key_fingerprint:
+def _former(node: str, files: Sequence[Path]) -> tuple[PinnedKey, ...]:
+    """Keys that ended before this node knew them: they count for what is dated before now."""
+    from vsql_shared.crypto.signing import PinnedKey, fingerprint, load_public_key
+
+    now = time.time_ns() // 1000
+    keys = [load_public_key(path) for path in files]
+    return tuple(PinnedKey(node, key, fingerprint(key), revoked=False, retired_at=now) for key in keys)
+
+
+def _agree(
+    here: NodeInfo, peer: NodeInfo, former: Sequence[PinnedKey], told: Sequence[str], *, yes: bool
+) -> None:
+    """Trust keys only when the operator says so: by their fingerprints, by an answer, or by --yes."""
+    shown = [key.fingerprint for key in former]
+    if told:
+        wanted = {peer.key_fingerprint or "none", *shown}
+        if wanted != set(told):
             raise RefusedError(
-                f"peer {peer.name} shows key {peer.key_fingerprint or 'none'}, --fingerprint says {told}",
-                hint="do not go on before its operator has confirmed the key; nothing was changed",
+                f"the keys are {', '.join(sorted(wanted))}; --fingerprint says {', '.join(told)}",
+                hint=f"{peer.key_fingerprint or 'none'} is the key of {peer.name}"
+                + "".join(f", {one} of {key.node} before" for one, key in zip(shown, former, strict=True))
+                + "; do not go on before their operators have confirmed each; nothing was changed",
             )
         return
-    click.echo(
-        f"key of {here.name} (this node): {here.key_fingerprint or 'none (unsigned)'}\n"
+    lines = [
+        f"key of {here.name} (this node): {here.key_fingerprint or 'none (unsigned)'}",
         f"key of {peer.name} (peer):      {peer.key_fingerprint or 'none (unsigned)'}",
-        err=True,
-    )
-    confirm("Are these the keys both operators see in `syncctl key show-public`?", yes=yes)
+    ]
+    lines += [f"former key of {key.node}:   {one}" for one, key in zip(shown, former, strict=True)]
+    click.echo("\n".join(lines), err=True)
+    where = "`syncctl key show-public`" + (" and `syncctl key inventory`" if former else "")
+    confirm(f"Are these the keys both operators see in {where}?", yes=yes)
 
 
 def _wait(conninfo: str, streams: Sequence[Stream], timeout: float) -> None:

@@ -134,5 +134,7 @@ def _troubles(one: StreamStatus) -> Iterator[str]:
     for target, ack in (said.get("targets") or {}).items():
         if ack.get("mismatch"):
             yield f"{target} computed another root: {printable(ack['mismatch'])}"
+        if ack.get("passed_over") and ack.get("lag_batches"):
+            yield f"a record in the place of {target}'s answers is not by it: {printable(ack['passed_over'])}"
     if one.slot and one.slot["wal_status"] in ("unreserved", "lost"):
         yield f"slot {one.slot_name} is {one.slot['wal_status']}: it loses WAL; see max_slot_wal_keep_size"

@@ -18,9 +18,19 @@ from dataclasses import dataclass, replace
 
 from vsql_shared import names
 from vsql_shared.changes import TableName
-from vsql_shared.crypto.signing import fingerprint
+from vsql_shared.crypto.signing import PinnedKey, fingerprint
 from vsql_shared.errors import NotBuiltError, RefusedError
-from vsql_shared.pg import catalog, migrate, nodes, oplog, publication_leaves, publications, roles, sequences
+from vsql_shared.pg import (
+    catalog,
+    migrate,
+    nodes,
+    oplog,
+    publication_leaves,
+    publications,
+    roles,
+    sequences,
+    signers,
+)
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.pg.nodes import NodeInfo
 from vsql_shared.pg.peer_tables import security_notes, target_problems, unlike
@@ -74,6 +84,8 @@ class PeerPlan:
     peer: NodeInfo
     publications: tuple[PublicationInfo, ...]
     streams: tuple[Stream, ...]
+    former: tuple[PinnedKey, ...]
+    """The origin's keys that have ended and the peer does not know: its chain's beginning is signed so."""
     notes: tuple[str, ...]
     """What is worth knowing and does not stop anything."""
 
@@ -103,7 +115,9 @@ def look(origin: Connection, peer: Connection, request: PeerRequest) -> PeerPlan
         raise RefusedError(f"peer {there.name} is refused, nothing was changed:\n  {lines}")
     if not chosen:
         notes.append(f"node {here.name} has no publication: only the keys are exchanged")
-    return PeerPlan(here, there, tuple(chosen), streams, tuple(notes))
+    known = {key.fingerprint for key in signers.load(peer, here.name)}
+    former = tuple(key for key in signers.former(origin, here.name) if key.fingerprint not in known)
+    return PeerPlan(here, there, tuple(chosen), streams, former, tuple(notes))
 
 
 def _require_built(request: PeerRequest) -> None:
@@ -122,6 +136,7 @@ def add(origin: Connection, peer: Connection, plan: PeerPlan) -> None:
     # The inner context ends first: the peer commits before the origin.
     with errors(f"adding peer {plan.peer.name}"), origin.transaction(), peer.transaction():
         nodes.register_peer(peer, replace(plan.origin, mode="uni-directional"))
+        signers.adopt(peer, plan.former)
         write_incoming(peer, plan.streams)
         roles.grant_target(peer, targets)
         names_there = sequences.target_names(origin, peer, [one.name for one in plan.publications])
@@ -316,9 +331,16 @@ def add_target(origin: Connection, target: NodeInfo, request: PeerRequest) -> tu
 
 
 def add_origin(
-    target: Connection, origin: NodeInfo, request: PeerRequest, tables: Sequence[TableName]
+    target: Connection,
+    origin: NodeInfo,
+    request: PeerRequest,
+    tables: Sequence[TableName],
+    former: Sequence[PinnedKey] = (),
 ) -> tuple[Stream, ...]:
-    """The target's half alone: streams by the origin's publications' names; `tables` are what they carry."""
+    """The target's half alone: streams by the origin's publications' names; `tables` are what they carry.
+
+    `former`: the origin's keys that have ended.
+    """
     here = _alone(target, origin, request)
     copy = request.copy
     streams = tuple(
@@ -335,6 +357,7 @@ def add_origin(
                 hint="TRUNCATE it, or give --no-copy on both nodes if its rows are the origin's",
             )
         nodes.register_peer(target, origin)
+        signers.adopt(target, former)
         write_incoming(target, streams)
         roles.grant_target(target, tables)
         oplog.record(target, "peer.add", "node", origin.name, new=_as_json(origin, streams, "in"))

@@ -210,6 +210,19 @@ def pci_scope(conn: Connection, publication: str) -> dict[tuple[str, str], list[
     return {(name.schema, name.table): columns for name, columns in found.pci.items()}
 
 
+# The same name again: the mark moves only if the column it was made for is gone.
+_MARK = """
+INSERT INTO vsql_sync.pci_columns AS p (table_schema, table_name, column_name, table_oid, attnum)
+SELECT %(schema)s, %(table)s, %(column)s::text, a.attrelid, a.attnum FROM pg_catalog.pg_attribute a
+ WHERE a.attrelid = pg_catalog.format('%%I.%%I', %(schema)s::text, %(table)s::text)::regclass
+   AND a.attname = %(column)s::text
+ON CONFLICT (table_schema, table_name, column_name)
+DO UPDATE SET table_oid = excluded.table_oid, attnum = excluded.attnum
+ WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_attribute o
+    WHERE o.attrelid = p.table_oid AND o.attnum = p.attnum AND NOT o.attisdropped)
+"""
+
+
 def mark_pci(conn: Connection, columns: Iterable[tuple[TableName, str]]) -> int:
     """Mark columns as PCI data; returns how many are newly marked. Inside the caller's transaction."""
     added = 0
@@ -218,9 +231,8 @@ def mark_pci(conn: Connection, columns: Iterable[tuple[TableName, str]]) -> int:
         if table is None or column not in table.column_names:
             raise RefusedError(f"there is no column {name}.{quote_ident(column)}", hint="check the spelling")
         new = conn.execute(
-            "INSERT INTO vsql_sync.pci_columns (table_schema, table_name, column_name) VALUES (%s, %s, %s)"
-            " ON CONFLICT DO NOTHING",
-            (name.schema, name.table, column),
+            _MARK,
+            {"schema": name.schema, "table": name.table, "column": column},
         ).rowcount
         if new:
             oplog.record(conn, "pci.mark", "column", f"{name}.{quote_ident(column)}")
@@ -229,9 +241,9 @@ def mark_pci(conn: Connection, columns: Iterable[tuple[TableName, str]]) -> int:
 
 
 def marked(conn: Connection, name: TableName) -> set[str]:
-    """Columns of a table that are marked as PCI data."""
+    """Columns of a table that are marked as PCI data, by the mark's name and by the present one."""
     rows = conn.execute(
-        "SELECT column_name FROM vsql_sync.pci_columns WHERE table_schema = %s AND table_name = %s", name
+        "SELECT column_name FROM vsql_sync.pci_marks WHERE table_schema = %s AND table_name = %s", name
     )
     return {row[0] for row in rows}
 

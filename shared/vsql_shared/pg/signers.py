@@ -10,6 +10,8 @@ Not here: pinning (nodes.py), and what a signature is worth (crypto/signing.py).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from psycopg.types.json import Jsonb
 
 from vsql_shared.audit.chain import writer_of
@@ -33,6 +35,38 @@ def load(conn: Connection, node: str | None = None) -> list[PinnedKey]:
         PinnedKey(name, bytes(key), print_, revoked, microseconds(retired) if retired else None, trusted_to)
         for name, key, print_, revoked, retired, trusted_to in rows
     ]
+
+
+def former(conn: Connection, node: str) -> tuple[PinnedKey, ...]:
+    """A node's keys that have ended, by what this database knows."""
+    return tuple(key for key in load(conn, node) if key.revoked or key.retired_at is not None)
+
+
+def adopt(conn: Connection, keys: Iterable[PinnedKey]) -> None:
+    """Pin keys of a peer that ended before it was added here; inside the caller's transaction.
+
+    They count for what they signed until their end. What this database knows of a key already stands.
+    """
+    for key in keys:
+        added = conn.execute(
+            "INSERT INTO vsql_sync.signers"
+            " (fingerprint, node_name, public_key, retired_at, retired_reason, revoked_at, revoked_reason,"
+            " trusted_to)"
+            " VALUES (%(print)s, %(node)s, %(key)s,"
+            " CASE WHEN %(retired)s::float8 IS NOT NULL THEN"
+            " least(now(), to_timestamp(%(retired)s::float8 / 1e6)) END,"
+            " CASE WHEN %(retired)s::float8 IS NOT NULL THEN %(reason)s END,"
+            " CASE WHEN %(revoked)s THEN now() END, CASE WHEN %(revoked)s THEN %(reason)s END, %(to)s)"
+            " ON CONFLICT (fingerprint) DO NOTHING",
+            {
+                "print": key.fingerprint, "node": key.node, "key": key.public_key,
+                "retired": key.retired_at, "revoked": key.revoked, "to": Jsonb(dict(key.trusted_to)),
+                "reason": "ended before the peer was added",
+            },
+        ).rowcount  # fmt: skip
+        if added:
+            new = {"fingerprint": key.fingerprint, "ended": "revoked" if key.revoked else "retired"}
+            oplog.record(conn, "signer.pin", "node", key.node, new=new)
 
 
 def retire(conn: Connection, fingerprint: str, reason: str) -> str:
