@@ -5,6 +5,7 @@ That says nothing of row filters, nor of a table's list being narrowed before an
 
 * Read in one statement, so that a decision (which changes both halves in one transaction) is never half seen.
 * A schema in the publication, or all tables, make the row filters of its tables void without changing them.
+* Columns that were renamed are the same columns: their present names are compared.
 * A table that PostgreSQL's publication has no more is no error: nothing of it leaves. It is logged.
 """
 
@@ -23,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 _BOTH = """
 WITH pub AS (SELECT oid, pubviaroot FROM pg_catalog.pg_publication WHERE pubname = %(name)s),
-ours AS (SELECT table_schema AS s, table_name AS t, columns, row_filter FROM vsql_sync.publication_tables
+ours AS (SELECT table_schema AS s, table_name AS t, columns, row_filter FROM vsql_sync.published_tables
          WHERE publication = %(name)s),
 theirs AS (SELECT n.nspname::text AS s, c.relname::text AS t,
     pg_catalog.pg_get_expr(r.prqual, r.prrelid) AS row_filter,

@@ -77,16 +77,18 @@ class Scope(NamedTuple):
     leaves: Mapping[TableName, TableName | None] = {}
     """Of tables published by leaf: leaf → its table; None: an operator said to pass over what comes of it."""
     via_leaf: bool = False
+    renamed: Mapping[TableName, Mapping[str, str]] = {}
+    """Listed columns that have another name than when they were listed: old → present one."""
 
 
 def load_scope(conn: Connection, publication: str) -> Scope:
-    """Read the scope from vsql_sync.publications, publication_tables and pci_marks."""
+    """Read the scope from vsql_sync.publications, published_tables and pci_marks."""
     with errors("reading the publication's scope"):
         there = conn.execute(
             "SELECT via_leaf FROM vsql_sync.publications WHERE name = %s", (publication,)
         ).fetchone()
         tables = conn.execute(
-            "SELECT table_schema, table_name, columns, added_columns FROM vsql_sync.publication_tables"
+            "SELECT table_schema, table_name, columns, added_columns, decided FROM vsql_sync.published_tables"
             " WHERE publication = %s",
             (publication,),
         ).fetchall()
@@ -96,7 +98,7 @@ def load_scope(conn: Connection, publication: str) -> Scope:
             f"publication {publication} is not known to vsql-sync",
             hint="make it with `syncctl publication create`",
         )
-    columns = {TableName(s, t): None if c is None else frozenset(c) for s, t, c, _ in tables}
+    columns = {TableName(s, t): None if c is None else frozenset(c) for s, t, c, *_ in tables}
     leaves = publication_leaves.remembered(conn, publication) if there[0] else {}
     # Of a table's relatives the published ones count; a leaf's owner is among them.
     ours = [
@@ -108,10 +110,15 @@ def load_scope(conn: Connection, publication: str) -> Scope:
         columns,
         _by_table((s, t, c) for s, t, c, _ in ours),
         _by_table((s, t, c) for s, t, c, later in ours if later),
-        _by_table((s, t, column) for s, t, _, added in tables for column in added),
+        _by_table((s, t, column) for s, t, _, added, _ in tables for column in added),
         leaves,
         there[0],
+        {TableName(s, t): _renamed(before, now) for s, t, now, _, before in tables if now != before},
     )
+
+
+def _renamed(before: Sequence[str], now: Sequence[str]) -> dict[str, str]:
+    return {old: new for old, new in zip(before, now, strict=True) if old != new}
 
 
 def _by_table(rows: Iterable[tuple[str, str, str]]) -> dict[TableName, frozenset[str]]:
@@ -138,7 +145,10 @@ def pci_in(
             hint="take it out with ALTER PUBLICATION … DROP TABLE; what was written meanwhile is passed over",
         )
     listed = scope.columns[owner]
-    extra = set() if listed is None else set(columns) - listed
+    # The WAL from before a rename has the old name.
+    renamed = scope.renamed.get(owner, {})
+    present = {renamed.get(column, column) for column in columns}
+    extra = set() if listed is None else present - listed
     for name in {table, owner}:
         extra |= scope.forbidden.get(name, frozenset()).intersection(columns)
     if extra:
@@ -150,7 +160,8 @@ def pci_in(
             " meanwhile hold the column: publish it too (`syncctl publication add-column`"
             f" with {table}.{column}), or initialise the targets anew",
         )
-    missing = set() if listed is None else listed - set(columns) - scope.added.get(owner, frozenset())
+    added = {renamed.get(column, column) for column in scope.added.get(owner, ())}
+    missing = set() if listed is None else listed - present - added
     if missing:
         column = quote_ident(min(missing))
         raise DatabaseError(

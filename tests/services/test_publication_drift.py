@@ -15,7 +15,7 @@ from vsql_producers.snapshot.reader import TableReader
 from vsql_producers.snapshot.tables import CopyTable, require_same, tables_to_copy
 from vsql_shared.changes import TableName
 from vsql_shared.errors import DatabaseError, RefusedError, TransientError
-from vsql_shared.pg import migrate, nodes, publication_changes, publications
+from vsql_shared.pg import migrate, nodes, pci, publication_changes, publications
 from vsql_shared.pg.connect import Connection, connect
 from vsql_shared.pg.publications import PublicationInfo, PublicationRequest
 from vsql_shared.pg.table_spec import parse_column, parse_spec
@@ -170,7 +170,7 @@ def test_the_binary_form_of_a_dropped_type_is_trusted_by_nobody(conn: Connection
 
 
 def test_a_mark_on_a_partition_keeps_the_column_out_of_its_table(conn: Connection) -> None:
-    publications.mark_pci(conn, [parse_column("facts_1.pan")])
+    pci.mark(conn, [parse_column("facts_1.pan")])
     made = _create(conn, "facts", exclude_pci=True)
     assert made.tables[0].columns == ("id", "at")
     with pytest.raises(RefusedError, match="marked as PCI data"):
@@ -178,16 +178,44 @@ def test_a_mark_on_a_partition_keeps_the_column_out_of_its_table(conn: Connectio
 
 
 def test_a_tables_mark_keeps_a_named_partitions_column_out_whenever_it_is_made(conn: Connection) -> None:
-    publications.mark_pci(conn, [parse_column("facts.pan")])
+    pci.mark(conn, [parse_column("facts.pan")])
     _create(conn, "facts_1", via_leaf=True, exclude_pci=True)
     with pytest.raises(RefusedError, match="marked as PCI data"):
         publication_changes.add_column(conn, "pub", LEAF, "pan")
-    publications.mark_pci(conn, [parse_column("facts.at")])
+    pci.mark(conn, [parse_column("facts.at")])
     with pytest.raises(DatabaseError, match="sends column at, which the publication leaves out"):
         pci_in(load_scope(conn, "pub"), LEAF, ["id", "at"])
 
 
 def test_manifests_name_what_a_relative_of_the_table_has_marked(conn: Connection) -> None:
-    publications.mark_pci(conn, [parse_column("facts.pan")])
+    pci.mark(conn, [parse_column("facts.pan")])
     _create(conn, "facts_1", via_leaf=True)
     assert pci_in(load_scope(conn, "pub"), LEAF, ["id", "at", "pan"]) == ("public.facts_1.pan",)
+
+
+def test_what_was_decided_follows_columns_that_are_renamed(conn: Connection, conninfo: str) -> None:
+    """PostgreSQL's publication knows them by number: it still sends them, and holds the same filter."""
+    _create(conn, "orders(id, region, total) WHERE (total > 5)", insert_only=True)
+    conn.execute(
+        "ALTER TABLE public.orders RENAME total TO was; ALTER TABLE public.orders RENAME card TO total"
+    )
+    drift.require_none(conn, "pub")
+    scope = load_scope(conn, "pub")
+    for columns in (["id", "region", "total"], ["id", "region", "was"]):
+        assert pci_in(scope, ORDERS, columns) == ()
+    with pytest.raises(DatabaseError, match="sends column card, which the publication leaves out"):
+        pci_in(scope, ORDERS, ["id", "region", "total", "card"])
+    with pytest.raises(DatabaseError, match="did not send column region"):
+        pci_in(scope, ORDERS, ["id", "was"])
+    with closing(connect(conninfo, application_name="copy")) as copy:
+        (table,) = _copied(copy)
+        assert len(_rows(TableReader(copy, table, 1, partial(require_same, conn, table)))) == 5
+    publication_changes.add_column(conn, "pub", ORDERS, "total")
+    drift.require_none(conn, "pub")
+    found = publications.find(conn, "pub")
+    assert found is not None
+    assert found.tables[0].columns == ("id", "region", "total", "was")
+    assert found.tables[0].where == "(was > 5)"
+    conn.execute("ALTER PUBLICATION pub SET TABLE public.orders (id, region, total, was) WHERE (total > '5')")
+    with pytest.raises(DatabaseError, match="row filter of PostgreSQL's publication is not what was decided"):
+        drift.require_none(conn, "pub")

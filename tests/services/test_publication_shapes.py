@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import NewDatabase
 from vsql_shared.changes import TableName
 from vsql_shared.errors import RefusedError
-from vsql_shared.pg import catalog, migrate, nodes, publication_changes, publications, roles
+from vsql_shared.pg import catalog, migrate, nodes, pci, publication_changes, publications, roles
 from vsql_shared.pg.connect import Connection, connect
 from vsql_shared.pg.peer_tables import security_notes, target_problems
 from vsql_shared.pg.publication_notes import limitations
@@ -181,7 +181,7 @@ def test_where_pci_is_excluded_every_list_is_closed(conn: Connection) -> None:
 
 
 def test_marks_of_a_table_hold_for_its_partitions(conn: Connection) -> None:
-    publications.mark_pci(conn, [parse_column("facts.pan")])
+    pci.mark(conn, [parse_column("facts.pan")])
     made = _create(conn, "facts_1", via_leaf=True, exclude_pci=True)
     assert made.tables[0].columns == ("id", "at")
     open_one = _create(conn, "facts_2", name="open", via_leaf=True)

@@ -30,7 +30,7 @@ _TABLES = """
 SELECT p.schemaname, p.tablename, p.attnames::text[], p.rowfilter, c.oid, c.relkind = 'p',
     greatest(c.reltuples, 0)::bigint, p.rowfilter IS NOT DISTINCT FROM o.row_filter
 FROM pg_catalog.pg_publication_tables p
-LEFT JOIN vsql_sync.publication_tables o ON o.publication = p.pubname::text
+LEFT JOIN vsql_sync.published_tables o ON o.publication = p.pubname::text
     AND o.table_schema = p.schemaname::text AND o.table_name = p.tablename::text
 JOIN pg_catalog.pg_namespace n ON n.nspname = p.schemaname
 JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = p.tablename

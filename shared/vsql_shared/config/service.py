@@ -44,6 +44,8 @@ class ServerSettings(Section):
     """Certificate of the listeners."""
     state_dir: ConfigPath | None = None
     """Folder of the daemon's pid file and logs; by default under XDG_STATE_HOME, or /var/lib for root."""
+    standby: bool = False
+    """Whether a service waits while another one of its role runs for this node, to take over from it."""
     stop_timeout: Annotated[Duration, Field(ge=timedelta(seconds=1), le=timedelta(hours=1))] = timedelta(
         seconds=60
     )

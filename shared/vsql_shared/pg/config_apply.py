@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from vsql_shared.changes import TableName
 from vsql_shared.config import PeerSettings, PublicationSettings, Settings
 from vsql_shared.errors import NotBuiltError, RefusedError
-from vsql_shared.pg import nodes, peers, publications
+from vsql_shared.pg import nodes, pci, peers, publications
 from vsql_shared.pg.connect import Connection, connect, errors
 from vsql_shared.pg.publications import PublicationRequest
 from vsql_shared.pg.table_spec import TableSpec, parse_spec, parse_table
@@ -51,7 +51,7 @@ def apply(conn: Connection, settings: Settings, changes: Sequence[Change]) -> No
     wanted = {(change.kind, change.name): change for change in changes}
     with errors("applying the configuration"), conn.transaction():
         for name, column in _marks(settings):
-            publications.mark_pci(conn, [(name, column)])
+            pci.mark(conn, [(name, column)])
         for publication in settings.publications:
             if ("publication", publication.name) in wanted:
                 publications.create(conn, request_of(publication))
@@ -90,7 +90,7 @@ def _marks(settings: Settings) -> Iterator[tuple[TableName, str]]:
 
 def _plan_pci(conn: Connection, settings: Settings) -> Iterator[Change]:
     for name, column in _marks(settings):
-        if publications.mark_pci(conn, [(name, column)]):
+        if pci.mark(conn, [(name, column)]):
             yield Change("pci-column", f"{name}.{column}", "mark", "holds PCI data")
 
 

@@ -33,6 +33,8 @@ _SESSION = (
     " SET standard_conforming_strings = on; SET row_security = off; SET lc_monetary = 'C';"
     " SET xmloption = 'content'; SET array_nulls = on; SET quote_all_identifiers = off;"
     " SET transform_null_equals = off;"
+    # The server's side: a host that vanished gives its locks back in seconds, for one that stands by.
+    " SET tcp_keepalives_idle = 5; SET tcp_keepalives_interval = 1; SET tcp_keepalives_count = 3;"
     " SET default_transaction_isolation = 'read committed'; SET client_min_messages = warning;"
 )
 

@@ -15,7 +15,7 @@ from psycopg import sql
 
 from vsql_shared.changes import TableName, quote_ident
 from vsql_shared.errors import RefusedError
-from vsql_shared.pg import catalog, nodes, oplog, publications
+from vsql_shared.pg import catalog, nodes, oplog, pci, publications
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.pg.publications import PublicationInfo, PublishedTable
 
@@ -36,7 +36,7 @@ def add_column(conn: Connection, name: str, table: TableName, column: str) -> No
         settled = listed is None or (column in listed and column in _added(conn, name, table))
         if settled and column in _sent(conn, name, table):
             raise RefusedError(f"column {table}.{quote_ident(column)} is published already")
-        if before.exclude_pci and column in publications.marked_anywhere(conn, info):
+        if before.exclude_pci and column in pci.marked_anywhere(conn, info):
             raise RefusedError(
                 f"column {table}.{quote_ident(column)} is marked as PCI data, which publication {name}"
                 " excludes",
@@ -117,10 +117,12 @@ def _write(conn: Connection, before: PublicationInfo, changed: PublishedTable, c
     )
     columns = None if changed.columns is None else list(changed.columns)
     conn.execute(
-        "UPDATE vsql_sync.publication_tables SET columns = %s, added_columns = added_columns || %s::text"
+        "UPDATE vsql_sync.publication_tables SET columns = %s, added_columns = added_columns || %s::text,"
+        " row_filter = %s, table_oid = NULL"
         " WHERE (publication, table_schema, table_name) = (%s, %s, %s)",
-        (columns, column, before.name, *changed.name),
+        (columns, column, changed.where, before.name, *changed.name),
     )
+    conn.execute("SELECT vsql_sync.note_places(%s)", (before.name,))
     publications.grant_reading(conn, replace(before, tables=tables))
     what = f"{changed.name}.{quote_ident(column)}"
     oplog.record(conn, "publication.add-column", "publication", before.name, new={"column": what})

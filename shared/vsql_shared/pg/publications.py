@@ -22,9 +22,19 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
-from vsql_shared.changes import TableName, quote_ident
+from vsql_shared.changes import TableName
 from vsql_shared.errors import RefusedError, UserError
-from vsql_shared.pg import catalog, nodes, oplog, publication_leaves, roles, row_filter, sequences, signals
+from vsql_shared.pg import (
+    catalog,
+    nodes,
+    oplog,
+    pci,
+    publication_leaves,
+    roles,
+    row_filter,
+    sequences,
+    signals,
+)
 from vsql_shared.pg.catalog import TableInfo
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.pg.publication_rules import (
@@ -102,17 +112,16 @@ def create(conn: Connection, request: PublicationRequest) -> PublicationInfo:
         raise UserError(f"publication {request.name} has no tables", hint='give --table "payments(*)"')
     nodes.local(conn)
     with errors(f"creating publication {request.name}"), conn.transaction():
-        mark_pci(conn, request.pci_columns)
+        pci.mark(conn, request.pci_columns)
         tables = resolve(conn, request)
         before = find(conn, request.name)
         excludes = request.exclude_pci or any(spec.exclude_pci for spec in request.tables)
-        pci = _pci_of(conn, tables)
         after = PublicationInfo(
             request.name,
             tuple(tables),
             excludes,
             request.insert_only,
-            pci,
+            _pci_of(conn, tables),
             request.via_leaf,
             **signals.asked(conn, request),
         )
@@ -168,7 +177,7 @@ def find(conn: Connection, name: str) -> PublicationInfo | None:
     tables = [
         PublishedTable(TableName(schema, table), None if columns is None else tuple(columns), where)
         for schema, table, columns, where in conn.execute(
-            "SELECT table_schema, table_name, columns, row_filter FROM vsql_sync.publication_tables"
+            "SELECT table_schema, table_name, columns, row_filter FROM vsql_sync.published_tables"
             " WHERE publication = %s ORDER BY 1, 2",
             (name,),
         )
@@ -199,55 +208,6 @@ def grant_reading(conn: Connection, publication: PublicationInfo) -> None:
     roles.grant_sequences(conn, roles.PRODUCER, listed)
 
 
-def pci_scope(conn: Connection, publication: str) -> dict[tuple[str, str], list[str]]:
-    """(schema, table) → marked columns that travel with the publication; tables without any are left out."""
-    with errors("reading the PCI scope"):
-        found = find(conn, publication)
-    if found is None:
-        raise RefusedError(
-            f"there is no publication {publication} on this node", hint="see `syncctl publication list`"
-        )
-    return {(name.schema, name.table): columns for name, columns in found.pci.items()}
-
-
-# The same name again: the mark moves only if the column it was made for is gone.
-_MARK = """
-INSERT INTO vsql_sync.pci_columns AS p (table_schema, table_name, column_name, table_oid, attnum)
-SELECT %(schema)s, %(table)s, %(column)s::text, a.attrelid, a.attnum FROM pg_catalog.pg_attribute a
- WHERE a.attrelid = pg_catalog.format('%%I.%%I', %(schema)s::text, %(table)s::text)::regclass
-   AND a.attname = %(column)s::text
-ON CONFLICT (table_schema, table_name, column_name)
-DO UPDATE SET table_oid = excluded.table_oid, attnum = excluded.attnum
- WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_attribute o
-    WHERE o.attrelid = p.table_oid AND o.attnum = p.attnum AND NOT o.attisdropped)
-"""
-
-
-def mark_pci(conn: Connection, columns: Iterable[tuple[TableName, str]]) -> int:
-    """Mark columns as PCI data; returns how many are newly marked. Inside the caller's transaction."""
-    added = 0
-    for name, column in columns:
-        table = catalog.describe(conn, name)
-        if table is None or column not in table.column_names:
-            raise RefusedError(f"there is no column {name}.{quote_ident(column)}", hint="check the spelling")
-        new = conn.execute(
-            _MARK,
-            {"schema": name.schema, "table": name.table, "column": column},
-        ).rowcount
-        if new:
-            oplog.record(conn, "pci.mark", "column", f"{name}.{quote_ident(column)}")
-        added += new
-    return added
-
-
-def marked(conn: Connection, name: TableName) -> set[str]:
-    """Columns of a table that are marked as PCI data, by the mark's name and by the present one."""
-    rows = conn.execute(
-        "SELECT column_name FROM vsql_sync.pci_marks WHERE table_schema = %s AND table_name = %s", name
-    )
-    return {row[0] for row in rows}
-
-
 def resolve(conn: Connection, request: PublicationRequest) -> list[PublishedTable]:
     """The tables and columns a request means. Raises RefusedError with everything that is wrong."""
     tables: list[PublishedTable] = []
@@ -276,7 +236,7 @@ def _resolve_one(
     if problem or table is None:
         return None, [problem or f"{spec.name}: there is no such table"]
     closed = request.exclude_pci or spec.exclude_pci
-    secret = marked_anywhere(conn, table) if closed else set()
+    secret = pci.marked_anywhere(conn, table) if closed else set()
     columns, problems = choose_columns(table, spec.columns, secret, closed=closed)
     by_leaf = request.via_leaf and leaf_problem(table, columns, spec.where)
     problems += [by_leaf] if by_leaf else []
@@ -291,13 +251,6 @@ def _resolve_one(
         full = closed_problem(table) if closed and not problems else None
         problems += [full] if full else []
     return PublishedTable(table.name, columns, predicate.text if predicate else None), problems
-
-
-def marked_anywhere(conn: Connection, table: TableInfo) -> set[str]:
-    """Marks of the table, of the partitioned tables it is a part of, and of its own partitions."""
-    names = {table.name, *(publication_leaves.ancestors(conn, table.name) if table.is_partition else ())}
-    names |= publication_leaves.family(conn, table.name) if table.kind == "p" else set()
-    return set().union(*(marked(conn, name) for name in names))
 
 
 def _identity_problems(
@@ -338,7 +291,7 @@ def _pci_of(conn: Connection, tables: Iterable[PublishedTable]) -> dict[TableNam
     scope = {}
     for published in tables:
         table = catalog.describe(conn, published.name)
-        if table is not None and (secret := marked_anywhere(conn, table)):
+        if table is not None and (secret := pci.marked_anywhere(conn, table)):
             sent = published.columns if published.columns is not None else table.sent_columns
             scope[published.name] = [column for column in sent if column in secret]
     return {name: columns for name, columns in scope.items() if columns}
@@ -400,6 +353,7 @@ def _write(conn: Connection, publication: PublicationInfo, *, exists: bool) -> N
             " row_filter) VALUES (%s, %s, %s, %s, %s)",
             (publication.name, *published.name, columns, published.where),
         )
+    conn.execute("SELECT vsql_sync.note_places(%s)", (publication.name,))
 
 
 def tables_sql(tables: Iterable[PublishedTable]) -> sql.Composed:

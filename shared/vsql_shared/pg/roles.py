@@ -142,7 +142,7 @@ def grant_schema(conn: Connection) -> None:
         names = [
             row[0]
             for row in conn.execute(
-                "SELECT relname FROM pg_catalog.pg_class WHERE relkind IN ('r', 'p')"
+                "SELECT relname FROM pg_catalog.pg_class WHERE relkind IN ('r', 'p', 'v')"
                 " AND relnamespace = 'vsql_sync'::pg_catalog.regnamespace ORDER BY relname"
             )
         ]

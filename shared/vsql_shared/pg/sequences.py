@@ -30,7 +30,7 @@ WITH used AS (
     JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum = u.attnum AND NOT a.attisdropped
     JOIN vsql_sync.publications p ON p.name = %(publication)s
-    LEFT JOIN vsql_sync.publication_tables t ON t.publication = p.name AND t.table_schema = n.nspname
+    LEFT JOIN vsql_sync.published_tables t ON t.publication = p.name AND t.table_schema = n.nspname
       AND t.table_name = c.relname
 )
 SELECT DISTINCT ON (n.nspname, s.relname) s.oid::bigint, n.nspname, s.relname,

@@ -2,7 +2,9 @@
 
 It replicates nothing itself. Rules:
 
-* One service of a role per node: a session advisory lock on the node's database; a second one is refused.
+* One service of a role per node: a session advisory lock on the node's database. A second one is refused, or
+  stands by where it is configured to: it tries for the lock every second, and whoever has lost it stops its
+  workers. The streams' own locks and PostgreSQL's slots and origins keep both apart meanwhile.
 * The database going away stops no worker (they retry by themselves); the lock is taken again when it is back.
 * SIGTERM or SIGINT stops all workers gracefully, then itself.
 """
@@ -29,9 +31,14 @@ _log = logging.getLogger(__name__)
 Role = Literal["producer", "consumer"]
 _DIRECTION: dict[Role, str] = {"producer": "out", "consumer": "in"}
 _POLL_SECONDS = 0.5
+_STANDBY_SECONDS = 1.0
 _SILENT_SECONDS = 60.0
 _UNSIGNED_WARNING_SECONDS = 60.0
 _WORKING_STATES = frozenset({"running", "paused", "copying"})
+
+
+class AlreadyRunningError(RefusedError):
+    """Another service of the same role runs for this node."""
 
 
 class Supervisor:
@@ -87,6 +94,10 @@ class Supervisor:
             if self._connection is None:
                 self._connection = self._connect()
             wanted, troubles = self._read(self._connection)
+        except AlreadyRunningError as error:
+            if not self._settings.server.standby:
+                raise
+            return self._stand_by(error)
         except RefusedError:
             raise
         except VsqlSyncError as error:
@@ -103,6 +114,16 @@ class Supervisor:
         running = self._workers.running()
         troubles += [f"{chain}: its worker is not running" for chain in wanted if not running.get(chain)]
         self._not_ready = troubles
+        return ended
+
+    def _stand_by(self, why: AlreadyRunningError) -> list[str]:
+        """Run no worker until the lock is free; returns those that ended."""
+        said = [f"standing by: {why.message}"]
+        if self._not_ready != said:
+            _log.info("%s", said[0])
+        self._not_ready = said
+        ended = self._workers.sync([])
+        self._stop.wait(_STANDBY_SECONDS)
         return ended
 
     def _connect(self) -> Connection:
@@ -145,9 +166,10 @@ def _lock_service(connection: Connection, settings: Settings, role: Role) -> Non
             "SELECT pg_try_advisory_lock(%s)", (names.advisory_key(f"service {node}", role),)
         ).fetchone()
     if row is None or not row[0]:
-        raise RefusedError(
+        raise AlreadyRunningError(
             f"another {role} of node {node} is already running",
-            hint="stop it first (`syncctl daemon stop`, or the other container)",
+            hint="stop it first (`syncctl daemon stop`, or the other container), or let this one stand by:"
+            " server.standby = true",
         )
 
 
@@ -171,7 +193,11 @@ def first_connection(settings: Settings, role: Role) -> None:
                 hint="run `syncctl node init` first",
             )
         _require_privileges(connection, role)
-        _lock_service(connection, settings, role)
+        try:
+            _lock_service(connection, settings, role)
+        except AlreadyRunningError:
+            if not settings.server.standby:
+                raise
         # Now, and not when this session has ended at the server: the supervisor takes it on its own session.
         connection.execute("SELECT pg_advisory_unlock_all()")
 
