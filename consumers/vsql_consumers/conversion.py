@@ -5,7 +5,7 @@ Not here: which types may lose something (fitting.py), and the statements (state
 1. A value goes to a column of another type by way of its text: what the type's output function prints.
 2. Where the target's column may hold less, what came is compared with what would be stored, read back as
    the source's type. A value that comes back changed is an error of its row: what no smallint holds, or what
-   is too long.
+   is too long. Where a row is looked for, it finds none: none can have it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 from vsql_consumers import fitting
 from vsql_consumers.target import TargetColumn, TypeName
 
-_TEXT_OID, _CHAR_OID, _REGCLASS_OID = 25, 18, 2205
+_TEXT_OID, _VARCHAR_OID, _MONEY_OID = 25, 1043, 790
+_CHAR_OID, _REGCLASS_OID = 18, 2205
 # Types whose cast to text is not what their output function prints, and so not what a session of text sends:
 # boolean, bpchar, inet.
 _PRINTS = {16: "boolout", 1042: "bpcharout", 869: "inet_out"}
@@ -36,31 +37,49 @@ def convert(value: str, staged: TypeName, target: TypeName) -> str:
     return text if target.oid == _TEXT_OID else parsed(text, target)
 
 
-def hold(value: str, staged_value: str, staged: TypeName, source: TypeName, column: TargetColumn) -> str:
-    """`value`, converted from `staged_value`, if the column holds it as it came; else an error of its row.
+def hold(
+    value: str,
+    staged_value: str,
+    staged: TypeName,
+    source: TypeName,
+    column: TargetColumn,
+    *,
+    seek: bool,
+) -> str:
+    """`value`, converted from `staged_value`, if the column holds it as it came.
 
-    `source`: its type on the source; it is staged as this, or as text. The row's alias is `s`.
+    Else it is an error of its row, or with `seek`, where a row is looked for, NULL: it finds none. `source`:
+    its type on the source; it is staged as this, or as text. The row's alias is `s`.
     """
-    came = staged_value if staged.oid == source.oid else parsed(staged_value, source)
-    back = f"CAST({value} AS {column.exact})"
-    if fitting.is_text(source.oid) and fitting.rounds(column.type.oid):
-        came = value  # what its text says in the target's type, before that one's precision
-    elif fitting.is_number(source.oid) and source.oid != column.type.oid:
-        number = "numeric[]" if fitting.is_array(source.oid) else "numeric"
-        came = f"CAST(CAST({came} AS text) AS {number})"
-        back = f"CAST(CAST({back} AS text) AS {number})"
-    else:
-        if source.oid != column.type.oid:
-            # The blanks that char(n) is printed with are not what was stored.
-            text = fitting.is_text(column.type.oid)
-            back = parsed(f"CAST({back} AS text)" if text else printed(back, column.type), source)
-        if fitting.is_text(source.oid):
-            came, back = f'({came}) COLLATE "C"', f'({back}) COLLATE "C"'
-    never = f"CAST(CAST(CAST(s.k * 0 + 32768 AS int2) AS text) AS {column.type.sql})"
-    if fitting.is_length(column.type.oid, column.modifier):
+    came, back = _both(value, staged_value, staged, source, column)
+    if seek:
+        never = "NULL"
+    elif column.type.oid == _VARCHAR_OID and column.modifier != -1:
         # Too long to be assigned: that error says what it is.
         never = f"CAST(pg_catalog.rpad('', {column.modifier}, 'x') AS {column.type.sql})"
+    else:
+        never = f"CAST(CAST(CAST(s.k * 0 + 32768 AS int2) AS text) AS {column.type.sql})"
     return f"CASE WHEN {came} IS NOT DISTINCT FROM {back} THEN {value} ELSE {never} END"
+
+
+def _both(
+    value: str, staged_value: str, staged: TypeName, source: TypeName, column: TargetColumn
+) -> tuple[str, str]:
+    """What came and what would be stored, to be compared: exactly, but for what the types call equal."""
+    target, stored = column.type.oid, f"CAST({value} AS {column.exact})"
+    came = staged_value if staged.oid == source.oid else parsed(staged_value, source)
+    if source.oid == target and not fitting.is_text(target):
+        return came, stored
+    if fitting.is_number(source.oid):
+        number = "numeric[]" if fitting.is_array(source.oid) else "numeric"
+        text = stored if target == _MONEY_OID else f"CAST({stored} AS text)"
+        return f"CAST(CAST({came} AS text) AS {number})", f"CAST({text} AS {number})"
+    if fitting.is_time(source.oid) and fitting.is_time(target):
+        return came, parsed(printed(stored, column.type), source)
+    if fitting.rounds(target):
+        return value, stored  # what its text says in the target's type, before that one's precision
+    text = staged_value if staged.oid == _TEXT_OID else f"CAST({staged_value} AS text)"
+    return f'({text}) COLLATE "C"', f'CAST({stored} AS text) COLLATE "C"'
 
 
 def printed(value: str, type_: TypeName) -> str:

@@ -18,7 +18,9 @@ from __future__ import annotations
 _INT2, _INT4, _INT8, _FLOAT4, _FLOAT8, _NUMERIC = 21, 23, 20, 700, 701, 1700
 _DATE, _TIME, _TIMETZ, _TIMESTAMP, _TIMESTAMPTZ, _INTERVAL = 1082, 1083, 1266, 1114, 1184, 1186
 _TEXT, _VARCHAR, _BPCHAR, _NAME, _CHAR = 25, 1043, 1042, 19, 18
+_MONEY, _OID = 790, 26
 
+_INTEGERS = frozenset({_INT2, _INT4, _INT8})
 _NUMBERS = frozenset({_INT2, _INT4, _INT8, _FLOAT4, _FLOAT8, _NUMERIC})
 _SECONDS = frozenset({_TIME, _TIMETZ, _TIMESTAMP, _TIMESTAMPTZ})
 _TIMES = _SECONDS | {_DATE, _INTERVAL}
@@ -43,6 +45,7 @@ _ELEMENTS = {
 _HEADER = 4  # lengths and precisions are stored with the size of a varlena header
 _ANY_FIELDS = 0x7FFF
 _ANY_DIGITS = 0xFFFF
+_MOST_DIGITS = 6
 
 
 def holds(source: int, source_modifier: int, target: int, target_modifier: int) -> bool:
@@ -50,25 +53,28 @@ def holds(source: int, source_modifier: int, target: int, target_modifier: int) 
     if (source in _ELEMENTS) != (target in _ELEMENTS):
         return True  # its text says what it is
     source, target = _ELEMENTS.get(source, source), _ELEMENTS.get(target, target)
-    if source == _NAME and target != _NAME:
-        source, source_modifier = _TEXT, -1
     if source == target or (source in _STRINGS and target in _STRINGS):
         return _no_narrower(source, source_modifier, target, target_modifier)
-    if source in _STRINGS:
-        return target not in (_NAME, _CHAR) and (target_modifier == -1 or target not in _ROUNDING)
-    if (source, target) in _HELD:
-        return target_modifier == -1
-    return not any(source in family and target in family for family in (_NUMBERS, _TIMES))
+    if target in (_NAME, _CHAR):
+        return False
+    if target == _VARCHAR:
+        # Numbers and times do not end in blanks.
+        return target_modifier == -1 or source in _NUMBERS or source in _TIMES
+    if source in _NUMBERS and target in (_MONEY, _OID):
+        return False
+    if target_modifier != -1 and target in _ROUNDING:
+        return False
+    # The input of integers takes no fraction.
+    return (
+        (source, target) in _HELD
+        or target in _INTEGERS
+        or not any(source in family and target in family for family in (_NUMBERS, _TIMES))
+    )
 
 
 def is_number(type_oid: int) -> bool:
     """Whether values of a type, or of an array of it, are numbers."""
     return _ELEMENTS.get(type_oid, type_oid) in _NUMBERS
-
-
-def is_length(type_oid: int, modifier: int) -> bool:
-    """Whether a modifier is the length of a string, and four."""
-    return type_oid in (_VARCHAR, _BPCHAR) and modifier != -1
 
 
 def is_time(type_oid: int) -> bool:
@@ -93,19 +99,17 @@ def is_text(type_oid: int) -> bool:
 
 def _no_narrower(source: int, have: int, target: int, need: int) -> bool:
     """Two types of one family; `need` is the target's modifier."""
-    if need == -1:
-        return target != _BPCHAR or source == target
-    if (source, have) == (target, need):
+    if need == -1 or (source, have) == (target, need):
         return True
     if target == _NUMERIC:
         return have != -1 and _scale(need) >= _scale(have)
     if target in _SECONDS:
-        return have != -1 and need >= have
+        return need >= (_MOST_DIGITS if have == -1 else have)
     if target == _INTERVAL:
-        return have != -1 and need >> 16 == _ANY_FIELDS and _digits(need) >= _digits(have)
-    if target in _STRINGS:
-        # Blanks at the end of a longer value are cut without an error.
-        return have != -1 and need >= have and target in (source, _VARCHAR)
+        return need >> 16 == _ANY_FIELDS and _digits(need) >= (_MOST_DIGITS if have == -1 else _digits(have))
+    if target == _VARCHAR:
+        # Blanks at the end of a longer value are cut without an error; those of char(n) mean nothing.
+        return source == _BPCHAR or (have != -1 and need >= have)
     return True
 
 
@@ -116,4 +120,4 @@ def _scale(modifier: int) -> int:
 
 def _digits(modifier: int) -> int:
     digits = modifier & _ANY_DIGITS
-    return 6 if digits == _ANY_DIGITS else digits
+    return _MOST_DIGITS if digits == _ANY_DIGITS else digits

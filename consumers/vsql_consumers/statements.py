@@ -146,23 +146,24 @@ class Plan:
             )
         return source
 
-    def value(self, n: int, layout: Layout, side: str = NEW) -> str:
-        """A staged value as the target's type, to be assigned or compared."""
+    def value(self, n: int, layout: Layout, side: str = NEW, *, seek: bool = False) -> str:
+        """A staged value as the target's type, to be assigned; with `seek` to be compared."""
         staged, target = self.staged_type(n, layout), self.columns[n].type
         source = f"(s.{side}_{packed.group(n)}).{side}{n}" if self.wide else f"s.{side}{n}"
         value = conversion.convert(source, staged, target)
-        came, column = self.types[n], self.columns[n]
-        if came is None or self._holds(n):
+        if self._holds(n):
             return value
-        return conversion.hold(value, source, staged, came, column)
+        return conversion.hold(value, source, staged, self._source(n), self.columns[n], seek=seek)
+
+    def _source(self, n: int) -> TypeName:
+        """A column's type on the source; one that is not here can only come as text."""
+        return self.types[n] or TypeName(_TEXT_OID, "text")
 
     def _holds(self, n: int) -> bool:
         """Whether the target's column takes every value of the source's as it is."""
-        source, column = self.types[n], self.columns[n]
-        if source is None:
-            return True  # by its text alone
-        have = self.relation.columns[n].typmod
-        return fitting.holds(source.oid, have, column.type.oid, column.modifier)
+        known, column = self.types[n] is not None, self.columns[n]
+        have = self.relation.columns[n].typmod if known else -1
+        return fitting.holds(self._source(n).oid, have, column.type.oid, column.modifier)
 
     # Parts of statements
 
@@ -179,7 +180,7 @@ class Plan:
         """T is the row whose key was staged."""
         tests = []
         for n in self.key:
-            value = self.value(n, layout, side)
+            value = self.value(n, layout, side, seek=True)
             place = self._in_index(n)
             operator = "OPERATOR(pg_catalog.=)"
             if self.index is not None and place is not None:
@@ -214,7 +215,7 @@ class Plan:
         """
         tests = []
         for n in self.written:
-            column, value = self.columns[n], self.value(n, layout, side)
+            column, value = self.columns[n], self.value(n, layout, side, seek=True)
             if not column.comparable:
                 tests.append(self._same_text(n, value))
             elif n in nulls:
@@ -229,7 +230,7 @@ class Plan:
         written = [(n, self.columns[n].type.sql) for n in self.written]
         rows = [
             ", ".join(f"CAST(t.{self.column(n)} AS {type_})" for n, type_ in written),
-            ", ".join(f"CAST({self.value(n, layout, side)} AS {type_})" for n, type_ in written),
+            ", ".join(f"CAST({self.value(n, layout, side, seek=True)} AS {type_})" for n, type_ in written),
         ]
         # Without the casts this would be the grammar's comparison of two rows, column by column.
         return f"CAST(ROW({rows[0]}) AS record) OPERATOR(pg_catalog.*=) CAST(ROW({rows[1]}) AS record)"
@@ -279,7 +280,7 @@ class Plan:
                 return self.replace(stage, where, found, layout, unchanged)
             pairs = [f"{quoted(touched.name)} = t.{quoted(touched.name)}"]
         found += "".join(
-            f" AND {self._stored(n)} IS NOT DISTINCT FROM {self.value(n, layout)}" for n in always
+            f" AND {self._stored(n)} IS NOT DISTINCT FROM {self.value(n, layout, seek=True)}" for n in always
         )
         return f"UPDATE {self.table} t SET {', '.join(pairs)} FROM {stage} s WHERE {where} AND {found}"
 

@@ -76,6 +76,7 @@ def require_none(conn: Connection, publication: str) -> None:
     """Raise DatabaseError when the publication was changed behind our back; note the leaves there are now."""
     publication_leaves.remember(conn, publication)
     with errors("looking at the publication"):
+        conn.execute("SELECT vsql_sync.anchor_marks()")
         kind = conn.execute(_KIND, (publication,)).fetchone()
         pairs = [_Pair(*row) for row in conn.execute(_BOTH, {"name": publication})]
         differing = conn.execute(_IDENTITIES, (publication,)).fetchall()

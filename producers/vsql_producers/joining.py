@@ -18,7 +18,13 @@ import json
 from collections.abc import Iterable
 
 from vsql_shared import lsn, names
-from vsql_shared.audit.entries import COPY_FINISHED, EPOCH_OPENED, canonical_json
+from vsql_shared.audit.entries import (
+    COPY_FINISHED,
+    EPOCH_OPENED,
+    REPLICATION_BATCH,
+    AuditEntry,
+    canonical_json,
+)
 from vsql_shared.audit.rows import parse
 from vsql_shared.changes import SIGNALS
 from vsql_shared.errors import TransientError
@@ -73,28 +79,42 @@ def require_named(conn: Connection, live_chain: str, target: str) -> None:
         )
 
 
-def uncovered(conn: Connection, chain: str, target: str, sequence: int) -> str:
-    """Why the target's first copy does not cover our manifest `sequence`; '' when it does."""
+def uncovered(conn: Connection, chain: str, target: str, acked: int, sequence: int) -> str | None:
+    """Why the target's first copy does not cover our manifests behind `acked` up to `sequence`.
+
+    '' when it does; None when that cannot be said yet, because our table lacks the end of the copy: its
+    reader may have it from Kafka before.
+    """
     publication, origin = names.live_chain_of(chain).split(".")
     copy = names.copy_chain(publication, origin, target)
     said = f"target {target} says its first copy covers our manifest {sequence}, "
     if chain == copy:
         return said + "which is of that copy"
     with errors("reading the first copy's end"):
-        rows = conn.execute(
+        end = conn.execute(
             "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND event_type = %s"
-            " UNION ALL SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND sequence = %s",
-            (copy, COPY_FINISHED, chain, sequence),
+            " ORDER BY sequence DESC LIMIT 1",
+            (copy, COPY_FINISHED),
+        ).fetchone()
+        manifests = conn.execute(
+            "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND sequence > %s"
+            " AND sequence <= %s AND event_type = %s ORDER BY sequence",
+            (chain, acked, sequence, REPLICATION_BATCH),
         ).fetchall()
-    *copies, manifest = (parse(bytes(row[0])).entry for row in rows)
-    if not copies:
-        return said + "but that copy is not finished"
-    copied = {
-        name: lsn.parse(table["lsn"]) for name, table in json.loads(copies[-1].detail)["tables"].items()
-    }
-    missing = set(manifest.tables_affected) - _NO_TABLES - copied.keys()
-    if missing:
-        return said + f"which changes {', '.join(sorted(missing))}: the copy has no such table"
-    if manifest.batch_lsn_end > min(copied.values(), default=0):
-        return said + f"which ends at {lsn.text(manifest.batch_lsn_end)}, beyond the copy"
+    if end is None:
+        return None
+    tables = json.loads(parse(bytes(end[0])).entry.detail)["tables"]
+    copied = {name: lsn.parse(table["lsn"]) for name, table in tables.items() if name not in _NO_TABLES}
+    last: AuditEntry | None = None
+    for (document,) in manifests:
+        last = parse(bytes(document)).entry
+        missing = set(last.tables_affected) - _NO_TABLES - copied.keys()
+        if missing:
+            return (
+                said + f"manifest {last.sequence} changes {', '.join(sorted(missing))}: the copy has it not"
+            )
+    if last is None or last.sequence != sequence or last.continues:
+        return said + "which ends no batch"
+    if last.batch_lsn_end > min(copied.values(), default=0):
+        return said + f"which ends at {lsn.text(last.batch_lsn_end)}, beyond the copy"
     return ""

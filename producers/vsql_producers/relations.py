@@ -79,6 +79,10 @@ class Scope(NamedTuple):
     via_leaf: bool = False
     renamed: Mapping[TableName, Mapping[str, str]] = {}
     """Listed columns that have another name than when they were listed: old → present one."""
+    family: frozenset[TableName] = frozenset()
+    """Tables that are marked, or a relative of which is."""
+    marks: frozenset[tuple[str, str, str]] = frozenset()
+    """All marks: schema, table, column."""
 
 
 def load_scope(conn: Connection, publication: str) -> Scope:
@@ -88,7 +92,8 @@ def load_scope(conn: Connection, publication: str) -> Scope:
             "SELECT via_leaf FROM vsql_sync.publications WHERE name = %s", (publication,)
         ).fetchone()
         tables = conn.execute(
-            "SELECT table_schema, table_name, columns, added_columns, decided FROM vsql_sync.published_tables"
+            "SELECT table_schema, table_name, columns, added_columns, decided, present"
+            " FROM vsql_sync.published_tables"
             " WHERE publication = %s",
             (publication,),
         ).fetchall()
@@ -110,15 +115,28 @@ def load_scope(conn: Connection, publication: str) -> Scope:
         columns,
         _by_table((s, t, c) for s, t, c, _ in ours),
         _by_table((s, t, c) for s, t, c, later in ours if later),
-        _by_table((s, t, column) for s, t, _, added, _ in tables for column in added),
+        _by_table((s, t, column) for s, t, _, added, *_ in tables for column in added),
         leaves,
         there[0],
-        {TableName(s, t): _renamed(before, now) for s, t, now, _, before in tables if now != before},
+        {
+            TableName(s, t): _renamed(before, now, present)
+            for s, t, now, _, before, present in tables
+            if now != before
+        },
+        frozenset(TableName(s, t) for s, t, *_ in marked),
+        _read_marks(conn),
     )
 
 
-def _renamed(before: Sequence[str], now: Sequence[str]) -> dict[str, str]:
-    return {old: new for old, new in zip(before, now, strict=True) if old != new}
+def _renamed(before: Sequence[str], now: Sequence[str], present: Sequence[str]) -> dict[str, str]:
+    """Old names; one that another column bears by now is that one's: it may be the one that is left out."""
+    return {old: new for old, new in zip(before, now, strict=True) if old != new and old not in present}
+
+
+def _read_marks(conn: Connection) -> frozenset[tuple[str, str, str]]:
+    with errors("reading the PCI marks"):
+        rows = conn.execute("SELECT table_schema, table_name, column_name FROM vsql_sync.pci_marks")
+        return frozenset(rows.fetchall())
 
 
 def _by_table(rows: Iterable[tuple[str, str, str]]) -> dict[TableName, frozenset[str]]:
@@ -217,15 +235,17 @@ class Describer:
         known = self._known.get(message.relation_id)
         if known is not None and known[:3] == (message, columns, made_by):
             return known[3]
-        descriptor = describe(
-            name,
-            message.replica_identity,
-            columns,
-            self._scope,
-            self._random(16),
-            made_by,
-            self._past_names(name, columns),
-        )
+        past = self._past_names(name, columns)
+        try:
+            descriptor = describe(
+                name, message.replica_identity, columns, self._scope, self._random(16), made_by, past
+            )
+        except DatabaseError:
+            if load_scope(self._conn, self._publication).renamed != self._scope.renamed:
+                raise ScopeChanged(
+                    f"a column of {name} was renamed", hint="the stream goes on with it"
+                ) from None
+            raise
         self._known[message.relation_id] = (message, columns, made_by, descriptor)
         return descriptor
 
@@ -234,9 +254,9 @@ class Describer:
 
         Raises ScopeChanged when the marks are others than at the epoch's start: they follow a rename.
         """
-        if not marks_of(self._scope, name):
+        if name not in self._scope.family:
             return frozenset()
-        if load_scope(self._conn, self._publication).pci != self._scope.pci:
+        if _read_marks(self._conn) != self._scope.marks:
             raise ScopeChanged(
                 f"a marked column of {name} was renamed, or another one marked",
                 hint="the stream goes on with it",

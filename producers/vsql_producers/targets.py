@@ -42,6 +42,8 @@ _POLL_SECONDS = 0.25
 _REFRESH_SECONDS = 5.0
 # Records taken at a look, in portions: a target that was away for long is caught up with in minutes.
 _PORTION, _PORTIONS = 500, 8
+_DOUBT_CHARACTERS = 300
+"""Of what is said of a record that is not the target's: its texts may be anybody's."""
 _COUNTED = frozenset({BATCH_APPLIED, BATCH_SKIPPED, BATCH_COVERED})
 
 
@@ -202,9 +204,9 @@ class Targets:
     def _doubt(self, target: Target, problem: str) -> None:
         if target.doubt:
             return  # one line until its next entry: anybody can send many
-        target.doubt = problem
+        target.doubt = problem[:_DOUBT_CHARACTERS]
         _log.warning(
-            "passed over a record in the acknowledgements of target %s: %s", target.name, problem,
+            "passed over a record in the acknowledgements of target %s: %s", target.name, target.doubt,
             extra={"target": target.name},
         )  # fmt: skip
 
@@ -241,10 +243,15 @@ class Targets:
         done: AuditEntry | None = None
         # Beyond our table's end: Kafka had our manifest, and so its reader, before the table did.
         while target.waiting and target.waiting[0].ref_sequence <= last:
-            entry = target.waiting.pop(0)
-            problem = _compare(entry, ours.get(entry.ref_sequence))
+            entry = target.waiting[0]
+            problem: str | None = _compare(entry, ours.get(entry.ref_sequence))
             if not problem and entry.event_type == BATCH_COVERED:
-                problem = uncovered(self._conn, self._chain, target.name, entry.ref_sequence)
+                problem = uncovered(
+                    self._conn, self._chain, target.name, target.acked_sequence, entry.ref_sequence
+                )
+                if problem is None:
+                    break  # looked at again with the next poll
+            del target.waiting[0]
             if problem:
                 self._mark(target, problem)
                 target.waiting.clear()

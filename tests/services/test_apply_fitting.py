@@ -31,7 +31,12 @@ NARROWER = [
     ("interval", "interval day", "3 days", "3 days 01:00"),
     ("text", "varchar(3)", "abc", "abc "),
     ("varchar(5)", "varchar(3)", "abc", "abc "),
-    ("text", "char(3)", "ab", "ab "),
+    ("int", '"char"', "7", "123"),
+    ("public.mood", '"char"', "b", "ab"),
+    ("json", "varchar(3)", "[] ", "[]  "),
+    ("jsonb", "name", "1", '"' + "n" * 63 + '"'),
+    ("numeric", "money", "1.25", "1.239"),
+    ("int", "oid", "1", "-1"),
     ("text", "name", "n", "n" * 64),
     ("text", "numeric(12,2)", "1.5", "1.234"),
     ("varchar", "timestamptz(0)", "2026-01-01", "2026-01-01 00:00:01.5"),
@@ -39,7 +44,8 @@ NARROWER = [
     ("numeric[]", "float8[]", "{0.1}", "{0.1,0.1234567890123456789}"),
     ("timestamptz[]", "timestamptz(0)[]", "{2026-01-01}", "{2026-01-01,2026-01-01 00:00:01.5+00}"),
 ]
-DOMAINS = "CREATE DOMAIN public.amount AS numeric(12,4); CREATE DOMAIN public.cents AS numeric(12,2);"
+DOMAINS = """CREATE TYPE public.mood AS ENUM ('b', 'ab');
+CREATE DOMAIN public.amount AS numeric(12,4); CREATE DOMAIN public.cents AS numeric(12,2);"""
 
 
 @pytest.fixture
@@ -125,8 +131,12 @@ def test_whatever_is_said_to_be_held_comes_back_as_it_came(make_pair: MakePair, 
         (source[0], target[1], target[2])
         for source, target in product(known, repeat=2)
         if fitting.holds(*source[3:], *target[3:])
-        # A string that becomes a number or a time is what its text says there.
-        and not (fitting.is_text(source[3]) and (fitting.is_number(target[3]) or fitting.is_time(target[3])))
+        # A string that becomes a number or a time is what its text says there; char(n) has no blanks.
+        and not (
+            fitting.is_text(source[3])
+            and (fitting.is_number(target[3]) or fitting.is_time(target[3]) or target[3] in (1042, 1014))
+            and source[3] != target[3]
+        )
     ]
     assert len(known) < len(held) < len(known) ** 2
     values = [f'{{"{value}"}}' for value in VALUES] if suffix else VALUES
@@ -136,3 +146,18 @@ def test_whatever_is_said_to_be_held_comes_back_as_it_came(make_pair: MakePair, 
         (*map(list, zip(*held, strict=True)), values),
     ).fetchall()
     assert found == []
+
+
+@pytest.mark.parametrize("identity", ["DEFAULT", "FULL"])
+def test_a_row_that_cannot_be_here_is_not_found(make_pair: MakePair, identity: str) -> None:
+    """One that was refused and skipped can still be changed and deleted at the source."""
+    pair = make_pair()
+    table = "CREATE TABLE public.t (id numeric({}) PRIMARY KEY, v text); ALTER TABLE t REPLICA IDENTITY "
+    pair.tables(table.format("12,4") + identity, table.format("12,2") + identity)
+    pair.do("INSERT INTO t VALUES (1.23, 'fits'), (2, 'fits')")
+    pair.carry()
+    pair.do("INSERT INTO t VALUES (1.2345, 'does not')")
+    pair.source.batches()  # skipped
+    pair.do("DELETE FROM t WHERE id = 1.2345")
+    assert pair.carry() == [{"missing": 1}]
+    assert pair.target.execute("SELECT id::text FROM t ORDER BY 1").fetchall() == [("1.23",), ("2.00",)]

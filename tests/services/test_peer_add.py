@@ -343,24 +343,46 @@ def test_an_origin_added_by_its_key_finds_filled_or_missing_tables(pair: Pair) -
 
 
 def test_keys_that_ended_are_pinned_as_ended(pair: Pair) -> None:
-    """By the origin's database: with its time, or up to what was seen. By a file: up to now."""
-    pair.a.execute(
-        "INSERT INTO vsql_sync.signers"
-        " (fingerprint, node_name, public_key, retired_at, revoked_at, trusted_to) VALUES"
-        " ('SHA256:r', 'node-a', decode(repeat('01', 32), 'hex'), '2020-01-01Z', NULL, '{}'),"
-        " ('SHA256:s', 'node-a', decode(repeat('02', 32), 'hex'), NULL, now(), '{\"pub.node-a\": 7}'),"
-        " ('SHA256:f', 'node-a', decode(repeat('03', 32), 'hex'), '2999-01-01Z', NULL, '{}')"
+    """With their time, or up to what was seen; never beyond now."""
+    keys = [bytes([number] * 32) for number in (1, 2, 3)]
+    prints = [fingerprint(key) for key in keys]
+    ends = (
+        ("2020-01-01Z", None, "{}"),
+        (None, "2021-01-01Z", '{"pub.node-a": 7}'),
+        ("2999-01-01Z", None, "{}"),
     )
+    for key, print_, end in zip(keys, prints, ends, strict=True):
+        pair.a.execute(
+            "INSERT INTO vsql_sync.signers (fingerprint, node_name, public_key, retired_at, revoked_at,"
+            " trusted_to) VALUES (%s, 'node-a', %s, %s, %s, %s)",
+            (print_, key, *end),
+        )
     plan = peers.look(pair.a, pair.b, REQUEST)
-    assert [key.fingerprint for key in plan.former] == ["SHA256:f", "SHA256:r", "SHA256:s"]
+    assert {key.fingerprint for key in plan.former} == set(prints)
     peers.add(pair.a, pair.b, plan)
     found = pair.b.execute(
         "SELECT fingerprint, retired_at = '2020-01-01Z', retired_at <= now(), revoked_at IS NOT NULL,"
-        " trusted_to FROM vsql_sync.signers WHERE fingerprint LIKE 'SHA256:_' ORDER BY 1"
+        " trusted_to FROM vsql_sync.signers WHERE fingerprint = ANY (%s) ORDER BY retired_at",
+        (prints,),
     ).fetchall()
     assert found == [
-        ("SHA256:f", False, True, False, {}),
-        ("SHA256:r", True, True, False, {}),
-        ("SHA256:s", None, None, True, {"pub.node-a": 7}),
+        (prints[0], True, True, False, {}),
+        (prints[2], False, True, False, {}),
+        (prints[1], None, None, True, {"pub.node-a": 7}),
     ]
     assert peers.look(pair.a, pair.b, REQUEST).former == ()
+
+
+def test_a_key_that_has_ended_is_not_given_to_a_new_peer_as_the_present_one(pair: Pair) -> None:
+    pair.a.execute("UPDATE vsql_sync.signers SET revoked_at = now() WHERE node_name = 'node-a'")
+    with pytest.raises(RefusedError, match="was retired or revoked there"):
+        peers.look(pair.a, pair.b, REQUEST)
+    pair.a.execute("UPDATE vsql_sync.signers SET revoked_at = NULL, fingerprint = 'SHA256:x' || fingerprint")
+    pair.a.execute(
+        "INSERT INTO vsql_sync.signers (fingerprint, node_name, public_key, retired_at)"
+        " VALUES ('SHA256:altered', 'node-a', decode(repeat('01', 32), 'hex'), now())"
+    )
+    plan = peers.look(pair.a, pair.b, REQUEST)
+    with pytest.raises(RefusedError, match="does not have the fingerprint beside it"):
+        peers.add(pair.a, pair.b, plan)
+    assert pair.streams(pair.b) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -197,16 +198,26 @@ def _former(node: str, files: Sequence[Path]) -> tuple[PinnedKey, ...]:
     return tuple(PinnedKey(node, key, fingerprint(key), revoked=False, retired_at=now) for key in keys)
 
 
+def _end(key: PinnedKey) -> str:
+    """Up to where a former key is believed."""
+    if key.revoked:
+        known = ", ".join(f"{chain} up to {sequence}" for chain, sequence in sorted(key.trusted_to.items()))
+        return f"REVOKED, believed for {known or 'nothing'}"
+    at = datetime.fromtimestamp((key.retired_at or 0) / 1e6, UTC)
+    return f"retired, believed until {at.isoformat(' ', 'seconds')}"
+
+
 def _agree(
     here: NodeInfo, peer: NodeInfo, former: Sequence[PinnedKey], told: Sequence[str], *, yes: bool
 ) -> None:
     """Trust keys only when the operator says so: by their fingerprints, by an answer, or by --yes."""
     shown = [key.fingerprint for key in former]
     if told:
-        wanted = {peer.key_fingerprint or "none", *shown}
+        wanted = {peer.key_fingerprint, *shown}
         if wanted != set(told):
             raise RefusedError(
-                f"the keys are {', '.join(sorted(wanted))}; --fingerprint says {', '.join(told)}",
+                f"the keys are {', '.join(one or 'none' for one in wanted)};"
+                f" --fingerprint says {', '.join(told)}",
                 hint=f"{peer.key_fingerprint or 'none'} is the key of {peer.name}"
                 + "".join(f", {one} of {key.node} before" for one, key in zip(shown, former, strict=True))
                 + "; do not go on before their operators have confirmed each; nothing was changed",
@@ -216,7 +227,7 @@ def _agree(
         f"key of {here.name} (this node): {here.key_fingerprint or 'none (unsigned)'}",
         f"key of {peer.name} (peer):      {peer.key_fingerprint or 'none (unsigned)'}",
     ]
-    lines += [f"former key of {key.node}:   {one}" for one, key in zip(shown, former, strict=True)]
+    lines += [f"former key of {key.node}, {_end(key)}: {key.fingerprint}" for key in former]
     click.echo("\n".join(lines), err=True)
     where = "`syncctl key show-public`" + (" and `syncctl key inventory`" if former else "")
     confirm(f"Are these the keys both operators see in {where}?", yes=yes)

@@ -249,6 +249,8 @@ class ChainReader:
         # 2. The signature, by a key pinned for this chain's writer (forged or altered entries).
         payload = verify_document(self._trust, self.writer_node, document, AUDIT_ENTRY, signed_place)
         entry = AuditEntry.decode(payload)
+        if entry.sequence > self.head.sequence:
+            self._trust.require_not_followed(self.writer_node, document.signer, self.head.event_timestamp)
         # 3. Not a genuine entry of another cluster with equal names, nor in another node's name (replay).
         if entry.cluster != self.cluster:
             raise ChainError(

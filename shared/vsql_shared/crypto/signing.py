@@ -245,6 +245,18 @@ class TrustStore:
         if pin.revoked or pin.retired_at is not None:
             _check_counted(pin, signed() if signed is not None else None)
 
+    def require_not_followed(self, node: str, signer: str, head_at: int) -> None:
+        """Raise KeyEndedError when a chain has passed a retired key's end already; `head_at`: µs since 1970.
+
+        Its owner could sign for then, dated back, what a key that followed has not.
+        """
+        pin = self._pins.get((node, signer))
+        if pin is not None and pin.retired_at is not None and head_at > pin.retired_at:
+            raise KeyEndedError(
+                f"signed by the retired key {pin.fingerprint} of node {pin.node}, behind entries of later",
+                hint="find out who has that key",
+            )
+
     def _check_unsigned(self, node: str) -> None:
         if any(pin.node == node for pin in self._pins.values()):
             raise SignatureError(f"node {node} has a pinned key and this document is unsigned")
@@ -257,9 +269,11 @@ class TrustStore:
     def _unknown(self, node: str, signer: str) -> SignatureError:
         owners = sorted({pin.node for pin in self._pins.values() if pin.fingerprint == signer})
         if owners:
-            return SignatureError(f"expected a key of node {node}, not of {', '.join(owners)}: {signer}")
+            return SignatureError(
+                f"expected a key of node {node}, not of {', '.join(owners)}: {signer[:100]}"
+            )
         return SignatureError(
-            f"signer {signer!r} is not pinned for node {node}",
+            f"signer {signer[:100]!r} is not pinned for node {node}",
             hint="compare its fingerprint with the node's operator, then `syncctl node add-peer`",
         )
 

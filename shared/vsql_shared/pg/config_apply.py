@@ -120,15 +120,25 @@ def _plan_peers(conn: Connection, settings: Settings) -> Iterator[Change]:
             (peer.node_name, planned.peer.key_fingerprint),
         ).fetchone()
         if new or pinned is None:
-            shown = planned.peer.key_fingerprint or "unsigned"
+            shown = _keys(planned)
             detail = f"key {shown}" + (f", streams {', '.join(new)}" if new else "")
             yield Change("peer", peer.node_name, "add", detail, shown, planned.notes)
+
+
+def _keys(planned: peers.PeerPlan) -> str:
+    """The keys that would be pinned: the peer's, and those of both that have ended."""
+    shown = [planned.peer.key_fingerprint or "unsigned"]
+    shown += [
+        f"{key.fingerprint} of {key.node} ({'revoked' if key.revoked else 'retired'})"
+        for key in planned.former
+    ]
+    return ", ".join(shown)
 
 
 def _add_peer(conn: Connection, settings: Settings, peer: PeerSettings, change: Change) -> None:
     with _open(peer) as other:
         planned = peers.look(conn, other, _peer_request(settings, peer))
-        shown = planned.peer.key_fingerprint or "unsigned"
+        shown = _keys(planned)
         if shown != change.fingerprint:
             raise RefusedError(
                 f"peer {peer.node_name} shows key {shown}, a moment ago it was {change.fingerprint}",

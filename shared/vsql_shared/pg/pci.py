@@ -14,18 +14,6 @@ from vsql_shared.pg import catalog, oplog, publication_leaves
 from vsql_shared.pg.catalog import TableInfo
 from vsql_shared.pg.connect import Connection
 
-# The same name again: the mark moves only if the column it was made for is gone.
-_MARK = """
-INSERT INTO vsql_sync.pci_columns AS p (table_schema, table_name, column_name, table_oid, attnum)
-SELECT %(schema)s, %(table)s, %(column)s::text, a.attrelid, a.attnum FROM pg_catalog.pg_attribute a
- WHERE a.attrelid = pg_catalog.format('%%I.%%I', %(schema)s::text, %(table)s::text)::regclass
-   AND a.attname = %(column)s::text
-ON CONFLICT (table_schema, table_name, column_name)
-DO UPDATE SET table_oid = excluded.table_oid, attnum = excluded.attnum
- WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_attribute o
-    WHERE o.attrelid = p.table_oid AND o.attnum = p.attnum AND NOT o.attisdropped)
-"""
-
 
 def mark(conn: Connection, columns: Iterable[tuple[TableName, str]]) -> int:
     """Mark columns as PCI data; returns how many are newly marked. Inside the caller's transaction."""
@@ -35,12 +23,14 @@ def mark(conn: Connection, columns: Iterable[tuple[TableName, str]]) -> int:
         if table is None or column not in table.column_names:
             raise RefusedError(f"there is no column {name}.{quote_ident(column)}", hint="check the spelling")
         new = conn.execute(
-            _MARK,
-            {"schema": name.schema, "table": name.table, "column": column},
+            "INSERT INTO vsql_sync.pci_columns (table_schema, table_name, column_name) VALUES (%s, %s, %s)"
+            " ON CONFLICT DO NOTHING",
+            (*name, column),
         ).rowcount
         if new:
             oplog.record(conn, "pci.mark", "column", f"{name}.{quote_ident(column)}")
         added += new
+    conn.execute("SELECT vsql_sync.anchor_marks()")
     return added
 
 

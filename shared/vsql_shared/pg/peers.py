@@ -85,7 +85,7 @@ class PeerPlan:
     publications: tuple[PublicationInfo, ...]
     streams: tuple[Stream, ...]
     former: tuple[PinnedKey, ...]
-    """The origin's keys that have ended and the peer does not know: its chain's beginning is signed so."""
+    """Keys of both that have ended and the other does not know: chains begin with what they signed."""
     notes: tuple[str, ...]
     """What is worth knowing and does not stop anything."""
 
@@ -115,9 +115,20 @@ def look(origin: Connection, peer: Connection, request: PeerRequest) -> PeerPlan
         raise RefusedError(f"peer {there.name} is refused, nothing was changed:\n  {lines}")
     if not chosen:
         notes.append(f"node {here.name} has no publication: only the keys are exchanged")
-    known = {key.fingerprint for key in signers.load(peer, here.name)}
-    former = tuple(key for key in signers.former(origin, here.name) if key.fingerprint not in known)
+    former = (*_former(origin, peer, here), *_former(peer, origin, there))
     return PeerPlan(here, there, tuple(chosen), streams, former, tuple(notes))
+
+
+def _former(owner: Connection, other: Connection, node: NodeInfo) -> list[PinnedKey]:
+    """A node's keys that have ended and `other` does not know. Raises RefusedError if its present one has."""
+    ended = signers.former(owner, node.name)
+    if node.key_fingerprint in {key.fingerprint for key in ended}:
+        raise RefusedError(
+            f"key {node.key_fingerprint} of node {node.name} was retired or revoked there",
+            hint="make a new key, and repeat `syncctl node init` there",
+        )
+    known = {key.fingerprint for key in signers.load(other, node.name)}
+    return [key for key in ended if key.fingerprint not in known]
 
 
 def _require_built(request: PeerRequest) -> None:
@@ -136,7 +147,7 @@ def add(origin: Connection, peer: Connection, plan: PeerPlan) -> None:
     # The inner context ends first: the peer commits before the origin.
     with errors(f"adding peer {plan.peer.name}"), origin.transaction(), peer.transaction():
         nodes.register_peer(peer, replace(plan.origin, mode="uni-directional"))
-        signers.adopt(peer, plan.former)
+        signers.adopt(peer, [key for key in plan.former if key.node == plan.origin.name])
         write_incoming(peer, plan.streams)
         roles.grant_target(peer, targets)
         names_there = sequences.target_names(origin, peer, [one.name for one in plan.publications])
@@ -145,6 +156,7 @@ def add(origin: Connection, peer: Connection, plan: PeerPlan) -> None:
             peer, "peer.add", "node", plan.origin.name, new=_as_json(plan.origin, plan.streams, "in")
         )
         nodes.register_peer(origin, plan.peer)
+        signers.adopt(origin, [key for key in plan.former if key.node == plan.peer.name])
         write_outgoing(origin, plan.streams)
         for publication in plan.publications:
             # Partitions may have been made since; the first copy reads them.

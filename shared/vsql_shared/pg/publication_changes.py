@@ -19,6 +19,27 @@ from vsql_shared.pg import catalog, nodes, oplog, pci, publications
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.pg.publications import PublicationInfo, PublishedTable
 
+# Columns that were renamed keep the names they were decided under: the WAL may still have those.
+_CHANGED = """
+UPDATE vsql_sync.publication_tables t SET
+    columns = CASE WHEN %(present)s::text[] IS NOT NULL THEN ARRAY(
+        SELECT coalesce(known.decided, u.name)
+        FROM unnest(%(present)s::text[]) WITH ORDINALITY u (name, place)
+        LEFT JOIN ROWS FROM (unnest(v.decided), unnest(v.columns)) known (decided, name) USING (name)
+        ORDER BY u.place) END,
+    attnums = CASE WHEN %(present)s::text[] IS NOT NULL THEN ARRAY(
+        SELECT a.attnum FROM unnest(%(present)s::text[]) WITH ORDINALITY u (name, place)
+        JOIN pg_catalog.pg_attribute a ON a.attrelid = r.oid AND a.attname = u.name AND NOT a.attisdropped
+        ORDER BY u.place) END,
+    added_columns = t.added_columns || %(column)s::text, row_filter = %(where)s, table_oid = r.oid,
+    filter_tree = (SELECT f.tree FROM vsql_sync.publication_filters f
+        WHERE f.publication = t.publication AND f.table_oid = r.oid)
+FROM vsql_sync.published_tables v, pg_catalog.pg_class r
+WHERE (t.publication, t.table_schema, t.table_name) = (%(publication)s, %(schema)s, %(table)s)
+  AND (v.publication, v.table_schema, v.table_name) = (t.publication, t.table_schema, t.table_name)
+  AND r.oid = pg_catalog.to_regclass(pg_catalog.format('%%I.%%I', t.table_schema, t.table_name))
+"""
+
 
 def add_column(conn: Connection, name: str, table: TableName, column: str) -> None:
     """Let a column travel from now on; also one that was taken out of PostgreSQL's publication without us."""
@@ -115,14 +136,9 @@ def _write(conn: Connection, before: PublicationInfo, changed: PublishedTable, c
             sql.Identifier(before.name), publications.tables_sql(tables)
         )
     )
-    columns = None if changed.columns is None else list(changed.columns)
-    conn.execute(
-        "UPDATE vsql_sync.publication_tables SET columns = %s, added_columns = added_columns || %s::text,"
-        " row_filter = %s, table_oid = NULL"
-        " WHERE (publication, table_schema, table_name) = (%s, %s, %s)",
-        (columns, column, changed.where, before.name, *changed.name),
-    )
-    conn.execute("SELECT vsql_sync.note_places(%s)", (before.name,))
+    present = None if changed.columns is None else list(changed.columns)
+    names = {"publication": before.name, "schema": changed.name.schema, "table": changed.name.table}
+    conn.execute(_CHANGED, {**names, "present": present, "where": changed.where, "column": column})
     publications.grant_reading(conn, replace(before, tables=tables))
     what = f"{changed.name}.{quote_ident(column)}"
     oplog.record(conn, "publication.add-column", "publication", before.name, new={"column": what})

@@ -16,7 +16,7 @@ from psycopg.types.json import Jsonb
 
 from vsql_shared.audit.chain import writer_of
 from vsql_shared.audit.rows import microseconds
-from vsql_shared.crypto.signing import PinnedKey
+from vsql_shared.crypto.signing import PinnedKey, fingerprint
 from vsql_shared.errors import ChainError, RefusedError, UserError
 from vsql_shared.pg import oplog
 from vsql_shared.pg.connect import Connection, errors
@@ -48,6 +48,16 @@ def adopt(conn: Connection, keys: Iterable[PinnedKey]) -> None:
     They count for what they signed until their end. What this database knows of a key already stands.
     """
     for key in keys:
+        if fingerprint(key.public_key) != key.fingerprint:
+            raise RefusedError(
+                f"a former key of {key.node} does not have the fingerprint beside it",
+                hint="vsql_sync.signers was altered there",
+            )
+        owner = conn.execute(
+            "SELECT node_name FROM vsql_sync.signers WHERE fingerprint = %s", (key.fingerprint,)
+        ).fetchone()
+        if owner is not None and owner[0] != key.node:
+            raise RefusedError(f"key {key.fingerprint} is pinned for node {owner[0]}, not for {key.node}")
         added = conn.execute(
             "INSERT INTO vsql_sync.signers"
             " (fingerprint, node_name, public_key, retired_at, retired_reason, revoked_at, revoked_reason,"
