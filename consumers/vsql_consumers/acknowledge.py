@@ -303,6 +303,7 @@ class Acknowledger:
             ref_epoch=manifest.epoch,
             ref_sequence=manifest.sequence,
             ref_hash=document_hash(receipt.manifest),
+            detail=canonical_json(receipt.detail),
             **_copied(manifest),
         )
 

@@ -36,6 +36,7 @@ from vsql_shared.changes import OpenedBatch
 from vsql_shared.errors import (
     DecodeError,
     RecordError,
+    RowError,
     TransientError,
     VerificationError,
     VsqlSyncError,
@@ -72,6 +73,7 @@ class Pipeline:
             self._open_decisions = state.load_open_decisions(means.control, stream.chain)
         self.position: Position = joining.first_position(means, self._applier, position, skip, decisions)
         self.acknowledger = means.open_acknowledger()
+        self._decided = decisions.transactions
         self.intake = Intake(means, self.position, decisions)
         self.copy = CopyKeeper(conn, stream, self._live_chain)
         self._group = Group.after(self.position, self._live_chain)
@@ -151,6 +153,8 @@ class Pipeline:
             self._flush()  # what is complete must not depend on how this transaction ends
         self._group.add_batch(ready, opened, new)
         self._descriptors.update(new)
+        if self._decided:
+            self._group.pass_over(opened, self._decided)
         self.copy.batch(opened, self._group)
         if self._group.fragments:
             self._apply()
@@ -214,22 +218,36 @@ class Pipeline:
             means.totals.batches += len(group.batches)
             self._spoilt = True
             try:
-                group.applied(self._applier.apply(group.batches))
+                group.applied(self._applier.apply(group.batches, singly=means.totals.singly))
             except DecodeError as error:
                 raise self._unreadable(error, group) from error
+            except RowError as error:
+                raise self._unfit(error, group) from None
             self._spoilt = False
 
     def _unreadable(self, error: DecodeError, group: Group) -> VsqlSyncError:
         """A signed tuple that is none: found again batch by batch, so that the refusal names one."""
         totals, count = self._means.totals, len(group.batches)
         if count > 1:
-            totals.one_by_one = True
+            totals.take_care(group.position.head.batch)
             return TransientError(f"{error.message}; the last {count} batches are applied one by one")
         opened = group.batches[0]
         return RecordError(
             f"a tuple of batch {opened.batch} cannot be read: {error.message}",
             record=f"{opened.chain} sequence {opened.sequence} (epoch {opened.epoch}, batch {opened.batch})",
         )
+
+    def _unfit(self, error: RowError, group: Group) -> VsqlSyncError:
+        """A row that does not fit: what came before it is applied first, and the transaction found."""
+        totals, last = self._means.totals, group.position.head.batch
+        count = last - self.position.head.batch
+        if count > 1 and not totals.one_by_one:
+            totals.take_care(last)
+            return TransientError(f"{error.message}; the last {count} batches are applied one by one")
+        if error.place is None and not totals.singly:
+            totals.take_care(last, singly=True)
+            return TransientError(f"{error.message}; transactions are applied one by one to find which one")
+        return error
 
     def _flush(self) -> None:
         """Commit the group, if it may end here, and acknowledge it."""
@@ -246,6 +264,8 @@ class Pipeline:
             target_lsn = self._applier.finish(
                 position.head.lsn_end, moment, lambda conn: self._write(conn, group, honoured)
             )
+        except RowError as error:
+            raise self._unfit(error, group) from None
         except DecodeError as error:
             first, last = self.position.head.sequence + 1, position.head.sequence
             raise RecordError(
@@ -259,6 +279,7 @@ class Pipeline:
         self._open_decisions = [one for one in self._open_decisions if one.id not in honoured]
         self.copy.committed(group)
         self._group = Group.after(position, self._live_chain)
+        means.totals.passed(position.head.batch)
         means.metrics.progressed()
         self._figures.anomalies(self._applier.anomalies)
         with self._figures.acknowledging(self.acknowledger, group.rows, batches):
@@ -280,7 +301,8 @@ class Pipeline:
         return [
             one.id
             for one in self._open_decisions
-            if (one.sequence is not None and one.sequence <= position.head.sequence)
+            if one.id in self._group.honoured
+            or (one.sequence is not None and one.sequence <= position.head.sequence)
             or (one.place is not None and one.place[2] < passed.get(one.place[:2], 0))
         ]
 
