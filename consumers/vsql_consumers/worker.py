@@ -212,6 +212,8 @@ class Worker:
                     self._report.say(control, say_running, self._report.of_pipeline(pipeline))
                 return True
             wishes = control.poll()
+            self._replay(pipeline, control, [wish for wish in wishes if wish.verb == "replay"])
+            wishes = [wish for wish in wishes if wish.verb != "replay"]
             # Decisions are read when a pipeline is opened.
             decided = any("decision" in wish.args and wish.id not in self._obeyed for wish in wishes)
             self._answer(pipeline.acknowledger, control, wishes, "the stream is running")
@@ -222,6 +224,22 @@ class Worker:
         self._report.say(control, say_running, self._report.of_pipeline(pipeline))
         pipeline.run(tick)
         self._report.say(control, say_running, self._report.of_pipeline(pipeline))
+
+    def _replay(self, pipeline: Pipeline, control: Control, wishes: Sequence[Wish]) -> None:
+        """Replay what was ordered, each once; what cannot be replayed is answered so, and stays parked."""
+        for wish in wishes:
+            if not pipeline.between:
+                return  # asked again when the transaction under way is complete
+            pipeline.acknowledger.act(acts.describe(control.conn, wish))
+            failpoints.hit("consumer.act-signed")
+            decision = wish.args.get("parked")
+            try:
+                message, ok = pipeline.replay(decision if isinstance(decision, int) else 0), True
+            except TransientError:
+                raise
+            except VsqlSyncError as error:
+                message, ok = str(error), False
+            control.answer(wish, ok=ok, message=message)
 
     def _answer(
         self,
@@ -241,6 +259,8 @@ class Worker:
             failpoints.hit("consumer.act-obeyed")
         for wish in wishes:
             unknown = f"a consumer does not know the command {wish.verb}"
+            if wish.verb == "replay":
+                unknown = f"nothing is replayed now: {message}"
             control.answer(wish, ok=wish in known, message=message if wish in known else unknown)
             self._obeyed.discard(wish.id)
 

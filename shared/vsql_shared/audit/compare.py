@@ -9,8 +9,8 @@ the entries it is given. Rules:
   decision; abandoned fragments are not. A target that joined late says `batch_covered` once for all batches
   its first copy covers: it counts the changes nobody had acknowledged, and has no root of its own. Batches
   after the last acknowledgement are under way.
-* Changes that were not applied by an operator's decision are counted: the verdicts say how many, and the detail
-  of the same entry names their transactions, which sum to it.
+* Changes that were not applied by an operator's decision are counted: the verdicts say how many, and the
+  detail of the same entry names their transactions, which sum to it.
 * What a peer remembers of a chain must still be in it: a rewritten or shortened history is found here.
 """
 
