@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from psycopg.types.json import Jsonb
@@ -109,13 +110,12 @@ class Replay:
         """Read, verify and open a batch; everything but the transaction is passed over."""
         means, settings = self._means, self._means.settings
         group = names.group_id(settings.cluster.name, means.stream.chain, means.stream.target)
-        place = (batch.lies.topic, 0)
+        place, client = (batch.lies.topic, 0), f"vsql-sync-replay-{means.stream.chain}"
+        records = read_records(settings, client, group, place, batch.lies.first)
         found = {
             key.decode(errors="replace"): value
-            for offset, key, value in read_records(
-                settings, f"vsql-sync-replay-{means.stream.chain}", group, place, batch.lies.first
-            )
-            if offset <= batch.lies.last and key is not None and value is not None
+            for _, key, value in takewhile(lambda record: record[0] <= batch.lies.last, records)
+            if key is not None and value is not None
         }
         entry = _manifest(found, batch)
         verified = verify_batch(entry, list(_parts(found, entry)), means.stream.origin)
@@ -138,10 +138,8 @@ class Replay:
         )
         place = (names.keys_topic(settings.cluster.name), 0)
         for offset, key, value in read_records(settings, "vsql-sync-replay-keys", group, place, 0):
-            found.wanted = entry.dek_id
-            found.feed(*place, offset, key, value)
-            if found.knows(entry.dek_id):
-                break
+            if key == entry.dek_id.encode():
+                found.feed(*place, offset, key, value)
         return found
 
     def _note(self, conn: Connection, verdicts: dict[str, int]) -> None:
