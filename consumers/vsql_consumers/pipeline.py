@@ -225,8 +225,8 @@ class Pipeline:
         return opened, new, kept
 
     def _kept(self, ready: Ready, entry: AuditEntry, transactions: Sequence[Transaction]) -> Kept | None:
-        decided = [self._decided[one].verdict for one in transactions if one in self._decided]
-        if PARKED not in decided:
+        parked = {one for one, decided in self._decided.items() if decided.verdict == PARKED}
+        if parked.isdisjoint(transactions):
             return None
         packs = [((p.root.topic, p.root.partition), pack) for p in ready.parts for pack in p.packs]
         return Kept(entry, ready.encoded, packs)

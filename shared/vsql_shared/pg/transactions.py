@@ -21,7 +21,6 @@ from vsql_shared.errors import DecodeError, RefusedError, UserError
 from vsql_shared.pg import commands, nodes, oplog
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.pg.control import Changed, Decision, decide, require_incoming, require_reason
-from vsql_shared.pg.status import STALE_AFTER
 
 SKIP: Literal["skip-transaction"] = "skip-transaction"
 PARK: Literal["park-transaction"] = "park-transaction"
@@ -173,22 +172,20 @@ def _decided(
 def _blocking(conn: Connection, chain: str) -> dict[str, Any]:
     """The transaction that blocks a stream: xid, lsn, time. Raises RefusedError when there is none."""
     row = conn.execute(
-        "SELECT s.kind, w.state, w.updated_at < pg_catalog.clock_timestamp() - %s::interval,"
-        " w.detail -> 'blocked' FROM vsql_sync.streams s"
+        "SELECT s.kind, w.state, w.detail -> 'blocked' FROM vsql_sync.streams s"
         " LEFT JOIN vsql_sync.stream_status w USING (chain, direction)"
         " WHERE s.chain = %s AND s.direction = 'in'",
-        (STALE_AFTER, chain),
+        (chain,),
     ).fetchone()
-    kind, state, stale, blocked = row if row is not None else (None, None, None, None)
+    kind, state, blocked = row if row is not None else (None, None, None)
     if kind == "copy":
         raise RefusedError(
             f"{chain} is a first copy: it has no transactions to pass over",
             hint="mend the target's table; the copy then goes on",
         )
-    if state != "blocked" or stale or not blocked:
-        now = "not running" if state is None or stale else state
+    if state != "blocked" or not blocked:
         raise RefusedError(
-            f"stream {chain} is not blocked, it is {now}: there is nothing to pass over",
+            f"stream {chain} is not blocked, it is {state or 'not running'}: there is nothing to pass over",
             hint="see `syncctl status`; what cannot be verified is for `syncctl stream skip-batch`",
         )
     found = blocked.get("transaction")
