@@ -45,7 +45,7 @@ def pair(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two
         made.create([f"{table}(*)" for table in tables], copy=False)
         made.start()
         made.a.execute("INSERT INTO named VALUES (0, 'begin')")
-        made.wait_in_step()
+        in_step(made)
         yield made
         made.stop()
     finally:
@@ -76,6 +76,16 @@ def apart(pair: TwoNodes, *scripts: str) -> list[int]:
 
 def _reached(pair: TwoNodes, head: int) -> bool:
     return pair.heads()[0] >= head
+
+
+def in_step(pair: TwoNodes) -> None:
+    """Wait until all that was committed is applied, and acknowledged in the target's own trail."""
+    pair.wait_in_step()
+    acked = (
+        "SELECT 1 FROM vsql_sync.apply_progress p WHERE chain = %s AND batch ="
+        " (SELECT max(batch) FROM vsql_sync.vsql_sync_audit WHERE chain = %s)"
+    )
+    _until(lambda: pair.b.query(acked, pair.chain, names.ack_chain(pair.chain, "node-b")))
 
 
 def blocked(pair: TwoNodes, table: str) -> dict[str, Any]:
@@ -166,7 +176,7 @@ def test_a_row_is_named_what_came_before_is_applied_and_altering_the_table_is_en
     assert f"transaction {xids[2]} at " in shown
     assert SECRET not in shown + json.dumps(found) + pair.b.log_file("consumer").read_text()
     allow(pair, "named")
-    pair.wait_in_step()
+    in_step(pair)
     assert ids(pair, "named") == [0, 1, 2, 3, 4, 5]
     verified(pair)
 
@@ -179,7 +189,7 @@ def test_a_row_in_the_way_is_removed_and_a_retry_goes_on(pair: TwoNodes) -> None
     words = ("stream", "retry", "--chain", pair.chain, "--reason", "row removed", "--timeout", "30")
     (answer,) = pair.b.ctl_json(*words)["retried"]
     assert answer["answer"].startswith("done")
-    pair.wait_in_step()
+    in_step(pair)
     assert ids(pair, "taken") == [1]
     line = pair.b.query("SELECT new_value->>'reason' FROM vsql_sync.audit_log WHERE action = 'stream.retry'")
     assert line == [("row removed",)]
@@ -206,7 +216,7 @@ def test_a_skipped_transaction_is_missing_whole_and_the_rest_of_its_batch_is_app
     assert "is no transaction" in refused(pair, "skip", "--chain", pair.chain, "--transaction", "all")
     done = order(pair, "skip", found["lsn"])
     assert done["transaction"] == {"xid": xids[1], "lsn": found["lsn"]}
-    pair.wait_in_step()
+    in_step(pair)
     assert ids(pair, "skipped") == [1, 4], "the later update found its row missing"
     assert ids(pair, "skipped_too") == []
     (one,) = said(pair, xids[1])
@@ -221,7 +231,7 @@ def test_a_skipped_transaction_is_missing_whole_and_the_rest_of_its_batch_is_app
     pair.b.stop("consumer")
     pair.b.start("consumer")
     commit(pair, "INSERT INTO skipped VALUES (5, 'e')")
-    pair.wait_in_step()
+    in_step(pair)
     assert ids(pair, "skipped") == [1, 4, 5]
 
 
@@ -236,7 +246,7 @@ def test_a_transaction_in_fragments_is_skipped_with_all_of_them(pair: TwoNodes) 
     )
     assert blocked(pair, "cut")["transaction"]["xid"] == xids[0]
     order(pair, "skip", xids[0])
-    pair.wait_in_step()
+    in_step(pair)
     assert ids(pair, "cut") == [last + 1]
     assert ids(pair, "cut_too") == []
     fragments = said(pair, xids[0])
@@ -267,7 +277,7 @@ def test_a_check_at_the_end_of_a_transaction_names_the_one_it_refuses(pair: TwoN
     assert (found["sqlstate"], found["transaction"]["xid"]) == ("P0001", xids[2])
     assert SECRET not in json.dumps(found)
     order(pair, "skip", xids[2])
-    pair.wait_in_step()
+    in_step(pair)
     assert ids(pair, "late") == [1, 2, 4]
     verified(pair)
 
@@ -283,7 +293,7 @@ def _park(pair: TwoNodes, table: str) -> tuple[int, Any]:
     )
     blocked(pair, table)
     done = order(pair, "park", xids[1])
-    pair.wait_in_step()
+    in_step(pair)
     assert ids(pair, table) == [1, 4]
     return xids[1], done
 
@@ -324,7 +334,7 @@ def test_a_parked_transaction_waits_sealed_and_is_replayed_once(pair: TwoNodes) 
     assert ids(pair, "parked_too") == []
     allow(pair, "parked")
     commit(pair, "INSERT INTO parked VALUES (5, 'e')")
-    pair.wait_in_step()
+    in_step(pair)
     assert order(pair, "replay", done["transaction"]["lsn"])["answer"] == "done: replayed: 3 applied"
     assert ids(pair, "parked") == [1, 2, 3, 4, 5]
     assert ids(pair, "parked_too") == [1]
@@ -344,7 +354,7 @@ def test_a_parked_transaction_waits_sealed_and_is_replayed_once(pair: TwoNodes) 
 def test_a_replay_that_is_killed_is_done_once_all_the_same(pair: TwoNodes, where: str) -> None:
     table = "killed"
     pair.a.execute("DELETE FROM killed; DELETE FROM killed_too")
-    pair.wait_in_step()
+    in_step(pair)
     xid, _ = _park(pair, table)
     allow(pair, table)
     pair.b.stop("consumer")
@@ -359,7 +369,7 @@ def test_a_replay_that_is_killed_is_done_once_all_the_same(pair: TwoNodes, where
     _until(lambda: ids(pair, table) == [1, 2, 3, 4])
     _until(lambda: [one["changes"] for one in _replays(pair, xid)] == [3])
     commit(pair, f"INSERT INTO {table} VALUES (5, 'e')")
-    pair.wait_in_step()
+    in_step(pair)
     assert len(_replays(pair, xid)) == 1
     verified(pair)
 
@@ -373,5 +383,5 @@ def test_a_replay_whose_records_are_gone_says_so_and_the_stream_goes_on(pair: Tw
     failed = refused(pair, "replay", "--chain", pair.chain, "--transaction", str(xid), "--timeout", "30")
     assert "is not in the dead-letter topic" in failed
     commit(pair, "INSERT INTO gone VALUES (6, 'f')")
-    pair.wait_in_step()
+    in_step(pair)
     assert ids(pair, "gone") == [1, 4, 6]
