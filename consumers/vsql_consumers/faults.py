@@ -23,11 +23,13 @@ _HINTS = {
     "42501": "grant the consumer's role the privilege; row-level security needs BYPASSRLS",
     "42P01": "the table changed while it was written: it is looked at again with the next try",
     "42703": "the table changed while it was written: it is looked at again with the next try",
-    "23505": "another row of the target has this value of a unique key; find out who wrote it, then `syncctl stream retry`",
+    "23505": "another row of the target has this value of a unique key; find out who wrote it, then"
+    " `syncctl stream retry`",
     "23502": "a column of the target is NOT NULL and the source's is not, or the source does not have it",
     "23514": "a CHECK constraint of the target is stricter than the source's",
     "23503": "a foreign key is checked although this is a replica session",
-    "23P01": "another row of the target excludes this one; find out who wrote it, then `syncctl stream retry`",
+    "23P01": "another row of the target excludes this one; find out who wrote it, then"
+    " `syncctl stream retry`",
     "22001": "a column of the target is shorter than the source's",
     "22003": "a column of the target holds a smaller range, or fewer digits, than the source's; widen it",
     "22P05": "the target database's encoding lacks a character of this row: make the target anew with "
