@@ -44,6 +44,8 @@ def pair(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two
     try:
         made.create([f"{table}(*)" for table in tables], copy=False)
         made.start()
+        ready = "SELECT 1 FROM vsql_sync.streams WHERE slot_created AND state = 'SYNCHRONIZED'"
+        _until(lambda: made.a.query(ready))
         made.a.execute("INSERT INTO named VALUES (0, 'begin')")
         in_step(made)
         yield made
