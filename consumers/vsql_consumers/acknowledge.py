@@ -140,48 +140,37 @@ class Acknowledger:
 
     def refused(self, record: str, error: str, sequence: int) -> None:
         """Say once, signed, that this node refused a record."""
-        detail = canonical_json({"record": record, "error": error[:1000], "sequence": sequence})
+        said = {"record": record, "error": error[:1000], "sequence": sequence}
         last = self._conn.execute(
             "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND event_type = %s"
             " ORDER BY sequence DESC LIMIT 1",
             (self._place.ack_chain, BATCH_REFUSED),
         ).fetchone()
-        if last is not None and parse(bytes(last[0])).entry.detail == detail:
+        if last is not None and parse(bytes(last[0])).entry.detail == canonical_json(said):
             return
-        self.flush()
-        self._open_epoch()
-        where = server_position(self._conn)
-        self._record(
-            [
-                self._open_writer().next(
-                    event_type=BATCH_REFUSED,
-                    source_node_id=self._place.origin,
-                    target_node_id=self._place.node,
-                    batch_lsn_start=where.lsn,
-                    batch_lsn_end=where.lsn,
-                    detail=detail,
-                )
-            ]
-        )
+        self.say(BATCH_REFUSED, said)
         self.flush()
 
     def act(self, detail: Mapping[str, Any]) -> None:
         """Say that an operator's command was obeyed; `detail` names it and its line in the operators' log."""
+        self.say(OPERATOR_ACTION, detail)
+
+    def say(
+        self, event_type: str, detail: Mapping[str, Any], also: Callable[[Connection], None] | None = None
+    ) -> None:
+        """An entry without a batch; `also` is written in the transaction that puts it into the table."""
         self.flush()
         self._open_epoch()
         at = server_position(self._conn).lsn
-        self._record(
-            [
-                self._open_writer().next(
-                    event_type=OPERATOR_ACTION,
-                    source_node_id=self._place.origin,
-                    target_node_id=self._place.node,
-                    batch_lsn_start=at,
-                    batch_lsn_end=at,
-                    detail=canonical_json(detail),
-                )
-            ]
+        entry = self._open_writer().next(
+            event_type=event_type,
+            source_node_id=self._place.origin,
+            target_node_id=self._place.node,
+            batch_lsn_start=at,
+            batch_lsn_end=at,
+            detail=canonical_json(detail),
         )
+        self._record([entry], also)
 
     def poll(self) -> None:
         """Serve Kafka's answers; raises when one says that an entry was not written."""
@@ -303,6 +292,7 @@ class Acknowledger:
             ref_epoch=manifest.epoch,
             ref_sequence=manifest.sequence,
             ref_hash=document_hash(receipt.manifest),
+            detail=canonical_json(receipt.detail),
             **_copied(manifest),
         )
 
@@ -345,13 +335,15 @@ class Acknowledger:
             detail=canonical_json({"sequence": receipt.sequence, "unread": True}),
         )
 
-    def _record(self, prepared: Sequence[Prepared]) -> None:
+    def _record(self, prepared: Sequence[Prepared], also: Callable[[Connection], None] | None = None) -> None:
         """Table, then Kafka. What Kafka had acknowledged before is forgotten in the same transaction."""
         failpoints.hit("consumer.before-ack-table")
         with errors("writing acknowledgements"), self._conn.transaction():
             if self._published_up_to:
                 state.drop_receipts(self._conn, self._place.chain, self._published_up_to)
             insert_entries(self._conn, [(one.encoded, None) for one in prepared])
+            if also is not None:
+                also(self._conn)
         self._published_up_to = 0
         failpoints.hit("consumer.after-ack-table")
         writer = self._open_writer()

@@ -9,7 +9,8 @@ how changes are folded (fold.py), and SQL (statements.py). Rules:
 2. Inserts are copied straight into the table where the bytes allow it; everything else is folded by key and
    written as sets. What does not fit is undone to a savepoint and replayed change by change, in order.
 3. Changes of transactions that the table's first copy has already seen are passed over; their verdict is
-   "applied": their effect is there.
+   "applied": their effect is there. So are those of transactions an operator decided not to apply, with the
+   verdict he chose.
 4. The catalog is read again for a table that changed since: before a transaction's first write its tables are
    locked against DDL and their versions compared.
 5. After any error the transaction is rolled back and nothing is kept of it: the same batches may be given
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -35,7 +36,7 @@ from vsql_consumers.plans import Plans
 from vsql_consumers.signals import Signals
 from vsql_consumers.stage import Stages, run
 from vsql_consumers.statements import Plan, truncate_sql
-from vsql_consumers.window import Window, runs
+from vsql_consumers.window import Window, in_words, runs, transactions
 from vsql_consumers.write import GENERATED_DIFFERS, ApplyLimits, OnAnomaly, Tally, Writer
 from vsql_shared.changes import SIGNALS, Op, OpenedBatch, TableName
 from vsql_shared.errors import DecodeError
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from vsql_shared.pg.connect import Connection
 
 log = logging.getLogger(__name__)
+# Back to deferred: the next transaction may break for a moment what it mends before its end.
+_CHECK = ("SET CONSTRAINTS ALL IMMEDIATE", "SET CONSTRAINTS ALL DEFERRED")
 # A run of changes joins its window in pieces of this many, so that the window's bounds are kept.
 _STRIDE = 1_000
 
@@ -58,7 +61,7 @@ class _TruncateGroup:
     options: int
     size: int
     tables: list[tuple[Plan, bool]]
-    """With each whether its first copy has already seen the TRUNCATE."""
+    """With each whether its first copy has already seen the TRUNCATE, or it is passed over."""
 
 
 class Applier:
@@ -94,17 +97,22 @@ class Applier:
         """Prepare the session and take the replication origin. Raises our errors."""
         self._session.setup(origin_name)
 
-    def apply(self, batches: Sequence[OpenedBatch]) -> list[Verdicts]:
+    def apply(self, batches: Sequence[OpenedBatch], *, singly: bool = False) -> list[Verdicts]:
         """Write the batches' changes in the open transaction (one is begun if none is); verdicts of each.
 
-        Raises DatabaseError, TransientError and DecodeError; the transaction is then rolled back.
+        `singly`: source transactions do not wait together, and constraints are checked after each: slower,
+        and every refusal names its transaction. Raises DatabaseError, TransientError and DecodeError; the
+        transaction is then rolled back.
         """
         with self._rolled_back(f"applying {self._chain}"):
             self._session.begin()
             self._plans.prepare(batches)
             self._writer.tally = Tally()
             for number, batch in enumerate(batches):
-                self._route(batches, number, batch)
+                if singly:
+                    self._route_singly(batches, number, batch)
+                else:
+                    self._route(batches, number, batch, runs(batch))
             self._flush_all()
             return self._verdicts(batches)
 
@@ -153,9 +161,27 @@ class Applier:
             self.abort()
             raise
 
-    def _route(self, batches: Sequence[OpenedBatch], number: int, batch: OpenedBatch) -> None:
+    def _route_singly(self, batches: Sequence[OpenedBatch], number: int, batch: OpenedBatch) -> None:
+        """Write a batch transaction by transaction; what only a check at its end refuses names it too."""
+        for start, stop in transactions(batch):
+            try:
+                self._route(batches, number, batch, runs(batch, start, stop))
+                self._flush_all()
+                if not batch.continues or stop < len(batch.ops):
+                    run(self._conn, _CHECK)
+            except psycopg.Error as error:
+                place = batch.place(start)._replace(table=faults.table_of(error), change=None)
+                raise faults.fault(error, f"checking {in_words(place)}", place) from None
+
+    def _route(
+        self,
+        batches: Sequence[OpenedBatch],
+        number: int,
+        batch: OpenedBatch,
+        parts: Iterable[tuple[int, int]],
+    ) -> None:
         """Put a batch's changes where they wait."""
-        for start, stop in runs(batch):
+        for start, stop in parts:
             op = batch.ops[start]
             if op in SIGNALS:
                 self._signal(op, batch, start, stop)
@@ -169,7 +195,7 @@ class Applier:
                 raise DecodeError(f"a TRUNCATE of {self._group.size} tables is interrupted by other changes")
             if op in (Op.UPDATE, Op.DELETE) and not plan.identified:
                 raise DecodeError(f"an update or delete of {plan.name}, which has no replica identity")
-            for first, last in self._not_copied(plan.name, batch, start, stop):
+            for first, last in self._to_write(plan.name, batch, start, stop):
                 self._wait(Window(plan, batches, op == Op.COPY), number, first, last, op)
 
     def _signal(self, op: int, batch: OpenedBatch, start: int, stop: int) -> None:
@@ -184,8 +210,11 @@ class Applier:
             )
         if op == Op.MESSAGE:
             begin = min(self._skip.values(), default=0)
-            committed = [transaction.commit_lsn >= begin for transaction in batch.transactions]
-            late = [at for at in range(start, stop) if committed[batch.tx_of[at]]]
+            meant = [
+                one.commit_lsn >= begin and number not in batch.passed
+                for number, one in enumerate(batch.transactions)
+            ]
+            late = [at for at in range(start, stop) if meant[batch.tx_of[at]]]
             if late:
                 self._flush_all()
                 self._signals.emit([batch.plaintexts[at] for at in late])
@@ -193,19 +222,19 @@ class Applier:
         for plaintext in batch.plaintexts[start:stop]:
             self._signals.take(plaintext)
 
-    def _not_copied(
+    def _to_write(
         self, name: TableName, batch: OpenedBatch, start: int, stop: int
     ) -> Iterator[tuple[int, int]]:
-        """What of changes [start, stop) the table's first copy has not seen."""
-        before = self._skip.get(name)
-        if before is None or before <= min((t.commit_lsn for t in batch.transactions), default=before):
+        """What of changes [start, stop) the table's first copy has not seen, and nobody has passed over."""
+        before = self._skip.get(name, 0)
+        if not batch.passed and before <= min((t.commit_lsn for t in batch.transactions), default=before):
             yield start, stop
             return
-        seen = [t.commit_lsn < before for t in batch.transactions]
+        left = [t.commit_lsn < before or n in batch.passed for n, t in enumerate(batch.transactions)]
         at = start
-        for copied, changes in groupby(batch.tx_of[start:stop], seen.__getitem__):
+        for left_out, changes in groupby(batch.tx_of[start:stop], left.__getitem__):
             end = at + sum(1 for _ in changes)
-            if not copied:
+            if not left_out:
                 yield at, end
             at = end
 
@@ -246,8 +275,9 @@ class Applier:
             group = self._group = _TruncateGroup(options, size, [])
         if (options, size, position) != (group.options, group.size, len(group.tables)):
             raise DecodeError(f"a TRUNCATE of {group.size} tables lacks table {len(group.tables)}")
-        before = self._skip.get(plan.name, 0)
-        group.tables.append((plan, batch.transactions[batch.tx_of[at]].commit_lsn < before))
+        before, number = self._skip.get(plan.name, 0), batch.tx_of[at]
+        left_out = number in batch.passed or batch.transactions[number].commit_lsn < before
+        group.tables.append((plan, left_out))
         if len(group.tables) < size:
             return
         self._flush_all()
@@ -266,8 +296,10 @@ class Applier:
             self._unsettled[kind] += count
         verdicts = []
         for number, batch in enumerate(batches):
-            missing = tally.missing[number]
-            counts = {APPLIED: len(batch.ops) - missing, MISSING: missing}
+            counts = Counter({MISSING: tally.missing[number]})
+            for transaction, count in batch.passed_over().items():
+                counts[batch.passed[transaction]] += count
+            counts[APPLIED] = len(batch.ops) - counts.total()
             verdicts.append({verdict: count for verdict, count in counts.items() if count})
         return verdicts
 

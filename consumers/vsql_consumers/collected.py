@@ -16,12 +16,19 @@ from vsql_shared.errors import RecordError
 if TYPE_CHECKING:
     from vsql_shared.audit.chain import ChainHead
     from vsql_shared.audit.entries import AuditEntry
-    from vsql_shared.changes import PartitionRoot
+    from vsql_shared.changes import PartitionRoot, Transaction
 
 TopicPartition: TypeAlias = tuple[str, int]
 
 # Bytes a buffered pack costs beyond its message: objects, header, deque.
 _PACK_OVERHEAD = 1_024
+
+
+class Decided(NamedTuple):
+    """A decision on a source transaction: its number, and the verdict on the changes: skipped, parked."""
+
+    id: int
+    verdict: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +37,13 @@ class Decisions:
 
     `ignored`: records (topic, partition, offset) that are passed over. `skipped`: sequences of the chain that
     are passed over, with their records. `skipped_batches`: (epoch, batch) of entries skipped before.
+    `transactions`: those that are not applied.
     """
 
     ignored: frozenset[tuple[str, int, int]] = frozenset()
     skipped: frozenset[int] = frozenset()
     skipped_batches: frozenset[tuple[int, int]] = frozenset()
+    transactions: Mapping[Transaction, Decided] = field(default_factory=dict)
 
 
 class Ready(NamedTuple):

@@ -1,64 +1,75 @@
 """psycopg's errors while rows are written, in our words. Pure but for psycopg's classes.
 
-Rule: no row's value is in any message. PostgreSQL quotes values in the texts of data and constraint errors,
-and a trigger may raise whatever it likes; of those only SQLSTATE, table, column and constraint are said.
+What an error leads to stands in one table (vsql_shared/pg/reactions.py). Rule: no row's value is in any
+message. PostgreSQL quotes values in the texts of data and constraint errors, and a trigger may raise whatever
+it likes; of those only SQLSTATE, table, column and constraint are said.
 """
 
 from __future__ import annotations
 
 import psycopg
 
-from vsql_shared.errors import DatabaseError, TransientError, VsqlSyncError
+from vsql_shared.changes import RowPlace, TableName
+from vsql_shared.errors import DatabaseError, RowError, TransientError, VsqlSyncError
 from vsql_shared.pg.connect import translate
+from vsql_shared.pg.reactions import BAD_VALUE, Reaction, reaction
 
-# Classes about one row: cardinality, data, integrity, what triggers raise, limits of a row or an index entry.
-_ROW_CLASSES = ("21", "22", "23", "P0", "54")
 # Classes whose texts name objects and settings only.
 _QUIET_CLASSES = ("25", "42", "55", "57", "58", "0A", "53")
-# What a receive function calls a value of the wrong size: class 08, but the connection is not lost.
-_BAD_VALUE = "08P01"
-_BAD_FORMAT = ("22P03", "22P04", _BAD_VALUE)
+_BAD_FORMAT = ("22P03", "22P04", BAD_VALUE)
 UNIQUE_VIOLATION = "23505"
 
 _HINTS = {
     "42501": "grant the consumer's role the privilege; row-level security needs BYPASSRLS",
     "42P01": "the table changed while it was written: it is looked at again with the next try",
     "42703": "the table changed while it was written: it is looked at again with the next try",
-    "23505": "another row of the target has this value of a unique key; find out who wrote it, then retry",
+    "23505": "another row of the target has this value of a unique key; find out who wrote it, then"
+    " `syncctl stream retry`",
     "23502": "a column of the target is NOT NULL and the source's is not, or the source does not have it",
     "23514": "a CHECK constraint of the target is stricter than the source's",
     "23503": "a foreign key is checked although this is a replica session",
-    "23P01": "another row of the target excludes this one; find out who wrote it, then retry",
+    "23P01": "another row of the target excludes this one; find out who wrote it, then"
+    " `syncctl stream retry`",
     "22001": "a column of the target is shorter than the source's",
     "22003": "a column of the target holds a smaller range, or fewer digits, than the source's; widen it",
     "22P05": "the target database's encoding lacks a character of this row: make the target anew with "
-    "ENCODING 'UTF8', or have the batch skipped",
+    "ENCODING 'UTF8', or skip or park its transaction with `syncctl stream`",
 }
 
 
 def is_row_error(error: psycopg.Error) -> bool:
     """Whether one of the rows is at fault, so that writing them one by one finds it."""
     state = error.sqlstate
-    return state is not None and (state == _BAD_VALUE or state[:2] in _ROW_CLASSES)
+    return state is not None and reaction(state, writing=True) is Reaction.STOP
 
 
-def fault(error: psycopg.Error, doing: str) -> VsqlSyncError:
-    """Our error for psycopg's: TransientError where the same may succeed later, else DatabaseError."""
+def table_of(error: psycopg.Error) -> TableName | None:
+    """The table a constraint's error names."""
+    schema, table = error.diag.schema_name, error.diag.table_name
+    return TableName(schema, table) if schema and table else None
+
+
+def fault(error: psycopg.Error, doing: str, place: RowPlace | None = None) -> VsqlSyncError:
+    """Our error for psycopg's: Transient where the same may succeed later, Row- where a row is at fault.
+
+    `place`: the change that was written, where it was written alone.
+    """
     state = error.sqlstate
     known = translate(error, doing)
-    if state is None or (isinstance(known, TransientError) and state != _BAD_VALUE):
+    if state is None or (isinstance(known, TransientError) and state != BAD_VALUE):
         return known
     hint = _HINTS.get(state, known.hint)
     if state in _BAD_FORMAT:
         hint = "a type of this name differs between source and target, or the row was built wrongly"
     if state[:2] in _QUIET_CLASSES:
         return DatabaseError(known.message, hint=hint)
-    place = ", ".join(
+    where = ", ".join(
         f"{kind} {name}"
         for kind, name in (("column", error.diag.column_name), ("constraint", error.diag.constraint_name))
         if name
     )
-    what = f"{type(error).__name__} (SQLSTATE {state})" + (f" on {place}" if place else "")
-    return DatabaseError(
-        f"{what} while {doing}", hint=hint if state in _HINTS or state in _BAD_FORMAT else ""
-    )
+    what = f"{type(error).__name__} (SQLSTATE {state})" + (f" on {where}" if where else "")
+    hint = hint if state in _HINTS or state in _BAD_FORMAT else ""
+    if is_row_error(error):
+        return RowError(f"{what} while {doing}", hint=hint, place=place, sqlstate=state)
+    return DatabaseError(f"{what} while {doing}", hint=hint)

@@ -12,16 +12,18 @@ Not here: Kafka and the order of stages (pipeline.py). Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 from vsql_consumers import quarantine, state
-from vsql_consumers.collected import Ready
+from vsql_consumers.collected import Decided, Ready
 from vsql_consumers.state import Position, Receipt
 from vsql_consumers.unseal import Descriptor
 from vsql_shared.audit.entries import EPOCH_OPENED
 from vsql_shared.audit.merkle import EMPTY_ROOT
-from vsql_shared.changes import OpenedBatch, TableName
+from vsql_shared.changes import OpenedBatch, TableName, Transaction
 from vsql_shared.pg.connect import Connection
 
 Writes = Callable[[Connection], None]
@@ -49,6 +51,10 @@ class Group:
     forget_descriptors: bool = False
     copied: dict[TableName, tuple[int, int]] = field(default_factory=dict)
     """First copy: table → position of its snapshot, rows."""
+    passed_over: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    """Manifest → what its receipt says of transactions that are not applied."""
+    honoured: set[int] = field(default_factory=set)
+    """Decisions that these have done."""
     also: list[Writes] = field(default_factory=list)
     """Further writes of the applying transaction."""
 
@@ -76,6 +82,21 @@ class Group:
         if opened.transactions:
             self.position.commit_time = opened.transactions[-1].commit_time
 
+    def pass_over(self, opened: OpenedBatch, decided: Mapping[Transaction, Decided]) -> None:
+        """Leave transactions of a batch out: said in its receipt, and their tables are marked."""
+        numbers = {number: one for number, one in enumerate(opened.transactions) if one in decided}
+        opened.passed = {number: decided[one].verdict for number, one in numbers.items()}
+        for number, count in opened.passed_over().items():
+            one, decision = numbers[number], decided[numbers[number]]
+            said = quarantine.passed_over(one, decision, count)
+            self.passed_over.setdefault(opened.sequence, []).append(said)
+            self.honoured.add(decision.id)
+            tables = opened.tables_of(number)
+            reason = f"transaction {said['xid']} at {said['lsn']} was {decision.verdict} by an operator"
+            self.also.append(
+                partial(quarantine.mark_diverged, live_chain=self.live_chain, tables=tables, reason=reason)
+            )
+
     def add_skipped(self, ready: Ready, reason: str) -> None:
         """Take a batch an operator skips: a receipt without a root, and its tables are marked."""
         before = self.position.head.batch
@@ -91,7 +112,11 @@ class Group:
             self.fragments = entry.continues
             self.receipts.append(quarantine.receipt_of_skipped(entry, ready.encoded))
             tables = entry.tables_affected
-            self.also.append(lambda conn: quarantine.mark_diverged(conn, chain, tables, reason))
+            self.also.append(
+                lambda conn: quarantine.mark_diverged(
+                    conn, chain, map(quarantine.parse_table, tables), reason
+                )
+            )
 
     def add_entry(self, ready: Ready) -> None:
         """Take an entry without a batch. A new epoch sends every descriptor again."""
@@ -102,9 +127,13 @@ class Group:
     def applied(self, verdicts: list[dict[str, int]]) -> None:
         """The applier took the batches: keep what is to be said of them, and let their rows go."""
         for opened, manifest, counts in zip(self.batches, self.manifests, verdicts, strict=True):
+            said = self.passed_over.pop(opened.sequence, None)
             self.receipts.append(
-                Receipt(opened.sequence, opened.epoch, opened.batch, manifest, opened.merkle_root, counts)
-            )
+                Receipt(
+                    opened.sequence, opened.epoch, opened.batch, manifest, opened.merkle_root, counts,
+                    {} if said is None else {"passed_over": said},
+                )
+            )  # fmt: skip
         self.batches, self.manifests, self.size = [], [], 0
 
     def store_receipts(self, conn: Connection, chain: str) -> None:

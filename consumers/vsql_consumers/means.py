@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from vsql_shared.pg.connect import Connection
 
 
+LAST_BATCH = (1 << 63) - 1
+"""No batch has a higher number."""
+
+
 @dataclass(slots=True)
 class Totals:
     """What passed since the worker started; kept across attempts."""
@@ -30,7 +34,21 @@ class Totals:
     orphans: int = 0
     clock: ClockOffset = field(default_factory=ClockOffset)
     one_by_one: bool = False
-    """Batches are not merged: one of them holds a tuple that cannot be read."""
+    """Batches are not merged: one of them holds a tuple that cannot be read, or a row that does not fit."""
+    singly: bool = False
+    """Nor are transactions: some check at their end refuses one of them."""
+    careful_up_to: int = 0
+    """The last batch that was at fault, perhaps; those behind it are merged again."""
+
+    def take_care(self, batch: int, *, singly: bool = False) -> None:
+        """Apply what comes up to a batch one by one, to find which one is at fault."""
+        self.one_by_one, self.singly = True, self.singly or singly
+        self.careful_up_to = max(self.careful_up_to, batch)
+
+    def passed(self, batch: int) -> None:
+        """A batch was committed; LAST_BATCH: what was at fault is known."""
+        if batch >= self.careful_up_to:
+            self.one_by_one, self.singly, self.careful_up_to = False, False, 0
 
 
 @dataclass(slots=True)

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from vsql_consumers import joining, state
 from vsql_consumers.apply import Applier
@@ -26,16 +27,19 @@ from vsql_consumers.figures import Figures
 from vsql_consumers.groups import Group
 from vsql_consumers.intake import Intake
 from vsql_consumers.means import Means
+from vsql_consumers.parking import PARKED, DeadLetters, Kept, parked_parts
+from vsql_consumers.replaying import Replay, sign_replays
 from vsql_consumers.state import Position
 from vsql_consumers.unseal import Descriptor, name_altered, open_batch
 from vsql_consumers.verify import batch_name, verify_batch
 from vsql_consumers.write import ApplyLimits
 from vsql_shared import failpoints, names
 from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry
-from vsql_shared.changes import OpenedBatch
+from vsql_shared.changes import OpenedBatch, Transaction
 from vsql_shared.errors import (
     DecodeError,
     RecordError,
+    RowError,
     TransientError,
     VerificationError,
     VsqlSyncError,
@@ -72,7 +76,9 @@ class Pipeline:
             self._open_decisions = state.load_open_decisions(means.control, stream.chain)
         self.position: Position = joining.first_position(means, self._applier, position, skip, decisions)
         self.acknowledger = means.open_acknowledger()
+        self._decided = decisions.transactions
         self.intake = Intake(means, self.position, decisions)
+        self._dead_letters = DeadLetters(means)
         self.copy = CopyKeeper(conn, stream, self._live_chain)
         self._group = Group.after(self.position, self._live_chain)
         self._busy_until, self._rested = 0.0, True
@@ -84,12 +90,14 @@ class Pipeline:
 
     def run(self, tick: Callable[[], bool]) -> None:
         """Turn until `tick` says False or the stop event is set; then what is complete is committed."""
+        sign_replays(self._means.control, self._chain, self.acknowledger)
         self.intake.begin()
         try:
             while not self._means.stop.is_set() and not self.finished and tick():
                 self.turn()
         finally:
             self._applier.abort()  # fragments of a transaction that is not complete; nothing else is open
+            self._dead_letters.close()
         self.acknowledger.flush()
         self.acknowledger.settle()
         self._commit_offsets(wait=True)
@@ -146,11 +154,15 @@ class Pipeline:
                 self.finished = True
 
     def _take_batch(self, ready: Ready, entry: AuditEntry) -> None:
-        opened, new = self._open(ready, entry)
+        opened, new, kept = self._open(ready, entry)
         if (opened.continues and not self._group.fragments) or self._redefines(new):
             self._flush()  # what is complete must not depend on how this transaction ends
         self._group.add_batch(ready, opened, new)
         self._descriptors.update(new)
+        if self._decided:
+            self._group.pass_over(opened, self._decided)
+        if kept is not None:
+            self._park(kept, opened)
         self.copy.batch(opened, self._group)
         if self._group.fragments:
             self._apply()
@@ -165,8 +177,29 @@ class Pipeline:
         known = {one.relation.name for one in self._descriptors.values()} if new else set()
         return any(one.relation.name in known for one in new.values())
 
-    def _open(self, ready: Ready, entry: AuditEntry) -> tuple[OpenedBatch, dict[bytes, Descriptor]]:
-        """Verify, then decrypt; a batch that fails names its record."""
+    def _park(self, kept: Kept, opened: OpenedBatch) -> None:
+        """Have Kafka keep a batch of which something is parked; the group writes where it lies."""
+        lies = self._dead_letters.put(kept)
+        encoded = [self._descriptors[digest].encoded for digest in sorted(opened.relations)]
+        for part in parked_parts(opened, self._decided, lies, encoded):
+            self._group.also.append(partial(part.write, chain=self._chain))
+
+    @property
+    def between(self) -> bool:
+        """Whether no target transaction is open."""
+        return not self._group.entries
+
+    def replay(self, decision: int) -> str:
+        """Apply a parked transaction, between the others; what came of it, in words."""
+        said = Replay(self._means, decision).run(self._applier, self.position)
+        self._rested = False
+        sign_replays(self._means.control, self._chain, self.acknowledger)
+        return said
+
+    def _open(
+        self, ready: Ready, entry: AuditEntry
+    ) -> tuple[OpenedBatch, dict[bytes, Descriptor], Kept | None]:
+        """Verify, then decrypt; a batch that fails names its record. What is to be parked is kept sealed."""
         metrics, totals = self._means.metrics, self._means.totals
         size = sum(len(pack.message) for part in ready.parts for pack in part.packs)
         totals.clock.written(ready.audit_offset - 1, entry.event_timestamp)
@@ -174,6 +207,7 @@ class Pipeline:
         try:
             with metrics.timed(Stage.VERIFY, rows=entry.row_count, size=size):
                 verified = verify_batch(entry, ready.parts, self._means.stream.origin)
+            kept = self._kept(ready, entry, verified.transactions)
             for part in ready.parts:
                 part.packs.clear()  # with a row of 255 MB twice in memory, a third time is too much
             if not self.intake.announcements.knows(entry.dek_id):
@@ -188,7 +222,14 @@ class Pipeline:
             raise
         metrics.verified(Verdict.ACCEPTED)
         totals.bytes += size
-        return opened, new
+        return opened, new, kept
+
+    def _kept(self, ready: Ready, entry: AuditEntry, transactions: Sequence[Transaction]) -> Kept | None:
+        parked = {one for one, decided in self._decided.items() if decided.verdict == PARKED}
+        if parked.isdisjoint(transactions):
+            return None
+        packs = [((p.root.topic, p.root.partition), pack) for p in ready.parts for pack in p.packs]
+        return Kept(entry, ready.encoded, packs)
 
     def _new_epoch(self, entry: AuditEntry) -> None:
         if self._group.fragments:
@@ -214,22 +255,36 @@ class Pipeline:
             means.totals.batches += len(group.batches)
             self._spoilt = True
             try:
-                group.applied(self._applier.apply(group.batches))
+                group.applied(self._applier.apply(group.batches, singly=means.totals.singly))
             except DecodeError as error:
                 raise self._unreadable(error, group) from error
+            except RowError as error:
+                raise self._unfit(error, group) from None
             self._spoilt = False
 
     def _unreadable(self, error: DecodeError, group: Group) -> VsqlSyncError:
         """A signed tuple that is none: found again batch by batch, so that the refusal names one."""
         totals, count = self._means.totals, len(group.batches)
         if count > 1:
-            totals.one_by_one = True
+            totals.take_care(group.position.head.batch)
             return TransientError(f"{error.message}; the last {count} batches are applied one by one")
         opened = group.batches[0]
         return RecordError(
             f"a tuple of batch {opened.batch} cannot be read: {error.message}",
             record=f"{opened.chain} sequence {opened.sequence} (epoch {opened.epoch}, batch {opened.batch})",
         )
+
+    def _unfit(self, error: RowError, group: Group) -> VsqlSyncError:
+        """A row that does not fit: what came before it is applied first, and the transaction found."""
+        totals, last = self._means.totals, group.position.head.batch
+        count = last - self.position.head.batch
+        if count > 1 and not totals.one_by_one:
+            totals.take_care(last)
+            return TransientError(f"{error.message}; the last {count} batches are applied one by one")
+        if error.place is None and not totals.singly:
+            totals.take_care(last, singly=True)
+            return TransientError(f"{error.message}; transactions are applied one by one to find which one")
+        return error
 
     def _flush(self) -> None:
         """Commit the group, if it may end here, and acknowledge it."""
@@ -246,6 +301,8 @@ class Pipeline:
             target_lsn = self._applier.finish(
                 position.head.lsn_end, moment, lambda conn: self._write(conn, group, honoured)
             )
+        except RowError as error:
+            raise self._unfit(error, group) from None
         except DecodeError as error:
             first, last = self.position.head.sequence + 1, position.head.sequence
             raise RecordError(
@@ -259,6 +316,7 @@ class Pipeline:
         self._open_decisions = [one for one in self._open_decisions if one.id not in honoured]
         self.copy.committed(group)
         self._group = Group.after(position, self._live_chain)
+        means.totals.passed(position.head.batch)
         means.metrics.progressed()
         self._figures.anomalies(self._applier.anomalies)
         with self._figures.acknowledging(self.acknowledger, group.rows, batches):
@@ -280,7 +338,8 @@ class Pipeline:
         return [
             one.id
             for one in self._open_decisions
-            if (one.sequence is not None and one.sequence <= position.head.sequence)
+            if one.id in self._group.honoured
+            or (one.sequence is not None and one.sequence <= position.head.sequence)
             or (one.place is not None and one.place[2] < passed.get(one.place[:2], 0))
         ]
 

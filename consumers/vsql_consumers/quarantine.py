@@ -4,22 +4,33 @@ Not here: the refusing (collect.py, verify.py, unseal.py) and the decisions them
 state.py reads them). Rules:
 
 * A refusal names one record and the entry that was next in the chain; it holds no row value.
+* A row PostgreSQL does not take (vsql_shared/pg/reactions.py) is no attack, and nothing is signed about it:
+  the stream is `blocked` instead of `refused`.
 * A batch that is skipped leaves a signed entry of this node and marks its tables DIVERGED: they lack changes
-  until they are verified or copied again.
+  until they are verified or copied again. So do the tables of a transaction that is skipped or parked; it is
+  named in the acknowledgement of its batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from vsql_consumers import state
+from vsql_consumers.collected import Decided
 from vsql_consumers.state import Receipt
+from vsql_consumers.target import read_versions
+from vsql_consumers.window import in_words
+from vsql_shared import lsn
 from vsql_shared.audit.entries import AuditEntry
 from vsql_shared.audit.merkle import EMPTY_ROOT
-from vsql_shared.changes import TableName
-from vsql_shared.errors import DecodeError, VerificationError
-from vsql_shared.pg.connect import Connection
+from vsql_shared.changes import RowPlace, TableName, Transaction
+from vsql_shared.errors import DecodeError, RowError, VerificationError
+from vsql_shared.pg.connect import Connection, errors
+
+_WATCH_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +40,22 @@ class Refusal:
     record: str
     error: str
     sequence: int
+    sqlstate: str | None = None
+    """Of a row that does not fit; None: what arrived is not what was signed."""
+    place: RowPlace | None = None
+
+    @property
+    def state(self) -> str:
+        """What the stream says it is."""
+        return "refused" if self.sqlstate is None else "blocked"
+
+    @classmethod
+    def of_row(cls, error: RowError, chain: str, next_sequence: int) -> Refusal:
+        """A row that PostgreSQL does not take."""
+        place = error.place
+        sequence = place.sequence if place is not None else next_sequence
+        record = in_words(place) if place is not None else f"{chain} from sequence {sequence} on"
+        return cls(record, str(error), sequence, error.sqlstate, place)
 
     @classmethod
     def of(cls, error: VerificationError, next_sequence: int) -> Refusal:
@@ -37,8 +64,39 @@ class Refusal:
         return cls(error.record, text, error.sequence or next_sequence)
 
     def as_detail(self) -> dict[str, object]:
-        """For the `refused` key of the stream's status."""
-        return {"record": self.record, "error": self.error, "sequence": self.sequence}
+        """For the `refused` or `blocked` key of the stream's status."""
+        detail: dict[str, object] = {"record": self.record, "error": self.error, "sequence": self.sequence}
+        if self.sqlstate is None:
+            return detail
+        return detail | {"sqlstate": self.sqlstate} | _row_detail(self.place)
+
+
+def _row_detail(place: RowPlace | None) -> dict[str, object]:
+    """Which row; every key is there, null where that is not known."""
+    if place is None:
+        return dict.fromkeys(("table", "batch", "change", "transaction"))
+    one = place.transaction
+    return {
+        "table": None if place.table is None else str(place.table),
+        "batch": place.batch,
+        "change": place.change,
+        "transaction": one and {"xid": one.xid, "lsn": lsn.text(one.commit_lsn), "time": one.commit_time},
+    }
+
+
+def watch(conn: Connection, place: RowPlace | None) -> Callable[[], bool]:
+    """Whether the table that refused a row has another definition since; asked at most once a second."""
+    due = 0.0
+
+    def altered() -> bool:
+        nonlocal due
+        if place is None or place.table is None or not place.version or time.monotonic() < due:
+            return False
+        due = time.monotonic() + _WATCH_SECONDS
+        with errors("looking at a table's definition"):
+            return read_versions(conn, [place.table]).get(place.table) != place.version
+
+    return altered
 
 
 def receipt_of_skipped(entry: AuditEntry, encoded: bytes) -> Receipt:
@@ -53,10 +111,21 @@ def is_skipped(receipt: Receipt) -> bool:
     return receipt.merkle_root == EMPTY_ROOT
 
 
-def mark_diverged(conn: Connection, live_chain: str, tables: Iterable[str], reason: str) -> None:
-    """Mark the tables a skipped batch would have changed; inside the transaction that passes it over."""
-    for text in tables:
-        state.mark_table(conn, live_chain, parse_table(text), "DIVERGED", reason=reason)
+def passed_over(transaction: Transaction, decided: Decided, changes: int) -> dict[str, Any]:
+    """What an acknowledgement says of a transaction that is not applied."""
+    return {
+        "xid": transaction.xid,
+        "lsn": lsn.text(transaction.commit_lsn),
+        "decision": decided.id,
+        "verdict": decided.verdict,
+        "changes": changes,
+    }
+
+
+def mark_diverged(conn: Connection, live_chain: str, tables: Iterable[TableName], reason: str) -> None:
+    """Mark tables that lack changes; inside the transaction that passes these over."""
+    for name in tables:
+        state.mark_table(conn, live_chain, name, "DIVERGED", reason=reason)
 
 
 def mark_all_diverged(conn: Connection, live_chain: str, reason: str) -> None:

@@ -32,6 +32,7 @@ _STATES = {
     "paused": StreamState.PAUSED,
     "waiting": StreamState.WAITING,
     "refused": StreamState.REFUSED,
+    "blocked": StreamState.BLOCKED,
     "diverged": StreamState.DIVERGED,
     "stopped": StreamState.STOPPED,
 }
@@ -94,8 +95,8 @@ class Report:
             "last_error_at": error[1] if error else None,
             **detail,
         }
-        if what == "refused" and self.refusal is not None:
-            detail["refused"] = self.refusal.as_detail()
+        if self.refusal is not None and what == self.refusal.state:
+            detail[what] = self.refusal.as_detail()
         control.say(what, detail)
         self.metrics.state(_STATES[what])
 

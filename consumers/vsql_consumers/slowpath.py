@@ -33,7 +33,8 @@ from vsql_consumers.frames import (
 )
 from vsql_consumers.stage import Stage, Stages, run
 from vsql_consumers.statements import NEW, OLD, Plan
-from vsql_shared.changes import Op
+from vsql_consumers.window import in_words
+from vsql_shared.changes import Op, RowPlace
 from vsql_shared.errors import DecodeError, TransientError
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ class Change(NamedTuple):
 
 Anomaly = Callable[[int, str], None]
 """Called with a change's position and the kind of anomaly."""
-Naming = Callable[[int], str]
-"""A change's table, batch and index, in words."""
+Named = Callable[[int], RowPlace]
+"""A change's table, batch, index and transaction."""
 
 
 @dataclass(slots=True)
@@ -71,7 +72,7 @@ class Replay:
     plan: Plan
     stages: Stages
     anomaly: Anomaly
-    naming: Naming
+    named: Named
 
     def run(self, ops: Sequence[int], plaintexts: Sequence[bytes], layout: Layout, first: int = 0) -> Layout:
         """Replay; positions count from `first`. Returns the last layout. Raises our errors."""
@@ -91,7 +92,8 @@ class Replay:
             except psycopg.Error as error:
                 raise self._fault(error, first + change.at) from None
             if kind is None:
-                raise TransientError(f"{self.naming(first + change.at)} keeps meeting concurrent writers")
+                where = in_words(self.named(first + change.at))
+                raise TransientError(f"{where} keeps meeting concurrent writers")
             if kind:
                 self.anomaly(first + change.at, kind)
 
@@ -131,7 +133,8 @@ class Replay:
         return numbers
 
     def _fault(self, error: psycopg.Error, at: int) -> Exception:
-        return faults.fault(error, f"writing {self.naming(at)}")
+        place = self.named(at)
+        return faults.fault(error, f"writing {in_words(place)}", place)
 
 
 def _read(

@@ -236,6 +236,15 @@ def read_chain(
     settings: Settings, client_id: str, group: str, place: Place, chain: str, from_offset: int
 ) -> Iterator[tuple[int, bytes]]:
     """(offset, document) of every record of one chain in an audit partition, up to its present end."""
+    for offset, _, value in read_records(settings, client_id, group, place, from_offset):
+        if value is not None and _is_of(chain, value):
+            yield offset, value
+
+
+def read_records(
+    settings: Settings, client_id: str, group: str, place: Place, from_offset: int
+) -> Iterator[tuple[int, bytes | None, bytes | None]]:
+    """(offset, key, value) of every record of a partition from an offset on, up to its present end."""
     topic, number = place
     consumer = make_consumer(settings, client_id, group, partition_eof=True)
     try:
@@ -257,10 +266,9 @@ def read_chain(
                 continue
             if error is not None:
                 raise kafka_error(error, f"read topic {topic}")
-            offset, value = message.offset() or 0, _bytes(message.value())
+            offset = message.offset() or 0
             next_offset = offset + 1
-            if value is not None and _is_of(chain, value):
-                yield offset, value
+            yield offset, _bytes(message.key()), _bytes(message.value())
     except KafkaException as error:
         raise from_exception(error, f"read topic {topic}") from error
     finally:

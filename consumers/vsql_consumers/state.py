@@ -16,13 +16,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vsql_consumers.collected import Decisions, TopicPartition
+from vsql_consumers.collected import Decided, Decisions, TopicPartition
 from vsql_consumers.unseal import Descriptor
 from vsql_shared import lsn, names
 from vsql_shared.audit.chain import EMPTY_HEAD, ChainHead
 from vsql_shared.audit.entries import BATCH_SKIPPED
 from vsql_shared.audit.rows import microseconds, parse, timestamp
-from vsql_shared.changes import TableName
+from vsql_shared.changes import TableName, Transaction
 from vsql_shared.errors import RefusedError
 from vsql_shared.pg.connect import Connection
 from vsql_shared.wire.pack import decode_relation
@@ -57,7 +57,10 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What this node says of a batch it applied or skipped; no manifest: one nobody could read."""
+    """What this node says of a batch it applied or skipped; no manifest: one nobody could read.
+
+    `detail` names the transactions of it that were passed over.
+    """
 
     sequence: int
     epoch: int
@@ -65,6 +68,7 @@ class Receipt:
     manifest: bytes
     merkle_root: bytes
     verdicts: Mapping[str, int]
+    detail: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_stream(conn: Connection, cluster: str, chain: str) -> Stream:
@@ -157,7 +161,7 @@ def save_receipts(conn: Connection, chain: str, receipts: Sequence[Receipt]) -> 
     with (
         conn.cursor() as cursor,
         cursor.copy(
-            "COPY vsql_sync.receipts (chain, sequence, epoch, batch, manifest, merkle_root, verdicts)"
+            "COPY vsql_sync.receipts (chain, sequence, epoch, batch, manifest, merkle_root, verdicts, detail)"
             " FROM STDIN"
         ) as copy,
     ):
@@ -171,6 +175,7 @@ def save_receipts(conn: Connection, chain: str, receipts: Sequence[Receipt]) -> 
                     one.manifest,
                     one.merkle_root,
                     json.dumps(dict(one.verdicts)),
+                    json.dumps(dict(one.detail)),
                 )
             )
 
@@ -178,11 +183,11 @@ def save_receipts(conn: Connection, chain: str, receipts: Sequence[Receipt]) -> 
 def load_receipts(conn: Connection, chain: str, after: int, limit: int) -> list[Receipt]:
     """Receipts of entries beyond a sequence, oldest first, at most so many."""
     rows = conn.execute(
-        "SELECT sequence, epoch, batch, manifest, merkle_root, verdicts FROM vsql_sync.receipts"
+        "SELECT sequence, epoch, batch, manifest, merkle_root, verdicts, detail FROM vsql_sync.receipts"
         " WHERE chain = %s AND sequence > %s ORDER BY sequence LIMIT %s",
         (chain, after, limit),
     ).fetchall()
-    return [Receipt(s, e, b, bytes(m), bytes(r), v) for s, e, b, m, r, v in rows]
+    return [Receipt(s, e, b, bytes(m), bytes(r), v, d) for s, e, b, m, r, v, d in rows]
 
 
 def drop_receipts(conn: Connection, chain: str, up_to: int) -> None:
@@ -226,7 +231,24 @@ def load_decisions(conn: Connection, chain: str, ack_chain: str) -> Decisions:
         ignored=frozenset((t, p, o) for kind, t, p, o, _ in rows if kind == "ignore-record"),
         skipped=frozenset(sequence for kind, _, _, _, sequence in rows if kind == "skip-batch"),
         skipped_batches=frozenset(_skipped_batches(bytes(row[0]) for row in skipped)),
+        transactions=_load_decided(conn, chain),
     )
+
+
+_DECIDED = {"skip-transaction": "skipped", "park-transaction": "parked"}
+"""Kind of a decision → verdict on the changes of its transaction."""
+
+
+def _load_decided(conn: Connection, chain: str) -> dict[Transaction, Decided]:
+    rows = conn.execute(
+        "SELECT id, kind, xid, commit_lsn::text, commit_time FROM vsql_sync.decisions"
+        " WHERE chain = %s AND kind = ANY(%s)",
+        (chain, list(_DECIDED)),
+    ).fetchall()
+    return {
+        Transaction(xid, lsn.parse(at), microseconds(time)): Decided(number, _DECIDED[kind])
+        for number, kind, xid, at, time in rows
+    }
 
 
 def _skipped_batches(documents: Iterable[bytes]) -> Iterable[tuple[int, int]]:

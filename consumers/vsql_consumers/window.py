@@ -10,9 +10,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from vsql_consumers.statements import Plan
-from vsql_shared.changes import Op, OpenedBatch
+from vsql_shared import lsn
+from vsql_shared.changes import Op, OpenedBatch, RowPlace
 
 _INSERTS = (Op.INSERT, Op.COPY)
 
@@ -59,10 +61,14 @@ class Window:
         batch, start, _ = self.parts[part]
         return batch, start + at - self.starts[part]
 
-    def naming(self, at: int) -> str:
-        """A change in words: its table, batch and index."""
+    def named(self, at: int) -> RowPlace:
+        """A change by its names; the version is the one its table was written by."""
         batch, index = self.place(at)
-        return f"{self.plan.name} (batch {self.batches[batch].batch}, change {index})"
+        return self.batches[batch].place(index, self.plan.target.version)
+
+    def naming(self, at: int) -> str:
+        """A change in words: its table, batch and index, and its transaction."""
+        return in_words(self.named(at))
 
     def naming_range(self, start: int, stop: int) -> str:
         """Several changes in words."""
@@ -73,10 +79,28 @@ class Window:
         )
 
 
-def runs(batch: OpenedBatch) -> Iterator[tuple[int, int]]:
-    """Consecutive changes of one op and one descriptor, as [start, stop)."""
+def in_words(place: RowPlace) -> str:
+    """A change, or all changes of a transaction, in words."""
+    change = "" if place.change is None else f", change {place.change}"
+    what = f"{place.table or 'changes'} (batch {place.batch}{change})"
+    if place.transaction is None:
+        return what
+    return f"{what} of transaction {place.transaction.xid} at {lsn.text(place.transaction.commit_lsn)}"
+
+
+def transactions(batch: OpenedBatch) -> Iterator[tuple[int, int]]:
+    """The changes of each of the batch's transactions, which follow one another, as [start, stop)."""
+    start = 0
+    for _, changes in groupby(batch.tx_of):
+        stop = start + sum(1 for _ in changes)
+        yield start, stop
+        start = stop
+
+
+def runs(batch: OpenedBatch, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+    """Consecutive changes of one op and one descriptor, among [start, end), as [start, stop)."""
     ops, relations = batch.ops, batch.relation_of
-    start, count = 0, len(ops)
+    count = len(ops) if end is None else end
     while start < count:
         op, relation = ops[start], relations[start]
         stop = start + 1

@@ -4,6 +4,7 @@ Not here: the stages (pipeline.py). What becomes of an error (docs/design/0002):
 
 * TransientError: back off, then everything is opened anew, from the progress in the database. `waiting`.
 * VerificationError: `refused`; a signed entry says so once; nothing is applied until an operator decides.
+* RowError: `blocked`; nothing is applied until an operator decides, or the table's definition changes.
 * DivergedError: `diverged`, until an operator's `retry`.
 * EnvironmentFault: as TransientError, with the longest back-off: an operator may mend it at any time.
 * Anything else ends the process; the supervisor starts another one.
@@ -28,10 +29,10 @@ from confluent_kafka import KafkaException
 from vsql_consumers import state
 from vsql_consumers.acknowledge import Acknowledger, Place
 from vsql_consumers.control import Control, Wish
-from vsql_consumers.means import Means
+from vsql_consumers.means import LAST_BATCH, Means
 from vsql_consumers.origin import OriginSession
 from vsql_consumers.pipeline import Pipeline
-from vsql_consumers.quarantine import Refusal
+from vsql_consumers.quarantine import Refusal, watch
 from vsql_consumers.report import Report
 from vsql_consumers.session import open_applying, open_control, own_trust
 from vsql_consumers.source import Source, read_chain
@@ -42,6 +43,7 @@ from vsql_shared.crypto.signing import Signer, TrustStore, load_signer
 from vsql_shared.errors import (
     DivergedError,
     EnvironmentFault,
+    RowError,
     TransientError,
     VerificationError,
     VsqlSyncError,
@@ -185,8 +187,13 @@ class Worker:
                 self._turn(self._open_pipeline(conn, stream, closing), stream, control)
         except VerificationError as error:
             self._report.failed(error)
-            self._report.totals.one_by_one = False
+            self._report.totals.passed(LAST_BATCH)
             return Refusal.of(error, state.load_position(conn, self._chain).head.sequence + 1)
+        except RowError as error:
+            self._report.failed(error)
+            self._report.totals.passed(LAST_BATCH)
+            first = state.load_position(conn, self._chain).head.sequence + 1
+            return Refusal.of_row(error, self._chain, first)
         except DivergedError as error:
             self._report.failed(error)
             state.set_stream_state(conn, self._chain, "DIVERGED", str(error))
@@ -205,6 +212,8 @@ class Worker:
                     self._report.say(control, say_running, self._report.of_pipeline(pipeline))
                 return True
             wishes = control.poll()
+            self._replay(pipeline, control, [wish for wish in wishes if wish.verb == "replay"])
+            wishes = [wish for wish in wishes if wish.verb != "replay"]
             # Decisions are read when a pipeline is opened.
             decided = any("decision" in wish.args and wish.id not in self._obeyed for wish in wishes)
             self._answer(pipeline.acknowledger, control, wishes, "the stream is running")
@@ -215,6 +224,22 @@ class Worker:
         self._report.say(control, say_running, self._report.of_pipeline(pipeline))
         pipeline.run(tick)
         self._report.say(control, say_running, self._report.of_pipeline(pipeline))
+
+    def _replay(self, pipeline: Pipeline, control: Control, wishes: Sequence[Wish]) -> None:
+        """Replay what was ordered, each once; what cannot be replayed is answered so, and stays parked."""
+        for wish in wishes:
+            if not pipeline.between:
+                return  # asked again when the transaction under way is complete
+            pipeline.acknowledger.act(acts.describe(control.conn, wish))
+            failpoints.hit("consumer.act-signed")
+            decision = wish.args.get("parked")
+            try:
+                message, ok = pipeline.replay(decision if isinstance(decision, int) else 0), True
+            except TransientError:
+                raise
+            except VsqlSyncError as error:
+                message, ok = str(error), False
+            control.answer(wish, ok=ok, message=message)
 
     def _answer(
         self,
@@ -234,6 +259,8 @@ class Worker:
             failpoints.hit("consumer.act-obeyed")
         for wish in wishes:
             unknown = f"a consumer does not know the command {wish.verb}"
+            if wish.verb == "replay":
+                unknown = f"nothing is replayed now: {message}"
             control.answer(wish, ok=wish in known, message=message if wish in known else unknown)
             self._obeyed.discard(wish.id)
 
@@ -271,14 +298,16 @@ class Worker:
         """Say what was refused, signed and in the status; stay until an operator decides."""
         self._report.refusal = refusal
         stands = {"sequence": state.load_position(conn, self._chain).head.sequence}
-        _log.error("refused", extra={"record": refusal.record, "sequence": refusal.sequence})
+        _log.error(refusal.state, extra={"record": refusal.record, "sequence": refusal.sequence})
         with ExitStack() as closing:
             acknowledger = self._open_fenced(conn, stream, closing)
-            acknowledger.refused(refusal.record, refusal.error, refusal.sequence)
+            if refusal.state == "refused":
+                acknowledger.refused(refusal.record, refusal.error, refusal.sequence)
             # Those that had us try again: this is what came of it.
             tried = [wish for wish in control.poll(now=True) if wish.id in self._obeyed]
-            self._answer(acknowledger, control, tried, f"tried again, and refused: {refusal.error}")
-        while not self.stop.is_set():
+            self._answer(acknowledger, control, tried, f"tried again, and {refusal.state}: {refusal.error}")
+        altered = watch(conn, refusal.place)
+        while not self.stop.is_set() and not altered():
             wishes = control.poll()
             if any(wish.verb == "retry" for wish in wishes):
                 self._obeyed.update(wish.id for wish in wishes)
@@ -286,8 +315,10 @@ class Worker:
             if wishes:
                 with ExitStack() as closing:
                     acknowledger = self._open_fenced(conn, stream, closing)
-                    self._answer(acknowledger, control, wishes, f"the stream is refused: {refusal.error}")
-            self._report.say(control, "refused", stands)
+                    self._answer(
+                        acknowledger, control, wishes, f"the stream is {refusal.state}: {refusal.error}"
+                    )
+            self._report.say(control, refusal.state, stands)
             self.stop.wait(_HOLD_SECONDS)
 
     def _open_fenced(self, conn: Connection, stream: Stream, closing: ExitStack) -> Acknowledger:

@@ -27,7 +27,7 @@ from vsql_consumers.stage import Stages, copy_in, run
 from vsql_consumers.statements import binary_layout, quoted
 from vsql_consumers.window import Window
 from vsql_shared.changes import Op, TableName
-from vsql_shared.errors import DatabaseError
+from vsql_shared.errors import DatabaseError, RowError
 
 if TYPE_CHECKING:
     from vsql_shared.pg.connect import Connection
@@ -215,15 +215,16 @@ class Writer:
 
         def anomaly(at: int, kind: str) -> None:
             if self._on_anomaly == "stop":
-                raise DatabaseError(
+                raise RowError(
                     f"{kind} at {window.naming(at)}",
-                    hint="compare both tables, repair the target's row, then retry; "
+                    hint="compare both tables, repair the target's row, then `syncctl stream retry`; "
                     '[apply] on_anomaly = "continue" counts it and goes on',
+                    place=window.named(at),
                 )
             batch, _ = window.place(at)
             if kind != INSERT_EXISTS:
                 self.tally.missing[batch] += 1
             self.tally.add(name, kind, 1, window.batches[batch].batch)
 
-        replay = Replay(self._conn, window.plan, self._stages, anomaly, window.naming)
+        replay = Replay(self._conn, window.plan, self._stages, anomaly, window.named)
         self._layouts[name] = replay.run(ops, plaintexts, layout, first)

@@ -81,6 +81,14 @@ def as_json(findings: Findings) -> dict[str, Any]:
     }
 
 
+def _passed_over(one: Comparison) -> str:
+    if not one.passed_over:
+        return ""
+    return (
+        f"; {one.passed_over} changes skipped or parked by operators, {one.replayed} of them replayed since"
+    )
+
+
 def as_text(findings: Findings) -> str:
     """For people."""
     rows = [_chain_row(node, one) for node, report in findings.reports.items() for one in report.chains]
@@ -90,7 +98,7 @@ def as_text(findings: Findings) -> str:
         state = "differ" if one.problem else "equal"
         parts.append(
             f"roots of {one.chain} and of target {one.target}: {state} in {one.compared} batches compared, "
-            f"{one.under_way} not acknowledged yet"
+            f"{one.under_way} not acknowledged yet{_passed_over(one)}"
         )
     parts += [f"bad: {words(problem)}" for problem in findings.problems]
     parts += [f"warning: {warning}" for warning in findings.warnings]

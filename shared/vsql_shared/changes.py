@@ -85,6 +85,21 @@ class Transaction(NamedTuple):
     commit_time: int
 
 
+class RowPlace(NamedTuple):
+    """Which change a database refuses, without any of its values.
+
+    `change`: its number in the batch, None where only the transaction is known. `version`: of the table's
+    definition when it was refused, "" where that is not known.
+    """
+
+    table: TableName | None
+    sequence: int
+    batch: int
+    change: int | None
+    transaction: Transaction | None
+    version: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """A column as the source described it; `key` when it belongs to the replica identity."""
@@ -148,3 +163,33 @@ class OpenedBatch:
     ops: list[int] = field(default_factory=list)
     relation_of: list[bytes] = field(default_factory=list)
     plaintexts: list[bytes] = field(default_factory=list)
+    passed: dict[int, str] = field(default_factory=dict)
+    """Transactions, by their number, that an operator has decided not to apply here, and the verdict."""
+
+    def passed_over(self) -> dict[int, int]:
+        """How many changes of each such transaction are passed over.
+
+        A sequence's value only travels beside a transaction, and being ahead harms nobody: it is taken.
+        """
+        counts = dict.fromkeys(self.passed, 0)
+        if counts:
+            for number, op in zip(self.tx_of, self.ops, strict=True):
+                if number in counts and op != Op.SEQUENCE:
+                    counts[number] += 1
+        return counts
+
+    def tables_of(self, transaction: int) -> list[TableName]:
+        """The tables a transaction changes."""
+        named = {d for d, number in zip(self.relation_of, self.tx_of, strict=True) if number == transaction}
+        return sorted({self.relations[one].name for one in named} - {MESSAGES, SEQUENCES})
+
+    def place(self, at: int, version: str = "") -> RowPlace:
+        """Change `at`, in words that hold none of its values."""
+        return RowPlace(
+            self.relations[self.relation_of[at]].name,
+            self.sequence,
+            self.batch,
+            at,
+            self.transactions[self.tx_of[at]],
+            version,
+        )

@@ -7,6 +7,7 @@
     │   └── RefusedError            the request is understood and is not allowed in this state
     ├── EnvironmentFault            the operator: a server, a privilege or a setting outside of us
     │   ├── DatabaseError           PostgreSQL refuses (privilege, setting, missing object)
+    │   │   └── RowError            … a row: the stream stops until somebody decides, or alters the table
     │   ├── BrokerError             Kafka refuses (topic shape, authorization, size)
     │   └── KeyUnavailableError     a key file, a KEK or a KMS refuses
     ├── TransientError              nobody: retried with back-off; the message says what is waited for
@@ -26,6 +27,11 @@ No message carries a secret or a row's value.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vsql_shared.changes import RowPlace
 
 
 class VsqlSyncError(Exception):
@@ -74,6 +80,19 @@ class EnvironmentFault(VsqlSyncError):
 
 class DatabaseError(EnvironmentFault):
     """PostgreSQL lacks a setting, a privilege or an object."""
+
+
+class RowError(DatabaseError):
+    """PostgreSQL refuses a row; trying again changes nothing.
+
+    `place` says which one, None where that is not known; `sqlstate` is "" where it was our own finding.
+    """
+
+    def __init__(
+        self, message: str, *, hint: str = "", place: RowPlace | None = None, sqlstate: str = ""
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.place, self.sqlstate = place, sqlstate
 
 
 class BrokerError(EnvironmentFault):

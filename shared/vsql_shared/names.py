@@ -63,6 +63,11 @@ def keys_topic(cluster: str) -> str:
     return _topic(cluster, "keys")
 
 
+def parked_topic(cluster: str) -> str:
+    """Dead-letter topic: sealed batches that operators set aside. No data topic has so few parts."""
+    return _topic(cluster, "parked")
+
+
 def audit_key(chain: str, epoch: int, incarnation: bytes, sequence: int) -> bytes:
     """Kafka key of an audit entry; unique, so that compaction removes nothing."""
     return f"{chain}/{epoch}/{incarnation.hex()}/{sequence}".encode()

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import NewDatabase
 from vsql_shared.errors import RefusedError, UserError
-from vsql_shared.pg import commands, control, migrate, nodes, status
+from vsql_shared.pg import commands, control, migrate, nodes, status, transactions
 from vsql_shared.pg.connect import Connection, connect
 
 LIVE = "pub.node-a"
@@ -153,6 +153,84 @@ def test_a_decision_is_written_once_told_to_the_consumer_and_logged(conn: Connec
     with pytest.raises(RefusedError, match="was decided before"):
         control.skip_batch(conn, "pub.node-b", 7, "again")
     assert _actions(conn) == ["stream.ignore-record", "stream.skip-batch"]
+
+
+BLOCKED = {"transaction": {"xid": 741, "lsn": "0/16B3748", "time": 1_700_000_000_000_001}, "sequence": 9}
+
+
+def test_only_the_transaction_that_blocks_a_stream_is_passed_over(conn: Connection) -> None:
+    def tries(given: str, chain: str = "pub.node-b", reason: str = "x") -> str:
+        with pytest.raises(UserError) as refused:
+            transactions.skip(conn, chain, given, reason)
+        return str(refused.value)
+
+    assert "is not blocked, it is not running" in tries("741")
+    status.write_status(conn, "pub.node-b", "in", "running", {"blocked": BLOCKED})
+    assert "is not blocked, it is running" in tries("741")
+    status.write_status(
+        conn, "pub.node-b", "in", "blocked", {"blocked": {"transaction": None, "sequence": 9}}
+    )
+    assert "stream skip-batch --sequence 9" in tries("741")
+    status.write_status(conn, "pub.node-b", "in", "blocked", {"blocked": BLOCKED})
+    assert "blocked by transaction 741 at 0/16B3748, not by 742" in tries("742")
+    assert "not by 0/16B3749" in tries("0/16B3749")
+    assert "is no transaction" in tries("last")
+    assert "is no transaction" in tries("99999999999")
+    assert "needs a reason" in tries("741", reason=" ")
+    assert "no incoming stream" in tries("741", chain=LIVE)
+    conn.execute("UPDATE vsql_sync.streams SET kind = 'copy' WHERE chain = 'pub.node-b'")
+    assert "is a first copy" in tries("741")
+    assert _actions(conn) == []
+
+
+@pytest.mark.parametrize("given", ["741", "0/16B3748", "0/16b3748"])
+def test_a_transaction_is_decided_on_once_whether_skipped_or_parked(conn: Connection, given: str) -> None:
+    status.write_status(conn, "pub.node-b", "in", "blocked", {"blocked": BLOCKED})
+    made = transactions.skip(conn, "pub.node-b", given, " test data ")
+    row = conn.execute(
+        "SELECT id, kind, xid, commit_lsn::text, extract(epoch FROM commit_time) * 1000000, reason"
+        " FROM vsql_sync.decisions"
+    ).fetchall()
+    assert row == [(made.decision, "skip-transaction", 741, "0/16B3748", 1_700_000_000_000_001, "test data")]
+    (told,) = commands.pending(conn, "pub.node-b", "consumer")
+    assert (told.id, told.verb, told.args["decision"]) == (made.command, "retry", made.decision)
+    with pytest.raises(RefusedError, match="was decided before"):
+        transactions.park(conn, "pub.node-b", "741", "again")
+    assert _actions(conn) == ["stream.skip-transaction"]
+
+
+def test_a_retry_reaches_every_direction_of_a_stream_and_is_logged(conn: Connection) -> None:
+    changed = transactions.retry(conn, LIVE, "mended")
+    assert changed.streams == [(LIVE, "out")]
+    assert [one.verb for one in commands.pending(conn, LIVE, "producer")] == ["retry"]
+    with pytest.raises(RefusedError, match="no stream nope"):
+        transactions.retry(conn, "nope", "mended")
+    with pytest.raises(UserError, match="needs a reason"):
+        transactions.retry(conn, LIVE, "")
+    assert _actions(conn) == ["stream.retry"]
+
+
+def test_what_is_not_parked_is_not_replayed_and_an_xid_that_came_twice_is_not_enough(
+    conn: Connection,
+) -> None:
+    for number, position in ((1, "0/10"), (2, "0/20")):
+        conn.execute(
+            "INSERT INTO vsql_sync.parked (decision, chain, xid, commit_lsn, commit_time)"
+            " VALUES (%s, 'pub.node-b', 741, %s, now())",
+            (number, position),
+        )
+    for given, expected in (("742", "it is not parked"), ("0/30", "it is not parked"), ("741", "by its LSN")):
+        with pytest.raises(RefusedError, match=expected):
+            transactions.replay(conn, "pub.node-b", given, "now")
+    made = transactions.replay(conn, "pub.node-b", "0/20", "now")
+    assert (made.decision, made.transaction) == (2, {"xid": 741, "lsn": "0/20"})
+    (told,) = commands.pending(conn, "pub.node-b", "consumer")
+    assert (told.verb, told.args["parked"]) == ("replay", 2)
+    conn.execute("UPDATE vsql_sync.parked SET replayed_at = now() WHERE decision = 2")
+    with pytest.raises(RefusedError, match="was replayed at"):
+        transactions.replay(conn, "pub.node-b", "0/20", "again")
+    assert [one.decision for one in transactions.parked(conn)] == [1, 2]
+    assert _actions(conn) == ["stream.replay-transaction"]
 
 
 def test_a_worker_that_falls_silent_is_shown_as_not_running(conn: Connection) -> None:

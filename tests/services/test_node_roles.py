@@ -12,7 +12,7 @@ from tests.conftest import NewDatabase
 from tests.stack import Postgres, Stack
 from vsql_shared.changes import TableName
 from vsql_shared.errors import DatabaseError, RefusedError
-from vsql_shared.pg import commands, control, migrate, nodes, roles, status
+from vsql_shared.pg import commands, control, migrate, nodes, roles, status, transactions
 from vsql_shared.pg.connect import Connection, connect, errors, parse_conninfo
 
 PAYMENTS = TableName("public", "payments")
@@ -157,6 +157,11 @@ def test_an_operator_decides_in_its_own_name_only(node: str, users: Users) -> No
         control.pause(conn, "maintenance")
         control.skip_batch(conn, "p.a", 3, "key lost")
         commands.request(conn, "producer", "rotate-dek", {}, "")
+        with _open(node) as worker:
+            found = {"xid": 741, "lsn": "0/10", "time": 1}
+            status.write_status(worker, "p.a", "in", "blocked", {"blocked": {"transaction": found}})
+        transactions.park(conn, "p.a", "741", "ask the owner")
+        assert transactions.parked(conn) == []
         assert conn.execute("SELECT DISTINCT decided_by FROM vsql_sync.decisions").fetchall() == [(user,)]
         actors = conn.execute("SELECT DISTINCT actor FROM vsql_sync.audit_log WHERE action LIKE 'stream.%'")
         assert actors.fetchall() == [(user,)]

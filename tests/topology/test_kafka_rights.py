@@ -23,6 +23,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # no stubs sa
 
 from tests.nodes import PUBLICATION, TwoNodes
 from tests.stack import Stack
+from tests.waiting import until
 
 pytestmark = pytest.mark.topology
 
@@ -136,6 +137,36 @@ def test_the_documented_rights_are_enough_for_a_copy_and_a_stream(guarded: Guard
             assert "AUTHORIZATION" not in node.log_file(role).read_text().upper(), node.tail(role)
     assert f"{pair.cluster}.{pair.chain}.public.t" in guarded.topics()
     assert not [name for name in guarded.topics() if ".copy." in name], "the copy's topics were deleted"
+
+
+@pytest.mark.timeout(240)
+def test_the_documented_rights_are_enough_to_park_a_transaction_and_to_replay_it(guarded: Guarded) -> None:
+    pair = guarded.pair
+    pair.b.execute("ALTER TABLE t ADD CONSTRAINT no CHECK (id <> 2000)")
+    pair.a.execute("INSERT INTO t VALUES (2000, 'parked')")
+    found = until(
+        lambda: pair.b.query(
+            "SELECT detail->'blocked'->'transaction'->>'lsn' FROM vsql_sync.stream_status"
+            " WHERE state = 'blocked' AND detail->'blocked' IS NOT NULL"
+        )
+    )
+    words = (
+        "--chain",
+        pair.chain,
+        "--transaction",
+        found[0][0],
+        "--reason",
+        "rights",
+        "--yes",
+        "--timeout",
+        "30",
+    )
+    pair.b.ctl("stream", "park", *words)
+    pair.wait_in_step()
+    pair.b.execute("ALTER TABLE t DROP CONSTRAINT no")
+    assert "1 applied" in pair.b.ctl("stream", "replay", *words).stdout
+    assert pair.differences() == []
+    assert f"{pair.cluster}.parked" in guarded.topics()
 
 
 @pytest.mark.timeout(240)

@@ -37,7 +37,14 @@ from vsql_shared.audit.chain import (
 )
 from vsql_shared.audit.compare import ack_target, compare_roots
 from vsql_shared.audit.dsse import AUDIT_ENTRY, sign_document
-from vsql_shared.audit.entries import BATCH_COVERED, BATCH_SKIPPED, EPOCH_OPENED, OPERATOR_ACTION
+from vsql_shared.audit.entries import (
+    BATCH_COVERED,
+    BATCH_SKIPPED,
+    EPOCH_OPENED,
+    OPERATOR_ACTION,
+    TRANSACTION_REPLAYED,
+    canonical_json,
+)
 from vsql_shared.audit.history import KafkaHistory
 from vsql_shared.audit.merkle import EMPTY_ROOT
 from vsql_shared.audit.rows import StoredDocument, parse
@@ -489,6 +496,54 @@ def test_batch_an_operator_skipped_counts_as_decided() -> None:
     acks.acknowledge(source.entries[3])
     found = compare_roots(CHAIN, "node-b", stored(source), stored(acks))
     assert (found.problem, found.compared) == (None, 3)
+
+
+def _passing_over(count: int, *named: object) -> dict[str, object]:
+    """An acknowledgement's fields where changes of its batch were passed over."""
+    return {
+        "verdicts": (("applied", 5 - count), ("skipped", count)),
+        "row_count": 5,
+        "detail": canonical_json({"passed_over": list(named)}),
+    }
+
+
+def test_changes_an_operator_had_skipped_are_counted_and_so_is_what_was_replayed() -> None:
+    source = History()
+    source.open()
+    source.batch(5)
+    source.batch(5)
+    acks = History(ACKS, B)
+    acks.open()
+    one = {"xid": 741, "lsn": "0/1", "decision": 1, "verdict": "skipped", "changes": 2}
+    acks.acknowledge(source.entries[1], **_passing_over(3, one, {**one, "xid": 742, "changes": 1}))
+    replayed = canonical_json({"xid": 740, "changes": 4})
+    acks.add(event_type=TRANSACTION_REPLAYED, batch_lsn_start=5, batch_lsn_end=5, detail=replayed)
+    acks.acknowledge(source.entries[2])
+    found = compare_roots(CHAIN, "node-b", stored(source), stored(acks))
+    assert (found.problem, found.compared, found.passed_over, found.replayed) == (None, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        [],
+        [{"verdict": "skipped", "changes": 2}],
+        [{"verdict": "parked", "changes": 3}],
+        [{"changes": 3}],
+        ["skipped"],
+        [{"verdict": "skipped", "changes": "3"}],
+    ],
+)
+def test_changes_that_are_passed_over_without_a_transaction_are_found(named: list[object]) -> None:
+    source = History()
+    source.open()
+    source.batch(5)
+    acks = History(ACKS, B)
+    acks.open()
+    acks.acknowledge(source.entries[1], **_passing_over(3, *named))
+    problem = compare_roots(CHAIN, "node-b", stored(source), stored(acks)).problem
+    assert problem is not None
+    assert "passes over" in problem.what
 
 
 def test_target_that_joined_later_begins_with_its_first_batch() -> None:

@@ -123,6 +123,11 @@ def _troubles(one: StreamStatus) -> Iterator[str]:
     if isinstance(refused, dict):
         where, why = printable(refused.get("record")), printable(refused.get("error"))
         yield f"refused {where}: {why}; decide with `syncctl stream`"
+    blocked = said.get("blocked")
+    if isinstance(blocked, dict):
+        where, why = printable(blocked.get("record")), printable(blocked.get("error"))
+        verbs = "retry, skip or park" if blocked.get("transaction") else "retry"
+        yield f"blocked by {where}: {why}; mend it, or decide with `syncctl stream` ({verbs})"
     if one.init_state in ("DIVERGED", "FAILED"):
         yield f"{one.init_state}: {printable(one.init_reason)}"
     if said.get("last_error"):

@@ -29,7 +29,17 @@ from vsql_shared.names import ack_chain
 from vsql_shared.pg import oplog
 from vsql_shared.pg.connect import Connection, errors
 
-ORDERS = ("stream.pause", "stream.resume", "stream.ignore-record", "stream.skip-batch", "key.rotate-dek")
+ORDERS = (
+    "stream.pause",
+    "stream.resume",
+    "stream.retry",
+    "stream.ignore-record",
+    "stream.skip-batch",
+    "stream.skip-transaction",
+    "stream.park-transaction",
+    "stream.replay-transaction",
+    "key.rotate-dek",
+)
 """Actions of the operators' log that a worker obeys; the others are done when their line is written."""
 
 _RECORD = re.compile(r"(audit_log|commands)/(\d{1,18})")

@@ -9,12 +9,16 @@ the entries it is given. Rules:
   decision; abandoned fragments are not. A target that joined late says `batch_covered` once for all batches
   its first copy covers: it counts the changes nobody had acknowledged, and has no root of its own. Batches
   after the last acknowledgement are under way.
+* Changes that were not applied by an operator's decision are counted: the verdicts say how many, and the
+  detail of the same entry names their transactions, which sum to it.
 * What a peer remembers of a chain must still be in it: a rewritten or shortened history is found here.
 """
 
 from __future__ import annotations
 
+import json
 import uuid
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,6 +32,7 @@ from vsql_shared.audit.entries import (
     COVERED,
     EPOCH_OPENED,
     REPLICATION_BATCH,
+    TRANSACTION_REPLAYED,
     AuditEntry,
     signed_place,
 )
@@ -43,6 +48,8 @@ if TYPE_CHECKING:
 
 _SAME = ("merkle_root", "batch", "batch_lsn_start", "batch_lsn_end", "row_count", "continues")
 """Fields an acknowledgement repeats from its manifest; `merkle_root` is the target's own computation."""
+_PASSED_OVER = frozenset({"skipped", "parked"})
+"""Verdicts an operator decided on."""
 _ANSWERS = frozenset({BATCH_APPLIED, BATCH_SKIPPED, BATCH_COVERED})
 
 
@@ -55,6 +62,10 @@ class Comparison:
     compared: int
     under_way: int
     problem: Problem | None
+    passed_over: int = 0
+    """Changes an operator had skipped or parked."""
+    replayed: int = 0
+    """Of the parked ones: those that were replayed since."""
 
 
 def ack_target(chain: str) -> tuple[str, str] | None:
@@ -68,9 +79,11 @@ def compare_roots(
 ) -> Comparison:
     """Walk both chains side by side, in memory of one manifest at a time."""
     source = _Manifests(manifests)
-    compared = counted = 0
+    compared = counted = passed_over = replayed = 0
     for stored in acks:
         ack = stored.entry
+        if ack.event_type == TRANSACTION_REPLAYED:
+            replayed += _replayed(ack)
         if ack.event_type not in _ANSWERS or not ack.ref_sequence:
             continue
         manifest = source.find(ack.ref_sequence)
@@ -81,9 +94,10 @@ def compare_roots(
             ack, what = source.passed.entry, f"target {target} did not acknowledge this batch"
         if what is not None:
             problem = Problem(ack.chain, ack.sequence, str(uuid.UUID(bytes=ack.event_id)), what)
-            return Comparison(chain, target, compared, 0, problem)
+            return Comparison(chain, target, compared, 0, problem, passed_over, replayed)
         compared, counted = compared + 1, counted + ack.row_count
-    return Comparison(chain, target, compared, source.rest(), None)
+        passed_over += sum(count for name, count in ack.verdicts if name in _PASSED_OVER)
+    return Comparison(chain, target, compared, source.rest(), None, passed_over, replayed)
 
 
 class _Manifests:
@@ -144,6 +158,9 @@ def _disagreement(manifest: StoredDocument | None, ack: AuditEntry) -> str | Non
         )
     if ack.event_type in (BATCH_SKIPPED, BATCH_COVERED):
         return None
+    unnamed = _unnamed(ack)
+    if unnamed is not None:
+        return unnamed
     wrong = [name for name in _SAME if getattr(manifest.entry, name) != getattr(ack, name)]
     if "merkle_root" in wrong:
         return (
@@ -151,6 +168,26 @@ def _disagreement(manifest: StoredDocument | None, ack: AuditEntry) -> str | Non
             f"the source signed {manifest.entry.merkle_root.hex()}"
         )
     return f"differs from manifest {ack.ref_sequence} in {', '.join(wrong)}" if wrong else None
+
+
+def _unnamed(ack: AuditEntry) -> str | None:
+    """What is passed over is named: the transactions of the detail sum to the verdicts."""
+    try:
+        named = Counter[str]()
+        for one in json.loads(ack.detail).get("passed_over", ()):
+            named[one["verdict"]] += one["changes"]
+    except (KeyError, TypeError, ValueError):
+        return "names the transactions it passes over in a way that cannot be read"
+    said = {name: count for name, count in ack.verdicts if name in _PASSED_OVER}
+    if said == named:
+        return None
+    return f"passes over {said}, the transactions it names have {dict(named)}"
+
+
+def _replayed(entry: AuditEntry) -> int:
+    """Changes of a parked transaction that was replayed; 0 where that cannot be read."""
+    found = json.loads(entry.detail).get("changes")
+    return found if isinstance(found, int) else 0
 
 
 def _miscounted(rows: int, ack: AuditEntry) -> str | None:

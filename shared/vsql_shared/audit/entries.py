@@ -40,6 +40,7 @@ BATCH_SKIPPED: Final = "batch_skipped"
 BATCH_COVERED: Final = "batch_covered"
 OPERATOR_ACTION: Final = "operator_action"
 KEY_ROTATED: Final = "key_rotated"
+TRANSACTION_REPLAYED: Final = "transaction_replayed"
 EVENT_TYPES = frozenset(
     {
         EPOCH_OPENED,
@@ -52,6 +53,7 @@ EVENT_TYPES = frozenset(
         BATCH_COVERED,
         OPERATOR_ACTION,
         KEY_ROTATED,
+        TRANSACTION_REPLAYED,
     }
 )
 """What this version writes. Readers accept other types too: they link the chain and bring no batch."""

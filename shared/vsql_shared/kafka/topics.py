@@ -1,7 +1,8 @@
 """Topics: created by us with a fixed shape, and refused when somebody else gave them another.
 
-Three kinds. `audit` and `keys` are compacted and keep everything; `data` keeps records until every
-target has acknowledged them (the producer deletes below that): its retention is no timer of Kafka's.
+Four kinds. `audit` and `keys` are compacted and keep everything, `parked` keeps everything; `data` keeps
+records until every target has acknowledged them (the producer deletes below that): its retention is no timer
+of Kafka's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from vsql_shared.kafka.clients import from_exception
 if TYPE_CHECKING:
     from vsql_shared.config import Settings
 
-Kind = Literal["data", "audit", "keys"]
+Kind = Literal["data", "audit", "keys", "parked"]
 TIMEOUT_SECONDS = 30.0
 # A broker that is there answers in milliseconds; TLS and SASL take a second at worst.
 ANSWER_SECONDS = 5.0
@@ -37,7 +38,7 @@ def _wanted(kind: Kind, settings: Settings) -> dict[str, str]:
         "max.message.bytes": str(max(settings.limits.message_max_bytes, 1_048_588)),
         "unclean.leader.election.enable": "false",
     }
-    if kind == "data":
+    if kind in ("data", "parked"):
         return {**shape, "cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"}
     return {**shape, "cleanup.policy": "compact"}
 

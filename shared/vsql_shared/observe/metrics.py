@@ -63,6 +63,7 @@ class StreamState(Enum):
     PAUSED = "paused"
     STOPPED = "stopped"
     REFUSED = "refused"
+    BLOCKED = "blocked"
     DIVERGED = "diverged"
 
 

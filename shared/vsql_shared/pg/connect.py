@@ -21,6 +21,7 @@ from psycopg import sql
 
 from vsql_shared.errors import ConfigError, DatabaseError, TransientError, VsqlSyncError
 from vsql_shared.pg.encodings import UTF8, fit_parameters
+from vsql_shared.pg.reactions import Reaction, reaction
 
 Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
 
@@ -60,9 +61,6 @@ _ADVICE = (
     (r"connection refused|no such file", "check host and port, and that the server runs"),
     (r"must be superuser or replication role|replication role", "ALTER ROLE … REPLICATION"),
 )
-_PASSING_CLASSES = ("08", "40", "53")
-# admin_shutdown, crash_shutdown, cannot_connect_now, idle_session_timeout, lock_not_available, query_canceled
-_PASSING_STATES = {"57P01", "57P02", "57P03", "57P05", "55P03", "57014", "55006"}
 # Data and constraint errors: the primary message quotes values.
 _TELLING_CLASSES = ("22", "23")
 
@@ -136,7 +134,7 @@ def translate(error: psycopg.Error, doing: str) -> VsqlSyncError:
             return TransientError(f"lost the database while {doing}", hint="it is tried again")
         return DatabaseError(f"{type(error).__name__} while {doing}")
     text = _server_text(error, state)
-    if state[:2] in _PASSING_CLASSES or state in _PASSING_STATES:
+    if reaction(state) is Reaction.RETRY:
         return TransientError(f"{text} while {doing}", hint="it is tried again")
     return DatabaseError(f"{text} while {doing}", hint=_hint(error, state))
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from vsql_shared.errors import RefusedError, UserError
 from vsql_shared.pg import commands, nodes, oplog, status
@@ -53,7 +53,7 @@ def ignore_record(conn: Connection, chain: str, record: str, reason: str) -> int
             f"{record!r} is no record", hint="write TOPIC/PARTITION/OFFSET, as the error names it"
         )
     place = {"topic": match[1], "partition": int(match[2]), "kafka_offset": int(match[3])}
-    return _decide(conn, chain, "ignore-record", place, reason)
+    return decide(conn, chain, "ignore-record", place, reason).id
 
 
 def skip_batch(conn: Connection, chain: str, sequence: int, reason: str) -> int:
@@ -62,7 +62,7 @@ def skip_batch(conn: Connection, chain: str, sequence: int, reason: str) -> int:
         raise UserError(
             f"{sequence} is no sequence number", hint="`syncctl status` shows that of the refused batch"
         )
-    return _decide(conn, chain, "skip-batch", {"sequence": sequence}, reason)
+    return decide(conn, chain, "skip-batch", {"sequence": sequence}, reason).id
 
 
 def _want(
@@ -101,40 +101,73 @@ def _check_chains(conn: Connection, chains: Sequence[str]) -> None:
         raise RefusedError("this node has no streams", hint="add a peer first: `syncctl node add-peer`")
 
 
-def _decide(conn: Connection, chain: str, kind: str, place: dict[str, str | int], reason: str) -> int:
+def require_reason(reason: str) -> str:
+    """The reason, trimmed. Raises UserError when there is none."""
     if not reason.strip():
         raise UserError(
             "a decision needs a reason", hint='--reason "…" says why; it is kept in the audit log'
         )
+    return reason.strip()
+
+
+def require_incoming(conn: Connection, chain: str) -> None:
+    """Raise RefusedError unless this node applies such a stream."""
+    row = conn.execute(
+        "SELECT FROM vsql_sync.streams WHERE chain = %s AND direction = 'in'", (chain,)
+    ).fetchone()
+    if row is None:
+        raise RefusedError(f"there is no incoming stream {chain} on this node", hint="see `syncctl status`")
+
+
+class Decision(NamedTuple):
+    """A decision that was written, and the command that tells the worker of it."""
+
+    id: int
+    command: int
+
+
+_PLACE = {
+    "topic": "text",
+    "partition": "integer",
+    "kafka_offset": "bigint",
+    "sequence": "bigint",
+    "xid": "bigint",
+    "commit_lsn": "pg_lsn",
+    "commit_time": "timestamptz",
+}
+"""Columns that say what a decision is about."""
+
+
+def decide(conn: Connection, chain: str, kind: str, place: Mapping[str, str | int], reason: str) -> Decision:
+    """Write a decision, its line of the log, and the command that has the worker look at it.
+
+    What was decided on before, in this way or another, is refused.
+    """
+    reason = require_reason(reason)
     nodes.local(conn)
+    names, slots = ", ".join(_PLACE), ", ".join(f"%s::{kind}" for kind in _PLACE.values())
+    values = [place.get(name) for name in _PLACE]
     with errors("writing the decision"), conn.transaction():
-        row = conn.execute(
-            "SELECT FROM vsql_sync.streams WHERE chain = %s AND direction = 'in'", (chain,)
-        ).fetchone()
-        if row is None:
-            raise RefusedError(
-                f"there is no incoming stream {chain} on this node", hint="see `syncctl status`"
-            )
-        columns = {"topic": None, "partition": None, "kafka_offset": None, "sequence": None} | place
+        require_incoming(conn, chain)
         same = conn.execute(
-            "SELECT id FROM vsql_sync.decisions WHERE chain = %s AND kind = %s"
-            " AND (topic, partition, kafka_offset, sequence)"
-            " IS NOT DISTINCT FROM (%s, %s::integer, %s::bigint, %s::bigint)",
-            (chain, kind, *columns.values()),
+            "SELECT id FROM vsql_sync.decisions WHERE chain = %s"  # noqa: S608 - our own names
+            " AND split_part(kind, '-', 2) = split_part(%s, '-', 2)"
+            f" AND ({names}) IS NOT DISTINCT FROM ({slots})".encode(),
+            (chain, kind, *values),
         ).fetchone()
         if same is not None:
             raise RefusedError(f"this was decided before (decision {same[0]})", hint="see `syncctl status`")
         made = conn.execute(
-            "INSERT INTO vsql_sync.decisions (chain, kind, topic, partition, kafka_offset, sequence, reason)"
-            " VALUES (%s, %s, %s, %s, %s, %s, %s) RETURNING id",
-            (chain, kind, *columns.values(), reason.strip()),
+            f"INSERT INTO vsql_sync.decisions (chain, kind, reason, {names})"  # noqa: S608 - our own names
+            f" VALUES (%s, %s, %s, {slots}) RETURNING id".encode(),
+            (chain, kind, reason, *values),
         ).fetchone()
         assert made is not None  # noqa: S101 - INSERT … RETURNING has a row
-        new = {"kind": kind, "decision": made[0], "reason": reason.strip(), **place}
+        new = {"kind": kind, "decision": made[0], "reason": reason, **place}
         line = oplog.record(conn, f"stream.{kind}", "stream", chain, new=new)
         args = {"decision": made[0], "audit_log": line}
-        commands.request(conn, "consumer", "retry", args, reason.strip(), chain)
-    return int(made[0])
+        command = commands.request(conn, "consumer", "retry", args, reason, chain)
+    return Decision(int(made[0]), command)
 
 
 def outcome(conn: Connection, changed: Changed, timeout: float) -> list[dict[str, str]]:

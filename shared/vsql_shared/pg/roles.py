@@ -74,12 +74,15 @@ WRITES: dict[str, dict[str, str]] = {
         "anomalies": "INSERT, UPDATE",
         "sequence_sync": "INSERT, UPDATE, DELETE",
         "conflict_log": "INSERT",
+        "parked": "INSERT, UPDATE (replayed_at, verdicts, replay_signed)",
+        "parked_batches": "INSERT",
     },
     # Columns that say who and when are left out: their defaults fill them.
     OPERATOR: {
         # slot_created: `syncctl start` makes the slot where its user has REPLICATION.
         "commands": "INSERT (role, chain, verb, args, reason)",
-        "decisions": "INSERT (chain, kind, topic, partition, kafka_offset, sequence, reason)",
+        "decisions": "INSERT (chain, kind, topic, partition, kafka_offset, sequence, reason,"
+        " xid, commit_lsn, commit_time)",
         "streams": "UPDATE (desired, desired_reason, slot_created)",
     },
     ADMIN: dict.fromkeys(("commands", "decisions"), "INSERT, DELETE"),
