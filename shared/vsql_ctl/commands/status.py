@@ -101,6 +101,16 @@ def _remarks(one: StreamStatus) -> list[str]:
     return [f"{name}: {line}" for line in (*_standing(one), *_troubles(one))]
 
 
+def _way_back(one: StreamStatus) -> str:
+    """What works with this version: another stream takes over, and copies anew (docs/operations/slots.md)."""
+    targets = ", ".join(printable(target) for target in one.detail.get("targets") or ()) or "each target"
+    return (
+        f'way back: 1. `syncctl stream retire --chain {one.chain} --reason "…"` here and on {targets};'
+        f" 2. empty its tables there; 3. here `syncctl publication create NEW` with the tables of"
+        f" {one.publication}, and `syncctl node add-peer … --publication NEW`; 4. `syncctl start` on both"
+    )
+
+
 def _standing(one: StreamStatus) -> Iterator[str]:
     """Why it does not run: paused, never started, or a worker that is silent."""
     if one.stale and one.updated_at is not None:
@@ -109,6 +119,8 @@ def _standing(one: StreamStatus) -> Iterator[str]:
         yield "is to run and has no worker; start the service (`syncctl daemon start`)"
     if one.desired == "stopped" and one.init_state != "FINISHED":
         yield "was never started; `syncctl start`"
+    if one.init_state == "FINISHED" and one.init_reason:
+        yield printable(one.init_reason)
     if one.desired == "paused":
         yield f"paused: {printable(one.desired_reason)}"
     if one.sequences:
@@ -125,6 +137,10 @@ def _troubles(one: StreamStatus) -> Iterator[str]:
         yield f"refused {where}: {why}; decide with `syncctl stream`"
     if one.init_state in ("DIVERGED", "FAILED"):
         yield f"{one.init_state}: {printable(one.init_reason)}"
+    elif one.slot_missing:
+        yield f"slot {one.slot_name} is gone: the stream will be DIVERGED; see docs/operations/slots.md"
+    if isinstance(stalled := said.get("stalled_seconds"), int | float) and one.desired == "running":
+        yield f"STALLED: WAL advances, and nothing was confirmed for {human_seconds(stalled)}"
     if said.get("last_error"):
         at = said.get("last_error_at")
         when = (
@@ -136,5 +152,7 @@ def _troubles(one: StreamStatus) -> Iterator[str]:
             yield f"{target} computed another root: {printable(ack['mismatch'])}"
         if ack.get("passed_over") and ack.get("lag_batches"):
             yield f"a record in the place of {target}'s answers is not by it: {printable(ack['passed_over'])}"
+    if one.init_state == "DIVERGED" and one.direction == "out":
+        yield _way_back(one)
     if one.slot and one.slot["wal_status"] in ("unreserved", "lost"):
         yield f"slot {one.slot_name} is {one.slot['wal_status']}: it loses WAL; see max_slot_wal_keep_size"
