@@ -329,13 +329,8 @@ class LivePipeline:
         }
 
     def marks(self) -> Marks | None:
-        """How far the stream is; while nothing is outstanding, what the walsender reads counts."""
-        if self._outlet is None or self._wal is None:
-            return None
-        empty = not self._ready and self._batches.is_empty and not self._transactions.is_open
-        reading = empty and not self._outlet.publisher.inflight and not self._acknowledged
-        read = replication.read_position(self._context.conn, self._wal.pid) if reading else 0
-        return self._progress.marks(read)
+        """How far the stream is."""
+        return self._progress.marks() if self._wal is not None and self._outlet is not None else None
 
     @property
     def totals(self) -> tuple[int, int, int]:

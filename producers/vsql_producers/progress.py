@@ -68,6 +68,6 @@ class Progress:
         self.confirmed = received
         self._noted_at, self._sent = now, False
 
-    def marks(self, read: int) -> Marks:
-        """What moves when the stream does; `read`: how far the walsender is where nothing is outstanding."""
-        return Marks(self.confirmed, (self.published, self._entries), read)
+    def marks(self) -> Marks:
+        """What moves when the stream does."""
+        return Marks(self.confirmed, (self.published, self._entries))

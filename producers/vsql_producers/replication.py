@@ -6,6 +6,7 @@ still the stream's (slot.py). Rules:
 * Frames are drained in bulk, because waking for each row costs more than everything else done with it; a call
   returns at most `max_bytes`, so memory is bounded however fast the walsender is.
 * Only positions that were given to `confirm` are reported as flushed; replies to keepalives repeat them.
+* The walsender is asked how far it is: WAL of other databases keeps it busy for minutes without a word.
 """
 
 from __future__ import annotations
@@ -75,15 +76,6 @@ def wal_position(conn: Connection) -> int:
     return lsn.parse(row[0]) if row else 0
 
 
-def read_position(conn: Connection, pid: int) -> int:
-    """How far a walsender has read the WAL; 0 where it is gone."""
-    with errors("asking how far the walsender is"):
-        row = conn.execute(
-            "SELECT sent_lsn::text FROM pg_catalog.pg_stat_replication WHERE pid = %s", (pid,)
-        ).fetchone()
-    return lsn.parse(row[0]) if row and row[0] else 0
-
-
 def switch_points(conn: Connection, timeline: int) -> dict[int, int]:
     """Timeline → where it was left, of every ancestor of `timeline`."""
     if timeline == 1:
@@ -144,7 +136,7 @@ class WalStream:
         self._conn = conn
         self._pq: pq.abc.PGconn = conn.pgconn
         self._pending = False
-        self._next_status = 0.0
+        self._next_status = self._next_question = 0.0
         self._reply_wanted = False
         self.confirmed = 0
         self._start(slot, publication, binary, messages)
@@ -171,11 +163,6 @@ class WalStream:
             if error.sqlstate == _IN_USE:
                 raise SlotInUse(f"replication slot {slot} is used by another session") from None
             raise translate(error, f"starting replication from slot {slot}") from error
-
-    @property
-    def pid(self) -> int:
-        """The walsender's process id."""
-        return self._pq.backend_pid
 
     @property
     def fileno(self) -> int:
@@ -247,12 +234,15 @@ class WalStream:
         if now < self._next_status and not self._reply_wanted:
             return
         at = self.confirmed
+        asks = now >= self._next_question
         try:
-            self._pq.put_copy_data(_STATUS.pack(b"r", at, at, at, 0, 0))
+            self._pq.put_copy_data(_STATUS.pack(b"r", at, at, at, 0, asks))
             self._pq.flush()
         except psycopg.Error as error:
             raise translate(error, "reporting progress to the walsender") from error
         self._next_status, self._reply_wanted = now + STATUS_SECONDS, False
+        if asks:
+            self._next_question = now + STATUS_SECONDS
 
     def close(self) -> None:
         """End the walsender; the slot keeps its position."""

@@ -3,8 +3,7 @@
 Not here: who is told (report.py). Rules:
 
 * Progress is what is durable: a position confirmed, a batch recorded. A stream that tries the same rows again
-  and again in new epochs makes none. While nothing is outstanding, WAL the walsender reads counts, too: it
-  may take minutes until a transaction, or WAL of other databases, gives it something to send.
+  and again in new epochs makes none.
 * The time counts from the moment the WAL was first seen to have moved since the last progress, so that an
   idle database never raises an alarm, however long it was idle before.
 """
@@ -20,7 +19,6 @@ class Marks(NamedTuple):
     confirmed: int = 0
     published: tuple[int, int] = (0, 0)
     """Position of the chain, and entries recorded behind it: fragments of a transaction without an end."""
-    read: int = 0
 
 
 class Stall:

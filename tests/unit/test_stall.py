@@ -34,11 +34,6 @@ def test_fragments_of_a_large_transaction_are_progress_and_sending_them_again_is
     assert stall.look(70, 170, Marks(50, (50, 31))) == 0
 
 
-def test_wal_the_walsender_reads_while_nothing_is_outstanding_is_progress() -> None:
-    stall = Stall()
-    assert [stall.look(now, 1000 + now, Marks(50, (50, 0), now)) for now in range(1, 100)] == [0] * 99
-
-
 def test_a_stream_that_cannot_be_opened_makes_no_progress() -> None:
     stall = Stall()
     assert stall.look(0, 100, None) == 0
