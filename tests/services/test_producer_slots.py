@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import psycopg
@@ -142,7 +143,7 @@ def test_a_slot_that_another_session_holds_is_waited_for_and_its_holder_named(ne
     reader = psycopg.connect(
         node.conninfo, autocommit=True, application_name="somebody-else", replication="database"
     )
-    with reader:
+    with closing(reader):
         pid = reader.info.backend_pid
         reader.execute(
             f"START_REPLICATION SLOT {node.slot} LOGICAL 0/0 (proto_version '2', publication_names 'pub')"
