@@ -129,7 +129,7 @@ def _standing(one: StreamStatus) -> Iterator[str]:
 
 
 def _troubles(one: StreamStatus) -> Iterator[str]:
-    """Refusals, errors, roots that differ, a slot in danger."""
+    """Refusals, errors, roots that differ, and what is wrong with the slot."""
     said = one.detail
     refused = said.get("refused")
     if isinstance(refused, dict):
@@ -137,10 +137,6 @@ def _troubles(one: StreamStatus) -> Iterator[str]:
         yield f"refused {where}: {why}; decide with `syncctl stream`"
     if one.init_state in ("DIVERGED", "FAILED"):
         yield f"{one.init_state}: {printable(one.init_reason)}"
-    elif one.slot_missing:
-        yield f"slot {one.slot_name} is gone: the stream will be DIVERGED; see docs/operations/slots.md"
-    if isinstance(stalled := said.get("stalled_seconds"), int | float) and one.desired == "running":
-        yield f"STALLED: WAL advances, and nothing was confirmed for {human_seconds(stalled)}"
     if said.get("last_error"):
         at = said.get("last_error_at")
         when = (
@@ -152,7 +148,17 @@ def _troubles(one: StreamStatus) -> Iterator[str]:
             yield f"{target} computed another root: {printable(ack['mismatch'])}"
         if ack.get("passed_over") and ack.get("lag_batches"):
             yield f"a record in the place of {target}'s answers is not by it: {printable(ack['passed_over'])}"
-    if one.init_state == "DIVERGED" and one.direction == "out":
-        yield _way_back(one)
+    yield from _at_the_slot(one)
+
+
+def _at_the_slot(one: StreamStatus) -> Iterator[str]:
+    """A slot that is gone or in danger, a stream that stands still, and the way back."""
+    stalled = one.detail.get("stalled_seconds")
+    if isinstance(stalled, int | float) and one.desired == "running":
+        yield f"STALLED: WAL advances, and nothing was confirmed for {human_seconds(stalled)}"
+    if one.slot_missing and one.init_state != "DIVERGED":
+        yield f"slot {one.slot_name} is gone: the stream will be DIVERGED; see docs/operations/slots.md"
     if one.slot and one.slot["wal_status"] in ("unreserved", "lost"):
         yield f"slot {one.slot_name} is {one.slot['wal_status']}: it loses WAL; see max_slot_wal_keep_size"
+    if one.init_state == "DIVERGED" and (one.direction, one.kind) == ("out", "live"):
+        yield _way_back(one)
