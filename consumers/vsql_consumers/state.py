@@ -96,10 +96,11 @@ def stream_state(conn: Connection, chain: str) -> tuple[str, str] | None:
 
 
 def set_stream_state(conn: Connection, chain: str, state: str, reason: str | None = None) -> None:
-    """Record a stream's place in its life; a row that says so already is left alone."""
+    """Record a stream's place in its life, of which FINISHED is the last; one that says so is left alone."""
     conn.execute(
         "UPDATE vsql_sync.streams SET state = %s, state_reason = %s"
-        " WHERE chain = %s AND direction = 'in' AND (state, state_reason) IS DISTINCT FROM (%s, %s)",
+        " WHERE chain = %s AND direction = 'in' AND state <> 'FINISHED'"
+        " AND (state, state_reason) IS DISTINCT FROM (%s, %s)",
         (state, reason, chain, state, reason),
     )
 

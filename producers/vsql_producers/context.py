@@ -56,6 +56,8 @@ class Context:
     closing: ExitStack
     tick: Callable[[], None] = _nothing
     """What must go on while something else is waited for: reports to the walsender."""
+    wait: Callable[[], None] = _nothing
+    """… and what says that it is waited for."""
     interrupt: Callable[[], None] = _nothing
     """Raises when the attempt is to be given up, before anything was sent."""
     check_source = staticmethod(check_source)
@@ -65,9 +67,10 @@ class Context:
     _admin: AdminClient | None = field(default=None)
 
     def on_tick(self) -> None:
-        """Call the present `interrupt` and `tick`."""
+        """Call the present `interrupt`, `tick` and `wait`."""
         self.interrupt()
         self.tick()
+        self.wait()
 
     def appended(self, prepared: Prepared) -> None:
         """Count an entry that is in Kafka and in the table."""

@@ -74,7 +74,7 @@ def _publish_missing(
     if known is None:
         raise lost
     head = known[0]
-    there = _kafka_head(writing, consumer, tick)
+    there = kafka_head(writing, consumer, tick)
     # 1. Linked hashes: equal at the last common entry is equal up to it.
     _require_beginning(conn, writing, there, head, lost)
     first = there.sequence + 1
@@ -92,7 +92,7 @@ def _publish_missing(
     )
 
 
-def _kafka_head(writing: Writing, consumer: Consumer, tick: Tick) -> ChainHead:
+def kafka_head(writing: Writing, consumer: Consumer, tick: Tick) -> ChainHead:
     """Read the whole partition, as a new reader would."""
     reader = ChainReader(writing.cluster, writing.chain, writing.node, writing.trust)
     tail = AuditTail(consumer, writing.topic, writing.partition, None, tick)

@@ -18,11 +18,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vsql_producers import drift, joining, replication
+from vsql_producers import slot as slots
 from vsql_producers.batches import Batch, Batches
 from vsql_producers.binary_types import may_be_binary
 from vsql_producers.context import Context
 from vsql_producers.epoch import open_epoch
-from vsql_producers.level import read_or_level
+from vsql_producers.level import kafka_head, read_or_level
 from vsql_producers.outlet import Outlet, batch_limits
 from vsql_producers.progress import Progress
 from vsql_producers.publish import Acknowledged
@@ -30,10 +31,11 @@ from vsql_producers.relations import Describer, ScopeChanged, load_scope
 from vsql_producers.retention import Retention
 from vsql_producers.sequences import Sequences
 from vsql_producers.signals import load_messages
-from vsql_producers.stream import slot_made
+from vsql_producers.stall import Marks
+from vsql_producers.stream import note_confirmed, slot_made
 from vsql_producers.transactions import Transactions
 from vsql_shared import failpoints, lsn
-from vsql_shared.errors import TransientError
+from vsql_shared.errors import DivergedError, TransientError
 from vsql_shared.observe.metrics import Stage
 
 if TYPE_CHECKING:
@@ -82,17 +84,16 @@ class LivePipeline:
         )
         c.closing.callback(connection.close)
         identity = replication.identify(connection)
-        slot = self._slot(connection)
         points = replication.switch_points(connection, identity.timeline)
-        self._wal = wal = replication.WalStream(
-            connection, c.stream.slot_name, c.stream.publication, binary=binary, messages=messages is not None
-        )
+        slot = self._slot(connection, identity, points)
+        self._wal = wal = self._start(connection, binary=binary, messages=messages is not None)
         wal.confirmed = slot.confirmed_lsn
         failpoints.hit("producer.slot-held")
         c.tick = wal.report
         publisher = c.make_publisher()
         reader, tail = read_or_level(c.conn, c.writing, c.make_consumer(), publisher, c.on_tick)
         c.check_source(reader.head, identity, points)
+        self._require_not_ahead(slot, reader.head.lsn_end)
         self._targets = joining.load_targets(c.conn, c.stream.chain)
         detail = joining.opening_detail(self._targets)
         opened = open_epoch(c.conn, c.writing, reader, tail, publisher, identity, slot.confirmed_lsn, detail)
@@ -114,18 +115,45 @@ class LivePipeline:
         self._sequences = Sequences.open(c.conn, settings, c.stream.publication, c.closing.callback)
         self._batches = Batches(batch_limits(settings.limits, settings.encryption.dek.max_tuples))
 
-    def _slot(self, connection: Connection) -> replication.Slot:
+    def _slot(
+        self, connection: Connection, identity: replication.Identity, points: dict[int, int]
+    ) -> slots.Slot:
         """Step 2 of the start order. A crash between making the slot and noting it leaves one to adopt."""
         c = self._context
         name = c.stream.slot_name
-        slot = replication.find_slot(c.conn, name)
-        if slot is None and not c.stream.slot_created:
-            replication.create_slot(connection, name, c.on_tick)
-            slot = replication.find_slot(c.conn, name)
-        slot = replication.require_usable(slot, name)
+        slot = slots.find(c.conn, name)
         if not c.stream.slot_created:
-            slot_made(c.conn, c.stream.chain)
-        return slot
+            if slot is None:
+                replication.create_slot(connection, name, c.on_tick)
+            made = slots.require_free(slot or slots.find(c.conn, name), name)
+            slot_made(c.conn, c.stream.chain, made.confirmed_lsn)
+            return made
+        try:
+            return slots.require_usable(slot, name)
+        except DivergedError as lost:
+            # Whose WAL this is comes first: with another one, what became of the slot hardly matters.
+            head = kafka_head(c.writing, c.make_consumer(), c.on_tick)
+            c.check_source(head, identity, points)
+            raise slots.explain(lost, head, identity, points) from None
+
+    def _require_not_ahead(self, slot: slots.Slot, published: int) -> None:
+        """Somebody else may have moved the slot since this stream confirmed something last."""
+        stream = self._context.stream
+        if stream.confirmed_lsn is not None:
+            slots.require_not_ahead(slot, stream.slot_name, max(stream.confirmed_lsn, published))
+        elif stream.slot_created:
+            # Nobody noted it before: from now on it is known.
+            note_confirmed(self._context.conn, stream.chain, slot.confirmed_lsn)
+
+    def _start(self, connection: Connection, *, binary: bool, messages: bool) -> replication.WalStream:
+        """Step 3: START_REPLICATION, the fence."""
+        stream = self._context.stream
+        try:
+            return replication.WalStream(
+                connection, stream.slot_name, stream.publication, binary=binary, messages=messages
+            )
+        except replication.SlotInUse:
+            raise slots.held(self._context.conn, stream.slot_name) from None
 
     @property
     def outlet(self) -> Outlet:
@@ -229,7 +257,8 @@ class LivePipeline:
             and self._batches.is_empty
             and not self._transactions.is_open
         ):
-            self._progress.nothing_outstanding(max(self._keepalive_lsn, self._transactions.received_lsn))
+            received = max(self._keepalive_lsn, self._transactions.received_lsn)
+            self._progress.nothing_outstanding(received, now)
         before = wal.confirmed
         wal.confirm(self._progress.confirmed)
         wal.report(now)
@@ -298,6 +327,10 @@ class LivePipeline:
             "dek_id": key.dek_id if key else "",
             "dek_tuples": key.tuples_used if key else 0,
         }
+
+    def marks(self) -> Marks | None:
+        """How far the stream is."""
+        return self._progress.marks() if self._wal is not None and self._outlet is not None else None
 
     @property
     def totals(self) -> tuple[int, int, int]:

@@ -1,11 +1,12 @@
 """The replication connection: slot, START_REPLICATION, frames in, positions out.
 
-Not here: what frames mean (pgoutput.py) and when a position may be confirmed (progress.py). Rules:
+Not here: what frames mean (pgoutput.py), when a position may be confirmed (progress.py), whether the slot is
+still the stream's (slot.py). Rules:
 
-* A slot is made once. One that is missing or invalidated afterwards is a gap: said as such, never made anew.
 * Frames are drained in bulk, because waking for each row costs more than everything else done with it; a call
   returns at most `max_bytes`, so memory is bounded however fast the walsender is.
 * Only positions that were given to `confirm` are reported as flushed; replies to keepalives repeat them.
+* The walsender is asked how far it is: WAL of other databases keeps it busy for minutes without a word.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from psycopg import pq, sql
 
 from vsql_producers import pgoutput
 from vsql_shared import lsn
-from vsql_shared.errors import DatabaseError, DecodeError, DivergedError, TransientError
+from vsql_shared.errors import DatabaseError, DecodeError, TransientError
 from vsql_shared.pg.connect import Connection, connect, errors, translate
 
 _STATUS = struct.Struct(">cQQQqB")
-_NOT_IN_USE = "55006"
+_IN_USE = "55006"
 _FAILOVER_SINCE = 170_000
 _ORIGIN_SINCE = 160_000
 # Seconds between status messages at least; wal_sender_timeout is a minute by default.
@@ -40,6 +41,10 @@ class Identity(NamedTuple):
     system_identifier: str
     timeline: int
     wal_lsn: int
+
+
+class SlotInUse(TransientError):
+    """Another session reads from the slot."""
 
 
 class Drained(NamedTuple):
@@ -62,6 +67,13 @@ def identify(conn: Connection) -> Identity:
     if row is None:
         raise DatabaseError("the server did not identify itself")
     return Identity(str(row[0]), int(row[1]), lsn.parse(row[2]))
+
+
+def wal_position(conn: Connection) -> int:
+    """Where the server writes now."""
+    with errors("asking for the WAL position"):
+        row = conn.execute("SELECT pg_catalog.pg_current_wal_insert_lsn()::text").fetchone()
+    return lsn.parse(row[0]) if row else 0
 
 
 def switch_points(conn: Connection, timeline: int) -> dict[int, int]:
@@ -115,49 +127,6 @@ def create_slot(conn: Connection, name: str, tick: Callable[[], None]) -> int:
     return lsn.parse(row[1])
 
 
-class Slot(NamedTuple):
-    """What pg_replication_slots says of the stream's slot."""
-
-    confirmed_lsn: int
-    active_pid: int | None
-    lost: str
-
-
-def find_slot(conn: Connection, name: str) -> Slot | None:
-    """The slot, or None; `lost` says in words why it cannot be used any more."""
-    with errors("looking for the replication slot"):
-        row = conn.execute(
-            "SELECT confirmed_flush_lsn::text, active_pid, wal_status, to_jsonb(s) ->> 'invalidation_reason',"
-            " plugin, database = current_database()"
-            " FROM pg_catalog.pg_replication_slots s WHERE slot_name = %s",
-            (name,),
-        ).fetchone()
-    if row is None:
-        return None
-    if row[4] != "pgoutput" or not row[5]:
-        raise DatabaseError(
-            f"replication slot {name} is of another plugin or database",
-            hint="two clusters must not share a name on one server",
-        )
-    lost = row[3] or ("wal_removed" if row[2] == "lost" else "")
-    return Slot(lsn.parse(row[0]) if row[0] else 0, row[1], lost)
-
-
-def require_usable(slot: Slot | None, name: str) -> Slot:
-    """Raise DivergedError for a slot that is gone or invalidated: WAL between may never have been sent."""
-    if slot is None:
-        raise DivergedError(
-            f"replication slot {name} was created and is gone: changes since then may not have been sent",
-            hint="find out who dropped it; then initialise the targets anew",
-        )
-    if slot.lost:
-        raise DivergedError(
-            f"replication slot {name} was invalidated ({slot.lost}): its WAL is gone",
-            hint="raise max_slot_wal_keep_size, drop the slot, and initialise the targets anew",
-        )
-    return slot
-
-
 class WalStream:
     """START_REPLICATION on a connection; from then on it carries frames only."""
 
@@ -167,7 +136,7 @@ class WalStream:
         self._conn = conn
         self._pq: pq.abc.PGconn = conn.pgconn
         self._pending = False
-        self._next_status = 0.0
+        self._next_status = self._next_question = 0.0
         self._reply_wanted = False
         self.confirmed = 0
         self._start(slot, publication, binary, messages)
@@ -191,11 +160,8 @@ class WalStream:
         try:
             self._conn.execute(command)
         except psycopg.Error as error:
-            if error.sqlstate == _NOT_IN_USE:
-                raise TransientError(
-                    f"replication slot {slot} is used by another session",
-                    hint="it is taken over when that one ends",
-                ) from None
+            if error.sqlstate == _IN_USE:
+                raise SlotInUse(f"replication slot {slot} is used by another session") from None
             raise translate(error, f"starting replication from slot {slot}") from error
 
     @property
@@ -268,12 +234,15 @@ class WalStream:
         if now < self._next_status and not self._reply_wanted:
             return
         at = self.confirmed
+        asks = now >= self._next_question
         try:
-            self._pq.put_copy_data(_STATUS.pack(b"r", at, at, at, 0, 0))
+            self._pq.put_copy_data(_STATUS.pack(b"r", at, at, at, 0, asks))
             self._pq.flush()
         except psycopg.Error as error:
             raise translate(error, "reporting progress to the walsender") from error
         self._next_status, self._reply_wanted = now + STATUS_SECONDS, False
+        if asks:
+            self._next_question = now + STATUS_SECONDS
 
     def close(self) -> None:
         """End the walsender; the slot keeps its position."""

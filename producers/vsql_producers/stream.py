@@ -8,8 +8,9 @@ successor's back.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from vsql_shared import names
+from vsql_shared import lsn, names
 from vsql_shared.errors import DatabaseError, TransientError
 from vsql_shared.pg.connect import Connection, errors
 
@@ -28,7 +29,10 @@ class Stream:
     ack_partition: int
     desired: str
     state: str
+    reason: str
     slot_created: bool
+    confirmed_lsn: int | None
+    """The slot was never told more, manifests aside; None: made by a version that did not note it."""
 
 
 def load(conn: Connection, chain: str) -> Stream:
@@ -36,7 +40,8 @@ def load(conn: Connection, chain: str) -> Stream:
     with errors("reading vsql_sync.streams"):
         row = conn.execute(
             "SELECT chain, kind, publication, origin, target, coalesce(slot_name, ''), audit_partition,"
-            " ack_partition, desired, state, slot_created FROM vsql_sync.streams"
+            " ack_partition, desired, state, coalesce(state_reason, ''), slot_created,"
+            " confirmed_lsn::text FROM vsql_sync.streams"
             " WHERE chain = %s AND direction = 'out'",
             (chain,),
         ).fetchone()
@@ -45,11 +50,16 @@ def load(conn: Connection, chain: str) -> Stream:
             f"stream {chain} is not an outgoing stream of this node",
             hint="make one with `syncctl publication create`, see `syncctl status`",
         )
-    return Stream(*row)
+    columns: tuple[Any, ...] = (*row[:-1], lsn.parse(row[-1]) if row[-1] else None)
+    return Stream(*columns)
+
+
+class Taken(TransientError):
+    """Another worker of this stream is at work."""
 
 
 def lock(conn: Connection, chain: str) -> None:
-    """Take the stream's lock. Raises TransientError, naming the session that has it."""
+    """Take the stream's lock. Raises Taken, naming the session that has it."""
     key = names.advisory_key(chain, "out")
     with errors("taking the stream's lock"):
         row = conn.execute("SELECT pg_try_advisory_lock(%s)", (key,)).fetchone()
@@ -63,26 +73,37 @@ def lock(conn: Connection, chain: str) -> None:
             (key, key),
         ).fetchone()
     who = f"session {holder[0]} ({holder[1]}, {holder[2] or 'local'})" if holder else "another session"
-    raise TransientError(
+    raise Taken(
         f"stream {chain} already has a producer: {who} holds its lock",
         hint="stop that one; this one goes on when the lock is free",
     )
 
 
 def set_state(conn: Connection, chain: str, state: str, reason: str | None = None) -> None:
-    """Write the stream's durable state."""
+    """Write the stream's durable state; FINISHED is its last one."""
     with errors("writing the stream's state"):
         conn.execute(
             "UPDATE vsql_sync.streams SET state = %s, state_reason = %s"
-            " WHERE chain = %s AND direction = 'out' AND (state, state_reason) IS DISTINCT FROM (%s, %s)",
+            " WHERE chain = %s AND direction = 'out' AND state <> 'FINISHED'"
+            " AND (state, state_reason) IS DISTINCT FROM (%s, %s)",
             (state, reason, chain, state, reason),
         )
 
 
-def slot_made(conn: Connection, chain: str) -> None:
-    """From now on a missing slot is a gap."""
+def slot_made(conn: Connection, chain: str, confirmed_lsn: int) -> None:
+    """From now on a missing slot is a gap, and so is one that stands beyond this."""
     with errors("noting the replication slot"):
         conn.execute(
-            "UPDATE vsql_sync.streams SET slot_created = true WHERE chain = %s AND direction = 'out'",
-            (chain,),
+            "UPDATE vsql_sync.streams SET slot_created = true, confirmed_lsn = %s"
+            " WHERE chain = %s AND direction = 'out'",
+            (lsn.text(confirmed_lsn), chain),
+        )
+
+
+def note_confirmed(conn: Connection, chain: str, position: int) -> None:
+    """Note that everything below `position` may be confirmed, before PostgreSQL is told."""
+    with errors("noting the confirmed position"):
+        conn.execute(
+            "UPDATE vsql_sync.streams SET confirmed_lsn = %s WHERE chain = %s AND direction = 'out'",
+            (lsn.text(position), chain),
         )

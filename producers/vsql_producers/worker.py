@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Protocol
 
 import psycopg
 from confluent_kafka import KafkaException
@@ -31,10 +31,11 @@ from vsql_producers.identity import own_signer, own_trust
 from vsql_producers.outlet import Outlet
 from vsql_producers.pipeline import LivePipeline
 from vsql_producers.relations import BinaryRefused
+from vsql_producers.report import Report, Told
+from vsql_producers.slot import require_primary
 from vsql_producers.snapshot.pipeline import CopyPipeline
 from vsql_producers.targets import Targets
-from vsql_producers.volume import AuditVolume
-from vsql_shared import failpoints, lsn, names
+from vsql_shared import failpoints, names
 from vsql_shared.audit.store import ensure_partitions
 from vsql_shared.config import Settings
 from vsql_shared.errors import (
@@ -47,12 +48,9 @@ from vsql_shared.errors import (
 )
 from vsql_shared.kafka.clients import from_exception
 from vsql_shared.kms import open_provider
-from vsql_shared.observe.metrics import StreamMetrics, StreamState
-from vsql_shared.observe.process import resident_bytes
 from vsql_shared.pg import acts
 from vsql_shared.pg.commands import Command
 from vsql_shared.pg.connect import Connection, connect, errors, translate
-from vsql_shared.pg.status import write_status
 from vsql_shared.service.stopping import set_on_signals
 
 _log = logging.getLogger(__name__)
@@ -61,28 +59,20 @@ _log = logging.getLogger(__name__)
 _DIVERGED_POLL = 1.0
 # Of server.stop_timeout, after which the supervisor kills.
 _STOP_SHARE = 0.8
-_SAY_AGAIN_SECONDS = 60.0
-_STATES = {
-    "running": StreamState.STREAMING,
-    "paused": StreamState.PAUSED,
-    "waiting": StreamState.WAITING,
-    "copying": StreamState.COPYING,
-    "diverged": StreamState.DIVERGED,
-    "stopped": StreamState.STOPPED,
-}
+# Between two tries: well below what `syncctl status` takes for silence.
+_WAITING_SAYS_SECONDS = 5.0
 
 
 class Stopped(Exception):
     """The worker was told to stop, or its copy is done. No error."""
 
 
-class Pipeline(Protocol):
+class Pipeline(Told, Protocol):
     """One epoch of a stream, live or first copy: `open`, then `turn` until told to stop, then `finish`."""
 
     done: bool
     """The stream has come to its end."""
     epoch: int
-    sequence: int
 
     def open(self) -> None:
         """Take the slot, open an epoch, make the stages."""
@@ -93,16 +83,9 @@ class Pipeline(Protocol):
     def finish(self, seconds: float, tick: Callable[[], None]) -> None:
         """Bring what is under way to its end, for so long at most."""
 
-    def status(self, wal_lsn: int) -> dict[str, Any]:
-        """What `syncctl status` shows of the stream."""
-
     @property
     def outlet(self) -> Outlet:
         """Where batches leave."""
-
-    @property
-    def totals(self) -> tuple[int, int, int]:
-        """Rows, bytes and batches sent in this epoch."""
 
 
 def run_worker(settings: Settings, chain: str) -> int:
@@ -124,21 +107,15 @@ class Worker:
     def __init__(self, settings: Settings, chain: str) -> None:
         self._settings, self._chain = settings, chain
         self.stop = threading.Event()
-        self._metrics = StreamMetrics(chain, settings.cluster.node_name)
+        self._report = Report(settings, chain)
         self._signer = own_signer(settings)
         self._failures = 0
-        self._last_error = ""
-        self._last_error_at = 0.0
-        self._logged_at = float("-inf")
-        self._totals = (0, 0, 0)
-        self._volume = AuditVolume(time.monotonic())
         self._text_only = False
         self._owed: list[Command] = []
         """Tries of a diverged stream: signed when there is an epoch to put them into."""
         self._acted: list[tuple[int, Command, str]] = []
         """Acts of this epoch on their way to the table: sequence, command, answer."""
         self._stop_by: float | None = None
-        self._rates: tuple[float, int, int] = (time.monotonic(), 0, 0)
 
     def run(self) -> int:
         """Epoch after epoch, until told to stop."""
@@ -150,12 +127,14 @@ class Worker:
                 break
             except (TransientError, EnvironmentFault) as error:
                 self._text_only = isinstance(error, BinaryRefused)
-                self._failed(error)
-                self._back_off(longest=isinstance(error, EnvironmentFault))
+                self._report.failed(error)
+                # The status is that of the worker which is at work.
+                silent = isinstance(error, streams.Taken)
+                self._back_off(longest=isinstance(error, EnvironmentFault), silent=silent)
             except DivergedError as error:
-                self._failed(error)
+                self._report.failed(error)
                 self._wait_for_operator(error)
-        self._say_alone("stopped")
+        self._report.say_alone(self._connect, "stopped")
         return 0
 
     def _attempt(self) -> None:
@@ -172,10 +151,12 @@ class Worker:
         settings = self._settings
         conn = self._connect()
         closing.callback(conn.close)
+        require_primary(conn)
         streams.lock(conn, self._chain)
         stream = streams.load(conn, self._chain)
         if stream.state == "DIVERGED":
-            raise DivergedError(f"stream {self._chain} is marked as diverged")
+            # As it was said when it was found: a restart adds nothing to it.
+            raise DivergedError(stream.reason or f"stream {self._chain} is marked as diverged")
         ensure_partitions(conn)
         control = Control(conn, self._chain, settings.limits)
         provider = open_provider(settings.encryption.kms, strict=settings.is_prod)
@@ -190,8 +171,10 @@ class Worker:
             stream.ack_partition,
             allow_unsigned=not settings.is_prod,
         )
-        context = Context(settings, stream, conn, provider, writing, targets, self._metrics, closing)
-        context.volume, context.text_only = self._volume, self._text_only
+        context = Context(settings, stream, conn, provider, writing, targets, self._report.metrics, closing)
+        context.volume, context.text_only = self._report.volume, self._text_only
+        self._report.opening()
+        context.wait = lambda: self._report.say_again(conn)
         context.ensure_control_topics()
         pipeline: Pipeline = CopyPipeline(context) if stream.kind == "copy" else LivePipeline(context)
         context.interrupt = self._raise_when_stopped
@@ -202,7 +185,7 @@ class Worker:
         try:
             self._turn_until_stopped(pipeline, control, context)
         finally:
-            self._totals = tuple(a + b for a, b in zip(self._totals, pipeline.totals, strict=True))  # type: ignore[assignment]  # three of three
+            self._report.ended(pipeline)
 
     def _raise_when_stopped(self) -> None:
         """What waits while a stream is opened ends at a stop; nothing has been sent yet."""
@@ -235,7 +218,7 @@ class Worker:
             paused = control.desired == "paused"
             state = "paused" if paused else running
             if control.status_due(state, now):
-                self._say(control, state, pipeline, context)
+                self._report.say(conn, control, state, pipeline, targets)
             targets.poll(now)
             pipeline.turn(reading=not paused)
             self._answer_acts(control, pipeline.sequence)
@@ -243,7 +226,7 @@ class Worker:
         self._answer_acts(control, pipeline.sequence)
         if pipeline.done:
             streams.set_state(conn, self._chain, "FINISHED")
-        self._say(control, "stopped", pipeline, context)
+        self._report.say(conn, control, "stopped", pipeline, targets)
         raise Stopped
 
     def _obey(self, command: Command, control: Control, pipeline: Pipeline, conn: Connection) -> None:
@@ -298,74 +281,20 @@ class Worker:
             conn.execute("SET synchronous_commit = local")
         return conn
 
-    def _say(self, control: Control, state: str, pipeline: Pipeline, context: Context) -> None:
-        detail = pipeline.status(_wal_position(context.conn))
-        detail["targets"] = context.targets.detail(pipeline.sequence)
-        detail |= self._audit_volume()
-        rows, size, batches = (a + b for a, b in zip(self._totals, pipeline.totals, strict=True))
-        now = time.monotonic()
-        before, rows_before, size_before = self._rates
-        seconds = max(now - before, 0.001)
-        self._rates = (now, rows, size)
-        detail |= {
-            "rows": rows,
-            "bytes": size,
-            "batches": batches,
-            "rows_per_s": round((rows - rows_before) / seconds, 1),
-            "bytes_per_s": round((size - size_before) / seconds, 1),
-            **self._error_detail(),
-        }
-        control.say(state, detail, now)
-        self._metrics.state(_STATES[state])
-        self._metrics.memory(resident=resident_bytes())
-
-    def _audit_volume(self) -> dict[str, Any]:
-        """Entries since the start, and what a day brings at the present pace."""
-        entries, nbytes = self._volume.per_day(time.monotonic())
-        return {
-            "audit_entries": self._volume.entries,
-            "audit_entries_per_day": entries,
-            "audit_bytes_per_day": nbytes,
-        }
-
-    def _error_detail(self) -> dict[str, Any]:
-        return {"last_error": self._last_error, "last_error_at": self._last_error_at or None}
-
-    def _failed(self, error: VsqlSyncError) -> None:
-        self._metrics.failed(error)
-        # A cause that stays is said once a minute, not at every retry.
-        now = time.monotonic()
-        again = str(error) == self._last_error and now - self._logged_at < _SAY_AGAIN_SECONDS
-        self._last_error, self._last_error_at = str(error), time.time()
-        if not again:
-            self._logged_at = now
-        level = logging.DEBUG if again else logging.ERROR
-        _log.log(level, "%s", error, extra={"error": type(error).__name__})
-
-    def _back_off(self, *, longest: bool) -> None:
+    def _back_off(self, *, longest: bool, silent: bool) -> None:
         limits = self._settings.limits
         most = limits.retry_backoff_max_ms / 1000
         pause = most if longest else min(limits.retry_backoff_ms / 1000 * 2**self._failures, most)
         self._failures = min(self._failures + 1, 16)
-        self._say_alone("waiting")
-        self.stop.wait(pause)
-
-    def _say_alone(self, state: str, stream_state: str | None = None) -> None:
-        """Say the state where no epoch is open; where the database is away there is nobody to tell."""
-        self._metrics.state(_STATES[state])
-        try:
-            with self._connect() as conn:
-                if stream_state is not None:
-                    streams.set_state(conn, self._chain, stream_state, self._last_error)
-                rows, size, batches = self._totals
-                detail = {"rows": rows, "bytes": size, "batches": batches, **self._error_detail()}
-                write_status(conn, self._chain, "out", state, detail)
-        except (VsqlSyncError, psycopg.Error):
-            _log.debug("the status could not be written")
+        until = time.monotonic() + pause
+        while not self.stop.is_set() and (left := until - time.monotonic()) > 0:
+            if not silent:
+                self._report.say_alone(self._connect, "waiting")
+            self.stop.wait(min(left, _WAITING_SAYS_SECONDS))
 
     def _wait_for_operator(self, error: DivergedError) -> None:
         """Stay, visibly, until `retry`; the durable state keeps a restart from going on by itself."""
-        self._say_alone("diverged", "DIVERGED")
+        self._report.say_alone(self._connect, "diverged", "DIVERGED")
         while not self.stop.wait(_DIVERGED_POLL):
             try:
                 with self._connect() as conn:
@@ -377,12 +306,6 @@ class Worker:
                             streams.set_state(conn, self._chain, "PREPARING", command.reason)
                             return
                         control.answer(command, ok=False, message=f"the stream is diverged: {error}")
-                    control.say("diverged", self._error_detail(), time.monotonic())
+                    control.say("diverged", self._report.alone(conn, "diverged"), time.monotonic())
             except (VsqlSyncError, psycopg.Error):
                 _log.debug("the database is away while the stream is diverged")
-
-
-def _wal_position(conn: Connection) -> int:
-    with errors("asking for the WAL position"):
-        row = conn.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone()
-    return lsn.parse(row[0]) if row else 0

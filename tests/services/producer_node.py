@@ -144,8 +144,8 @@ class SourceNode:
     ) -> None:
         self._workers: list[subprocess.Popen[bytes]] = []
         self.folder, self.cluster = folder, stack.new_cluster_name("p")
-        self._made_database = conninfo is None
-        self.conninfo = conninfo or stack.new_database(version, "source")
+        self._made = "" if conninfo else stack.new_database(version, "source")
+        self.conninfo = conninfo or self._made
         self.kafka = kafka or stack.kafka().bootstrap_servers
         self.chain = CHAIN
         self.slot = names.slot_name(self.cluster, PUBLICATION, NODE)
@@ -201,6 +201,14 @@ enabled = false
 {extra}
 """
         )
+
+    def connect_to(self, conninfo: str) -> None:
+        """From now on the node's database is there: it was promoted, or restored."""
+        text = self.config.read_text()
+        old, new = conninfo_to_dict(self.conninfo), conninfo_to_dict(conninfo)
+        text = text.replace(f"port = {old['port']}\n", f"port = {new['port']}\n")
+        self.config.write_text(text.replace(f'"{old["dbname"]}"\n', f'"{new["dbname"]}"\n'))
+        self.conninfo = conninfo
 
     def add_copy(self, target: str = "node-b") -> str:
         """Add the stream of a first copy for a target; returns its chain."""
@@ -291,8 +299,8 @@ enabled = false
 
     def drop(self, stack: Stack) -> None:
         """Drop the database, with its slot, where the stack made it."""
-        if self._made_database:
-            stack.drop_database(self.conninfo)
+        if self._made:
+            stack.drop_database(self._made)
 
     def topics(self) -> list[str]:
         """Names of the cluster's topics."""

@@ -101,6 +101,16 @@ def _remarks(one: StreamStatus) -> list[str]:
     return [f"{name}: {line}" for line in (*_standing(one), *_troubles(one))]
 
 
+def _way_back(one: StreamStatus) -> str:
+    """What works with this version: another stream takes over, and copies anew (docs/operations/slots.md)."""
+    targets = ", ".join(printable(target) for target in one.detail.get("targets") or ()) or "each target"
+    return (
+        f'way back: 1. `syncctl stream retire --chain {one.chain} --reason "…"` here and on {targets};'
+        f" 2. empty its tables there; 3. here `syncctl publication create NEW` with the tables of"
+        f" {one.publication}, and `syncctl node add-peer … --publication NEW`; 4. `syncctl start` on both"
+    )
+
+
 def _standing(one: StreamStatus) -> Iterator[str]:
     """Why it does not run: paused, never started, or a worker that is silent."""
     if one.stale and one.updated_at is not None:
@@ -109,6 +119,8 @@ def _standing(one: StreamStatus) -> Iterator[str]:
         yield "is to run and has no worker; start the service (`syncctl daemon start`)"
     if one.desired == "stopped" and one.init_state != "FINISHED":
         yield "was never started; `syncctl start`"
+    if one.init_state == "FINISHED" and one.init_reason:
+        yield printable(one.init_reason)
     if one.desired == "paused":
         yield f"paused: {printable(one.desired_reason)}"
     if one.sequences:
@@ -117,7 +129,7 @@ def _standing(one: StreamStatus) -> Iterator[str]:
 
 
 def _troubles(one: StreamStatus) -> Iterator[str]:
-    """Refusals, errors, roots that differ, a slot in danger."""
+    """Refusals, errors, roots that differ, and what is wrong with the slot."""
     said = one.detail
     refused = said.get("refused")
     if isinstance(refused, dict):
@@ -141,5 +153,17 @@ def _troubles(one: StreamStatus) -> Iterator[str]:
             yield f"{target} computed another root: {printable(ack['mismatch'])}"
         if ack.get("passed_over") and ack.get("lag_batches"):
             yield f"a record in the place of {target}'s answers is not by it: {printable(ack['passed_over'])}"
+    yield from _at_the_slot(one)
+
+
+def _at_the_slot(one: StreamStatus) -> Iterator[str]:
+    """A slot that is gone or in danger, a stream that stands still, and the way back."""
+    stalled = one.detail.get("stalled_seconds")
+    if isinstance(stalled, int | float) and one.desired == "running":
+        yield f"STALLED: WAL advances, and nothing was confirmed for {human_seconds(stalled)}"
+    if one.slot_missing and one.init_state != "DIVERGED":
+        yield f"slot {one.slot_name} is gone: the stream will be DIVERGED; see docs/operations/slots.md"
     if one.slot and one.slot["wal_status"] in ("unreserved", "lost"):
         yield f"slot {one.slot_name} is {one.slot['wal_status']}: it loses WAL; see max_slot_wal_keep_size"
+    if one.init_state == "DIVERGED" and (one.direction, one.kind) == ("out", "live"):
+        yield _way_back(one)

@@ -248,3 +248,27 @@ def _tell(conn: Connection, output: OutputFormat, done: str, ordered: Ordered, t
         {**data, "answer": answer},
         lambda: f"decision {ordered.decision}: {named} is {done}; {answer}",
     )
+
+
+@stream.command(
+    "retire", epilog=example('syncctl stream retire --chain pub.node-a --reason "slot lost, INC-7"')
+)
+@click.option("--chain", required=True, help="The live stream, on its origin or on a target.")
+@click.option("--reason", required=True, help="Why; kept with the stream and in the audit log.")
+@yes_option
+@pass_operator
+def retire(operator: Operator, chain: str, reason: str, yes: bool) -> None:
+    """End a stream for good on this node: another one takes over.
+
+    The way back from a gap (docs/operations/slots.md). On the origin the stream must be DIVERGED; its slot is
+    dropped. On a target, what was not applied is not applied any more. The audit trail stays.
+    """
+    from vsql_shared.pg import retire as retiring
+
+    confirm(f"End stream {chain} on this node for good?", yes=yes)
+    with open_node(operator) as conn:
+        ended = retiring.retire(conn, chain, reason)
+    for name, direction in ended.streams:
+        click.echo(f"{name} ({direction}): ended")
+    if ended.slot:
+        click.echo(ended.slot)

@@ -49,6 +49,8 @@ class LimitsSettings(Section):
     """Milliseconds between looks for commands when no notification comes."""
     sequence_interval_ms: Annotated[Whole, Field(ge=100, le=3_600_000)] = 5_000
     """Milliseconds between looks at published sequences while no rows come; each batch brings a look."""
+    stall_alert_ms: Annotated[Whole, Field(ge=3_000, le=3_600_000)] = 30_000
+    """Milliseconds without progress while WAL advances, after which a stream counts as stalled."""
     memory_warn_mb: Annotated[Whole, Field(ge=64, le=65_536)] = 300
     """MiB of resident memory above which a worker warns."""
 

@@ -115,6 +115,7 @@ AUDIT_BYTES = _counter("audit_bytes", "Bytes of those entries.")
 BUFFER_BYTES = _gauge("buffer_bytes", "Bytes held of batches that are not whole.")
 RESIDENT_BYTES = _gauge("resident_bytes", "Resident memory of the stream's worker.")
 LAST_PROGRESS = _gauge("last_progress_timestamp_seconds", "When the stream last moved forward (Unix time).")
+STALLED = _gauge("stalled", "1 while the stream makes no progress and WAL advances, else 0.")
 STATE = Gauge(
     "vsql_sync_stream_state",
     "1 for the state the stream is in.",
@@ -164,6 +165,10 @@ class StreamMetrics:
     def progressed(self, at: float | None = None) -> None:
         """The stream moved forward, now or at a Unix time."""
         LAST_PROGRESS.labels(self.stream, self.node).set(time.time() if at is None else at)
+
+    def stalled(self, yes: bool) -> None:
+        """Whether the stream stands still while WAL advances."""
+        STALLED.labels(self.stream, self.node).set(1 if yes else 0)
 
     def failed(self, error: BaseException) -> None:
         """An error, by its class; classes of libraries are one."""

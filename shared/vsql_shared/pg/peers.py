@@ -289,7 +289,8 @@ def _overlaps(conn: Connection, chosen: Sequence[PublicationInfo], target: str) 
     """A table reaches a target through one stream only: two would have no common order."""
     others = {row[0] for row in conn.execute(
         "SELECT s.publication FROM vsql_sync.streams s JOIN vsql_sync.stream_targets t USING (chain)"
-        " WHERE s.direction = 'out' AND s.kind = 'live' AND t.target = %s", (target,)
+        " WHERE s.direction = 'out' AND s.kind = 'live' AND s.state <> 'FINISHED' AND t.target = %s",
+        (target,),
     )} - {publication.name for publication in chosen}  # fmt: skip
     carried: dict[TableName, str] = {}
     found = []

@@ -50,7 +50,8 @@ _NODE_STATE = "UPDATE (last_seen, status, init_state, init_reason, init_changed_
 _SERVICE = {
     "vsql_sync_audit": "INSERT",
     "nodes": _NODE_STATE,
-    "streams": "UPDATE (state, state_reason, slot_created, desired, desired_reason, pruned_sequence)",
+    "streams": "UPDATE (state, state_reason, slot_created, confirmed_lsn, desired, desired_reason,"
+    " pruned_sequence)",
     "stream_status": "INSERT, UPDATE, DELETE",
     "chain_heads": "INSERT, UPDATE",
     "command_results": "INSERT",
@@ -79,11 +80,11 @@ WRITES: dict[str, dict[str, str]] = {
     },
     # Columns that say who and when are left out: their defaults fill them.
     OPERATOR: {
-        # slot_created: `syncctl start` makes the slot where its user has REPLICATION.
+        # slot_created, confirmed_lsn: `syncctl start` makes the slot where its user has REPLICATION.
         "commands": "INSERT (role, chain, verb, args, reason)",
         "decisions": "INSERT (chain, kind, topic, partition, kafka_offset, sequence, reason,"
         " xid, commit_lsn, commit_time)",
-        "streams": "UPDATE (desired, desired_reason, slot_created)",
+        "streams": "UPDATE (desired, desired_reason, slot_created, confirmed_lsn)",
     },
     ADMIN: dict.fromkeys(("commands", "decisions"), "INSERT, DELETE"),
 }

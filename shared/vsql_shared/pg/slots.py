@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vsql_shared.errors import RefusedError
 from vsql_shared.pg.connect import Connection, errors
 
 _FAILOVER_SINCE = 170000
@@ -26,7 +27,8 @@ def missing(conn: Connection, chains: Sequence[str] = ()) -> list[MissingSlot]:
     with errors("looking for streams without a slot"):
         rows = conn.execute(
             "SELECT chain, slot_name FROM vsql_sync.streams WHERE direction = 'out' AND kind = 'live'"
-            " AND NOT slot_created AND (cardinality(%(chains)s::text[]) = 0 OR chain = ANY(%(chains)s))"
+            " AND NOT slot_created AND state <> 'FINISHED'"
+            " AND (cardinality(%(chains)s::text[]) = 0 OR chain = ANY(%(chains)s))"
             " ORDER BY chain",
             {"chains": list(chains)},
         ).fetchall()
@@ -50,15 +52,31 @@ def make(conn: Connection, wanted: MissingSlot) -> None:
     """
     failover = ", failover => true" if conn.info.server_version >= _FAILOVER_SINCE else ""
     with errors(f"creating replication slot {wanted.slot} of {wanted.chain}"):
-        row = conn.execute(
-            "SELECT count(*) FROM pg_catalog.pg_replication_slots WHERE slot_name = %s", (wanted.slot,)
-        ).fetchone()
-        if row is None or not row[0]:
+        row = _look(conn, wanted.slot)
+        if row is None:
             conn.execute(
                 "SELECT pg_catalog.pg_create_logical_replication_slot(%s, 'pgoutput'" + failover + ")",
                 (wanted.slot,),
             )
+            row = _look(conn, wanted.slot)
+        if row is None or not row[0]:
+            raise RefusedError(
+                f"{wanted.chain}: replication slot {wanted.slot} is of another plugin or database",
+                hint="two clusters must not share a name on one server; drop it if nobody needs it",
+            )
+        # Beyond this position nothing was confirmed: a slot that is, is not this one any more.
         conn.execute(
-            "UPDATE vsql_sync.streams SET slot_created = true WHERE chain = %s AND direction = 'out'",
-            (wanted.chain,),
+            "UPDATE vsql_sync.streams SET slot_created = true, confirmed_lsn = %s"
+            " WHERE chain = %s AND direction = 'out' AND NOT slot_created",
+            (row[1], wanted.chain),
         )
+
+
+def _look(conn: Connection, slot: str) -> tuple[bool, str] | None:
+    """(whether it is a permanent pgoutput slot of this database, its position); None where there is none."""
+    row = conn.execute(
+        "SELECT coalesce(plugin = 'pgoutput' AND database = current_database() AND NOT temporary, false),"
+        " confirmed_flush_lsn::text FROM pg_catalog.pg_replication_slots WHERE slot_name = %s",
+        (slot,),
+    ).fetchone()
+    return None if row is None else (row[0], row[1])

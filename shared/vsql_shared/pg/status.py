@@ -46,6 +46,8 @@ class StreamStatus:
     """The slot as PostgreSQL has it; None where there is none."""
     sequences: list[dict[str, Any]]
     """Incoming: how far each carried sequence was said to be, and how often it was set back."""
+    slot_missing: bool
+    """Outgoing: a slot was made once and is not there, or another one has its name."""
 
 
 _READ = """
@@ -59,11 +61,13 @@ SELECT s.chain, s.direction, s.kind, s.publication, s.origin, s.target, s.desire
            'schema', q.sequence_schema, 'sequence', q.sequence_name, 'last_value', q.last_value,
            'is_called', q.is_called, 'set_back', q.set_back, 'applied_at', q.applied_at)
            ORDER BY q.sequence_schema, q.sequence_name)
-         FROM vsql_sync.sequence_sync q WHERE q.chain = s.chain AND s.direction = 'in'), '[]')
+         FROM vsql_sync.sequence_sync q WHERE q.chain = s.chain AND s.direction = 'in'), '[]'),
+       s.direction = 'out' AND s.slot_created AND s.state <> 'FINISHED' AND r.slot_name IS NULL
 FROM vsql_sync.streams s
 LEFT JOIN vsql_sync.stream_status w USING (chain, direction)
 LEFT JOIN pg_catalog.pg_replication_slots r
   ON s.direction = 'out' AND r.slot_name = s.slot_name AND r.database = pg_catalog.current_database()
+  AND r.plugin = 'pgoutput'
 ORDER BY s.direction DESC, s.publication, s.origin, s.kind DESC, s.chain
 """
 
@@ -103,4 +107,4 @@ def _status(row: tuple[Any, ...]) -> StreamStatus:
         }
     state = "not running" if said is None or stale else said
     stream = row[:12]
-    return StreamStatus(*stream, state, stale, updated_at, detail or {}, slot, row[22])  # type: ignore[call-arg]  # 12 of them
+    return StreamStatus(*stream, state, stale, updated_at, detail or {}, slot, *row[22:])  # type: ignore[call-arg]  # 12 of them
