@@ -51,7 +51,7 @@ def kafka_error(error: KafkaError, doing: str) -> VsqlSyncError:
     if error.code() in _AWAY or error.retriable():
         return TransientError(text, hint="vsql-sync goes on by itself when the brokers answer")
     if error.code() in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED):
-        return BrokerError(text, hint="grant this principal the operation on that topic or group")
+        return BrokerError(text, hint="grant this principal what `syncctl kafka acls` prints")
     if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
         return BrokerError(
             text, hint="lower limits.message_max_bytes, or raise the broker's message.max.bytes"
