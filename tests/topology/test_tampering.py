@@ -1,9 +1,9 @@
 """What the owner of the broker can do to the topics; node B refuses it, names it, applies nothing.
 
 Two scenes. In the first, B is stopped while A writes, the topics are copied to a second broker with one
-alteration to the first records B has not seen, B reads that copy. A refusal leaves B's progress where it was, so
-every attack starts from the same point. In the second, records are appended to the topics of a running stream
-that must not change what it does.
+alteration to the first records B has not seen, B reads that copy. A refusal leaves B's progress where it was,
+so every attack starts from the same point. In the second, records are appended to the topics of a running
+stream that must not change what it does.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ _OURS = {
 }
 
 
-# librdkafka knows no least version of TLS. These exist in TLS 1.2 only, so an older one has nothing to agree on;
-# the ciphers of TLS 1.3 are chosen elsewhere and are not touched.
+# librdkafka knows no least version of TLS. These exist in TLS 1.2 only, so an older one has nothing to agree
+# on; the ciphers of TLS 1.3 are chosen elsewhere and are not touched.
 _TLS_1_2_CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
 

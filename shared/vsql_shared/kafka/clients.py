@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient
 from typing_extensions import override
 
 from vsql_shared.errors import BrokerError, TransientError, VsqlSyncError
+from vsql_shared.kafka.refusals import Complaints
 
 if TYPE_CHECKING:
     from vsql_shared.config import Settings
@@ -108,6 +110,9 @@ def _on_error(error: KafkaError) -> None:
     _chatter.warning("%s", error.str(), extra={"code": error.name()})
 
 
+_complaints: WeakKeyDictionary[AdminClient, Complaints] = WeakKeyDictionary()
+
+
 def _options(config: dict[str, ClientOption]) -> dict[str, Any]:
     return {**config, "error_cb": _on_error, "logger": _chatter}
 
@@ -139,6 +144,16 @@ def make_consumer(
 
 
 def make_admin(settings: Settings) -> AdminClient:
-    """A client that creates and describes topics."""
+    """A client that creates and describes topics; it is the first to meet brokers that refuse us."""
     config = dict(settings.kafka.client_config("admin", settings.limits))
-    return AdminClient(_options(config))
+    complaints = Complaints(_on_error)
+    options = {**_options(config), "error_cb": complaints}
+    admin = AdminClient(options)
+    _complaints[admin] = complaints
+    return admin
+
+
+def complaint(admin: AdminClient) -> KafkaError | None:
+    """Why brokers refuse this client, as far as it was told."""
+    found = _complaints.get(admin)
+    return found.last if found is not None else None
