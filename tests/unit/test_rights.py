@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.stack.state import REPOSITORY
 from vsql_shared import names
 from vsql_shared.kafka.rights import RECOVERY, RIGHTS, Acl, Service, StreamName, acls, commands, table_rows
+from vsql_shared.pg.roles import ORIGIN_FUNCTIONS
 
 PRINCIPALS: dict[Service, str] = {"producer": "User:p", "consumer": "User:c"}
 LIVE = [StreamName("out", "pub", "node-a"), StreamName("in", "pub", "node-b")]
@@ -32,6 +33,14 @@ def test_the_documents_tables_are_the_rights_that_are_printed() -> None:
     text = (REPOSITORY / "docs" / "operations" / "privileges.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith(("| producer | ", "| consumer | "))]
     assert rows == table_rows((*RIGHTS, *RECOVERY))
+
+
+def test_the_document_names_every_function_that_is_granted() -> None:
+    text = (REPOSITORY / "docs" / "operations" / "privileges.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| both services |"))
+    named = {word.strip("`") for word in row.split("`")[3::2]}
+    full = {name if name.startswith("pg_") else f"pg_replication_origin{name}" for name in named}
+    assert full == {function.partition("(")[0] for function in ORIGIN_FUNCTIONS}
 
 
 @given(cluster=_NAMES, publication=_NAMES, origin=_NAMES, node=_NAMES, schema=_NAMES, table=_NAMES)
