@@ -232,7 +232,7 @@ def test_the_door_takes_no_orders(scene: Scene) -> None:
             ("DELETE", "/"),
             ("GET", "/../kek.key"),
         ):
-            request = urllib.request.Request(watched.address + path, b"stop", method=method)  # noqa: S310 - ours
+            request = urllib.request.Request(watched.address + path, b"stop", method=method)  # noqa: S310 - our own http address
             with pytest.raises(urllib.error.HTTPError) as refused:
                 urllib.request.urlopen(request, timeout=10)  # noqa: S310 - as above
             assert refused.value.code in (404, 501)
