@@ -9,7 +9,6 @@ import shutil
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from tests.certificates import Authority, Issued
 from tests.nodes import TwoNodes
 from tests.stack import POSTGRES_VERSIONS, PostgresServer, Stack
 from tests.stack.postgres import postgres_user
+from tests.waiting import until
 from vsql_shared import tls
 from vsql_shared.config.kafka import KafkaSecurity
 from vsql_shared.errors import DatabaseError
@@ -153,20 +153,14 @@ def test_a_pair_runs_over_verified_connections_and_outlives_an_expired_certifica
         expired = secured.authority.issue(secured.folder / "late", "database", ["127.0.0.1"], expired=True)
         secured.use(expired)
         for node, role in ((pair.a, "producer"), (pair.b, "consumer")):
-            _wait_for_log(node.log_file(role), "certificate has expired")
+            log = node.log_file(role)
+            until(lambda log=log: "certificate has expired" in log.read_text())  # type: ignore[misc]  # bound now
         secured.use(secured.good())
         pair.a.execute("INSERT INTO t SELECT generate_series(11, 20)")
         pair.wait_in_step()
         assert pair.differences() == []
     finally:
         pair.end()
-
-
-def _wait_for_log(log: Path, words: str) -> None:
-    deadline = time.monotonic() + 60
-    while words not in log.read_text():
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.2)
 
 
 # Versions before TLS 1.2

@@ -22,6 +22,7 @@ from tests.guarded_kafka import PASSWORDS, GuardedKafka, section
 from tests.nodes import Node, TwoNodes
 from tests.stack import Stack
 from tests.streams import append, read_topics
+from tests.waiting import until
 from vsql_shared import names
 from vsql_shared.config import load_settings
 from vsql_shared.kafka.topics import ensure_topic
@@ -323,7 +324,7 @@ def test_a_producer_whose_chain_kafka_lost_waits_for_the_right_to_look_at_its_re
     records = [r for r in read_topics(kafka.open, pair.cluster) if r.topic == audit]
     last = max(i for i, r in enumerate(records) if (r.key or b"").startswith(f"{pair.chain}/".encode()))
     kafka.admin.delete_topics([audit])[audit].result(20)
-    _until(lambda: audit not in guarded.topics())
+    until(lambda: audit not in guarded.topics())
     ensure_topic(kafka.admin, audit, "audit", load_settings(pair.a.config))
     append(kafka.open, records[:last])
     pair.a.start("producer")
@@ -331,13 +332,6 @@ def test_a_producer_whose_chain_kafka_lost_waits_for_the_right_to_look_at_its_re
     as_administrator(
         pair.a, "kafka", "acls", "--recovery", "--apply", "--producer-principal", "User:producer"
     )
-    _until(lambda: pair.a.query("SELECT state FROM vsql_sync.stream_status") == [("running",)])
+    until(lambda: pair.a.query("SELECT state FROM vsql_sync.stream_status") == [("running",)])
     again = [r for r in read_topics(kafka.open, pair.cluster) if r.topic == audit]
     assert (again[last].key, again[last].value) == (records[last].key, records[last].value)
-
-
-def _until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)

@@ -34,6 +34,7 @@ from tests.streams import (
     read_topics,
 )
 from tests.topology.attacks import REFUSED, Taken, entry_of, forged_entry
+from tests.waiting import until
 from vsql_shared import names
 
 pytestmark = pytest.mark.topology
@@ -99,7 +100,7 @@ def scene(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sc
                 f"INSERT INTO t SELECT {step + 1} * 1000 + g, 'after' FROM generate_series(1, 150) g;"
                 f"INSERT INTO u SELECT {step + 1} * 1000 + g, 'after' FROM generate_series(1, 150) g;"
             )
-            _until(lambda head=head: _manifests(pair) > head)  # type: ignore[misc]  # bound now
+            until(lambda head=head: _manifests(pair) > head)  # type: ignore[misc]  # bound now
         records = read_topics(pair.a.kafka, pair.cluster)
         strange = _of_another_cluster(stack, tmp_path_factory.mktemp("strange"))
         taken = Taken(pair.chain, records, seen, strange, other)
@@ -129,7 +130,7 @@ def _second_stream(pair: TwoNodes) -> list[Record]:
     for node in (pair.a, pair.b):
         node.ctl("start")
     pair.a.execute("INSERT INTO w VALUES (1, 'another stream')")
-    _until(lambda: pair.b.query("SELECT count(*) FROM w") == [(1,)])
+    until(lambda: pair.b.query("SELECT count(*) FROM w") == [(1,)])
     return [r for r in read_topics(pair.a.kafka, pair.cluster) if r.topic.endswith(".public.w")]
 
 
@@ -144,13 +145,6 @@ def _of_another_cluster(stack: Stack, folder: Path) -> list[Record]:
         return read_topics(pair.a.kafka, pair.cluster)
     finally:
         pair.end()
-
-
-def _until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def _rows(pair: TwoNodes) -> list[tuple[Any, ...]]:
@@ -181,7 +175,7 @@ def _clear_broker(broker: KafkaBroker, cluster: str) -> None:
     if names_there:
         for future in admin.delete_topics(names_there).values():
             future.result(20)
-    _until(lambda: not cluster_topics(broker.bootstrap_servers, cluster))
+    until(lambda: not cluster_topics(broker.bootstrap_servers, cluster))
 
 
 # A copy with one alteration
@@ -253,7 +247,7 @@ def test_an_unaltered_copy_on_another_broker_is_applied(scene: Scene) -> None:
     ends = {(r.topic, r.partition): r.offset for r in read_topics(other, pair.cluster)}
     assert ends == {(r.topic, r.partition): r.offset for r in scene.taken.records}
     with scene.b_reads(scene.taken.records):
-        _until(lambda: _rows(pair) != scene.rows_before and pair.differences() == [])
+        until(lambda: _rows(pair) != scene.rows_before and pair.differences() == [])
 
 
 # A running stream
@@ -295,7 +289,7 @@ def _another_partition(pair: TwoNodes) -> None:
     topic = names.data_topic(pair.cluster, pair.chain, "public", "t")
     admin = AdminClient({"bootstrap.servers": pair.a.kafka})
     admin.create_partitions([NewPartitions(topic, 2)])[topic].result(20)
-    _until(lambda: cluster_topics(pair.a.kafka, pair.cluster)[topic] == 2)
+    until(lambda: cluster_topics(pair.a.kafka, pair.cluster)[topic] == 2)
     append(pair.a.kafka, [Record(topic, 1, 0, None, b"forged")])
 
 
@@ -358,9 +352,9 @@ def test_a_data_topic_made_anew_under_a_running_stream_never_makes_a_silent_gap(
     live.b.stop("consumer")
     live.a.execute("INSERT INTO u VALUES (50, 'in the topic that goes')")
     head = live.heads()[0]
-    _until(lambda: live.heads()[0] > head or live.heads()[0] > live.heads()[1])
+    until(lambda: live.heads()[0] > head or live.heads()[0] > live.heads()[1])
     admin.delete_topics([topic])[topic].result(20)
-    _until(lambda: topic not in cluster_topics(live.a.kafka, live.cluster))
+    until(lambda: topic not in cluster_topics(live.a.kafka, live.cluster))
     live.b.start("consumer")
     assert topic in _said(live, "refused", "diverged", "waiting")
     assert live.b.query("SELECT count(*) FROM u WHERE id = 50") == [(0,)]

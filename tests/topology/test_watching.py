@@ -49,7 +49,7 @@ class Watched:
     def get(self, path: str) -> tuple[int, str]:
         """Status and body of a path."""
         try:
-            with urllib.request.urlopen(self.address + path, timeout=10) as answer:  # noqa: S310 - our own http address
+            with urllib.request.urlopen(self.address + path, timeout=10) as answer:  # noqa: S310 - our own address
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             with error:
@@ -232,7 +232,7 @@ def test_the_door_takes_no_orders(scene: Scene) -> None:
             ("DELETE", "/"),
             ("GET", "/../kek.key"),
         ):
-            request = urllib.request.Request(watched.address + path, b"stop", method=method)  # noqa: S310 - our own http address
+            request = urllib.request.Request(watched.address + path, b"stop", method=method)  # noqa: S310 - our own address
             with pytest.raises(urllib.error.HTTPError) as refused:
                 urllib.request.urlopen(request, timeout=10)  # noqa: S310 - as above
             assert refused.value.code in (404, 501)
