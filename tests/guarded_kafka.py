@@ -43,7 +43,9 @@ class GuardedKafka:
             self._properties(),
             listeners=("MUTUAL", "EXPIRED", "OPEN"),
             format_args=[
-                f"--add-scram=SCRAM-SHA-512=[name={user},password={word}]" for user, word in PASSWORDS.items()
+                argument
+                for user, word in PASSWORDS.items()
+                for argument in ("--add-scram", f"SCRAM-SHA-512=[name={user},password={word}]")
             ],
             client_config=self.client("admin"),
         )

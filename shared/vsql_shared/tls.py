@@ -46,6 +46,7 @@ _HINTS = (
     ("doesn't match|not valid for", "use a host name the certificate has, or have one made with this name"),
     ("self-signed|issuer|unable to get", "the CA file must hold the certificate of who signed the server's"),
     ("version|protocol|no cipher|handshake failure", "the server must offer TLS 1.2 or later"),
+    ("eof", "the server may not have TLS at this port"),
     ("alert", "the server refuses this side's certificate: check it and its key"),
 )
 

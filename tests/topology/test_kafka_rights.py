@@ -30,6 +30,7 @@ from vsql_shared.kafka.topics import ensure_topic
 pytestmark = pytest.mark.topology
 
 TABLE = "CREATE TABLE t (id int PRIMARY KEY, v text)"
+QUICK = "[limits]\nretry_backoff_max_ms = 1000\nstatus_interval_ms = 300\n"
 CONSUMER = "User:CN=consumer"
 
 
@@ -63,8 +64,8 @@ def guarded(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         folder,
         TABLE,
         kafka=kafka.address,
-        config=kafka.scram("producer"),
-        target_config=kafka.mutual("consumer"),
+        config=kafka.scram("producer") + QUICK,
+        target_config=kafka.mutual("consumer") + QUICK,
     )
     pair.b.kafka = kafka.broker.address("MUTUAL")
     try:
@@ -332,6 +333,7 @@ def test_a_producer_whose_chain_kafka_lost_waits_for_the_right_to_look_at_its_re
     as_administrator(
         pair.a, "kafka", "acls", "--recovery", "--apply", "--producer-principal", "User:producer"
     )
-    until(lambda: pair.a.query("SELECT state FROM vsql_sync.stream_status") == [("running",)])
+    state = "SELECT state FROM vsql_sync.stream_status WHERE chain = %s"
+    until(lambda: pair.a.query(state, pair.chain) == [("running",)])
     again = [r for r in read_topics(kafka.open, pair.cluster) if r.topic == audit]
     assert (again[last].key, again[last].value) == (records[last].key, records[last].value)

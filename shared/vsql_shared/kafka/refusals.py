@@ -40,12 +40,16 @@ class Complaints:
         self._pass_on(error)
 
 
-def explain(settings: Settings, error: KafkaError) -> VsqlSyncError:
-    """The error of a refused connection."""
+def explain(settings: Settings, error: KafkaError | None) -> VsqlSyncError | None:
+    """The error of a refused connection; None when nobody refused, but nobody answered.
+
+    Without a complaint the handshake is tried all the same: a broker that does not like our certificate may
+    just hang up.
+    """
     security = settings.kafka.security
-    host, port = _place(error.str(), settings.kafka.bootstrap_servers)
+    host, port = _place(error.str() if error else "", settings.kafka.bootstrap_servers)
     where = f"Kafka at {host}:{port}"
-    if error.code() == _AUTHENTICATION:
+    if error is not None and error.code() == _AUTHENTICATION:
         return BrokerError(
             f"{where} refuses user {security.username} ({security.mechanism}): {_words(error)}",
             hint="check kafka.security: username, password and mechanism",
@@ -55,6 +59,8 @@ def explain(settings: Settings, error: KafkaError) -> VsqlSyncError:
         return BrokerError(
             f"no TLS with {where}: {reason.text}", hint=f"{reason.hint} (kafka.security.ca_path, cert_path)"
         )
+    if error is None:
+        return None
     if error.code() == _SSL:
         return BrokerError(f"no TLS with {where}: {_words(error)}", hint="check kafka.security")
     return BrokerError(

@@ -85,8 +85,7 @@ def require_broker(admin: AdminClient, settings: Settings) -> None:
 
 def _no_answer(admin: AdminClient, settings: Settings) -> VsqlSyncError:
     """Why nobody answers: they are away, or they refuse us."""
-    refused = complaint(admin)
-    return explain(settings, refused) if refused is not None else _silent(settings, "connecting")
+    return explain(settings, complaint(admin)) or _silent(settings, "connecting")
 
 
 def _silent(settings: Settings, doing: str) -> TransientError:
