@@ -132,6 +132,10 @@ def test_the_printed_rights_are_enough_for_a_copy_and_a_stream(guarded: Guarded)
         for role in node.services:
             assert "AUTHORIZATION" not in node.log_file(role).read_text().upper(), node.tail(role)
     assert guarded.data in guarded.topics()
+    lines = pair.a.ctl("kafka", "acls").stdout.splitlines()
+    assert all(
+        line.startswith(f"kafka-acls.sh --bootstrap-server {guarded.kafka.address} --add") for line in lines
+    )
     assert not [name for name in guarded.topics() if ".copy." in name], "the copy's topics were deleted"
 
 

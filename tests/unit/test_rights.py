@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import SecretStr
 
+from tests.certificates import Authority
 from tests.stack.state import REPOSITORY
-from vsql_shared import names
+from vsql_shared import names, tls
+from vsql_shared.config.kafka import KafkaSecurity
+from vsql_shared.errors import ConfigError
 from vsql_shared.kafka.rights import RECOVERY, RIGHTS, Acl, Service, StreamName, acls, commands, table_rows
 from vsql_shared.pg.roles import ORIGIN_FUNCTIONS
 
@@ -95,3 +101,31 @@ def test_commands_are_words_a_shell_does_not_take_apart() -> None:
         assert words[:3] == ["kafka-acls.sh", "--bootstrap-server", "k1:9092,k2:9092"]
         assert words[words.index("--allow-principal") + 1] in ("User:CN=a b,O=$x", "User:c")
     assert any(line.endswith("--topic c.pub.node-a. --resource-pattern-type prefixed") for line in lines)
+
+
+def test_the_principal_is_the_user_or_the_certificate_s_subject(tmp_path: Path) -> None:
+    issued = Authority.make("ours").issue(tmp_path / "client", "sync a")
+    paths = {"cert_path": issued.certificate, "key_path": issued.key}
+    assert KafkaSecurity(protocol="SSL", **paths).principal() == "User:CN=sync a"
+    scram = KafkaSecurity(protocol="SASL_SSL", username="u", password=SecretStr("p"))
+    assert scram.principal() == "User:u"
+    assert KafkaSecurity().principal() is None
+    assert KafkaSecurity(protocol="SSL").principal() is None
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "cannot read"), ("no certificate", "PEM form")])
+def test_a_certificate_that_cannot_be_read_is_named(tmp_path: Path, content: str | None, words: str) -> None:
+    path = tmp_path / "client.crt"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=words) as refused:
+        KafkaSecurity(protocol="SSL", cert_path=path, key_path=path).principal()
+    assert str(path) in refused.value.message
+
+
+def test_our_own_certificate_that_ended_is_said_before_anybody_is_asked(tmp_path: Path) -> None:
+    issued = Authority.make("ours").issue(tmp_path / "client", "late", expired=True)
+    found = tls.refusal("nowhere.invalid", 1, tls.Means(None, issued.certificate, issued.key))
+    assert found is not None
+    assert re.search(r"this side's certificate .*client.crt expired at \d{4}-", found.text)
+    assert found.hint == "renew it"
