@@ -135,7 +135,8 @@ def alter_topic(bootstrap: str, name: str, **settings: str) -> None:
         for key, value in settings.items()
     ]
     resource = ConfigResource(ResourceType.TOPIC, name, incremental_configs=changes)
-    AdminClient({"bootstrap.servers": bootstrap}).incremental_alter_configs([resource])[resource].result(20)
+    admin = AdminClient({"bootstrap.servers": bootstrap})  # its answers end with it
+    admin.incremental_alter_configs([resource])[resource].result(20)
 
 
 def copy_topics(

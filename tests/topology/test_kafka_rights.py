@@ -121,7 +121,7 @@ def waits_and_says(node: Node, words: str, timeout: float = 60) -> str:
 # What is enough
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_the_printed_rights_are_enough_for_a_copy_and_a_stream(guarded: Guarded) -> None:
     pair = guarded.pair
     guarded.insert(1000)
@@ -139,7 +139,7 @@ def test_the_printed_rights_are_enough_for_a_copy_and_a_stream(guarded: Guarded)
     assert not [name for name in guarded.topics() if ".copy." in name], "the copy's topics were deleted"
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_a_producer_with_a_certificate_and_a_consumer_with_a_password_go_on_as_well(guarded: Guarded) -> None:
     kafka, pair = guarded.kafka, guarded.pair
     mutual = kafka.broker.address("MUTUAL")
@@ -161,7 +161,7 @@ def test_a_producer_with_a_certificate_and_a_consumer_with_a_password_go_on_as_w
 # What each principal may not
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_only_the_producer_s_principal_deletes_records_and_only_of_data_topics(guarded: Guarded) -> None:
     """What retention does (delete_records), asked for by each principal itself."""
     audit = f"{guarded.pair.cluster}.audit"
@@ -175,7 +175,7 @@ def test_only_the_producer_s_principal_deletes_records_and_only_of_data_topics(g
         _refused(lambda user=user, topic=topic: delete(user, topic))  # type: ignore[misc]  # bound now
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_the_consumer_s_principal_writes_acknowledgements_and_nothing_else(guarded: Guarded) -> None:
     for topic in (guarded.data, f"{guarded.pair.cluster}.keys"):
         producer = Producer(guarded.kafka.as_user("consumer"))
@@ -189,7 +189,7 @@ def test_the_consumer_s_principal_writes_acknowledgements_and_nothing_else(guard
         assert [error and error.name() for error in errors] == ["TOPIC_AUTHORIZATION_FAILED"]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_the_producer_s_principal_reads_neither_data_topics_nor_keys(guarded: Guarded) -> None:
     for topic in (guarded.data, f"{guarded.pair.cluster}.keys"):
         reader = Consumer({**guarded.kafka.as_user("producer"), "group.id": "vsql-sync.audit-verify"})
@@ -264,7 +264,7 @@ NOT_LET_IN: dict[str, tuple[Access, str]] = {
 }
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("way", list(NOT_LET_IN))
 def test_who_may_not_come_in_is_told_once_why_and_where(guarded: Guarded, way: str) -> None:
     access, words = NOT_LET_IN[way]
@@ -280,7 +280,7 @@ def test_who_may_not_come_in_is_told_once_why_and_where(guarded: Guarded, way: s
         assert secret not in said
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_a_stream_that_is_not_let_in_waits_says_why_and_goes_on_when_it_is(guarded: Guarded) -> None:
     pair, kafka = guarded.pair, guarded.kafka
     pair.a.stop("producer")
@@ -301,7 +301,7 @@ def test_a_stream_that_is_not_let_in_waits_says_why_and_goes_on_when_it_is(guard
     assert pair.differences() == []
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_a_right_that_is_taken_away_is_named_and_the_stream_goes_on_when_it_is_back(guarded: Guarded) -> None:
     pair, kafka = guarded.pair, guarded.kafka
     kafka.deny(CONSUMER, guarded.data, AclOperation.READ)
@@ -316,7 +316,7 @@ def test_a_right_that_is_taken_away_is_named_and_the_stream_goes_on_when_it_is_b
     assert pair.differences() == []
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_a_producer_whose_chain_kafka_lost_waits_for_the_right_to_look_at_its_records(
     guarded: Guarded,
 ) -> None:
