@@ -104,6 +104,8 @@ class _NowAndThen(logging.Filter):
 
 _chatter = logging.getLogger(f"{__name__}.librdkafka")
 _chatter.addFilter(_NowAndThen())
+# Where there is no log, as in syncctl, it would go to the terminal.
+_chatter.addHandler(logging.NullHandler())
 
 
 def _on_error(error: KafkaError) -> None:
@@ -156,4 +158,5 @@ def make_admin(settings: Settings) -> AdminClient:
 def complaint(admin: AdminClient) -> KafkaError | None:
     """Why brokers refuse this client, as far as it was told."""
     found = _complaints.get(admin)
+    admin.poll(0)  # what it has to say waits until it is asked
     return found.last if found is not None else None
