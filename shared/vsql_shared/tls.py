@@ -73,6 +73,24 @@ def refusal(host: str, port: int, means: Means, preface: bytes = b"") -> Reason 
         return None
 
 
+def spoken(host: str, port: int) -> bool:
+    """Whether a server speaks TLS at all, to tell a client in clear text why nobody answers it."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    # Nothing is sent and nothing believed: any certificate will do to see that there is one.
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    try:
+        with (
+            socket.create_connection((host, port), TIMEOUT_SECONDS) as raw,
+            context.wrap_socket(raw, server_hostname=host),
+        ):
+            return True
+    except ssl.SSLError as error:
+        return "ALERT" in (error.reason or "")
+    except OSError:
+        return False
+
+
 def _handshake(host: str, port: int, context: ssl.SSLContext, preface: bytes) -> Reason | None:
     with socket.create_connection((host, port), TIMEOUT_SECONDS) as raw:
         if preface:

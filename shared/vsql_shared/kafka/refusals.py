@@ -59,10 +59,10 @@ def explain(settings: Settings, error: KafkaError | None) -> VsqlSyncError | Non
         return BrokerError(
             f"no TLS with {where}: {reason.text}", hint=f"{reason.hint} (kafka.security.ca_path, cert_path)"
         )
-    if error is None:
-        return None
-    if error.code() == _SSL:
+    if error is not None and error.code() == _SSL:
         return BrokerError(f"no TLS with {where}: {_words(error)}", hint="check kafka.security")
+    if error is None and (security.uses_tls or not tls.spoken(host, port)):
+        return None
     return BrokerError(
         f"{where} ends the connection although kafka.security.protocol is {security.protocol}",
         hint="set the protocol of the brokers' listener: SSL or SASL_SSL where it has TLS",
