@@ -131,7 +131,6 @@ def test_a_pair_runs_over_verified_connections_and_outlives_an_expired_certifica
     secured.use(secured.good())
     for name, value in (("SSLMODE", "verify-full"), ("SSLROOTCERT", str(secured.ca))):
         monkeypatch.setenv(f"VSQL_SYNC__CONNECTION__{name}", value)
-        monkeypatch.setenv(f"PG{name}", value)
     with connect(secured.server.conninfo(), application_name="test") as conn:
         for name in ("tls_a", "tls_b"):
             conn.execute(f"CREATE DATABASE {name}".encode())
