@@ -13,10 +13,15 @@ from dataclasses import dataclass, replace
 from confluent_kafka import Consumer, KafkaException, Message, Producer, TopicPartition
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without saying so
     AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
     ConfigResource,
     NewTopic,
     ResourceType,
 )
+
+MESSAGE_MAX_BYTES = 8_000_000
+"""Below what the test brokers take (tests/stack/kafka.py)."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,10 @@ def create_like(source: str, target: str, cluster: str) -> None:
 
 def append(bootstrap: str, records: Iterable[Record]) -> None:
     """Append records in the given order, each to its topic and partition."""
-    producer = Producer({"bootstrap.servers": bootstrap, "enable.idempotence": True, "log_level": 3})
+    producer = Producer(
+        {"bootstrap.servers": bootstrap, "enable.idempotence": True, "log_level": 3,
+         "message.max.bytes": MESSAGE_MAX_BYTES}
+    )  # fmt: skip
     failures: list[str] = []
 
     def delivered(error: object, _message: object) -> None:
@@ -118,6 +126,17 @@ def append(bootstrap: str, records: Iterable[Record]) -> None:
     producer.flush(60)
     if failures:
         raise RuntimeError(failures[0])
+
+
+def alter_topic(bootstrap: str, name: str, **settings: str) -> None:
+    """Change a topic's settings; "_" in a name stands for a dot."""
+    changes = [
+        ConfigEntry(key.replace("_", "."), value, incremental_operation=AlterConfigOpType.SET)
+        for key, value in settings.items()
+    ]
+    resource = ConfigResource(ResourceType.TOPIC, name, incremental_configs=changes)
+    admin = AdminClient({"bootstrap.servers": bootstrap})  # its answers end with it
+    admin.incremental_alter_configs([resource])[resource].result(20)
 
 
 def copy_topics(

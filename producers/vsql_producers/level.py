@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Message, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from vsql_producers.epoch import AuditTail, LostEnd, Writing, accept, read_chain
 from vsql_producers.publish import Publisher
@@ -34,7 +34,7 @@ from vsql_shared.audit.entries import AuditEntry
 from vsql_shared.audit.rows import StoredDocument
 from vsql_shared.audit.store import iterate, move_offset, recall_head
 from vsql_shared.changes import PartitionRoot
-from vsql_shared.errors import DecodeError, DivergedError, TransientError
+from vsql_shared.errors import DecodeError, DivergedError, TransientError, VsqlSyncError
 from vsql_shared.kafka.clients import from_exception, is_unknown_topic, kafka_error
 from vsql_shared.pg.connect import Connection
 from vsql_shared.wire.pack import decode_header, decode_tuples, header_digest
@@ -236,5 +236,13 @@ def _records(
 def _taken(consumer: Consumer, place: TopicPartition) -> Iterable[Message]:
     for message in consumer.consume(200, timeout=0.1):
         if (error := message.error()) is not None:
-            raise kafka_error(error, f"read {place.topic}")
+            raise _not_readable(error, place.topic)
         yield message
+
+
+def _not_readable(error: KafkaError, topic: str) -> VsqlSyncError:
+    """Kafka's error; of a missing right, how to have it for this time."""
+    ours = kafka_error(error, f"read {topic}, to see what is left of the chain Kafka lost")
+    if error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
+        ours.hint = "grant what `syncctl kafka acls --recovery` prints; it is tried again"
+    return ours

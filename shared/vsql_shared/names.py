@@ -9,6 +9,7 @@ import hashlib
 
 # Kafka allows 249 characters in a topic name; the rest of a longer one is replaced by a hash.
 _TOPIC_MAX = 249
+_KEPT = _TOPIC_MAX - 33  # of a name that is too long; a dash and 32 hex digits follow
 _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789-")
 
 
@@ -25,7 +26,12 @@ def _topic(*parts: str) -> str:
     if len(full) <= _TOPIC_MAX:
         return full
     digest = hashlib.sha256(full.encode()).hexdigest()[:32]
-    return f"{full[: _TOPIC_MAX - 33]}-{digest}"
+    return f"{full[:_KEPT]}-{digest}"
+
+
+def topic_prefix(text: str) -> str:
+    """What every topic's name begins with whose parts begin like this, shortened names included."""
+    return text[:_KEPT]
 
 
 def live_chain(publication: str, origin: str) -> str:

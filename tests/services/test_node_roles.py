@@ -9,7 +9,7 @@ from psycopg import sql
 from pydantic import SecretStr
 
 from tests.conftest import NewDatabase
-from tests.stack import Postgres, Stack
+from tests.stack import POSTGRES_VERSIONS, Stack
 from vsql_shared.changes import TableName
 from vsql_shared.errors import DatabaseError, RefusedError
 from vsql_shared.pg import commands, control, migrate, nodes, roles, status, transactions
@@ -35,10 +35,16 @@ def _install(conninfo: str) -> None:
         )
 
 
+@pytest.fixture(params=POSTGRES_VERSIONS, ids=lambda version: f"pg{version}")
+def version(request: pytest.FixtureRequest) -> int:
+    """Each version in turn."""
+    return int(request.param)
+
+
 @pytest.fixture
-def node(new_database: NewDatabase) -> str:
+def node(new_database: NewDatabase, version: int) -> str:
     """A node's database with one table and one stream."""
-    conninfo = new_database("roles")
+    conninfo = new_database("roles", version)
     _install(conninfo)
     return conninfo
 
@@ -64,9 +70,9 @@ class Users:
 
 
 @pytest.fixture
-def users(pg18: Postgres) -> Iterator[Users]:
+def users(stack: Stack, version: int) -> Iterator[Users]:
     """Users that are dropped after the test."""
-    with _open(pg18.conninfo) as admin:
+    with _open(stack.postgres(version).conninfo) as admin:
         made = Users(admin)
         yield made
         made.drop()
@@ -82,7 +88,6 @@ def test_two_nodes_on_one_server_share_the_roles(new_database: NewDatabase) -> N
             assert roles.exist(conn)
 
 
-@pytest.mark.parametrize("version", [15, 18])
 def test_the_service_roles_are_groups_without_login(new_database: NewDatabase, version: int) -> None:
     conninfo = new_database("roles", version)
     _install(conninfo)
@@ -195,8 +200,8 @@ def test_the_operators_log_cannot_be_changed_even_by_a_superuser(node: str) -> N
                     conn.execute(f"{act} vsql_sync.audit_log".encode())
 
 
-def test_without_superuser_the_missing_statements_are_named_and_suffice(stack: Stack) -> None:
-    server = stack.own_postgres(18)
+def test_without_superuser_the_missing_statements_are_named_and_suffice(stack: Stack, version: int) -> None:
+    server = stack.own_postgres(version)
     try:
         with _open(server.conninfo()) as admin:
             admin.execute("CREATE ROLE owner LOGIN")

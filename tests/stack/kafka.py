@@ -62,7 +62,7 @@ class KafkaBroker:
 
     `properties` are added to the broker's configuration, `format_args` to the storage tool's call (for
     example --add-scram); a broker whose listener is not PLAINTEXT needs `client_config`, with which the
-    ready check connects.
+    ready check connects. `listeners` are names of further ones, each at a port of its own (`address`).
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class KafkaBroker:
         port: int | None = None,
         format_args: Sequence[str] = (),
         client_config: Mapping[str, str] | None = None,
+        listeners: Sequence[str] = (),
         detached: bool = False,
     ) -> None:
         self.data_dir = data_dir
@@ -82,6 +83,7 @@ class KafkaBroker:
         self._fixed_port = port
         self._port = port
         self._controller_port: int | None = None
+        self._listeners: dict[str, int | None] = dict.fromkeys(listeners)
         self._format_args = format_args
         self._client_config = dict(client_config or {})
         self._detached = detached
@@ -98,6 +100,10 @@ class KafkaBroker:
     def bootstrap_servers(self) -> str:
         """Its address, for clients."""
         return f"127.0.0.1:{self.port}"
+
+    def address(self, listener: str) -> str:
+        """The address of a further listener."""
+        return f"127.0.0.1:{self._listeners[listener]}"
 
     @property
     def pid(self) -> int | None:
@@ -176,11 +182,14 @@ class KafkaBroker:
             self._port = ports.reserve_port()
         if self._controller_port is None:
             self._controller_port = ports.reserve_port()
+        for name, port in self._listeners.items():
+            self._listeners[name] = port or ports.reserve_port()
 
     def _release_ports(self) -> None:
-        for port in (self._port, self._controller_port):
+        for port in (self._port, self._controller_port, *self._listeners.values()):
             if port is not None:
                 ports.release_port(port)
+        self._listeners = dict.fromkeys(self._listeners)
         self._port, self._controller_port = self._fixed_port, None
 
     def _write_configuration(self) -> None:
@@ -192,13 +201,15 @@ class KafkaBroker:
 
     def _defaults(self) -> dict[str, str | int]:
         controller = f"127.0.0.1:{self._controller_port}"
+        clients = ["CLIENTS://" + self.bootstrap_servers]
+        clients += [f"{name}://{self.address(name)}" for name in self._listeners]
         return {
             "process.roles": "broker,controller",
             "node.id": 1,
             "controller.quorum.voters": f"1@{controller}",
             "controller.listener.names": "CONTROLLER",
-            "listeners": f"CLIENTS://{self.bootstrap_servers},CONTROLLER://{controller}",
-            "advertised.listeners": f"CLIENTS://{self.bootstrap_servers}",
+            "listeners": ",".join([*clients, f"CONTROLLER://{controller}"]),
+            "advertised.listeners": ",".join(clients),
             "inter.broker.listener.name": "CLIENTS",
             "listener.security.protocol.map": "CLIENTS:PLAINTEXT,CONTROLLER:PLAINTEXT",
             "log.dirs": str(self.log_dir),

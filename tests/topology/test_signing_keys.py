@@ -94,6 +94,13 @@ def test_what_a_key_signs_after_its_end_is_refused(pairs: Pairs, act: str) -> No
     said = _refusal(pair)
     assert f"{act}d key {old}" in said or f"after it was {act}d" in said
     assert pair.b.query("SELECT id FROM t") == [(1,)]
+    # The target says so in its own chain, signed; once.
+    told = (
+        "SELECT count(*) FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND event_type = 'batch_refused'"
+        " AND signature IS NOT NULL"
+    )
+    acks = f"{pair.chain}.ack.node-b"
+    _until(lambda: pair.b.query(told, acks) == [(1,)], f"{pair.b.query(told, acks)} refusals in the chain")
     # What was known before stays verifiable, on both sides.
     for node in (pair.a, pair.b):
         assert node.ctl("audit", "verify").returncode == 0

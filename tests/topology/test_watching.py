@@ -7,6 +7,8 @@ with what was done to the tables.
 from __future__ import annotations
 
 import json
+import resource
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -37,12 +40,16 @@ class Watched:
     node: Node
     role: str
 
+    @property
+    def address(self) -> str:
+        """Where it answers, as its log says."""
+        events = map(json.loads, self.node.log_file(self.role).read_text().splitlines())
+        return str([event["health"] for event in events if event["msg"] == "service started"][-1])
+
     def get(self, path: str) -> tuple[int, str]:
         """Status and body of a path."""
-        events = map(json.loads, self.node.log_file(self.role).read_text().splitlines())
-        address = [event["health"] for event in events if event["msg"] == "service started"][-1]
         try:
-            with urllib.request.urlopen(address + path, timeout=10) as answer:  # noqa: S310 - our own http address
+            with urllib.request.urlopen(self.address + path, timeout=10) as answer:  # noqa: S310 - our own address
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             with error:
@@ -189,6 +196,68 @@ def test_every_line_of_the_logs_is_json_with_time_level_and_service_and_without_
             assert line["service"] == watched.role
         assert MARKER not in text
         assert MARKER not in watched.get("/metrics")[1]
+
+
+@pytest.mark.timeout(180)
+def test_the_probes_address_is_the_only_door_and_it_is_on_this_machine(scene: Scene) -> None:
+    """No worker listens, nor anything else of a service: who has only the network finds nobody to talk to."""
+    for watched in (scene.producer, scene.consumer):
+        doors = [
+            connection.laddr
+            for process in watched.node.processes(watched.role)
+            for connection in process.net_connections(kind="all")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+        assert [door.ip for door in doors] == ["127.0.0.1"]
+        assert watched.address.endswith(f":{doors[0].port}")
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz"])
+def test_what_the_door_says_holds_no_row_no_key_and_no_password(scene: Scene, path: str) -> None:
+    for watched in (scene.producer, scene.consumer):
+        shown = watched.get(path)[1]
+        secrets = [MARKER, "PRIVATE", "BEGIN", "password", "SHA256:", watched.node.conninfo]
+        secrets += (scene.pair.folder / "kek.key").read_text().split()
+        secrets += (watched.node.keys / "vsql-sync-signing.key").read_text().splitlines()[1:-1]
+        assert [secret for secret in secrets if len(secret) > 3 and secret in shown] == []
+
+
+@pytest.mark.timeout(180)
+def test_the_door_takes_no_orders(scene: Scene) -> None:
+    for watched in (scene.producer, scene.consumer):
+        for method, path in (
+            ("POST", "/metrics"),
+            ("PUT", "/readyz"),
+            ("DELETE", "/"),
+            ("GET", "/../kek.key"),
+        ):
+            request = urllib.request.Request(watched.address + path, b"stop", method=method)  # noqa: S310 - our own address
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(request, timeout=10)  # noqa: S310 - as above
+            assert refused.value.code in (404, 501)
+            refused.value.close()
+        assert watched.get("/healthz")[0] == 200
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+@pytest.mark.timeout(180)
+def test_no_process_of_a_service_dumps_core_and_keys_are_locked_in_memory(scene: Scene) -> None:
+    for watched in (scene.producer, scene.consumer):
+        processes = watched.node.processes(watched.role)
+        assert len(processes) >= 2, "the service and a worker"
+        for process in processes:
+            assert process.rlimit(psutil.RLIMIT_CORE) == (0, 0)
+    allowed = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    workers = scene.producer.node.processes("producer")[1:]
+    locked = [_status(process.pid, "VmLck") for process in workers]
+    assert max(locked) > 0 or allowed == 0, "the data key of the live stream"
+
+
+def _status(pid: int, name: str) -> int:
+    """A figure of /proc/PID/status, in kB."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 @pytest.mark.timeout(180)

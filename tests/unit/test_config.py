@@ -307,6 +307,41 @@ def test_prod_mode_has_no_exceptions(old: str, new: str, words: str) -> None:
     assert words in refused(PROD.replace(old, new))
 
 
+_FAR = 'bootstrap_servers = "127.0.0.1:9092,kafka1:9092"\n'
+_SASL = 'security = { protocol = "SASL_PLAINTEXT", username = "u", password = "p" }'
+DOWNGRADED = {
+    "Kafka without TLS": ("", "[kafka]\n" + _FAR, 'kafka.security.protocol: "PLAINTEXT" has no TLS'),
+    "a password to Kafka in clear": (
+        "",
+        "[kafka]\n" + _FAR + _SASL,
+        '"SASL_PLAINTEXT" has no TLS and kafka1:9092',
+    ),
+    "a database that may be anybody": ('\nhost = "db1"', "", 'connection.sslmode: "prefer" does not check'),
+    "a database whose name is not checked": (
+        '\nhost = "db1"\nsslmode = "verify-ca"',
+        "",
+        'connection.sslmode: "verify-ca" does not check',
+    ),
+    "one host of several": ('\nhost = "localhost,10.0.0.7"', "", "connection.sslmode"),
+}
+
+
+@pytest.mark.parametrize(("database", "more", "words"), DOWNGRADED.values(), ids=DOWNGRADED.keys())
+def test_prod_mode_has_no_way_across_a_network_without_tls(database: str, more: str, words: str) -> None:
+    said = refused(PROD.replace('database = "d"', 'database = "d"' + database) + more)
+    assert words in said
+    assert 'server.mode = "dev"' in said
+
+
+def test_prod_mode_takes_tls_across_a_network() -> None:
+    far = 'database = "d"\nhost = "db1"\nsslmode = "verify-full"'
+    settings = parse(
+        PROD.replace('database = "d"', far) + "[kafka]\n" + _FAR + 'security = { protocol = "SSL" }'
+    )
+    assert settings.connection.sslmode == "verify-full"
+    assert settings.kafka.security.client_options()["ssl.cipher.suites"] == "ECDHE+AESGCM:ECDHE+CHACHA20"
+
+
 def test_a_configuration_that_says_no_mode_is_prod() -> None:
     said = refused(MINIMAL.replace('mode = "dev"', ""))
     assert "server.tls.cert_path: missing; prod mode requires it" in said
@@ -316,11 +351,6 @@ def test_a_configuration_that_says_no_mode_is_prod() -> None:
 UNWISE = {
     "dev": (MINIMAL, ['server.mode = "dev"', "audit.signing_key_path"]),
     "one broker": (PROD, ["kafka.min_insync_replicas = 1", 'kafka.security.protocol = "PLAINTEXT"']),
-    "database across a network": (
-        PROD.replace('database = "d"', 'database = "d"\nhost = "db1"')
-        + '[kafka]\nreplication_factor = 3\nmin_insync_replicas = 2\nsecurity = { protocol = "SSL" }',
-        ['connection.sslmode = "prefer"'],
-    ),
     "loopback": (
         PROD.replace('database = "d"', 'database = "d"\nhost = "::1"')
         + '[kafka]\nreplication_factor = 3\nmin_insync_replicas = 2\nsecurity = { protocol = "SSL" }',

@@ -7,7 +7,6 @@ entry here goes.
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterator
 
 from vsql_shared.config.governance import AuditSettings, ConflictSettings
@@ -104,18 +103,3 @@ def _unwise(settings: Settings) -> Iterator[tuple[str, str]]:
             f'kafka.security.protocol = "{kafka.security.protocol}"',
             "records are sealed, but anybody on the network can write to the topics; use SASL_SSL or SSL",
         )
-    if settings.connection.sslmode != "verify-full" and not _is_local(settings.connection.host):
-        yield (
-            f'connection.sslmode = "{settings.connection.sslmode}"',
-            'rows cross the network to the database unprotected or to an unproven server; use "verify-full"',
-        )
-
-
-def _is_local(host: str) -> bool:
-    """Whether the host is this machine: a socket folder, localhost, or a loopback address."""
-    if host.startswith(("/", "@")) or host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -8,12 +8,14 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Annotated, Literal
 
+from cryptography import x509
 from pydantic import Field, field_validator, model_validator
 
 from vsql_shared.config.limits import LimitsSettings
 from vsql_shared.config.secrets import PasswordSource
 from vsql_shared.config.section import Section
 from vsql_shared.config.values import Bootstrap, ConfigPath, Duration, Whole, refusal
+from vsql_shared.errors import ConfigError
 
 KafkaRole = Literal["producer", "consumer", "admin"]
 ClientOption = str | int | float | bool
@@ -45,6 +47,11 @@ _OURS = {
     "queued.max.messages.kbytes": "set limits.kafka_queue_bytes",
     "security.protocol": "set kafka.security.protocol",
 }
+
+
+# librdkafka knows no least version of TLS. These exist in TLS 1.2 only, so an older one has nothing to agree
+# on; the ciphers of TLS 1.3 are chosen elsewhere and are not touched.
+_TLS_1_2_CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
 
 class KafkaSecurity(PasswordSource):
@@ -82,6 +89,27 @@ class KafkaSecurity(PasswordSource):
         """Whether the connection is encrypted."""
         return self.protocol.endswith("SSL")
 
+    def principal(self) -> str | None:
+        """Who we are to the brokers, where it can be told: the user, or the client certificate's subject."""
+        if self.uses_sasl:
+            return f"User:{self.username}"
+        if not self.uses_tls or self.cert_path is None:
+            return None
+        try:
+            certificate = x509.load_pem_x509_certificate(self.cert_path.read_bytes())
+        except OSError as error:
+            raise ConfigError(
+                f"kafka.security.cert_path: cannot read {self.cert_path}: {error.strerror}",
+                hint="give a file this user may read",
+            ) from None
+        except ValueError:
+            raise ConfigError(
+                f"kafka.security.cert_path: {self.cert_path} holds no certificate in PEM form",
+                hint="the client certificate first, then those that sign it",
+            ) from None
+        # As Java writes it (RFC 2253), unless the brokers have ssl.principal.mapping.rules.
+        return f"User:{certificate.subject.rfc4514_string()}"
+
     def client_options(self) -> dict[str, ClientOption]:
         """The part of a client's settings that authenticates it; holds the password in clear."""
         options: dict[str, ClientOption] = {"security.protocol": self.protocol}
@@ -92,6 +120,7 @@ class KafkaSecurity(PasswordSource):
             options["sasl.password"] = password.get_secret_value() if password else ""
         if self.uses_tls:
             options["ssl.endpoint.identification.algorithm"] = "https"
+            options["ssl.cipher.suites"] = _TLS_1_2_CIPHERS
             paths = {
                 "ssl.ca.location": self.ca_path,
                 "ssl.certificate.location": self.cert_path,

@@ -36,6 +36,7 @@ from vsql_shared.config.topology import (
     PublicationSettings,
     ReplicationSettings,
 )
+from vsql_shared.config.values import is_local
 
 _T = TypeVar("_T")
 Finding = tuple[tuple[str | int, ...], str]
@@ -143,6 +144,29 @@ def _prod_problems(settings: Settings) -> Iterator[Finding]:
         yield (
             ("encryption", "kms", "provider"),
             f'"file" keeps the key on this disk; prod mode needs a KMS: "pkcs11" {_DEV_WAY}',
+        )
+    yield from _network_problems(settings)
+
+
+def _network_problems(settings: Settings) -> Iterator[Finding]:
+    """Prod mode: what leaves this machine is encrypted, to a server whose certificate is checked."""
+    far = [place for place in settings.kafka.bootstrap_servers.split(",") if not is_local(place)]
+    if far and not settings.kafka.security.uses_tls:
+        yield (
+            ("kafka", "security", "protocol"),
+            (
+                f'"{settings.kafka.security.protocol}" has no TLS and {far[0].strip()} is not this machine;'
+                f' prod mode needs "SSL" or "SASL_SSL" {_DEV_WAY}'
+            ),
+        )
+    host = settings.connection.host
+    if settings.connection.sslmode != "verify-full" and not all(map(is_local, host.split(","))):
+        yield (
+            ("connection", "sslmode"),
+            (
+                f'"{settings.connection.sslmode}" does not check who answers at {host}; prod mode needs'
+                f' "verify-full" and sslrootcert where the database is not on this machine {_DEV_WAY}'
+            ),
         )
 
 

@@ -9,6 +9,7 @@ Not a settings model: only the types the models are made of. Rules:
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -162,3 +163,18 @@ Identifier = Annotated[str, AfterValidator(_identifier)]
 TableName = Annotated[str, AfterValidator(_table)]
 ClusterName = Annotated[str, AfterValidator(_cluster_name)]
 NodeName = Annotated[str, AfterValidator(_node_name)]
+
+
+def is_local(place: str) -> bool:
+    """Whether a host, with a port or without, is this machine: loopback, localhost, or a socket's folder."""
+    host = place.strip()
+    if host.startswith("["):
+        host = host[1:].partition("]")[0]
+    elif host.count(":") == 1:
+        host = host.partition(":")[0]
+    if host.startswith(("/", "@")) or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

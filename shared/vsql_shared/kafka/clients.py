@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient
 from typing_extensions import override
 
 from vsql_shared.errors import BrokerError, TransientError, VsqlSyncError
+from vsql_shared.kafka.refusals import Complaints
 
 if TYPE_CHECKING:
     from vsql_shared.config import Settings
@@ -51,7 +53,7 @@ def kafka_error(error: KafkaError, doing: str) -> VsqlSyncError:
     if error.code() in _AWAY or error.retriable():
         return TransientError(text, hint="vsql-sync goes on by itself when the brokers answer")
     if error.code() in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED):
-        return BrokerError(text, hint="grant this principal the operation on that topic or group")
+        return BrokerError(text, hint="grant this principal what `syncctl kafka acls` prints")
     if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
         return BrokerError(
             text, hint="lower limits.message_max_bytes, or raise the broker's message.max.bytes"
@@ -102,10 +104,15 @@ class _NowAndThen(logging.Filter):
 
 _chatter = logging.getLogger(f"{__name__}.librdkafka")
 _chatter.addFilter(_NowAndThen())
+# Where there is no log, as in syncctl, it would go to the terminal.
+_chatter.addHandler(logging.NullHandler())
 
 
 def _on_error(error: KafkaError) -> None:
     _chatter.warning("%s", error.str(), extra={"code": error.name()})
+
+
+_complaints: WeakKeyDictionary[AdminClient, Complaints] = WeakKeyDictionary()
 
 
 def _options(config: dict[str, ClientOption]) -> dict[str, Any]:
@@ -139,6 +146,17 @@ def make_consumer(
 
 
 def make_admin(settings: Settings) -> AdminClient:
-    """A client that creates and describes topics."""
+    """A client that creates and describes topics; it is the first to meet brokers that refuse us."""
     config = dict(settings.kafka.client_config("admin", settings.limits))
-    return AdminClient(_options(config))
+    complaints = Complaints(_on_error)
+    options = {**_options(config), "error_cb": complaints}
+    admin = AdminClient(options)
+    _complaints[admin] = complaints
+    return admin
+
+
+def complaint(admin: AdminClient) -> KafkaError | None:
+    """Why brokers refuse this client, as far as it was told."""
+    found = _complaints.get(admin)
+    admin.poll(0)  # what it has to say waits until it is asked
+    return found.last if found is not None else None

@@ -18,8 +18,9 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     ResourceType,
 )
 
-from vsql_shared.errors import BrokerError, TransientError
-from vsql_shared.kafka.clients import from_exception
+from vsql_shared.errors import BrokerError, TransientError, VsqlSyncError
+from vsql_shared.kafka.clients import complaint, from_exception
+from vsql_shared.kafka.refusals import explain
 
 if TYPE_CHECKING:
     from vsql_shared.config import Settings
@@ -73,14 +74,19 @@ def ensure_topic(admin: AdminClient, name: str, kind: Kind, settings: Settings) 
 
 
 def require_broker(admin: AdminClient, settings: Settings) -> None:
-    """Raise TransientError unless a broker answers; soon, so that a wrong address is said soon."""
+    """Raise TransientError unless a broker answers, BrokerError where it refuses us; soon."""
     try:
         admin.describe_cluster(request_timeout=ANSWER_SECONDS).result(ANSWER_SECONDS + 1)
     except TimeoutError:
-        raise _silent(settings, "connecting") from None
+        raise _no_answer(admin, settings) from None
     except KafkaException as error:
         ours = from_exception(error, "connect")
-        raise (_silent(settings, "connecting") if isinstance(ours, TransientError) else ours) from error
+        raise (_no_answer(admin, settings) if isinstance(ours, TransientError) else ours) from error
+
+
+def _no_answer(admin: AdminClient, settings: Settings) -> VsqlSyncError:
+    """Why nobody answers: they are away, or they refuse us."""
+    return explain(settings, complaint(admin)) or _silent(settings, "connecting")
 
 
 def _silent(settings: Settings, doing: str) -> TransientError:

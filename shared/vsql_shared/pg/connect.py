@@ -13,12 +13,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import psycopg
 from psycopg import conninfo as libpq
 from psycopg import sql
 
+from vsql_shared import tls
 from vsql_shared.errors import ConfigError, DatabaseError, TransientError, VsqlSyncError
 from vsql_shared.pg.encodings import UTF8, fit_parameters
 from vsql_shared.pg.reactions import Reaction, reaction
@@ -28,6 +30,8 @@ Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
 # Seconds after which a peer that is silent is taken for dead; libpq's own defaults are two hours.
 _KEEPALIVE = {"keepalives_idle": "15", "keepalives_interval": "5", "keepalives_count": "4"}
 _CONNECT_TIMEOUT = "10"
+# Said here too, so that no environment lowers it.
+_LEAST_TLS = {"ssl_min_protocol_version": "TLSv1.2"}
 _SESSION = (
     "SET search_path = pg_catalog; SET TimeZone = 'UTC'; SET DateStyle = 'ISO, YMD';"
     " SET IntervalStyle = 'postgres'; SET extra_float_digits = 3; SET bytea_output = 'hex';"
@@ -80,7 +84,7 @@ def connect(
     DatabaseError where it will not.
     """
     given = parse_conninfo(conninfo)
-    parameters = {**_KEEPALIVE, "connect_timeout": _CONNECT_TIMEOUT, **given}
+    parameters = {**_KEEPALIVE, **_LEAST_TLS, "connect_timeout": _CONNECT_TIMEOUT, **given}
     parameters |= {**options, "application_name": application_name, "client_encoding": "UTF8"}
     try:
         # autocommit first: the SETs must not open a transaction of their own.
@@ -170,6 +174,12 @@ def _hint(error: psycopg.Error, state: str) -> str:
 
 def _connect_error(error: psycopg.Error, parameters: dict[str, str]) -> VsqlSyncError:
     reason = _connect_reason(str(error), parameters)
+    refused = _tls_reason(parameters) if "verify failed" in reason or "alert" in reason else None
+    if refused is not None:
+        return DatabaseError(
+            f"cannot connect {_where(parameters)}: no TLS: {refused.text}",
+            hint=f"{refused.hint} (sslrootcert, sslcert)",
+        )
     advice = next((say for pattern, say in _ADVICE if re.search(pattern, reason, re.IGNORECASE)), "")
     message = f"cannot connect {_where(parameters)}: {reason}"
     if _PASSING.search(reason):
@@ -187,6 +197,19 @@ def _connect_reason(text: str, parameters: dict[str, str]) -> str:
         return "failed to resolve host"
     secret = parameters.get("password")
     return reason.replace(secret, "********") if secret else reason
+
+
+def _tls_reason(parameters: dict[str, str]) -> tls.Reason | None:
+    """What is wrong with a certificate, where that can be told; libpq says only that it does not verify."""
+
+    def file(name: str) -> Path | None:
+        return Path(parameters[name]) if parameters.get(name) else None
+
+    host, port = parameters.get("host", ""), parameters.get("port", "5432")
+    if not host or "," in host or host.startswith("/") or not port.isdigit():
+        return None
+    means = tls.Means(file("sslrootcert"), file("sslcert"), file("sslkey"))
+    return tls.refusal(host, int(port), means, tls.POSTGRES)
 
 
 def _where(parameters: dict[str, str]) -> str:

@@ -31,7 +31,7 @@ ROLES = (PRODUCER, CONSUMER, VIEWER, OPERATOR, ADMIN)
 _MEMBERS = ((VIEWER, OPERATOR), (OPERATOR, ADMIN))
 
 # The producer marks its own writes with a local origin, so that they never feed a stream.
-_ORIGIN_FUNCTIONS = (
+ORIGIN_FUNCTIONS = (
     "pg_replication_origin_advance(text, pg_lsn)",
     "pg_replication_origin_create(text)",
     "pg_replication_origin_drop(text)",
@@ -251,7 +251,7 @@ def _server_steps(conn: Connection) -> list[Step]:
         steps.append(_database_step("CONNECT", database, role))
     steps.append(_database_step("TEMPORARY", database, CONSUMER))
     for role in (PRODUCER, CONSUMER):
-        steps += [_function_step(function, role) for function in _ORIGIN_FUNCTIONS]
+        steps += [_function_step(function, role) for function in ORIGIN_FUNCTIONS]
     steps.append(
         Step(
             sql.SQL("GRANT SET ON PARAMETER session_replication_role TO {}").format(sql.Identifier(CONSUMER)),

@@ -13,6 +13,7 @@ from typing import Any
 
 from psycopg.types.json import Jsonb
 
+from vsql_shared.kafka.rights import StreamName
 from vsql_shared.pg.connect import Connection, errors
 
 # Five of the services' default status intervals (limits.status_interval_ms).
@@ -108,3 +109,12 @@ def _status(row: tuple[Any, ...]) -> StreamStatus:
     state = "not running" if said is None or stale else said
     stream = row[:12]
     return StreamStatus(*stream, state, stale, updated_at, detail or {}, slot, *row[22:])  # type: ignore[call-arg]  # 12 of them
+
+
+def stream_names(conn: Connection) -> list[StreamName]:
+    """The streams this node has, live and copy as one."""
+    with errors("reading the streams"):
+        rows = conn.execute(
+            "SELECT DISTINCT direction, publication, origin FROM vsql_sync.streams ORDER BY 1, 2, 3"
+        ).fetchall()
+    return [StreamName(*row) for row in rows]
