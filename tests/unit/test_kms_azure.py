@@ -15,6 +15,7 @@ from vsql_shared.errors import ConfigError, DecodeError, KeyUnavailableError
 from vsql_shared.kms.azure_kv import (
     AES_WRAP,
     RSA_OAEP,
+    announced_place,
     key_request,
     parse_key,
     parse_result,
@@ -176,3 +177,25 @@ def test_a_kek_id_names_vault_key_and_what_the_token_is_for(kek_id: str, place: 
 def test_a_kek_id_that_leads_elsewhere_is_refused(kek_id: str) -> None:
     with pytest.raises(ConfigError, match="names no key of Azure Key Vault"):
         split_kek_id(kek_id)
+
+
+def test_an_announcement_names_any_key_of_the_configured_vault() -> None:
+    former = split_kek_id("myvault/keys/former-kek")
+    assert announced_place(f"myvault/keys/former-kek/{VERSION}", PLACE.host) == (former, VERSION)
+
+
+@pytest.mark.parametrize(
+    "kek_id",
+    [
+        "",
+        "test-kek/1",
+        "myvault/keys/sdktestkey",
+        f"yours/keys/sdktestkey/{VERSION}",
+        f"myvault.vault.azure.cn/keys/sdktestkey/{VERSION}",
+        f"evil.example/keys/sdktestkey/{VERSION}",
+        "myvault/keys/sdktestkey/../other",
+    ],
+)
+def test_an_announcement_never_sends_the_token_to_another_vault(kek_id: str) -> None:
+    with pytest.raises(KeyUnavailableError, match="no version of a key in myvault"):
+        announced_place(kek_id, PLACE.host)

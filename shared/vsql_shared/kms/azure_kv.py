@@ -6,7 +6,8 @@ functions below, tested with published values. Rules:
 
 * kek_id is `<vault>/keys/<key>`, where <vault> is the vault's name or its whole host name; in announcements
   the version follows. The newest version wraps, all enabled ones unwrap.
-* A token goes to hosts of Azure only (_DOMAINS), and to the configured vault only.
+* A token goes to hosts of Azure only (_DOMAINS), and to the configured vault only. Any key of that vault
+  unwraps: a key is destroyed with all its versions, so a KEK that can be is another key.
 * A vault wraps by RSA-OAEP-256, a Managed HSM with an AES key by A256KW. Neither takes a context: the data
   key's own HKDF binds it. RSA-2048 and RSA-3072 are weaker than AES-256; `versions` says so.
 * Wrapping happens at the service, though the public key would do here: then Azure's log has it.
@@ -79,6 +80,23 @@ def split_kek_id(kek_id: str) -> Place:
             hint='write "vault/keys/name", or "vault.managedhsm.azure.net/keys/name"; no version',
         )
     return Place(kek_id, f"{found[1].lower()}.{domain}", found[3])
+
+
+def announced_place(kek_id: str, host: str) -> tuple[Place, str]:
+    """Key and version an announcement names, in the vault at `host` and no other.
+
+    Raises KeyUnavailableError.
+    """
+    name, _, version = kek_id.rpartition("/")
+    try:
+        place = split_kek_id(name)
+    except ConfigError:
+        place = None
+    if place is None or place.host != host or _VERSION.fullmatch(version) is None:
+        raise KeyUnavailableError(
+            f"{kek_id!r} is no version of a key in {host}", hint="both nodes need the same vault"
+        )
+    return place, version
 
 
 def key_request(place: Place, version: str = "") -> Request:  # no version is the newest
@@ -224,15 +242,10 @@ class AzureKek:
             raise KeyUnavailableError(
                 f"wrapping algorithm {algorithm!r} is unknown", hint=f"expected {RSA_OAEP} or {AES_WRAP}"
             )
-        version = kek_id.removeprefix(f"{self._place.kek_id}/")
-        if version == kek_id or _VERSION.fullmatch(version) is None:
-            raise KeyUnavailableError(
-                f"{kek_id!r} is no version of {self._place.kek_id}",
-                hint="both nodes need the same encryption.kms.kek_id",
-            )
-        request = unwrap_request(self._place, version, algorithm, wrapped)
+        place, version = announced_place(kek_id, self._place.host)
+        request = unwrap_request(place, version, algorithm, wrapped)
         what = f"unwrapping a data key under {kek_id}"
-        return self._ask(what, request, _ALTERED, partial(parse_result, self._place, version))
+        return self._ask(what, request, _ALTERED, partial(parse_result, place, version))
 
     def close(self) -> None:
         """Give connections back; the next use opens others."""

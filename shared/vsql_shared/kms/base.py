@@ -92,6 +92,16 @@ class KekProvider(Protocol):
         ...
 
 
+def weakness(version: KekVersion) -> str:
+    """What an operator should know of a KEK weaker than the AES-256 keys it wraps; else nothing."""
+    if version.strength_bits >= AES_256_BITS:
+        return ""
+    return (
+        f"KEK {version.kek_id} has {version.strength_bits} bits of strength, the data keys it wraps have"
+        f" {AES_256_BITS}: what they seal is as weak as the KEK; use an AES-256 key where the KMS has them"
+    )
+
+
 def rsa_strength(modulus_bits: int) -> int:
     """Security strength of an RSA key. Raises KeyUnavailableError below 2048 bits."""
     for least, strength in _RSA_STRENGTHS:
