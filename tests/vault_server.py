@@ -40,7 +40,7 @@ class VaultServer:
             {"X-Vault-Token": ROOT_TOKEN},
             method=method,
         )
-        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310  # likewise
+        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310  # this machine too
             found: dict[str, Any] = json.loads(answer.read() or b"{}")
         return found
 

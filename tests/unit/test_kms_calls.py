@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vsql_shared.crypto.dek import key_context
 from vsql_shared.errors import KeyUnavailableError
-from vsql_shared.kms.base import LONGEST_PAUSE, Retries, context_names, rsa_strength
+from vsql_shared.kms.base import LONGEST_PAUSE, KekVersion, Retries, context_names, rsa_strength, weakness
 from vsql_shared.kms.https import Answer, refusal_text
 
 
@@ -25,6 +25,12 @@ def test_pauses_double_follow_the_service_s_wish_and_end_somewhere() -> None:
 )
 def test_an_rsa_key_s_strength_is_nist_s_and_never_more(modulus: int, strength: int) -> None:
     assert rsa_strength(modulus) == strength
+
+
+def test_a_kek_weaker_than_aes_256_is_accepted_and_said() -> None:
+    assert weakness(KekVersion("k/1", 256, active=True)) == ""
+    said = weakness(KekVersion("vault/keys/k/v1", 112, active=False))
+    assert said.startswith("KEK vault/keys/k/v1 has 112 bits of strength")
 
 
 def test_an_rsa_key_of_less_than_2048_bits_is_refused() -> None:
