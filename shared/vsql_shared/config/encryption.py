@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
-from vsql_shared.config.kms_services import AwsKmsSettings, GcpKmsSettings, VaultSettings
+from vsql_shared.config.kms_services import AwsKmsSettings, VaultSettings
 from vsql_shared.config.kms_uri import merge_kms_uri
 from vsql_shared.config.secrets import one_source, read_secret
 from vsql_shared.config.section import Section
@@ -92,8 +92,6 @@ class KmsSettings(Section):
     """Settings of provider "pkcs11"."""
     aws: AwsKmsSettings = AwsKmsSettings()
     """Settings of provider "aws-kms"."""
-    gcp: GcpKmsSettings = GcpKmsSettings()
-    """Settings of provider "gcp-kms"."""
     vault: VaultSettings = VaultSettings()
     """Settings of provider "vault"."""
 

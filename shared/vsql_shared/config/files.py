@@ -57,15 +57,13 @@ def _kms_files(kms: KmsSettings) -> list[tuple[str, Path | None, bool]]:
                 ("encryption.kms.pkcs11.module", kms.pkcs11.module, False),
                 ("encryption.kms.pkcs11.pin_file", kms.pkcs11.pin_file, True),
             ]
-        case "gcp-kms":
-            return [("encryption.kms.gcp.credentials_file", kms.gcp.credentials_file, True)]
         case "vault":
             return [
                 ("encryption.kms.vault.ca_path", kms.vault.ca_path, False),
                 ("encryption.kms.vault.token_file", kms.vault.token_file, True),
                 ("encryption.kms.vault.secret_id_file", kms.vault.secret_id_file, True),
             ]
-        case "aws-kms" | "azure-kv":
+        case "aws-kms" | "azure-kv" | "gcp-kms":
             return []
 
 

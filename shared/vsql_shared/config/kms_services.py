@@ -1,8 +1,8 @@
-"""[encryption.kms.aws], [encryption.kms.gcp], [encryption.kms.vault]: how a key service is reached.
+"""[encryption.kms.aws] and [encryption.kms.vault]: how a key service is reached.
 
-Not here: which key it is (`encryption.kms.kek_id`), and Azure, which needs nothing but the key's name and the
-credentials of its environment. Rules: no credential of a cloud stands here, their own chains find it
-(environment, instance, workload identity); a secret for Vault comes by file, command or environment.
+Not here: which key it is (`encryption.kms.kek_id`), and Azure and Google, which need nothing but
+the key's name. Rules: no credential of a cloud stands here, the clouds' own chains find it (environment,
+instance, workload identity); a secret for Vault comes by file, command or environment.
 """
 
 from __future__ import annotations
@@ -57,13 +57,6 @@ class AwsKmsSettings(Section):
     """Profile of the AWS configuration files; else AWS_PROFILE or the default one."""
     endpoint: ServiceUrl | None = None
     """Address of a private endpoint; else AWS's own for the region."""
-
-
-class GcpKmsSettings(Section):
-    """[encryption.kms.gcp]: Google Cloud KMS."""
-
-    credentials_file: ConfigPath | None = None
-    """Credentials file; else Application Default Credentials."""
 
 
 class VaultSettings(Section):

@@ -66,7 +66,7 @@ def _gcp(settings: KmsSettings, _strict: bool) -> KekProvider:
     with _needs("google.auth", "requests", extra="gcp"):
         from vsql_shared.kms.gcp_kms import GcpKek
 
-    return GcpKek(settings.kek_id, credentials_file=settings.gcp.credentials_file, retries=_retries(settings))
+    return GcpKek(settings.kek_id, retries=_retries(settings))
 
 
 def _vault(settings: KmsSettings, _strict: bool) -> KekProvider:

@@ -278,8 +278,8 @@ class AzureKek:
             return str(self._credential.get_token(self._place.scope).token)
         except azure.core.exceptions.ClientAuthenticationError as error:
             raise KeyUnavailableError(
-                f"no credentials for Azure Key Vault ({type(error).__name__})",
-                hint="give this node a managed or workload identity, or AZURE_CLIENT_ID and the like",
+                f"no token for Azure Key Vault ({type(error).__name__})",
+                hint="give this node an identity, or AZURE_CLIENT_ID and the like; see its way to the login",
             ) from error
         except azure.core.exceptions.AzureError as error:
             raise TransientError(

@@ -17,7 +17,6 @@ import base64
 import binascii
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import google.auth
@@ -178,13 +177,11 @@ class GcpKek:
 
     name = "gcp-kms"
 
-    def __init__(
-        self, kek_id: str, *, credentials_file: Path | None = None, retries: Retries | None = None
-    ) -> None:
+    def __init__(self, kek_id: str, *, retries: Retries | None = None) -> None:
         """Raises ConfigError, KeyUnavailableError (credentials, roles, key), TransientError."""
         self._key = check_kek_id(kek_id)
         self._https = Https("Google Cloud KMS", ADDRESS, retries or Retries())
-        self._credentials = _credentials(credentials_file)
+        self._credentials = _credentials()
         self._look()
 
     @property
@@ -253,12 +250,9 @@ class GcpKek:
         return str(self._credentials.token)
 
 
-def _credentials(path: Path | None) -> Any:
+def _credentials() -> Any:
     try:
-        if path is not None:
-            found, _ = google.auth.load_credentials_from_file(str(path), scopes=[_SCOPE])
-        else:
-            found, _ = google.auth.default(scopes=[_SCOPE])
+        found, _ = google.auth.default(scopes=[_SCOPE])
     except google.auth.exceptions.GoogleAuthError as error:
         raise _no_credentials(error) from error
     return found
@@ -267,5 +261,5 @@ def _credentials(path: Path | None) -> Any:
 def _no_credentials(error: Exception) -> KeyUnavailableError:
     return KeyUnavailableError(
         f"no credentials for Google Cloud KMS ({type(error).__name__})",
-        hint="set encryption.kms.gcp.credentials_file, or Application Default Credentials",
+        hint="give this node Application Default Credentials, such as GOOGLE_APPLICATION_CREDENTIALS",
     )
