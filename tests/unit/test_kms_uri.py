@@ -148,6 +148,10 @@ WRONG_SECTIONS = {
     "vault without address": ('provider = "vault"', 'provider "vault" needs address'),
     "two tokens": ('[encryption.kms.vault]\ntoken = "a"\ntoken_file = "b"', "give only one of token"),
     "approle without role": ('[encryption.kms.vault]\nauth = "approle"', "needs role_id"),
+    "a header in the namespace": (
+        '[encryption.kms.vault]\nnamespace = "a\\nX-Vault-Token: t"',
+        "encryption.kms.vault.namespace",
+    ),
     "a mount that leaves its place": (
         '[encryption.kms.vault]\nauth_mount = "../sys"',
         "encryption.kms.vault.auth_mount",

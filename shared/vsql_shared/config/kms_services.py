@@ -64,7 +64,7 @@ class VaultSettings(Section):
 
     address: ServiceUrl | None = None
     """Address of the server, such as "https://vault.example:8200"."""
-    namespace: _Name | None = None
+    namespace: Annotated[str, Field(pattern=r"^[A-Za-z0-9_./-]{1,200}$")] | None = None
     """Namespace, where the server has them."""
     ca_path: ConfigPath | None = None
     """CA certificates that sign the server's; else the system's."""
