@@ -1,6 +1,7 @@
 """KEKs in the transit engine of HashiCorp Vault or OpenBao: the key never leaves the server.
 
-Not here: making keys and policies (docs/operations/keys.md). Plain HTTPS, no library. Rules:
+Not here: making keys and policies (docs/operations/keys.md). Plain HTTPS, no library. Not yet run
+against a real server by us; tests/services/test_kms_vault.py does where there is one. Rules:
 
 * kek_id is `<mount>/<key>`; in announcements `<mount>/<key>/<version>`. The newest version wraps; those from
   min_decryption_version on unwrap.
