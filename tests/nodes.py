@@ -49,11 +49,14 @@ class Node:
         self.keys = folder / f"{name}-keys"
         self.services: dict[str, subprocess.Popen[bytes]] = {}
         self.echo: Echo | None = None
+        self.kms = ""
+        """What stands in [encryption.kms] instead of the KEK file."""
 
     def write_config(self, kek: Path) -> None:
-        """Write the node's vsql-sync.toml (dev mode, signed, KEK in a file)."""
+        """Write the node's vsql-sync.toml (dev mode, signed, KEK in a file unless `kms` says where)."""
         parts = conninfo_to_dict(self.conninfo)
         password = f'password = "{parts["password"]}"\n' if parts.get("password") else ""
+        in_file = f'provider = "file"\nkek_id = "test-kek"\n[encryption.kms.file]\npath = "{kek}"'
         self.config.write_text(
             f"""[cluster]
 name = "{self.cluster}"
@@ -74,10 +77,7 @@ state_dir = "{self.folder / (self.name + "-state")}"
 bootstrap_servers = "{self.kafka}"
 
 [encryption.kms]
-provider = "file"
-kek_id = "test-kek"
-[encryption.kms.file]
-path = "{kek}"
+{self.kms or in_file}
 
 [audit]
 signing_key_path = "{self.keys / "vsql-sync-signing.key"}"

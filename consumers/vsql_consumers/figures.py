@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from vsql_shared.errors import KeyUnavailableError
+from vsql_shared.errors import KeyUnavailableError, TransientError
 from vsql_shared.observe.metrics import Stage, StreamMetrics
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Figures:
         is_call = not announced.has_opened(entry.dek_id)
         try:
             key = announced.open(entry, provider)
-        except KeyUnavailableError:
+        except (KeyUnavailableError, TransientError):
             self._metrics.kms_called("unwrap", ok=False)
             raise
         if is_call:

@@ -19,7 +19,7 @@ from vsql_shared.audit.dsse import KEY_ANNOUNCEMENT, sign_document
 from vsql_shared.audit.rows import timestamp
 from vsql_shared.crypto.announce import announce, encode_announcement
 from vsql_shared.crypto.dek import ALGORITHM, KeyLimits, SealingKey
-from vsql_shared.errors import KeyUnavailableError
+from vsql_shared.errors import KeyUnavailableError, TransientError
 from vsql_shared.observe.metrics import RotationReason, StreamMetrics
 from vsql_shared.pg.connect import Connection, errors
 
@@ -109,7 +109,7 @@ class DataKeys:
         place = self._place
         try:
             said = announce(key, place.cluster, place.chain, place.origin, place.epoch, self._provider)
-        except KeyUnavailableError:
+        except (KeyUnavailableError, TransientError):
             self._metrics.kms_called("wrap", ok=False)
             raise
         self._metrics.kms_called("wrap", ok=True)

@@ -17,6 +17,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from tests.conftest import NewDatabase
 from tests.softhsm import make_token
+from tests.vault_server import ROOT_TOKEN, vault_server
 from vsql_shared.crypto.signing import fingerprint, load_public_key
 from vsql_shared.kms.file import FileKek, generate_kek_file
 from vsql_shared.pg import commands, migrate, nodes
@@ -315,3 +316,23 @@ def test_rotate_dek_refuses_when_nothing_would_rotate(
     assert done.returncode == 4
     assert says in done.stderr
     assert node.conn.execute("SELECT count(*) FROM vsql_sync.commands").fetchone() == (0,)
+
+
+def test_the_inventory_warns_of_a_kek_weaker_than_the_keys_it_wraps(node: NodeOnDisk, tmp_path: Path) -> None:
+    with vault_server(tmp_path) as vault:
+        vault.new_key("weak", "rsa-2048")
+        vault.new_key("strong")
+        before = node.config.read_text().partition("[encryption.kms.file]")[0]
+        section = f'[encryption.kms.vault]\naddress = "{vault.address}"\ntoken = "{ROOT_TOKEN}"\n'
+        for name, bits in (("weak", 112), ("strong", 256)):
+            kms = f'[encryption.kms]\nprovider = "vault"\nkek_id = "transit/{name}"\n'
+            node.config.write_text(before + kms + section)
+            listed = json.loads(node.key("inventory", "--output", "json").stdout)
+            assert [(one["kek_id"], one["strength_bits"]) for one in listed["keks"]] == [
+                (f"transit/{name}/1", bits)
+            ]
+            text = node.key("inventory").stdout
+            warning = f"warning: KEK transit/{name}/1 has {bits} bits of strength"
+            assert (warning in text) == (name == "weak")
+            assert len(listed["kek_warnings"]) == (name == "weak")
+            assert ROOT_TOKEN not in text

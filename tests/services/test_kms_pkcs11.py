@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import get_args
 
 import pkcs11
 import pytest
@@ -16,11 +15,11 @@ from pkcs11.types import Session
 from pydantic import SecretStr
 
 from tests.softhsm import SoftToken, make_token
-from vsql_shared.config.encryption import FileKmsSettings, KmsSettings, Pkcs11Settings
+from vsql_shared.config.encryption import FileKmsSettings, KmsProvider, KmsSettings, Pkcs11Settings
 from vsql_shared.crypto.announce import announce, unwrap
 from vsql_shared.crypto.dek import KeyLimits, SealingKey
-from vsql_shared.errors import ConfigError, KeyUnavailableError, NotBuiltError
-from vsql_shared.kms import PLANNED, PROVIDERS, generate_token_kek, open_provider
+from vsql_shared.errors import ConfigError, KeyUnavailableError
+from vsql_shared.kms import PROVIDERS, generate_token_kek, open_provider
 from vsql_shared.kms.base import AES_GCM, AES_KWP, KekProvider
 from vsql_shared.kms.file import FileKek
 from vsql_shared.kms.pkcs11 import Pkcs11Kek, generate_kek
@@ -352,28 +351,11 @@ def test_two_nodes_exchange_a_data_key_through_the_token(
     consumer.close()
 
 
-def test_the_registry_opens_what_it_knows_and_names_what_is_planned(tmp_path: Path) -> None:
-    assert set(PROVIDERS) == {"file", "pkcs11"}
-    for name in sorted(PLANNED):
-        with pytest.raises(NotBuiltError, match="not built in this version; use one of file, pkcs11"):
-            open_provider(KmsSettings.model_validate({"provider": name}))
+def test_the_registry_opens_every_provider_the_configuration_knows(tmp_path: Path) -> None:
+    assert set(PROVIDERS) == set(get_args(KmsProvider))
     with pytest.raises(ConfigError, match=r"encryption\.kms\.file\.path is not set"):
         open_provider(KmsSettings())
     with pytest.raises(ConfigError, match="does not say where the KEK is"):
         generate_token_kek(KmsSettings())
     with pytest.raises(KeyUnavailableError, match="cannot read"):
         open_provider(KmsSettings(file=FileKmsSettings(path=tmp_path / "none")))
-
-
-def test_a_missing_library_names_the_extra_to_install(tmp_path: Path) -> None:
-    program = (
-        "import sys; sys.modules['pkcs11'] = None\n"  # what an environment without the extra looks like
-        "from vsql_shared.config.encryption import KmsSettings\n"
-        "from vsql_shared.kms import open_provider\n"
-        f"where = dict(module={str(tmp_path / 'm.so')!r}, token_label='t', key_label='k')\n"
-        "try: open_provider(KmsSettings.model_validate(dict(provider='pkcs11', pkcs11=where)))\n"
-        "except Exception as error: print(type(error).__name__, error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("KeyUnavailableError")
-    assert "pip install 'vsql-sync[pkcs11]'" in done.stdout

@@ -198,6 +198,7 @@ def _public_half(path: Path) -> tuple[bytes, str]:
 @pass_operator
 def inventory(operator: Operator, output: OutputFormat, limit: int) -> None:
     """List data keys, KEK versions and signing keys, with their strength, age and use."""
+    from vsql_shared.kms.base import weakness
     from vsql_shared.pg.connect import connect
     from vsql_shared.pg.migrate import require_current
 
@@ -213,6 +214,7 @@ def inventory(operator: Operator, output: OutputFormat, limit: int) -> None:
         "deks_total": total,
         "keks": _merge_keks(settings.encryption.kms.provider, versions, used),
         "kek_problem": problem,
+        "kek_warnings": [text for text in map(weakness, versions) if text],
         "signing_keys": [row | {"algorithm": "Ed25519", "strength_bits": _SIGNING_BITS} for row in signers],
     }
     emit(output, found, lambda: _inventory_text(found))
@@ -310,6 +312,7 @@ def _inventory_text(found: dict[str, Any]) -> str:
         "\nSigning keys, Ed25519",
         render_table(("node", "fingerprint", "bits", "pinned", "by", "retired", "revoked"), signers),
     ]
+    parts[4:4] = [f"warning: {text}" for text in found["kek_warnings"]]
     if found["kek_problem"]:
         parts.insert(4, f"the KMS does not answer: {found['kek_problem']}")
     return "\n".join(parts)

@@ -13,7 +13,6 @@ from vsql_shared.config.governance import AuditSettings, ConflictSettings
 from vsql_shared.config.settings import Settings
 from vsql_shared.errors import NotBuiltError
 
-_BUILT_PROVIDERS = ("file", "pkcs11")
 _BUILT_ROTATIONS = ("per-session", "per-batch")
 
 
@@ -33,9 +32,7 @@ def require_built(settings: Settings) -> None:
 
 def _missing(settings: Settings) -> Iterator[tuple[str, str]]:
     """(key = value, what to write instead)."""
-    kms, dek = settings.encryption.kms, settings.encryption.dek
-    if kms.provider not in _BUILT_PROVIDERS:
-        yield f'encryption.kms.provider = "{kms.provider}"', 'use "pkcs11", or "file" in dev mode'
+    dek = settings.encryption.dek
     if dek.rotation not in _BUILT_ROTATIONS:
         yield f'encryption.dek.rotation = "{dek.rotation}"', 'use "per-session" or "per-batch"'
     yield from _missing_many_writers(settings)

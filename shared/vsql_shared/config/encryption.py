@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
+from vsql_shared.config.kms_services import AwsKmsSettings, VaultSettings
+from vsql_shared.config.kms_uri import merge_kms_uri
 from vsql_shared.config.secrets import one_source, read_secret
 from vsql_shared.config.section import Section
 from vsql_shared.config.values import ConfigPath, Duration, Size, Whole, refusal
@@ -72,13 +74,36 @@ class KmsSettings(Section):
     """Key management system. "file" is for development and refused in prod."""
     kek_id: Annotated[str, Field(min_length=1, max_length=512)] = "vsql-sync-kek"
     """Name of the key-encryption key, as the provider writes it."""
+    uri: Annotated[str, Field(min_length=1, max_length=2048)] | None = None
+    """Provider and key in one line instead, such as "aws-kms://alias/payments-kek"; see keys.md."""
+    timeout: Annotated[Duration, Field(ge=timedelta(milliseconds=100), le=timedelta(minutes=2))] = timedelta(
+        seconds=10
+    )
+    """How long one call to a key service may take."""
+    attempts: Annotated[Whole, Field(ge=1, le=10)] = 4
+    """Calls to a key service that throttles or does not answer, before the stream waits and says so."""
+    retry_pause: Annotated[Duration, Field(ge=timedelta(0), le=timedelta(seconds=10))] = timedelta(
+        milliseconds=200
+    )
+    """Pause before the second call; it doubles, and is never longer than 10 s."""
     file: FileKmsSettings = FileKmsSettings()
     """Settings of provider "file"."""
     pkcs11: Pkcs11Settings = Pkcs11Settings()
     """Settings of provider "pkcs11"."""
+    aws: AwsKmsSettings = AwsKmsSettings()
+    """Settings of provider "aws-kms"."""
+    vault: VaultSettings = VaultSettings()
+    """Settings of provider "vault"."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_uri(cls, value: object) -> object:
+        return merge_kms_uri(value) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
-    def _pkcs11_complete(self) -> KmsSettings:
+    def _complete(self) -> KmsSettings:
+        if self.provider == "vault" and self.vault.address is None:
+            raise refusal('provider "vault" needs address in [encryption.kms.vault]')
         if self.provider == "pkcs11":
             for name in ("module", "token_label", "key_label"):
                 if getattr(self.pkcs11, name) is None:

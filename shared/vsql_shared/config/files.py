@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from vsql_shared.config.encryption import KmsSettings
 from vsql_shared.config.settings import Settings
 from vsql_shared.errors import ConfigError
 
@@ -29,7 +30,6 @@ class NamedFile:
 
 def named_files(settings: Settings) -> Iterator[NamedFile]:
     """Every file the configuration names, that must exist before a service starts."""
-    pkcs11 = settings.encryption.kms.pkcs11
     candidates: list[tuple[str, Path | None, bool]] = [
         ("connection.sslrootcert", settings.connection.sslrootcert, False),
         ("connection.sslcert", settings.connection.sslcert, False),
@@ -43,12 +43,28 @@ def named_files(settings: Settings) -> Iterator[NamedFile]:
         ("kafka.security.password_file", settings.kafka.security.password_file, True),
         ("audit.signing_key_path", settings.audit.signing_key_path, True),
     ]
-    if settings.encryption.kms.provider == "file":
-        candidates.append(("encryption.kms.file.path", settings.encryption.kms.file.path, True))
-    if settings.encryption.kms.provider == "pkcs11":
-        candidates.append(("encryption.kms.pkcs11.module", pkcs11.module, False))
-        candidates.append(("encryption.kms.pkcs11.pin_file", pkcs11.pin_file, True))
+    candidates += _kms_files(settings.encryption.kms)
     return (NamedFile(key, path, private) for key, path, private in candidates if path is not None)
+
+
+def _kms_files(kms: KmsSettings) -> list[tuple[str, Path | None, bool]]:
+    """Those of the chosen provider; what other sections name is not used."""
+    match kms.provider:
+        case "file":
+            return [("encryption.kms.file.path", kms.file.path, True)]
+        case "pkcs11":
+            return [
+                ("encryption.kms.pkcs11.module", kms.pkcs11.module, False),
+                ("encryption.kms.pkcs11.pin_file", kms.pkcs11.pin_file, True),
+            ]
+        case "vault":
+            return [
+                ("encryption.kms.vault.ca_path", kms.vault.ca_path, False),
+                ("encryption.kms.vault.token_file", kms.vault.token_file, True),
+                ("encryption.kms.vault.secret_id_file", kms.vault.secret_id_file, True),
+            ]
+        case "aws-kms" | "azure-kv" | "gcp-kms":
+            return []
 
 
 def check_files(settings: Settings) -> list[str]:
@@ -100,11 +116,13 @@ def _own_file(settings: Settings) -> list[str]:
 
 
 def holds_secret(settings: Settings) -> bool:
-    """Whether a password or PIN is given by value; a peer's connection string counts when it has one."""
+    """Whether a password, PIN or token stands there by value; a peer's connection string may hold one."""
     direct = (
         settings.connection.password,
         settings.kafka.security.password,
         settings.encryption.kms.pkcs11.pin,
+        settings.encryption.kms.vault.token,
+        settings.encryption.kms.vault.secret_id,
     )
     peers = (str(peer.connection) != peer.connection.get_secret_value() for peer in settings.peers)
     return any(secret is not None for secret in direct) or any(peers)

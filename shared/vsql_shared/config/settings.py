@@ -143,7 +143,7 @@ def _prod_problems(settings: Settings) -> Iterator[Finding]:
     if settings.encryption.kms.provider == "file":
         yield (
             ("encryption", "kms", "provider"),
-            f'"file" keeps the key on this disk; prod mode needs a KMS: "pkcs11" {_DEV_WAY}',
+            f'"file" keeps the key on this disk; prod mode needs a KMS, such as "pkcs11" {_DEV_WAY}',
         )
     yield from _network_problems(settings)
 

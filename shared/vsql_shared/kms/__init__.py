@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from vsql_shared.errors import ConfigError, KeyUnavailableError, NotBuiltError
-from vsql_shared.kms.base import KekProvider
+from vsql_shared.errors import ConfigError, KeyUnavailableError
+from vsql_shared.kms.base import KekProvider, Retries
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,6 +41,58 @@ def _pkcs11(settings: KmsSettings, _strict: bool) -> KekProvider:
     return Pkcs11Kek(module, token, key, pin, kek_id=settings.kek_id)
 
 
+def _aws(settings: KmsSettings, _strict: bool) -> KekProvider:
+    with _needs("boto3", "botocore", extra="aws"):
+        from vsql_shared.kms.aws_kms import AwsKek
+
+    aws = settings.aws
+    return AwsKek(
+        settings.kek_id,
+        region=aws.region,
+        profile=aws.profile,
+        endpoint=aws.endpoint,
+        retries=_retries(settings),
+    )
+
+
+def _azure(settings: KmsSettings, _strict: bool) -> KekProvider:
+    with _needs("azure.core", "azure.identity", extra="azure"):
+        from vsql_shared.kms.azure_kv import AzureKek
+
+    return AzureKek(settings.kek_id, retries=_retries(settings))
+
+
+def _gcp(settings: KmsSettings, _strict: bool) -> KekProvider:
+    with _needs("google.auth", "requests", extra="gcp"):
+        from vsql_shared.kms.gcp_kms import GcpKek
+
+    return GcpKek(settings.kek_id, retries=_retries(settings))
+
+
+def _vault(settings: KmsSettings, _strict: bool) -> KekProvider:
+    from vsql_shared.kms.https import Https
+    from vsql_shared.kms.vault import Login, VaultKek
+
+    vault = settings.vault
+    if vault.address is None:
+        raise ConfigError(
+            'encryption.kms.vault.address is not set and provider is "vault"',
+            hint='give the server\'s address, such as "https://vault.example:8200"',
+        )
+    role_id = vault.role_id if vault.auth == "approle" else None
+    return VaultKek(
+        settings.kek_id,
+        vault.address,
+        Login(vault.read_token, role_id, vault.read_secret_id, vault.auth_mount),
+        Https("Vault", vault.address, _retries(settings), vault.ca_path),
+        vault.namespace,
+    )
+
+
+def _retries(settings: KmsSettings) -> Retries:
+    return Retries(settings.attempts, settings.retry_pause.total_seconds(), settings.timeout.total_seconds())
+
+
 def generate_token_kek(settings: KmsSettings) -> str:
     """Make a KEK, or its next version, in the token of [encryption.kms.pkcs11]; returns its kek_id."""
     with _needs("pkcs11", extra="pkcs11"):
@@ -50,15 +102,16 @@ def generate_token_kek(settings: KmsSettings) -> str:
 
 
 @contextmanager
-def _needs(library: str, *, extra: str) -> Iterator[None]:
+def _needs(*libraries: str, extra: str) -> Iterator[None]:
     """A missing client library as an error that names the extra to install."""
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name != library:
+        missing = error.name or ""
+        if not any(f"{library}.".startswith(f"{missing}.") for library in libraries):
             raise
         raise KeyUnavailableError(
-            f"this KMS provider needs the library {library!r}, which is not installed",
+            f"this KMS provider needs the library {missing!r}, which is not installed",
             hint=f"pip install 'vsql-sync[{extra}]'",
         ) from error
 
@@ -77,19 +130,16 @@ def _token(settings: KmsSettings) -> tuple[Path, str, str, SecretStr | None]:
 PROVIDERS: dict[str, Callable[[KmsSettings, bool], KekProvider]] = {
     "file": _file,
     "pkcs11": _pkcs11,
+    "aws-kms": _aws,
+    "azure-kv": _azure,
+    "gcp-kms": _gcp,
+    "vault": _vault,
 }
-PLANNED = frozenset({"azure-kv", "aws-kms", "gcp-kms", "vault"})  # names the configuration knows already
 
 
 def open_provider(settings: KmsSettings, *, strict: bool = True) -> KekProvider:
     """The provider of [encryption.kms]; the caller closes it.
 
-    `strict` refuses key files others may read. Raises KeyUnavailableError, ConfigError, NotBuiltError.
+    `strict` refuses key files others may read. Raises KeyUnavailableError, ConfigError, TransientError.
     """
-    name: str = settings.provider
-    if name in PLANNED:
-        raise NotBuiltError(
-            f"encryption.kms.provider = {name!r} is not built in this version",
-            hint=f"use one of {', '.join(sorted(PROVIDERS))}",
-        )
-    return PROVIDERS[name](settings, strict)
+    return PROVIDERS[settings.provider](settings, strict)

@@ -1,0 +1,92 @@
+"""What providers of KEKs share: retries, strength, context, and the answers of a service, as values."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vsql_shared.crypto.dek import key_context
+from vsql_shared.errors import KeyUnavailableError
+from vsql_shared.kms.base import LONGEST_PAUSE, KekVersion, Retries, context_names, rsa_strength, weakness
+from vsql_shared.kms.https import Answer, refusal_text
+
+
+def test_pauses_double_follow_the_service_s_wish_and_end_somewhere() -> None:
+    retries = Retries(attempts=8, pause=0.2)
+    assert [retries.pause_after(n) for n in (1, 2, 3, 4)] == [0.2, 0.4, 0.8, 1.6]
+    assert retries.pause_after(1, asked=3.0) == 3.0
+    assert retries.pause_after(4, asked=0.1) == 1.6
+    assert retries.pause_after(1, asked=86_400.0) == retries.pause_after(30) == LONGEST_PAUSE
+
+
+@pytest.mark.parametrize(
+    ("modulus", "strength"), [(2048, 112), (3072, 128), (4096, 128), (7680, 192), (15360, 256)]
+)
+def test_an_rsa_key_s_strength_is_nist_s_and_never_more(modulus: int, strength: int) -> None:
+    assert rsa_strength(modulus) == strength
+
+
+def test_a_kek_weaker_than_aes_256_is_accepted_and_said() -> None:
+    assert weakness(KekVersion("k/1", 256, active=True)) == ""
+    said = weakness(KekVersion("vault/keys/k/v1", 112, active=False))
+    assert said.startswith("KEK vault/keys/k/v1 has 112 bits of strength")
+
+
+def test_an_rsa_key_of_less_than_2048_bits_is_refused() -> None:
+    with pytest.raises(KeyUnavailableError, match="RSA key of 2047 bits"):
+        rsa_strength(2047)
+
+
+@given(st.lists(st.text(max_size=40), min_size=3, max_size=3))
+def test_the_names_of_a_context_come_back(names: list[str]) -> None:
+    assert list(context_names(key_context(*names))) == names
+
+
+def test_a_context_that_is_no_three_names_is_refused() -> None:
+    good = key_context("cluster", "pub.node-a", "dek-1")
+    for bad in (b"", good[:-1], good + b"\0", good + b"\0\1x", good[:9], b"\0\1\xff" * 3):
+        with pytest.raises(KeyUnavailableError, match="context"):
+            context_names(bad)
+
+
+@given(st.binary(max_size=64))
+def test_any_bytes_for_a_context_are_three_names_or_our_error(data: bytes) -> None:
+    try:
+        names = context_names(data)
+    except KeyUnavailableError:
+        return
+    assert key_context(*names) == data
+
+
+REFUSALS = {
+    "Azure": (
+        {
+            "error": {
+                "code": "Forbidden",
+                "message": "Caller is not authorized",
+                "innererror": {"code": "ForbiddenByRbac"},
+            }
+        },
+        " (Forbidden: ForbiddenByRbac: Caller is not authorized)",
+    ),
+    "Google": (
+        {"error": {"code": 403, "message": "Permission denied", "status": "PERMISSION_DENIED"}},
+        " (PERMISSION_DENIED: Permission denied)",
+    ),
+    "Vault": ({"errors": ["1 error occurred:\n\t* permission denied\n\n"]}, "permission denied"),
+    "nothing known": ({"message": "x"}, ""),
+    "another kind of error": ({"error": "x", "errors": 5}, ""),
+    "parts of another kind": ({"error": {"code": [], "message": None, "innererror": 3}}, ""),
+}
+
+
+@pytest.mark.parametrize(("body", "shown"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_what_a_service_says_of_its_refusal_is_shown(body: dict[str, object], shown: str) -> None:
+    found = refusal_text(Answer(403, body))
+    assert shown in found if shown else found == ""
+    assert found.isprintable()
+
+
+def test_a_long_text_of_a_service_is_cut() -> None:
+    assert len(refusal_text(Answer(400, {"errors": ["x" * 10_000]}))) < 250
