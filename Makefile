@@ -13,10 +13,11 @@ SOURCES := producers consumers schemas shared tests bench
 
 # Narrow any pytest target: make test-short ARGS="-k merkle -x"
 ARGS ?=
-# make test-faults SEED=7 RUNS=50
-SEED ?= $(shell date +%s)
+# make test-faults SEED=1 RUNS=100 SECONDS=60; AGAIN=1 repeats runs of this commit
+SEED ?= 1
 RUNS ?= 10
-# make fuzz SECONDS=3600, for all parsers together
+AGAIN ?=
+# … of each fault run; and make fuzz SECONDS=3600, for all parsers together
 SECONDS ?= 60
 # … or for some of them: make fuzz PARSERS="pack entry"
 PARSERS ?=
@@ -116,9 +117,9 @@ test-extension: fetch  ## The schema installed by CREATE EXTENSION vsql_sync, on
 	@$(PYTEST) tests -m "extension and not long" $(ARGS)
 
 .PHONY: test-faults
-test-faults: fetch  ## Kills and outages under load; SEED=7 repeats a run, RUNS=50 makes it longer
-	@echo "==> fault tests: make test-faults SEED=$(SEED) RUNS=$(RUNS) repeats this"
-	@VSQL_SYNC_TEST_SEED=$(SEED) VSQL_SYNC_TEST_RUNS=$(RUNS) $(PYTEST) tests/chaos --timeout=3600 --randomly-seed=$(SEED) $(ARGS)
+test-faults: fetch  ## Seeded mixes of faults under load, added to docs/faults.md; SEED=1 RUNS=100
+	@echo "==> fault runs: make test-faults SEED=$(SEED) RUNS=$(RUNS) SECONDS=$(SECONDS)"
+	@$(PY) -m tests.chaos --seed $(SEED) --runs $(RUNS) --seconds $(SECONDS) $(if $(AGAIN),--again)
 
 .PHONY: test-long
 test-long: fetch  ## The long tests at full length (hours)

@@ -7,7 +7,6 @@ Kafka and the older PostgreSQLs, and the longest tests begin first.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,8 @@ _SCENES = (
     "test_beyond_native.py",
     "test_drift.py",
     "test_extension.py",
+    "test_failpoints.py",
+    "test_faults.py",
     "test_kafka_rights.py",
     "test_packaging.py",
     "test_prod_mode.py",
@@ -136,19 +137,6 @@ def new_database(stack: Stack) -> Iterator[NewDatabase]:
     yield make
     for conninfo in made:
         stack.drop_database(conninfo)
-
-
-@pytest.fixture(scope="session")
-def fault_seed() -> int:
-    """Where random faults begin; `make test-faults SEED=…` repeats a run."""
-    return int(os.environ.get("VSQL_SYNC_TEST_SEED", "1"))
-
-
-@pytest.fixture(scope="session")
-def fault_runs() -> int | None:
-    """How many faults `make test-faults RUNS=…` asks for; None when a test's own number holds."""
-    runs = os.environ.get("VSQL_SYNC_TEST_RUNS")
-    return int(runs) if runs else None
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,12 @@ class Node:
         self.echo: Echo | None = None
         self.kms = ""
         """What stands in [encryption.kms] instead of the KEK file."""
+        self.service_port: int | None = None
+        """Where services and syncctl find the database, if it is not the port of `conninfo`: a proxy's."""
+        self.replicas = 1
+        """Copies of each new topic; all but one must have a record."""
+        self.env: dict[str, str] = {}
+        """Added to the environment of its services."""
 
     def write_config(self, kek: Path) -> None:
         """Write the node's vsql-sync.toml (dev mode, signed, KEK in a file unless `kms` says where)."""
@@ -65,7 +71,7 @@ node_name = "{self.name}"
 
 [connection]
 host = "{parts.get("host", "127.0.0.1")}"
-port = {parts.get("port", 5432)}
+port = {self.service_port or parts.get("port", 5432)}
 database = "{parts["dbname"]}"
 user = "{parts.get("user", "postgres")}"
 {password}
@@ -75,6 +81,8 @@ state_dir = "{self.folder / (self.name + "-state")}"
 
 [kafka]
 bootstrap_servers = "{self.kafka}"
+replication_factor = {self.replicas}
+min_insync_replicas = {max(1, self.replicas - 1)}
 
 [encryption.kms]
 {self.kms or in_file}
@@ -134,12 +142,12 @@ consumer_addr = "127.0.0.1:0"
         process = spawn(
             [sys.executable, "-m", f"vsql_{role}s", "--config", str(self.config)],
             log=self.log_file(role),
-            env=env or {},
+            env={**self.env, **(env or {})},
         )
         self.services[role] = process
         return process
 
-    def start_daemon(self, env: dict[str, str] | None = None) -> None:
+    def start_daemon(self) -> None:
         """Start `syncctl daemon start --foreground`: both services, restarted when they die."""
         self.services["daemon"] = spawn(
             [
@@ -153,7 +161,7 @@ consumer_addr = "127.0.0.1:0"
                 "--foreground",
             ],
             log=self.log_file("daemon"),
-            env=env or {},
+            env=self.env,
         )
 
     def processes(self, role: str) -> list[psutil.Process]:
@@ -321,17 +329,8 @@ class TwoNodes:
         )
 
     def differences(self, limit: int = 10) -> list[str]:
-        """Compare every published table row by row, as text, in one order on both sides."""
-        found: list[str] = []
-        for schema, table in self.tables():
-            pairs = zip_longest(_rows(self.a.conninfo, schema, table), _rows(self.b.conninfo, schema, table))
-            for number, (left, right) in enumerate(pairs):
-                if left != right:
-                    found.append(f"{schema}.{table} row {number}: {left!r} on a, {right!r} on b")
-                    if len(found) >= limit:
-                        return found
-                    break  # one difference shifts all rows after it
-        return found
+        """Compare every published table row by row."""
+        return differences(self.a.conninfo, self.b.conninfo, self.tables())[:limit]
 
     def acknowledged_rows(self) -> int:
         """Number of changes B acknowledged (sum of row_count of its acknowledgements)."""
@@ -352,6 +351,18 @@ class TwoNodes:
                 self.chain,
             )[0][0]
         )
+
+
+def differences(a: str, b: str, tables: Iterable[tuple[str, str]]) -> list[str]:
+    """The first difference of each table, if any: all rows as text, in one order on both sides."""
+    found: list[str] = []
+    for schema, table in tables:
+        pairs = zip_longest(_rows(a, schema, table), _rows(b, schema, table))
+        for number, (left, right) in enumerate(pairs):
+            if left != right:
+                found.append(f"{schema}.{table} row {number}: {left!r} on a, {right!r} on b")
+                break  # one difference shifts all rows after it
+    return found
 
 
 def _rows(conninfo: str, schema: str, table: str) -> Iterator[bytes]:

@@ -9,7 +9,6 @@ accident; everything else stays as Kafka ships it, so that tests meet the real d
 
 from __future__ import annotations
 
-import base64
 import shutil
 import signal
 import socket
@@ -63,6 +62,8 @@ class KafkaBroker:
     `properties` are added to the broker's configuration, `format_args` to the storage tool's call (for
     example --add-scram); a broker whose listener is not PLAINTEXT needs `client_config`, with which the
     ready check connects. `listeners` are names of further ones, each at a port of its own (`address`).
+    `doors` are further listeners by name: the port it listens on, and the port it tells
+    the clients that come this way, for a proxy of theirs.
     """
 
     def __init__(
@@ -71,9 +72,12 @@ class KafkaBroker:
         properties: Mapping[str, str | int] | None = None,
         *,
         port: int | None = None,
+        controller_port: int | None = None,
+        cluster_id: str | None = None,
         format_args: Sequence[str] = (),
         client_config: Mapping[str, str] | None = None,
         listeners: Sequence[str] = (),
+        doors: Mapping[str, tuple[int, int]] | None = None,
         detached: bool = False,
     ) -> None:
         self.data_dir = data_dir
@@ -82,10 +86,13 @@ class KafkaBroker:
         self._properties = dict(properties or {})
         self._fixed_port = port
         self._port = port
-        self._controller_port: int | None = None
         self._listeners: dict[str, int | None] = dict.fromkeys(listeners)
+        self._fixed_controller_port = self._controller_port = controller_port
+        # An id that begins with "-" would be read as an option.
+        self._cluster_id = cluster_id or uuid.uuid4().hex[:22]
         self._format_args = format_args
         self._client_config = dict(client_config or {})
+        self._doors = dict(doors or {})
         self._detached = detached
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -190,7 +197,7 @@ class KafkaBroker:
             if port is not None:
                 ports.release_port(port)
         self._listeners = dict.fromkeys(self._listeners)
-        self._port, self._controller_port = self._fixed_port, None
+        self._port, self._controller_port = self._fixed_port, self._fixed_controller_port
 
     def _write_configuration(self) -> None:
         self.data_dir.mkdir(parents=True, exist_ok=True)
@@ -201,17 +208,20 @@ class KafkaBroker:
 
     def _defaults(self) -> dict[str, str | int]:
         controller = f"127.0.0.1:{self._controller_port}"
-        clients = ["CLIENTS://" + self.bootstrap_servers]
-        clients += [f"{name}://{self.address(name)}" for name in self._listeners]
+        own = {name: port or 0 for name, port in self._listeners.items()}
+        listens = {"CLIENTS": (self.port, self.port), **{n: (p, p) for n, p in own.items()}, **self._doors}
         return {
             "process.roles": "broker,controller",
             "node.id": 1,
             "controller.quorum.voters": f"1@{controller}",
             "controller.listener.names": "CONTROLLER",
-            "listeners": ",".join([*clients, f"CONTROLLER://{controller}"]),
-            "advertised.listeners": ",".join(clients),
+            "listeners": _places({name: here for name, (here, _) in listens.items()})
+            + f",CONTROLLER://{controller}",
+            "advertised.listeners": _places({name: told for name, (_, told) in listens.items()}),
             "inter.broker.listener.name": "CLIENTS",
-            "listener.security.protocol.map": "CLIENTS:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "listener.security.protocol.map": ",".join(
+                f"{name}:PLAINTEXT" for name in [*listens, "CONTROLLER"]
+            ),
             "log.dirs": str(self.log_dir),
             "auto.create.topics.enable": "false",
             "message.max.bytes": MESSAGE_MAX_BYTES,
@@ -239,9 +249,7 @@ class KafkaBroker:
         return [str(find_java()), *_JVM_FLAGS, logging, "-cp", classpath, *arguments]
 
     def _format(self) -> None:
-        cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        # An id that begins with "-" would be read as an option.
-        arguments = ["kafka.tools.StorageTool", "format", f"--cluster-id={cluster_id}"]
+        arguments = ["kafka.tools.StorageTool", "format", f"--cluster-id={self._cluster_id}"]
         arguments += ["--config", str(self.data_dir / "server.properties"), *self._format_args]
         done = subprocess.run(self._java(*arguments), capture_output=True, text=True, check=False)
         if done.returncode:
@@ -282,3 +290,7 @@ class KafkaBroker:
             return bool(AdminClient(config).list_topics(timeout=5).brokers)
         except KafkaException:
             return False
+
+
+def _places(listeners: Mapping[str, int]) -> str:
+    return ",".join(f"{name}://127.0.0.1:{port}" for name, port in listeners.items())

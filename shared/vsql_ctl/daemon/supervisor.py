@@ -4,8 +4,9 @@ One thread, driven by the services' output, their ends and our signals. Rules:
 
 1. A service that ends is started again after a pause that doubles up to a bound; one that ran well for a
    while begins with the shortest pause again.
-2. A service that ends because its command or configuration is wrong (exit codes 2 to 4) is not started
-   again: nothing changes by waiting. When all services failed so, the daemon ends with that code.
+2. A service that ends because its command or configuration is wrong (exit codes 2 and 3) is not started
+   again: nothing changes by waiting. When all services failed so, the daemon ends with that code. One that is
+   refused (4) is started again: after a crash the server may hold the old one's session for a while yet.
 3. SIGTERM and SIGINT stop: each service gets SIGTERM and the time of server.stop_timeout to finish its
    batch; then its whole process group is killed, and the state says so.
 4. A service dies with its daemon (Linux): a killed daemon leaves no service without a supervisor.
@@ -30,10 +31,10 @@ from vsql_ctl.daemon import state as disk
 from vsql_ctl.daemon.identity import ProcessId
 from vsql_ctl.daemon.logfile import RotatingFile
 from vsql_ctl.daemon.state import DaemonState, ServiceState
-from vsql_shared.errors import ConfigError, EnvironmentFault, RefusedError, UserError
+from vsql_shared.errors import ConfigError, EnvironmentFault, UserError
 from vsql_shared.observe.process import die_with_parent
 
-_FATAL = frozenset({UserError.exit_code, ConfigError.exit_code, RefusedError.exit_code})
+_FATAL = frozenset({UserError.exit_code, ConfigError.exit_code})
 _WELL_SECONDS = 60.0
 _READ_BYTES = 64 * 1024
 _TICK_SECONDS = 0.5

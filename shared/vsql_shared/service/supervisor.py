@@ -2,9 +2,11 @@
 
 It replicates nothing itself. Rules:
 
-* One service of a role per node: a session advisory lock on the node's database. A second one is refused, or
-  stands by where it is configured to: it tries for the lock every second, and whoever has lost it stops its
-  workers. The streams' own locks and PostgreSQL's slots and origins keep both apart meanwhile.
+* One service of a role per node: a session advisory lock on the node's database. A second one is refused at
+  its start, or stands by where it is configured to: it tries for the lock every second, and whoever has lost
+  it stops its workers. The streams' own locks and PostgreSQL's slots and origins keep both apart meanwhile.
+* One that does not stand by, and lost the lock with its session, keeps its workers and waits for it: the
+  server may hold the old session as long as it has not noticed its end.
 * The database going away stops no worker (they retry by themselves); the lock is taken again when it is back.
 * SIGTERM or SIGINT stops all workers gracefully, then itself.
 """
@@ -94,14 +96,11 @@ class Supervisor:
             if self._connection is None:
                 self._connection = self._connect()
             wanted, troubles = self._read(self._connection)
-        except AlreadyRunningError as error:
-            if not self._settings.server.standby:
-                raise
-            return self._stand_by(error)
-        except RefusedError:
-            raise
         except VsqlSyncError as error:
+            if isinstance(error, AlreadyRunningError) and self._settings.server.standby:
+                return self._stand_by(error)
             # Also what only an operator can mend: the service stays, says so, and goes on when it is mended.
+            # And a lock that our own last session holds, as long as the server has not noticed its end.
             if self._not_ready != [str(error)]:
                 _log.error("%s", error)
             self._not_ready = [str(error)]
