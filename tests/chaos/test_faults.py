@@ -34,4 +34,4 @@ def test_whatever_fails_nothing_is_lost_doubled_torn_or_out_of_order(scene: Scen
 
 def test_no_kind_of_fault_is_left_out_on_this_machine(scene: Scene) -> None:
     if scene.missing:
-        pytest.skip("NOT DONE HERE: " + "; ".join(scene.missing))
+        pytest.skip(f"NOT DONE HERE: {'; '.join(scene.missing)}")
