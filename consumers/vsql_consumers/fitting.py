@@ -3,7 +3,7 @@
 PostgreSQL rounds in silence where a column has fewer digits than a value: numeric(10,2) takes 1.234,
 timestamp(0) takes half a second, varchar(3) takes four characters of which the last are blanks; and the text
 of a timestamp is accepted as a date. Native replication does the same. Where that could be, the statement
-that writes compares what came with what would be stored (statements.py); a value that would not come back
+that writes compares what came with what would be stored (conversion.py); a value that would not come back
 the same is an error of its row.
 
 Not here: types whose input says itself what it does not take (integers, bit strings, enums, …), and what two
@@ -29,7 +29,6 @@ _STRINGS = frozenset({_TEXT, _VARCHAR, _BPCHAR})
 # Target types that hold every value of the source's, whatever it is.
 _HELD = frozenset(
     {
-        (_INT2, _INT4), (_INT2, _INT8), (_INT4, _INT8),
         (_INT2, _NUMERIC), (_INT4, _NUMERIC), (_INT8, _NUMERIC), (_FLOAT4, _NUMERIC), (_FLOAT8, _NUMERIC),
         (_INT2, _FLOAT4), (_INT2, _FLOAT8), (_INT4, _FLOAT8), (_FLOAT4, _FLOAT8),
         (_DATE, _TIMESTAMP), (_DATE, _TIMESTAMPTZ), (_TIME, _TIMETZ), (_TIME, _INTERVAL),

@@ -361,10 +361,11 @@ class PeerNode:
         )
         return writer.open_epoch(lsn=1, system_identifier="1", timeline=1, source_node_id=NODE).encoded
 
-    def send(self, encoded: bytes, key: bytes = b"") -> None:
-        """Append a record to the audit topic."""
+    def send(self, *records: tuple[bytes, bytes]) -> None:
+        """Append records, each a key and a value, to the audit topic."""
         producer = Producer({"bootstrap.servers": self._source.kafka, "enable.idempotence": True})
-        producer.produce(names.audit_topic(self._source.cluster), encoded, key=key, partition=0)
+        for key, value in records:
+            producer.produce(names.audit_topic(self._source.cluster), value, key=key, partition=0)
         assert producer.flush(20) == 0
 
     def acknowledge(
@@ -418,14 +419,12 @@ class PeerNode:
                     verdicts=(("applied", manifest.row_count),),
                 )
             )
-        if lose:
-            return
-        producer = Producer({"bootstrap.servers": self._source.kafka, "enable.idempotence": True})
-        for one in made:
-            entry = one.entry
-            key = names.audit_key(entry.chain, entry.epoch, entry.incarnation, entry.sequence)
-            producer.produce(names.audit_topic(self._source.cluster), one.encoded, key=key, partition=0)
-        assert producer.flush(20) == 0
+        if not lose:
+            self.send(*((_key(one.entry), one.encoded) for one in made))
+
+
+def _key(entry: AuditEntry) -> bytes:
+    return names.audit_key(entry.chain, entry.epoch, entry.incarnation, entry.sequence)
 
 
 def read_stream(node: SourceNode, records: list[Record], chain: str) -> ReadBack:

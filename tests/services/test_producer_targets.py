@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any
 
 import psycopg
@@ -30,10 +31,27 @@ def with_target(new_source: NewSource) -> tuple[SourceNode, PeerNode]:
     return node, PeerNode(node, "node-b")
 
 
-def test_acknowledgements_move_the_target_forward_across_restarts(new_source: NewSource) -> None:
+def at_work(new_source: NewSource) -> tuple[SourceNode, PeerNode, subprocess.Popen[bytes]]:
+    """The same, running."""
     node, target = with_target(new_source)
     worker = node.start()
     node.wait(lambda: node.state()[0] == "running")
+    return node, target, worker
+
+
+def acknowledged(new_source: NewSource) -> tuple[SourceNode, PeerNode, subprocess.Popen[bytes], int]:
+    """The same, with one row sent and acknowledged; and the sequence of its manifest."""
+    node, target, worker = at_work(new_source)
+    node.execute("INSERT INTO t VALUES (1, 'a')")
+    node.wait_confirmed()
+    target.acknowledge(CHAIN)
+    acked = node.read().manifests[-1].sequence
+    node.wait(lambda: said(node).get("acked_sequence") == acked)
+    return node, target, worker, acked
+
+
+def test_acknowledgements_move_the_target_forward_across_restarts(new_source: NewSource) -> None:
+    node, target, worker = at_work(new_source)
     node.execute("INSERT INTO t VALUES (1, 'a')")
     node.wait_confirmed()
     last = node.read().manifests[-1].sequence
@@ -52,9 +70,7 @@ def test_acknowledgements_move_the_target_forward_across_restarts(new_source: Ne
 
 
 def test_a_root_that_differs_is_said_loudly_and_stays(new_source: NewSource) -> None:
-    node, target = with_target(new_source)
-    worker = node.start()
-    node.wait(lambda: node.state()[0] == "running")
+    node, target, worker = at_work(new_source)
     for number in range(3):
         node.execute(f"INSERT INTO t VALUES ({number}, 'a')")
         node.wait_confirmed()
@@ -73,16 +89,9 @@ def test_a_root_that_differs_is_said_loudly_and_stays(new_source: NewSource) -> 
 
 
 def test_what_a_target_did_not_sign_is_passed_over_and_marks_nothing(new_source: NewSource) -> None:
-    node, target = with_target(new_source)
-    worker = node.start()
-    node.wait(lambda: node.state()[0] == "running")
-    node.execute("INSERT INTO t VALUES (1, 'a')")
-    node.wait_confirmed()
-    target.acknowledge(CHAIN)
-    acked = node.read().manifests[-1].sequence
-    node.wait(lambda: said(node).get("acked_sequence") == acked)
+    node, target, worker, _ = acknowledged(new_source)
     for forged in (b"", b"no entry", b"x" * 100_000, forge(node, target)):
-        target.send(forged)
+        target.send((b"", forged))
     node.wait(lambda: bool(said(node).get("passed_over")))
     assert said(node)["mismatch"] is None
     assert node.log().count("passed over a record") == 1
@@ -108,14 +117,7 @@ def test_acknowledgements_by_a_key_that_is_pinned_later_count_then(
     new_source: NewSource, follows: bool
 ) -> None:
     """With `follows` the target goes on before the source looks at its pins again: a gap."""
-    node, target = with_target(new_source)
-    worker = node.start()
-    node.wait(lambda: node.state()[0] == "running")
-    node.execute("INSERT INTO t VALUES (1, 'a')")
-    node.wait_confirmed()
-    target.acknowledge(CHAIN)
-    acked = node.read().manifests[-1].sequence
-    node.wait(lambda: said(node).get("acked_sequence") == acked)
+    node, target, worker, _ = acknowledged(new_source)
     folder = node.folder / "next"
     folder.mkdir()
     private, public = generate_signing_key(folder)
@@ -138,15 +140,8 @@ def test_acknowledgements_by_a_key_that_is_pinned_later_count_then(
 
 
 def test_an_entry_that_is_missing_marks_the_target_whatever_was_forged_before(new_source: NewSource) -> None:
-    node, target = with_target(new_source)
-    worker = node.start()
-    node.wait(lambda: node.state()[0] == "running")
-    node.execute("INSERT INTO t VALUES (1, 'a')")
-    node.wait_confirmed()
-    target.acknowledge(CHAIN)
-    acked = node.read().manifests[-1].sequence
-    node.wait(lambda: said(node).get("acked_sequence") == acked)
-    target.send(b"no entry")
+    node, target, worker, acked = acknowledged(new_source)
+    target.send((b"", b"no entry"))
     for number in (2, 3):
         node.execute(f"INSERT INTO t VALUES ({number}, 'b')")
         node.wait_confirmed()
@@ -159,9 +154,7 @@ def test_an_entry_that_is_missing_marks_the_target_whatever_was_forged_before(ne
 
 def test_a_batch_is_covered_by_a_finished_copy_only(new_source: NewSource) -> None:
     """Until its end is in our table nothing is concluded: Kafka may have had it before."""
-    node, target = with_target(new_source)
-    worker = node.start()
-    node.wait(lambda: node.state()[0] == "running")
+    node, target, worker = at_work(new_source)
     node.execute("INSERT INTO t VALUES (1, 'a')")
     node.wait_confirmed()
     target.acknowledge(CHAIN, event=BATCH_COVERED)

@@ -139,6 +139,8 @@ def test_a_target_that_joins_late_needs_no_record_its_copy_covers(
     assert event == "batch_covered"
     assert begin >= 3
     assert covered >= 6
+    upto = "SELECT sum(row_count)::int FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND batch <= %s"
+    assert [(covered,)] == pair.a.query(upto, pair.chain, begin)
     assert {event for event, _, _ in entries[1:]} == {"batch_applied"}
     assert [batch for _, batch, _ in entries] == list(range(begin, begin + len(entries)))
     assert sum(rows for _, _, rows in entries) == pair.audited_rows()
