@@ -95,8 +95,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     first: dict[str, int] = {}
     for number, item in enumerate(items):
         first.setdefault(scene(item.nodeid), number)
-    # A scene's tests tell one story, in the order of their file.
-    items.sort(key=lambda item: (first[scene(item.nodeid)], item.location[1] or 0))
+    # A scene's tests tell one story, in the order of their file and of their parameters.
+    items.sort(key=lambda item: (first[scene(item.nodeid)], item.location[1] or 0, _parameters(item)))
+
+
+def _parameters(item: pytest.Item) -> tuple[int, ...]:
+    """Which of each parameter's values a test has."""
+    spec = getattr(item, "callspec", None)
+    return () if spec is None else tuple(spec.indices.values())
 
 
 @pytest.fixture(scope="session")

@@ -92,14 +92,25 @@ class TargetTable:
     generated: tuple[tuple[str, bytes], ...] = ()
 
 
-# Everything a description depends on. A change of any of these rows makes a new xmin.
+# Everything a description depends on, and what decides whether a row fits: partitions, and the labels and
+# checks of types, of the types inside them too. A change of any of these rows makes a new xmin.
 _VERSION = """concat_ws(' ', c.oid, c.xmin,
     (SELECT string_agg(a.xmin::text, ',' ORDER BY a.attnum) FROM pg_attribute a
       WHERE a.attrelid = c.oid AND a.attnum > 0),
     (SELECT string_agg(i.indexrelid || ':' || i.xmin::text, ',' ORDER BY i.indexrelid) FROM pg_index i
       WHERE i.indrelid = c.oid),
     (SELECT string_agg(g.oid || ':' || g.xmin::text, ',' ORDER BY g.oid) FROM pg_trigger g
-      WHERE g.tgrelid = c.oid))"""
+      WHERE g.tgrelid = c.oid),
+    (SELECT string_agg(p.inhrelid || ':' || p.xmin::text, ',' ORDER BY p.inhrelid) FROM pg_inherits p
+      WHERE p.inhparent = c.oid),
+    (WITH RECURSIVE types (oid) AS (
+        SELECT a.atttypid FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0
+        UNION SELECT unnest(ARRAY[t.typelem, t.typbasetype]) FROM types JOIN pg_type t USING (oid))
+     SELECT string_agg(r.oid || ':' || r.xmin::text, ',' ORDER BY r.oid) FROM types JOIN (
+        SELECT enumtypid, oid, xmin FROM pg_enum
+        UNION ALL SELECT contypid, oid, xmin FROM pg_constraint
+        UNION ALL SELECT oid, oid, xmin FROM pg_type WHERE typtype = 'd') AS r (type, oid, xmin)
+        ON r.type = types.oid))"""
 
 _VERSIONS = f"""
 SELECT n.nspname, c.relname, {_VERSION} FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace

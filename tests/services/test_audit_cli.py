@@ -132,7 +132,15 @@ def test_verify_with_the_peer_compares_both_sides_roots(replicated: Pair, node: 
     code, found = replicated.verify(node, "--peer-connection", peer)
     assert code == 0, found
     assert found["comparisons"] == [
-        {"chain": CHAIN, "target": "node-b", "compared": 6, "under_way": 0, "problem": None}
+        {
+            "chain": CHAIN,
+            "target": "node-b",
+            "compared": 6,
+            "under_way": 0,
+            "problem": None,
+            "passed_over": 0,
+            "replayed": 0,
+        }
     ]
     code, out, _ = replicated.syncctl(node, "audit", "verify", "--peer-connection", peer)
     assert (code, "equal in 6 batches compared" in out) == (0, True)

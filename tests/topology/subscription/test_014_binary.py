@@ -93,7 +93,7 @@ def _stopped(pair: TwoNodes, table: str) -> str:
     while time.monotonic() < deadline:
         found = pair.b.query(
             "SELECT detail->>'last_error' FROM vsql_sync.stream_status"
-            " WHERE chain = %s AND state = 'waiting'",
+            " WHERE chain = %s AND state = 'blocked'",
             pair.chain,
         )
         if found and table in (found[0][0] or ""):
