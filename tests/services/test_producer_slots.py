@@ -263,11 +263,13 @@ def test_a_dump_restored_on_another_cluster_is_not_taken_for_the_source(
 
 
 def _move(node: SourceNode, server: PostgresServer) -> None:
-    """Dump the node's database, restore it on another server, and connect the node to that one."""
+    """Dump the node's database, restore it on another server, and connect the node to that one.
+
+    Without grants: their roles belong to the server, and are there if another test made them.
+    """
     tools, user = client_tools(), postgres_user()
-    dump = subprocess.run(
-        [tools / "pg_dump", "--dbname", node.conninfo], capture_output=True, check=True, user=user, cwd="/"
-    ).stdout
+    made: list[str | Path] = [tools / "pg_dump", "--no-privileges", "--dbname", node.conninfo]
+    dump = subprocess.run(made, capture_output=True, check=True, user=user, cwd="/").stdout
     restore: list[str | Path] = [
         tools / "psql",
         "-q",
