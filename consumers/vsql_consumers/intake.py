@@ -12,11 +12,20 @@ from typing import TYPE_CHECKING
 
 from vsql_consumers.collect import Collector
 from vsql_consumers.collected import Awaited, Decisions
+from vsql_consumers.source import read_chain
 from vsql_consumers.unseal import Announcements
+from vsql_consumers.verify import record_name
 from vsql_shared import names
-from vsql_shared.audit.chain import ChainReader
+from vsql_shared.audit.chain import Accepted, ChainReader
 from vsql_shared.crypto.announce import KeyRing
-from vsql_shared.errors import DivergedError, TransientError
+from vsql_shared.errors import (
+    ChainError,
+    DecodeError,
+    DivergedError,
+    RecordError,
+    TransientError,
+    VerificationError,
+)
 from vsql_shared.observe.metrics import Verdict
 
 if TYPE_CHECKING:
@@ -28,6 +37,8 @@ _log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
 LOST_AFTER_SECONDS = 5.0
 """How long a batch may lack records before Kafka is asked whether it still has them."""
+ASSIGN_AGAIN_SECONDS = 1.0
+"""Between looks for a data topic that is not there (yet)."""
 READ_KEYS_SECONDS = 30.0
 """How long the keys topic may bring nothing while it is read to its end."""
 
@@ -62,6 +73,8 @@ class Intake:
         self._ignored = decisions.ignored
         self._keys_paused = False
         self._keys_next = 0
+        self._absent: list[tuple[str, int, int]] = []
+        self._assign_at = 0.0
         self._awaited: list[Awaited] = []
         self._awaited_since = 0.0
         self._orphans_told = self._voids_told = 0
@@ -71,18 +84,64 @@ class Intake:
         return {**position.offsets, self.audit: position.audit_offset, self._keys: self._keys_next}
 
     def begin(self) -> None:
-        """Assign the partitions, read the keys topic. Raises DivergedError: Kafka ends below the position."""
+        """Assign the partitions, read the keys topic. Raises DivergedError: entries were lost unread.
+
+        Where Kafka deleted what lies before some offset, it is shown by the chain's next entry, which must
+        be among what is left: it is linked to the last one that was applied.
+        """
         means, begin = self._means, self._begins_at
-        end = means.source.ends(*self.audit)[1]
+        low, end = means.source.ends(*self.audit)
+        name = record_name(*self.audit, begin)
         if end < begin:
             raise DivergedError(
                 f"Kafka lost the end of topic {self.audit[0]}/{self.audit[1]}: it ends at offset {end},"
                 f" this node has applied what lay before {begin}",
                 hint="restore the topic, or initialise this node anew",
             )
-        means.source.assign([(*self._keys, -1), (*self.audit, begin)])
-        means.source.assign(self.collector.wanted())
+        if begin < low:
+            _log.warning("Kafka deleted audit entries", extra={"record": name, "begins": low})
+            begin = self._next_entry(low)
+        for topic, _, _ in means.source.assign([(*self._keys, -1), (*self.audit, begin)]):
+            raise TransientError(f"topic {topic} is not there", hint="it is tried again")
+        self._assign_wanted()
         self.read_keys()
+
+    def _next_entry(self, low: int) -> int:
+        """Offset of the entry that is due, where the audit partition begins at `low`, beyond our position."""
+        means, (topic, partition) = self._means, self.audit
+        stream, settings = means.stream, means.settings
+        cluster, head = settings.cluster.name, self.collector.read_head
+        group = names.group_id(cluster, stream.chain, settings.cluster.node_name)
+        reader = ChainReader(cluster, stream.chain, stream.origin, means.trust, head)
+        others = False
+        client = f"vsql-sync-consumer-{stream.chain}"
+        for offset, encoded in read_chain(settings, client, group, self.audit, stream.chain, low):
+            if means.stop.is_set():
+                raise TransientError("told to stop")
+            try:
+                if isinstance(reader.accept(encoded, record_name(topic, partition, offset)), Accepted):
+                    return offset
+            except ChainError:
+                others = True
+            except (VerificationError, DecodeError):
+                continue  # forged: shows nothing
+        text = (
+            f"Kafka deleted what lay before offset {low} of topic {topic}/{partition}; this node has read it"
+            f" up to {self._begins_at}, and entry {head.sequence + 1} of its chain is not among what is left"
+        )
+        if not head.sequence and not others:
+            raise TransientError(text, hint="the stream begins with its first entry")
+        raise DivergedError(text, hint="restore the topic and give `retry`, or initialise this node anew")
+
+    def _assign_wanted(self) -> None:
+        """Read the data partitions the chain names; a topic that is not there is looked for again."""
+        wanted, now = self.collector.wanted(), time.monotonic()
+        if self._absent and now >= self._assign_at:
+            wanted += self._absent
+            self._absent = []
+        if wanted:
+            self._absent += self._means.source.assign(wanted)
+            self._assign_at = now + ASSIGN_AGAIN_SECONDS
 
     def pump(self) -> int:
         """Take what Kafka has; returns how many records came."""
@@ -105,7 +164,7 @@ class Intake:
             collector.delivered(topic, partition, offset)
         for topic, partition, _, _, _ in polled.lost:
             self._lost(topic, partition)
-        means.source.assign(collector.wanted())
+        self._assign_wanted()
         flow = collector.flow()
         means.source.pause(flow.pause)
         means.source.resume(flow.resume)
@@ -148,12 +207,21 @@ class Intake:
             (self._means.source.pause if pause else self._means.source.resume)([self._keys])
 
     def look_for_lost(self) -> None:
-        """A batch that stays incomplete: ask Kafka whether its records still exist."""
+        """A batch that stays incomplete: ask Kafka whether its records, or its topics, still exist."""
         awaited, now = self.collector.awaited(), time.monotonic()
         if awaited != self._awaited:
             self._awaited, self._awaited_since = awaited, now
         elif awaited and now - self._awaited_since >= LOST_AFTER_SECONDS:
             self._awaited_since = now
+            absent = {(topic, partition) for topic, partition, _ in self._absent}
+            for place in awaited:
+                if (place.topic, place.partition) in absent:
+                    raise RecordError(
+                        f"Kafka has no partition {place.topic}/{place.partition} any more; the chain needs it"
+                        f" from offset {place.next} on",
+                        record=record_name(place.topic, place.partition, place.next),
+                        hint="the topic was deleted before its records were applied",
+                    )
             ends = self._means.source.ends_of([(place.topic, place.partition) for place in awaited])
             for (topic, partition), bounds in ends.items():
                 self.collector.check_log(topic, partition, *bounds)
