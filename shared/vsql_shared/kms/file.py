@@ -135,6 +135,7 @@ class FileKek:
         self._load()
 
     def _load(self) -> None:
+        stamp = self._stamp()  # before: what is replaced while it is read is read again
         check_private_file(self._path, self._strict)
         content = _read(self._path)
         found, keys = _parse(self._path, content)
@@ -144,7 +145,7 @@ class FileKek:
                 hint="set encryption.kms.kek_id to the file's, or name the right file",
             )
         self._id, self._keys = found, keys
-        self._seen = self._stamp()
+        self._seen = stamp
 
     def _stamp(self) -> tuple[int, int, int] | None:
         try:
