@@ -12,20 +12,13 @@ from typing import TYPE_CHECKING
 
 from vsql_consumers.collect import Collector
 from vsql_consumers.collected import Awaited, Decisions
-from vsql_consumers.source import read_chain
+from vsql_consumers.resume import first_offset
 from vsql_consumers.unseal import Announcements
 from vsql_consumers.verify import record_name
 from vsql_shared import names
-from vsql_shared.audit.chain import Accepted, ChainReader
+from vsql_shared.audit.chain import ChainReader
 from vsql_shared.crypto.announce import KeyRing
-from vsql_shared.errors import (
-    ChainError,
-    DecodeError,
-    DivergedError,
-    RecordError,
-    TransientError,
-    VerificationError,
-)
+from vsql_shared.errors import RecordError, TransientError
 from vsql_shared.observe.metrics import Verdict
 
 if TYPE_CHECKING:
@@ -84,54 +77,13 @@ class Intake:
         return {**position.offsets, self.audit: position.audit_offset, self._keys: self._keys_next}
 
     def begin(self) -> None:
-        """Assign the partitions, read the keys topic. Raises DivergedError: entries were lost unread.
-
-        Where Kafka deleted what lies before some offset, it is shown by the chain's next entry, which must
-        be among what is left: it is linked to the last one that was applied.
-        """
-        means, begin = self._means, self._begins_at
-        low, end = means.source.ends(*self.audit)
-        name = record_name(*self.audit, begin)
-        if end < begin:
-            raise DivergedError(
-                f"Kafka lost the end of topic {self.audit[0]}/{self.audit[1]}: it ends at offset {end},"
-                f" this node has applied what lay before {begin}",
-                hint="restore the topic, or initialise this node anew",
-            )
-        if begin < low:
-            _log.warning("Kafka deleted audit entries", extra={"record": name, "begins": low})
-            begin = self._next_entry(low)
-        for topic, _, _ in means.source.assign([(*self._keys, -1), (*self.audit, begin)]):
+        """Assign the partitions, read the keys topic. Raises DivergedError: entries were lost unread."""
+        begin = first_offset(self._means, self.audit, self.collector.read_head, self._begins_at)
+        self.collector.read_chain_from(begin)
+        for topic, _, _ in self._means.source.assign([(*self._keys, -1), (*self.audit, begin)]):
             raise TransientError(f"topic {topic} is not there", hint="it is tried again")
         self._assign_wanted()
         self.read_keys()
-
-    def _next_entry(self, low: int) -> int:
-        """Offset of the entry that is due, where the audit partition begins at `low`, beyond our position."""
-        means, (topic, partition) = self._means, self.audit
-        stream, settings = means.stream, means.settings
-        cluster, head = settings.cluster.name, self.collector.read_head
-        group = names.group_id(cluster, stream.chain, settings.cluster.node_name)
-        reader = ChainReader(cluster, stream.chain, stream.origin, means.trust, head)
-        others = False
-        client = f"vsql-sync-consumer-{stream.chain}"
-        for offset, encoded in read_chain(settings, client, group, self.audit, stream.chain, low):
-            if means.stop.is_set():
-                raise TransientError("told to stop")
-            try:
-                if isinstance(reader.accept(encoded, record_name(topic, partition, offset)), Accepted):
-                    return offset
-            except ChainError:
-                others = True
-            except (VerificationError, DecodeError):
-                continue  # forged: shows nothing
-        text = (
-            f"Kafka deleted what lay before offset {low} of topic {topic}/{partition}; this node has read it"
-            f" up to {self._begins_at}, and entry {head.sequence + 1} of its chain is not among what is left"
-        )
-        if not head.sequence and not others:
-            raise TransientError(text, hint="the stream begins with its first entry")
-        raise DivergedError(text, hint="restore the topic and give `retry`, or initialise this node anew")
 
     def _assign_wanted(self) -> None:
         """Read the data partitions the chain names; a topic that is not there is looked for again."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from confluent_kafka import (
@@ -264,7 +264,7 @@ def read_chain(
 
 def read_records(
     settings: Settings, client_id: str, group: str, place: Place, from_offset: int
-) -> Iterator[tuple[int, bytes | None, bytes | None]]:
+) -> Generator[tuple[int, bytes | None, bytes | None], None, None]:
     """(offset, key, value) of every record of a partition from an offset on, up to its present end."""
     topic, number = place
     consumer = make_consumer(settings, client_id, group, partition_eof=True)
