@@ -211,7 +211,8 @@ def test_acknowledgements_that_were_deleted_do_not_keep_the_producer_from_workin
     )
     place = TopicPartition(audit, 0, 2)
     alter_topic(pair.a.kafka, audit, cleanup_policy="delete")
-    AdminClient({"bootstrap.servers": pair.a.kafka}).delete_records([place])[place].result(20)
+    admin = AdminClient({"bootstrap.servers": pair.a.kafka})  # its answers end with it
+    admin.delete_records([place])[place].result(20)
     alter_topic(pair.a.kafka, audit, cleanup_policy="compact")
     pair.start()
     _insert(pair, 10)
