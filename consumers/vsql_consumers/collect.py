@@ -88,6 +88,10 @@ class Collector:
         """Entries read and not given out."""
         return len(self._entries)
 
+    def read_chain_from(self, offset: int) -> None:
+        """Take the chain's entries from another offset on than the stored one: the topic was cut."""
+        self._audit_next = offset
+
     def feed(self, topic: str, partition: int, offset: int, value: bytes | None) -> None:
         """Take the next record of a partition; a record that was delivered before is passed over."""
         if (topic, partition) == self._audit:

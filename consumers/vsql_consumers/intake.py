@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 from vsql_consumers.collect import Collector
 from vsql_consumers.collected import Awaited, Decisions
+from vsql_consumers.resume import first_offset
 from vsql_consumers.unseal import Announcements
+from vsql_consumers.verify import record_name
 from vsql_shared import names
 from vsql_shared.audit.chain import ChainReader
 from vsql_shared.crypto.announce import KeyRing
-from vsql_shared.errors import DivergedError, TransientError
+from vsql_shared.errors import RecordError, TransientError
 from vsql_shared.observe.metrics import Verdict
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ _log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
 LOST_AFTER_SECONDS = 5.0
 """How long a batch may lack records before Kafka is asked whether it still has them."""
+ASSIGN_AGAIN_SECONDS = 1.0
+"""Between looks for a data topic that is not there (yet)."""
 READ_KEYS_SECONDS = 30.0
 """How long the keys topic may bring nothing while it is read to its end."""
 
@@ -62,6 +66,8 @@ class Intake:
         self._ignored = decisions.ignored
         self._keys_paused = False
         self._keys_next = 0
+        self._absent: list[tuple[str, int, int]] = []
+        self._assign_at = 0.0
         self._awaited: list[Awaited] = []
         self._awaited_since = 0.0
         self._orphans_told = self._voids_told = 0
@@ -71,18 +77,23 @@ class Intake:
         return {**position.offsets, self.audit: position.audit_offset, self._keys: self._keys_next}
 
     def begin(self) -> None:
-        """Assign the partitions, read the keys topic. Raises DivergedError: Kafka ends below the position."""
-        means, begin = self._means, self._begins_at
-        end = means.source.ends(*self.audit)[1]
-        if end < begin:
-            raise DivergedError(
-                f"Kafka lost the end of topic {self.audit[0]}/{self.audit[1]}: it ends at offset {end},"
-                f" this node has applied what lay before {begin}",
-                hint="restore the topic, or initialise this node anew",
-            )
-        means.source.assign([(*self._keys, -1), (*self.audit, begin)])
-        means.source.assign(self.collector.wanted())
+        """Assign the partitions, read the keys topic. Raises DivergedError: entries were lost unread."""
+        begin = first_offset(self._means, self.audit, self.collector.read_head, self._begins_at)
+        self.collector.read_chain_from(begin)
+        for topic, _, _ in self._means.source.assign([(*self._keys, -1), (*self.audit, begin)]):
+            raise TransientError(f"topic {topic} is not there", hint="it is tried again")
+        self._assign_wanted()
         self.read_keys()
+
+    def _assign_wanted(self) -> None:
+        """Read the data partitions the chain names; a topic that is not there is looked for again."""
+        wanted, now = self.collector.wanted(), time.monotonic()
+        if self._absent and now >= self._assign_at:
+            wanted += self._absent
+            self._absent = []
+        if wanted:
+            self._absent += self._means.source.assign(wanted)
+            self._assign_at = now + ASSIGN_AGAIN_SECONDS
 
     def pump(self) -> int:
         """Take what Kafka has; returns how many records came."""
@@ -105,7 +116,7 @@ class Intake:
             collector.delivered(topic, partition, offset)
         for topic, partition, _, _, _ in polled.lost:
             self._lost(topic, partition)
-        means.source.assign(collector.wanted())
+        self._assign_wanted()
         flow = collector.flow()
         means.source.pause(flow.pause)
         means.source.resume(flow.resume)
@@ -148,12 +159,21 @@ class Intake:
             (self._means.source.pause if pause else self._means.source.resume)([self._keys])
 
     def look_for_lost(self) -> None:
-        """A batch that stays incomplete: ask Kafka whether its records still exist."""
+        """A batch that stays incomplete: ask Kafka whether its records, or its topics, still exist."""
         awaited, now = self.collector.awaited(), time.monotonic()
         if awaited != self._awaited:
             self._awaited, self._awaited_since = awaited, now
         elif awaited and now - self._awaited_since >= LOST_AFTER_SECONDS:
             self._awaited_since = now
+            absent = {(topic, partition) for topic, partition, _ in self._absent}
+            for place in awaited:
+                if (place.topic, place.partition) in absent:
+                    raise RecordError(
+                        f"Kafka has no partition {place.topic}/{place.partition} any more; the chain needs it"
+                        f" from offset {place.next} on",
+                        record=record_name(place.topic, place.partition, place.next),
+                        hint="the topic was deleted before its records were applied",
+                    )
             ends = self._means.source.ends_of([(place.topic, place.partition) for place in awaited])
             for (topic, partition), bounds in ends.items():
                 self.collector.check_log(topic, partition, *bounds)

@@ -5,6 +5,7 @@ Not here: what records mean (collect.py, unseal.py). Rules:
 * Partitions are assigned by hand, at offsets that come from the database; Kafka's group offsets are written
   for lag tools and never read.
 * Nothing is skipped: an offset that Kafka no longer has is told, never reset.
+* A topic that is not there is told: whether anything is missing, the chain says.
 * A call waits for the first record only; what else has arrived is taken with it.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from confluent_kafka import (
@@ -28,7 +29,7 @@ from confluent_kafka import (
 from vsql_shared.audit.dsse import SignedDocument
 from vsql_shared.audit.entries import peek_chain
 from vsql_shared.errors import DecodeError, TransientError
-from vsql_shared.kafka.clients import from_exception, kafka_error, make_consumer
+from vsql_shared.kafka.clients import from_exception, is_unknown_topic, kafka_error, make_consumer
 
 if TYPE_CHECKING:
     from vsql_shared.config import Settings
@@ -82,22 +83,31 @@ class Source:
         self._size = 16_384.0  # moving average of a record's bytes
         self.bytes = 0
 
-    def assign(self, places: Iterable[tuple[str, int, int]]) -> None:
-        """Read these partitions too, from these offsets on (below 0: from the first record)."""
+    def assign(self, places: Iterable[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+        """Read these partitions too, from these offsets on (below 0: from the first record).
+
+        Returns those whose topic is not there: ask again.
+        """
         wanted = {(topic, number): offset for topic, number, offset in places}
         wanted = {place: offset for place, offset in wanted.items() if place not in self._assigned}
         ends = self._bounds([place for place, offset in wanted.items() if offset >= 0], OFFSET_END)
         new: list[TopicPartition] = []
+        absent: list[tuple[str, int, int]] = []
         for place, offset in wanted.items():
             # Not beyond the log's end where the log is shorter: Kafka would take that for an error.
             if offset < 0:
                 start = OFFSET_BEGINNING
             else:
-                start = min(offset, ends[place] if place in ends else self.ends(*place)[1])
+                end = ends[place] if place in ends else self._end(place)
+                if end is None:
+                    absent.append((*place, offset))
+                    continue
+                start = min(offset, end)
             self._assigned[place] = start
             new.append(TopicPartition(*place, start))
         if new:
             self._call("read new partitions", lambda: self._consumer.incremental_assign(new))
+        return absent
 
     def go_on(self, topic: str, number: int, offset: int) -> None:
         """Read a partition on from another offset: Kafka no longer has the one that was due."""
@@ -118,6 +128,15 @@ class Source:
         )
         return int(low), int(high)
 
+    def _end(self, place: Place) -> int | None:
+        """Next offset of a partition; None where it is not there."""
+        topic, number = place
+        found = self._call(
+            f"look for topic {topic}", lambda: self._consumer.list_topics(topic, timeout=TIMEOUT_SECONDS)
+        ).topics.get(topic)
+        unknown = found is None or (found.error is not None and found.error.code() in _UNKNOWN)
+        return None if unknown or number not in found.partitions else self.ends(*place)[1]
+
     def ends_of(self, places: Sequence[Place]) -> dict[Place, tuple[int, int]]:
         """The same of several partitions, with two questions to a broker instead of two for each of them."""
         low, high = self._bounds(places, OFFSET_BEGINNING), self._bounds(places, OFFSET_END)
@@ -136,10 +155,12 @@ class Source:
             return {}
         asked = [TopicPartition(*place, which) for place in places]
         more = f" and {len(places) - 1} more" if len(places) > 1 else ""
-        answers = self._call(
-            f"ask for the offsets of {places[0][0]}{more}",
-            lambda: self._consumer.offsets_for_times(asked, timeout=TIMEOUT_SECONDS),
-        )
+        try:
+            answers = self._consumer.offsets_for_times(asked, timeout=TIMEOUT_SECONDS)
+        except KafkaException as error:
+            if is_unknown_topic(error):
+                return {}
+            raise from_exception(error, f"ask for the offsets of {places[0][0]}{more}") from error
         return {(a.topic, a.partition): int(a.offset) for a in answers if a.error is None and a.offset >= 0}
 
     def poll(self, seconds: float) -> Polled:
@@ -243,7 +264,7 @@ def read_chain(
 
 def read_records(
     settings: Settings, client_id: str, group: str, place: Place, from_offset: int
-) -> Iterator[tuple[int, bytes | None, bytes | None]]:
+) -> Generator[tuple[int, bytes | None, bytes | None], None, None]:
     """(offset, key, value) of every record of a partition from an offset on, up to its present end."""
     topic, number = place
     consumer = make_consumer(settings, client_id, group, partition_eof=True)

@@ -222,6 +222,11 @@ def read_chain(
     low, end = tail.bounds()
     if offset is not None and not low <= offset < end:
         raise _lost(writing, head, f"it holds offsets {low} to {end - 1}, our last entry lay at {offset}")
+    if low:
+        _log.warning(
+            "Kafka deleted audit entries: a target that had not read them, or joins, will be diverged",
+            extra={"topic": writing.topic, "partition": writing.partition, "begins": low},
+        )
     accepted: list[tuple[bytes, int | None]] = []
     added = 0
     for entry in _catch_up(writing, reader, tail, head, offset, end):

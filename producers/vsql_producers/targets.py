@@ -22,7 +22,14 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from confluent_kafka import OFFSET_BEGINNING, OFFSET_END, Consumer, KafkaException, TopicPartition
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    OFFSET_END,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    TopicPartition,
+)
 
 from vsql_producers.joining import uncovered
 from vsql_shared import lsn, names
@@ -44,6 +51,8 @@ _REFRESH_SECONDS = 5.0
 _PORTION, _PORTIONS = 500, 8
 _DOUBT_CHARACTERS = 300
 """Of what is said of a record that is not the target's: its texts may be anybody's."""
+# Kafka no longer has, or does not have yet, the offset to go on from.
+_LOST = (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE)  # noqa: SLF001 - librdkafka's public name
 _COUNTED = frozenset({BATCH_APPLIED, BATCH_SKIPPED, BATCH_COVERED})
 
 
@@ -109,7 +118,10 @@ class Targets:
         messages = self._consumer.consume(_PORTION, timeout=0)
         for message in messages:
             if (error := message.error()) is not None:
-                raise kafka_error(error, "read acknowledgements")
+                if error.code() not in _LOST:
+                    raise kafka_error(error, "read acknowledgements")
+                self._read_anew()
+                return False
             offset, value = message.offset(), message.value()
             if offset is not None and value is not None:
                 self._take(offset, value)
@@ -117,6 +129,19 @@ class Targets:
                 self._assign()
                 return False
         return len(messages) == _PORTION
+
+    def _read_anew(self) -> None:
+        """Read what the partition holds from its beginning: it was truncated, or made anew.
+
+        What is there again says nothing new; what was lost is a gap at the target's next entry.
+        """
+        _log.warning(
+            "Kafka no longer has the acknowledgements from where they were read",
+            extra={"topic": self._topic, "partition": self._partition},
+        )
+        for target in self._targets.values():
+            target.offset = None
+        self._assign()
 
     def acknowledged(self, sequence: int) -> bool:
         """Whether every target acknowledged our manifests up to this sequence, without a mismatch."""

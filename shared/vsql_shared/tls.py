@@ -60,7 +60,8 @@ def refusal(host: str, port: int, means: Means, preface: bytes = b"") -> Reason 
         context = ssl.create_default_context(cafile=str(means.ca) if means.ca else None)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         if means.certificate is not None:
-            context.load_cert_chain(means.certificate, means.key)
+            # An encrypted key is no reason to ask at the terminal for its passphrase.
+            context.load_cert_chain(means.certificate, means.key, password="")
     except (OSError, ValueError):
         return Reason("the files of this side cannot be used", "check the paths of CA, certificate and key")
     try:

@@ -243,7 +243,7 @@ def test_inventory_without_the_kms_still_lists_what_the_database_knows(node: Nod
     done = node.key("inventory")
     assert done.returncode == 0, done.stderr
     assert "dek-new" in done.stdout
-    assert f"the KMS does not answer: cannot read key file {node.kek}" in done.stdout
+    assert f"the KMS does not answer: cannot read KEK file {node.kek}" in done.stdout
 
 
 def answer(node: NodeOnDisk, chain: str, *, ok: bool, message: str) -> threading.Thread:

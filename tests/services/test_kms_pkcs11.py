@@ -243,6 +243,26 @@ def test_a_wrong_pin_is_said_and_tried_once_only(token: SoftToken, label: str) -
         generate_kek(token.module, token.label, label, SecretStr("1"))  # shorter than any PIN
 
 
+def test_a_refused_pin_is_not_tried_again_by_a_stream_that_tries_again(token: SoftToken, label: str) -> None:
+    """Every 30 s: a token locks after a few. The token itself takes the PIN by then, so it was not asked."""
+    generate_kek(token.module, token.label, label, token.pin)
+    found = pkcs11.lib(str(token.module)).get_token(token_label=token.label)
+    wrong = SecretStr("5678-later")
+    for words in ("refuses the PIN", "not tried again"):
+        with pytest.raises(KeyUnavailableError, match=words) as refused:
+            Pkcs11Kek(token.module, token.label, label, wrong, kek_id="k")
+        assert "5678" not in str(refused.value)
+    with found.open(rw=True, user_pin=token.pin.get_secret_value()) as session:
+        session.set_pin(token.pin.get_secret_value(), wrong.get_secret_value())
+    try:
+        with pytest.raises(KeyUnavailableError, match="not tried again"):
+            Pkcs11Kek(token.module, token.label, label, wrong, kek_id="k")
+    finally:
+        with found.open(rw=True, user_pin=wrong.get_secret_value()) as session:
+            session.set_pin(wrong.get_secret_value(), token.pin.get_secret_value())
+    Pkcs11Kek(token.module, token.label, label, token.pin, kek_id="k").close()
+
+
 def test_a_missing_kek_is_said_with_the_command_that_makes_it(token: SoftToken, label: str) -> None:
     with pytest.raises(KeyUnavailableError, match=f"holds no key '{label}'") as refused:
         provider(token, label)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
+
 import pytest
 
 from tests.conftest import NewDatabase
 from tests.stack import Postgres, Stack
 from vsql_shared.errors import ConfigError, DatabaseError, TransientError, VsqlSyncError
-from vsql_shared.pg.connect import connect, describe, errors, parse_conninfo
+from vsql_shared.pg.connect import connect, describe, errors, own_way, parse_conninfo
 
 SECRET = "sw0rdf1sh-xyzzy"
 
@@ -136,3 +139,36 @@ def test_what_passes_is_transient_and_what_stays_is_not(new_database: NewDatabas
 def test_a_description_names_database_address_and_user() -> None:
     shown = describe(f"host=db1 port=5433 dbname=shop user=app password={SECRET}")
     assert shown == "to database shop at db1:5433 as user app"
+
+
+def test_no_environment_leads_a_session_to_another_address(
+    pg18: Postgres, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A host that is this machine may be reached without TLS: libpq must not make another machine of it."""
+    parts = parse_conninfo(pg18.conninfo)
+    with socket.create_server(("127.0.0.2", 0)) as elsewhere:
+        elsewhere.settimeout(0.5)
+        service = tmp_path / "services.conf"
+        service.write_text("[elsewhere]\nhostaddr=127.0.0.2\nsslmode=disable\n")
+        for name, value in (
+            ("PGHOSTADDR", "127.0.0.2"),
+            ("PGSERVICE", "elsewhere"),
+            ("PGSERVICEFILE", str(service)),
+        ):
+            with monkeypatch.context() as environment:
+                environment.setenv("PGSERVICEFILE", str(service))
+                environment.setenv(name, value)
+                port = elsewhere.getsockname()[1]
+                with pytest.raises(TransientError, match="Connection refused"):
+                    connect(f"host=localhost port={port} dbname=x", application_name="test")
+                host = "localhost" if parts["host"] == "127.0.0.1" else parts["host"]
+                with connect(pg18.conninfo, application_name="test", host=host) as conn:
+                    assert conn.execute("SELECT 1").fetchall() == [(1,)]
+        with pytest.raises(TimeoutError):
+            elsewhere.accept()
+
+
+@pytest.mark.parametrize("mode", ["verify-full", "verify-ca"])
+def test_a_checked_certificate_is_not_passed_by_with_kerberos(mode: str) -> None:
+    assert own_way({"host": "db1", "sslmode": mode})["gssencmode"] == "disable"
+    assert "gssencmode" not in own_way({"host": "db1", "sslmode": "prefer"})

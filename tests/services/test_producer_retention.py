@@ -11,6 +11,7 @@ from confluent_kafka.admin import AdminClient
 
 from tests.services.conftest import NewSource
 from tests.services.producer_node import CHAIN, PeerNode, SourceNode
+from tests.streams import alter_topic
 from vsql_producers import retention
 from vsql_producers.retention import Retention
 from vsql_shared.kafka.clients import make_admin
@@ -159,3 +160,19 @@ def test_a_worker_deletes_by_itself_and_the_stream_goes_on(new_source: NewSource
     left = [record for record in node.records() if record.topic.endswith(".public.t")]
     assert min(record.offset for record in left) <= held
     assert bounds(node, "t")[1] >= held + 3
+
+
+def test_a_data_topic_with_a_retention_of_kafka_s_own_is_named_and_waited_for(new_source: NewSource) -> None:
+    """Made by somebody else, or altered: Kafka would delete what no target has read."""
+    node = new_source(TABLES, ["t", "u"], config=QUICK + "retry_backoff_max_ms = 1000\n")
+    topic = f"{node.cluster}.pub.node-a.public.t"
+    node.make_topic("pub.node-a.public.t")
+    worker = node.start()
+    node.wait(lambda: node.state()[0] == "running")
+    node.execute("INSERT INTO t VALUES (1, 'a')")
+    said = f"topic {topic} is not of the shape it needs: retention.ms = 604800000, expected -1"
+    node.wait(lambda: said in (node.state()[1].get("last_error") or ""))
+    alter_topic(node.kafka, topic, retention_ms="-1")
+    node.wait_confirmed()
+    assert len(node.read().rows("t")) == 1
+    node.stop(worker)

@@ -159,6 +159,23 @@ def test_a_producer_with_a_certificate_and_a_consumer_with_a_password_go_on_as_w
 
 
 @pytest.mark.timeout(240)
+def test_topics_that_an_administrator_made_need_no_right_to_create(guarded: Guarded) -> None:
+    """docs/operations/privileges.md leaves Create out there: Kafka refuses a creation before it looks."""
+    pair, kafka = guarded.pair, guarded.kafka
+    pair.stop()
+    try:
+        for topic in (names.audit_topic(pair.cluster), names.keys_topic(pair.cluster)):
+            for principal in ("User:producer", CONSUMER):
+                kafka.deny(principal, topic, AclOperation.CREATE)
+        pair.start()
+        guarded.insert(1010)
+        pair.wait_in_step()
+    finally:
+        kafka.no_denials()
+    assert pair.differences() == []
+
+
+@pytest.mark.timeout(240)
 def test_the_documented_rights_are_enough_to_park_a_transaction_and_to_replay_it(guarded: Guarded) -> None:
     pair = guarded.pair
     pair.b.execute("ALTER TABLE t ADD CONSTRAINT no CHECK (id <> 2000)")

@@ -77,6 +77,7 @@ class Scene:
             if "consumer" in pair.b.services:
                 pair.b.stop("consumer")
             pair.b.config.write_text(true_config)
+            pair.b.query("UPDATE vsql_sync.streams SET state = 'CATCHING_UP' WHERE state = 'DIVERGED'")
 
 
 @pytest.fixture(scope="module")
@@ -202,13 +203,13 @@ def test_records_deleted_before_they_were_read_are_missed_by_name(scene: Scene) 
         _delete_below(address, topic, begin + 1)
 
     with scene.b_reads(scene.taken.records, truncate):
-        said = _said(scene.pair, "refused", "diverged")
+        said = _said(scene.pair, "refused")
         assert topic in said, said
         assert _rows(scene.pair) == scene.rows_before
 
 
 @pytest.mark.timeout(300)
-def test_an_audit_topic_truncated_before_it_was_read_stops_the_stream(scene: Scene) -> None:
+def test_an_audit_topic_truncated_before_it_was_read_is_diverged(scene: Scene) -> None:
     topic = scene.topic(".audit")
     begin = scene.taken.records[scene.taken.new(".audit")[0]].offset
 
@@ -218,8 +219,9 @@ def test_an_audit_topic_truncated_before_it_was_read_stops_the_stream(scene: Sce
         alter_topic(address, topic, cleanup_policy="compact")
 
     with scene.b_reads(scene.taken.records, truncate):
-        said = _said(scene.pair, "refused", "diverged", "waiting")
+        said = _said(scene.pair, "diverged")
         assert topic in said, said
+        assert "is not among what is left" in said
         assert _rows(scene.pair) == scene.rows_before
 
 
@@ -359,7 +361,7 @@ def test_a_data_topic_deleted_under_a_running_stream_is_missed_and_nothing_after
     admin.delete_topics([topic])[topic].result(20)
     until(lambda: topic not in cluster_topics(live.a.kafka, live.cluster))
     live.b.start("consumer")
-    assert topic in _said(live, "refused", "diverged", "waiting")
+    assert topic in _said(live, "refused")
     live.a.execute("INSERT INTO u VALUES (51, 'in the one that is made anew')")
     until(lambda: topic in cluster_topics(live.a.kafka, live.cluster), 90)
     live.b.query("DELETE FROM vsql_sync.stream_status")

@@ -253,7 +253,7 @@ def test_the_ring_unwraps_an_announcement_once_and_again_after_clearing(tmp_path
     ring.clear()
     with pytest.raises(KeyUnavailableError, match="was wiped"):
         _ = first.cipher
-    with pytest.raises(KeyUnavailableError, match="cannot read key file"):
+    with pytest.raises(KeyUnavailableError, match="cannot read KEK file"):
         ring.open(said, provider)
 
 

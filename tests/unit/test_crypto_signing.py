@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
+import shutil
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,7 @@ from vsql_shared.crypto.signing import (
     load_signer,
 )
 from vsql_shared.errors import KeyUnavailableError, SignatureError
+from vsql_shared.private_files import open_to_others
 
 MESSAGE = b"DSSEv1 1 a 1 b"
 
@@ -125,6 +129,40 @@ def test_a_missing_key_file_is_named_with_the_command_that_makes_one(tmp_path: P
 def test_a_directory_in_place_of_a_key_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KeyUnavailableError, match="Is a directory"):
         load_signer(tmp_path, "node-a", strict=False)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to root and then be another user")
+@pytest.mark.parametrize(("mode", "taken"), [(0o640, True), (0o440, True), (0o600, False), (0o644, False)])
+def test_a_key_an_orchestrator_mounts_is_taken_as_the_configuration_s_check_says(
+    mode: int, taken: bool
+) -> None:
+    """Root's file, ours by the group: what `config check` lets pass must not end a service at its start."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        folder.chmod(0o755)
+        private, _ = generate_signing_key(folder)
+        os.chown(private, 0, 65_534)
+        private.chmod(mode)
+        os.setegid(65_534)
+        os.seteuid(65_534)
+        try:
+            assert open_to_others(private.stat()) is (mode == 0o644)
+            if taken:
+                assert load_signer(private, "node-a").node == "node-a"
+            else:
+                with pytest.raises(KeyUnavailableError):
+                    load_signer(private, "node-a")
+        finally:
+            os.seteuid(0)
+            os.setegid(0)
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_pipe_in_a_key_s_place_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "key", 0o600)
+    with pytest.raises(KeyUnavailableError, match="is no file"):
+        load_signer(tmp_path / "key", "node-a")
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o644])

@@ -7,7 +7,8 @@ from botocore import exceptions as boto
 
 from vsql_shared.crypto.dek import key_context
 from vsql_shared.errors import ConfigError, KeyUnavailableError, TransientError, VsqlSyncError
-from vsql_shared.kms.aws_kms import aws_error, check_kek_id, encryption_context, local_arn
+from vsql_shared.kms.aws_kms import AwsKek, aws_error, check_kek_id, encryption_context, local_arn
+from vsql_shared.kms.base import Retries
 
 KEY = "1234abcd-12ab-34cd-56ef-1234567890ab"
 MRK = "mrk-1234abcd12ab34cd56ef1234567890ab"
@@ -91,3 +92,24 @@ def test_an_error_of_aws_becomes_ours_by_who_must_act(
     assert type(ours) is kind
     assert words in str(ours)
     assert str(ours).startswith("unwrapping a data key: ")
+
+
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_KMS"])
+def test_an_address_of_the_environment_without_tls_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """Data keys cross in clear what is not encrypted; AWS's client would not mind."""
+    for name, value in (
+        (variable, "http://kms.example.invalid"),
+        ("AWS_ACCESS_KEY_ID", "x"),
+        ("AWS_SECRET_ACCESS_KEY", "y"),
+        ("AWS_CONFIG_FILE", "/dev/null"),
+    ):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"http://kms\.example\.invalid, without TLS"):
+        AwsKek("alias/kek", region="eu-west-1", retries=Retries(1, 0.0, 1.0))
+
+
+def test_a_service_s_words_reach_a_terminal_as_text() -> None:
+    error = boto.ClientError({"Error": {"Code": "X", "Message": "\x1b[2Jcleared\nsecond line"}}, "Decrypt")
+    assert aws_error(error, "unwrapping").message.isprintable()

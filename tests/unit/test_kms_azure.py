@@ -96,6 +96,9 @@ def test_the_published_list_gives_the_version_and_the_next_page_of_the_same_vaul
         "http://myvault.vault.azure.net/keys",
         "https://myvault.vault.azure.net@evil.example/",
         "https://myvault.vault.azure.net:8443/",
+        "https://[myvault.vault.azure.net/",
+        "https://myvault.vault.azure.net/keys/\u00e4",
+        "https://myvault.vault.azure.net/keys/k HTTP/1.1\r\nX: y",
         5,
     ],
 )
@@ -118,6 +121,8 @@ def test_an_aes_key_of_a_managed_hsm_wraps_by_aes() -> None:
 def test_a_key_that_cannot_wrap_is_refused() -> None:
     with pytest.raises(KeyUnavailableError, match="type 'EC-HSM' cannot wrap"):
         parse_key(PLACE, described(kty="EC-HSM", crv="P-256"))
+    with pytest.raises(KeyUnavailableError, match="cannot wrap"):
+        parse_key(PLACE, described(kty=["RSA"]))
 
 
 MALFORMED: dict[str, dict[str, Any]] = {
@@ -130,6 +135,7 @@ MALFORMED: dict[str, dict[str, Any]] = {
     "another key": {"kid": KEY.replace("sdktestkey", "other"), "value": VALUE},
     "another vault": {"kid": KEY.replace("myvault", "yours"), "value": VALUE},
     "a number": {"kid": KEY, "value": 5},
+    "brackets": {"kid": "https://[myvault/keys", "value": VALUE},
 }
 
 

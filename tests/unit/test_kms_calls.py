@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vsql_shared.crypto.dek import key_context
-from vsql_shared.errors import KeyUnavailableError
+from vsql_shared.errors import DecodeError, KeyUnavailableError
+from vsql_shared.kms import azure_kv, gcp_kms, vault
 from vsql_shared.kms.base import LONGEST_PAUSE, KekVersion, Retries, context_names, rsa_strength, weakness
 from vsql_shared.kms.https import Answer, refusal_text
 
@@ -90,3 +94,88 @@ def test_what_a_service_says_of_its_refusal_is_shown(body: dict[str, object], sh
 
 def test_a_long_text_of_a_service_is_cut() -> None:
     assert len(refusal_text(Answer(400, {"errors": ["x" * 10_000]}))) < 250
+
+
+_AZURE = azure_kv.split_kek_id("myvault/keys/k")
+_KID = "https://myvault.vault.azure.net/keys/k/1"
+PARSERS: dict[str, tuple[Callable[[dict[str, Any]], object], dict[str, Any]]] = {
+    "Azure's key": (
+        lambda body: azure_kv.parse_key(_AZURE, body),
+        {"key": {"kid": _KID, "kty": "RSA", "n": "AQAB"}, "attributes": {"enabled": True}},
+    ),
+    "Azure's versions": (
+        lambda body: azure_kv.parse_versions(_AZURE, body),
+        {"value": [{"kid": _KID, "attributes": {"enabled": True}}], "nextLink": _KID},
+    ),
+    "Azure's result": (lambda body: azure_kv.parse_result(_AZURE, "1", body), {"kid": _KID, "value": "AQAB"}),
+    "Google's key": (
+        gcp_kms.parse_key,
+        {
+            "purpose": "ENCRYPT_DECRYPT",
+            "primary": {"name": "n", "state": "ENABLED", "algorithm": gcp_kms.ALGORITHM},
+        },
+    ),
+    "Google's versions": (
+        gcp_kms.parse_versions,
+        {"cryptoKeyVersions": [{"name": "n", "state": "ENABLED"}], "nextPageToken": "t"},
+    ),
+    "Google's wrapping": (
+        gcp_kms.parse_encrypted,
+        {
+            "name": "n",
+            "ciphertext": "AQAB",
+            "ciphertextCrc32c": "1",
+            "verifiedPlaintextCrc32c": True,
+            "verifiedAdditionalAuthenticatedDataCrc32c": True,
+        },
+    ),
+    "Google's plaintext": (gcp_kms.parse_decrypted, {"plaintext": "AQAB", "plaintextCrc32c": "1"}),
+    "Vault's key": (
+        vault.parse_key,
+        {"data": {"type": "rsa-2048", "min_decryption_version": 1, "derived": False, "keys": {"1": 5}}},
+    ),
+    "Vault's wrapping": (vault.parse_encrypted, {"data": {"ciphertext": "vault:v1:AQAB"}}),
+    "Vault's plaintext": (vault.parse_plaintext, {"data": {"plaintext": "AQAB"}}),
+}
+_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(max_size=20)
+    | st.sampled_from(["https://[x", "https://[::1]evil/", "rsa-99999", "\ud800", "kein \u00e4", "9" * 5000]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+def _places(value: object, at: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """Every value of an answer, by the steps to it."""
+    inside: list[tuple[str | int, object]] = []
+    if isinstance(value, dict):
+        inside = list(value.items())
+    elif isinstance(value, list):
+        inside = list(enumerate(value))
+    return [at, *(place for key, one in inside for place in _places(one, (*at, key)))]
+
+
+def _with(value: Any, at: tuple[str | int, ...], other: object) -> Any:
+    """The answer with another value in one place."""
+    if not at:
+        return other
+    made = dict(value) if isinstance(value, dict) else list(value)
+    made[at[0]] = _with(value[at[0]], at[1:], other)
+    return made
+
+
+@pytest.mark.parametrize(("parse", "good"), PARSERS.values(), ids=PARSERS.keys())
+@given(data=st.data())
+def test_an_answer_with_anything_in_the_place_of_a_value_is_read_or_our_error(
+    parse: Callable[[dict[str, Any]], object], good: dict[str, Any], data: st.DataObject
+) -> None:
+    """Who sits before the service sends what he likes; a worker must not end on it."""
+    at = data.draw(st.sampled_from(_places(good)[1:]))
+    try:
+        parse(_with(good, at, data.draw(_JSON)))
+    except (DecodeError, KeyUnavailableError):
+        return

@@ -19,6 +19,7 @@ from vsql_shared.kms.gcp_kms import (
     decrypt_request,
     encrypt_request,
     key_request,
+    own_version,
     parse_decrypted,
     parse_encrypted,
     parse_key,
@@ -157,3 +158,13 @@ def test_a_kek_id_that_names_no_key_is_refused(kek_id: str) -> None:
     assert check_kek_id(KEY) == KEY
     with pytest.raises(ConfigError, match="names no key of Google Cloud KMS"):
         check_kek_id(kek_id)
+
+
+@pytest.mark.parametrize(
+    "name", [f"{KEY}2/cryptoKeyVersions/1", KEY.replace("my-ring", "other") + "/cryptoKeyVersions/1", KEY, ""]
+)
+def test_a_version_of_another_key_never_stands_in_an_announcement(name: str) -> None:
+    """Targets refuse it, long after: what it sealed would be lost to them."""
+    assert own_version(KEY, f"{KEY}/cryptoKeyVersions/7") == f"{KEY}/cryptoKeyVersions/7"
+    with pytest.raises(KeyUnavailableError, match="asked for projects/"):
+        own_version(KEY, name)

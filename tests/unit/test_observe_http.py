@@ -5,7 +5,9 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import threading
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -117,4 +119,33 @@ def test_a_flood_of_connections_is_bounded_and_the_server_recovers() -> None:
                 time.sleep(0.05)
         assert status == 200
     finally:
+        server.stop()
+
+
+def test_callers_that_send_a_byte_now_and_then_do_not_keep_the_places() -> None:
+    """The timeout of a silent caller never strikes these; a probe that gets no answer restarts a service."""
+    server = HealthServer("127.0.0.1:0", ready=lambda: None, metrics=lambda: b"", request_seconds=4.0)
+    address = server.start()
+    slow = [socket.create_connection(address, timeout=5) for _ in range(16)]
+    over = threading.Event()
+
+    def drip() -> None:
+        while not over.wait(0.1):
+            for connection in slow:
+                with suppress(OSError):
+                    connection.send(b"G")
+
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    try:
+        time.sleep(0.3)
+        with pytest.raises((http.client.HTTPException, OSError)):
+            _get(address, "/healthz")
+        time.sleep(4.5)
+        assert _get(address, "/healthz")[0] == 200
+    finally:
+        over.set()
+        dripping.join()
+        for connection in slow:
+            connection.close()
         server.stop()

@@ -15,8 +15,18 @@ from tests.certificates import Authority
 from tests.stack.state import REPOSITORY
 from vsql_shared import names, tls
 from vsql_shared.config.kafka import KafkaSecurity
-from vsql_shared.errors import ConfigError
-from vsql_shared.kafka.rights import RECOVERY, RIGHTS, Acl, Service, StreamName, acls, commands, table_rows
+from vsql_shared.errors import ConfigError, UserError
+from vsql_shared.kafka.rights import (
+    RECOVERY,
+    RIGHTS,
+    Acl,
+    Service,
+    StreamName,
+    acls,
+    check_principal,
+    commands,
+    table_rows,
+)
 from vsql_shared.pg.roles import ORIGIN_FUNCTIONS
 
 PRINCIPALS: dict[Service, str] = {"producer": "User:p", "consumer": "User:c"}
@@ -101,6 +111,16 @@ def test_commands_are_words_a_shell_does_not_take_apart() -> None:
         assert words[:3] == ["kafka-acls.sh", "--bootstrap-server", "k1:9092,k2:9092"]
         assert words[words.index("--allow-principal") + 1] in ("User:CN=a b,O=$x", "User:c")
     assert any(line.endswith("--topic c.pub.node-a. --resource-pattern-type prefixed") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "given", ["User:*", "User: *", "*", "", "producer", "User:", "User:a\nb", ":x", "User:\x00"]
+)
+def test_what_is_not_one_principal_is_granted_nothing(given: str) -> None:
+    """Kafka takes User:* for everybody."""
+    assert check_principal("User:CN=*.db, O=a b") == "User:CN=*.db, O=a b"
+    with pytest.raises(UserError, match="is not one principal"):
+        check_principal(given)
 
 
 def test_the_principal_is_the_user_or_the_certificate_s_subject(tmp_path: Path) -> None:

@@ -70,7 +70,8 @@ def _wanted(operator: Operator, given: dict[Service, str | None], *, recovery: b
             hint="add a peer first: `syncctl node add-peer`",
         )
     principals = {
-        service: given[service] or _configured(settings, service) for service in rights.services(streams)
+        service: rights.check_principal(given[service] or _configured(settings, service))
+        for service in rights.services(streams)
     }
     if len(principals) > 1 and len(set(principals.values())) == 1:
         click.echo("note: producer and consumer are one principal here; give each its own", err=True)

@@ -2,8 +2,7 @@
 
 A step of its own after loading, because a configuration may be checked on another machine than the one
 that has its keys. Rules: a missing file is an error; a private key others can read is an error in prod
-and a warning in dev. "Others can read" is PostgreSQL's rule for its own key: mode 0600, or 0640 when root
-owns the file and we are another user (as orchestrators mount secrets).
+and a warning in dev. What "others can read" is, private_files.py says.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from pathlib import Path
 from vsql_shared.config.encryption import KmsSettings
 from vsql_shared.config.settings import Settings
 from vsql_shared.errors import ConfigError
+from vsql_shared.private_files import open_to_others
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,6 @@ def check_files(settings: Settings) -> list[str]:
     if errors:
         raise ConfigError(_listed(settings, errors))
     return warnings
-
-
-def open_to_others(found: os.stat_result) -> bool:
-    """Whether somebody else than its owner can read or change the file."""
-    if found.st_uid == 0 and os.geteuid() != 0:
-        return bool(found.st_mode & (stat.S_IWGRP | stat.S_IXGRP | stat.S_IRWXO))
-    return bool(found.st_mode & (stat.S_IRWXG | stat.S_IRWXO))
 
 
 def _exposed(key: str, path: Path) -> str:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from vsql_shared.errors import KeyEndedError, KeyUnavailableError, SignatureError
+from vsql_shared.private_files import read_private
 
 PUBLIC_KEY_SIZE = 32
 SIGNATURE_SIZE = 64
@@ -93,20 +93,6 @@ def _exists(path: Path) -> KeyUnavailableError:
     )
 
 
-def check_private_file(path: Path, strict: bool) -> None:
-    """Refuse, in strict mode, a secret file that group or others may read or write."""
-    try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-    except OSError as error:
-        raise KeyUnavailableError(
-            f"cannot read key file {path}: {error.strerror}", hint=f"check the path, or {_GENERATE}"
-        ) from error
-    if strict and mode & 0o077:
-        raise KeyUnavailableError(
-            f"key file {path} has mode {mode:04o}: others than its owner may use it", hint=f"chmod 600 {path}"
-        )
-
-
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -122,9 +108,9 @@ def load_signer(path: Path, node: str, *, strict: bool = True) -> Signer:
 
     Raises KeyUnavailableError: unreadable, open to others (`strict`), encrypted, or not an Ed25519 key.
     """
-    check_private_file(path, strict)
+    content = read_private(path, strict=strict, hint=f"check the path and who may read it, or {_GENERATE}")
     try:
-        key = serialization.load_pem_private_key(_read(path), password=None)
+        key = serialization.load_pem_private_key(content, password=None)
     except TypeError as error:
         raise KeyUnavailableError(
             f"key file {path} is encrypted with a passphrase",

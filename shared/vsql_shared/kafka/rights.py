@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from vsql_shared import names
+from vsql_shared.errors import UserError
 
 Service = Literal["producer", "consumer"]
 Kind = Literal["topic", "group"]
@@ -100,6 +101,18 @@ RECOVERY = (
 """Needed while a producer publishes again what Kafka lost of its chain."""
 
 _DIRECTIONS: dict[str, Service] = {"out": "producer", "in": "consumer"}
+
+
+_PRINCIPAL = re.compile(r"[A-Za-z]\w*:[^\x00-\x1f\x7f]{1,1000}")
+
+
+def check_principal(principal: str) -> str:
+    """The same. Raises UserError for what is no single principal: `User:*` would allow everybody."""
+    if _PRINCIPAL.fullmatch(principal) is None or principal.partition(":")[2].strip() == "*":
+        raise UserError(
+            f"{principal[:200]!r} is not one principal", hint="write it as User:name, as Kafka shows it"
+        )
+    return principal
 
 
 def services(streams: Iterable[StreamName]) -> set[Service]:

@@ -30,6 +30,9 @@ TIMEOUT_SECONDS = 30.0
 # A broker that is there answers in milliseconds; TLS and SASL take a second at worst.
 ANSWER_SECONDS = 5.0
 APPEAR_SECONDS = 10.0
+# Not held against a topic: a message that is too large for it is refused, and said, when it is sent.
+_FREE = "max.message.bytes"
+_NOT_CREATED = (KafkaError.TOPIC_ALREADY_EXISTS, KafkaError.TOPIC_AUTHORIZATION_FAILED)
 _APPEARING = (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError.LEADER_NOT_AVAILABLE)
 
 
@@ -51,8 +54,8 @@ def _partitions(kind: Kind, settings: Settings) -> int:
 def ensure_topic(admin: AdminClient, name: str, kind: Kind, settings: Settings) -> None:
     """Create the topic, or check the one that is there.
 
-    Raises BrokerError when the topic exists in another shape (partitions, cleanup policy, unclean
-    election), TransientError when no broker answers.
+    Raises BrokerError when the topic exists in another shape (partitions, cleanup policy, Kafka's own
+    retention of data, unclean election, too few replicas in sync), TransientError when no broker answers.
     """
     topic = NewTopic(
         name,
@@ -68,9 +71,20 @@ def ensure_topic(admin: AdminClient, name: str, kind: Kind, settings: Settings) 
     except TimeoutError:
         raise _silent(settings, f"creating topic {name}") from None
     except KafkaException as error:
-        if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+        # Kafka asks for the right before it looks whether there is anything to create.
+        refused = error.args[0].code() == KafkaError.TOPIC_AUTHORIZATION_FAILED and not _is_there(admin, name)
+        if refused or error.args[0].code() not in _NOT_CREATED:
             raise from_exception(error, f"create topic {name}") from error
         check_topic(admin, name, kind, settings)
+
+
+def _is_there(admin: AdminClient, name: str) -> bool:
+    """Whether a topic is there, as far as this principal may know."""
+    try:
+        found = admin.list_topics(name, timeout=TIMEOUT_SECONDS).topics.get(name)
+    except KafkaException as error:
+        raise from_exception(error, f"look for topic {name}") from error
+    return found is not None and found.error is None
 
 
 def require_broker(admin: AdminClient, settings: Settings) -> None:
@@ -101,9 +115,9 @@ def check_topic(admin: AdminClient, name: str, kind: Kind, settings: Settings) -
     found, count = _describe(admin, name, settings)
     wanted = _wanted(kind, settings)
     wrong = [
-        f"{key} = {found.get(key)}, expected {wanted[key]}"
-        for key in ("cleanup.policy", "unclean.leader.election.enable")
-        if found.get(key) != wanted[key]
+        f"{key} = {found.get(key)}, expected {value}"
+        for key, value in wanted.items()
+        if key != _FREE and not _fits(key, found.get(key), value)
     ]
     partitions = _partitions(kind, settings)
     if count != partitions:
@@ -114,6 +128,13 @@ def check_topic(admin: AdminClient, name: str, kind: Kind, settings: Settings) -
             hint="if it is empty, delete it: vsql-sync creates it as it must be; else alter it"
             f" (kafka-configs --entity-type topics --entity-name {name} --alter --add-config …)",
         )
+
+
+def _fits(key: str, found: str | None, wanted: str) -> bool:
+    """Whether a topic's setting will do: it is as we make it, or safer."""
+    if key == "min.insync.replicas":
+        return found is not None and found.isdecimal() and int(found) >= int(wanted)
+    return found == wanted
 
 
 def _describe(admin: AdminClient, name: str, settings: Settings) -> tuple[dict[str, str | None], int]:

@@ -18,11 +18,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import boto3
 from botocore import exceptions as boto
 from botocore.config import Config
 
+from vsql_shared.config.kms_services import is_loopback
 from vsql_shared.errors import ConfigError, KeyUnavailableError, TransientError, VsqlSyncError
 from vsql_shared.kms.base import AES_256_BITS, KekVersion, Retries, Wrapped, context_names
 
@@ -102,6 +104,7 @@ def aws_error(error: Exception, what: str) -> VsqlSyncError:
     if isinstance(error, boto.ClientError):
         said = error.response.get("Error", {})
         code, text = str(said.get("Code", "")), str(said.get("Message", ""))[:200]
+        text = "".join(c if c.isprintable() else " " for c in text)
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         if code in _BUSY or status >= 500:
             return TransientError(f"{what}: AWS KMS is busy ({code})", hint="it is tried again")
@@ -119,6 +122,16 @@ def aws_error(error: Exception, what: str) -> VsqlSyncError:
     if isinstance(error, _LOST):
         return TransientError(f"{what}: no connection to AWS KMS ({kind})", hint="it is tried again")
     return KeyUnavailableError(f"{what}: AWS's client refuses with {kind}", hint=_CREDENTIALS)
+
+
+def _require_tls(address: str) -> None:
+    """AWS's client takes an address from the environment and from profiles, too, and any scheme."""
+    parts = urlsplit(address)
+    if parts.scheme != "https" and not is_loopback(parts.hostname):
+        raise ConfigError(
+            f"AWS KMS is asked at {address}, without TLS: data keys would cross the network in clear",
+            hint="see AWS_ENDPOINT_URL, AWS_ENDPOINT_URL_KMS and endpoint_url of the profile",
+        )
 
 
 @contextmanager
@@ -157,6 +170,7 @@ class AwsKek:
             session = boto3.session.Session(profile_name=profile)
             where = region or (found["region"] if found else session.region_name)
             self._client: Any = session.client("kms", region_name=where, endpoint_url=endpoint, config=config)
+        _require_tls(str(self._client.meta.endpoint_url))
         self._region: str = self._client.meta.region_name
         self._current()
 

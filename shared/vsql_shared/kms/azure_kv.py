@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import azure.core.exceptions
 import azure.identity
@@ -135,9 +135,17 @@ def _unbase64(text: object) -> bytes:
         raise DecodeError("the service's answer holds no value") from None
 
 
+def _address(text: object) -> SplitResult:
+    """The parts of an address in an answer; empty where it is none."""
+    try:
+        return urlsplit(text if isinstance(text, str) else "")
+    except ValueError:  # brackets that hold no address
+        return urlsplit("")
+
+
 def _version_of(place: Place, kid: object) -> str:
     """The version an answer's kid names; it must be of our key."""
-    parts = urlsplit(kid) if isinstance(kid, str) else urlsplit("")
+    parts = _address(kid)
     path = parts.path.split("/")
     ours = parts.hostname == place.host and path[1:3] == ["keys", place.key]
     if not ours or len(path) != 4 or _VERSION.fullmatch(path[3]) is None:
@@ -159,7 +167,7 @@ def parse_key(place: Place, body: dict[str, Any]) -> AzureKey:
         raise DecodeError("the service's answer describes no key")
     version, kind = _version_of(place, key.get("kid")), key.get("kty")
     enabled = attributes.get("enabled") is True
-    if kind in {"RSA", "RSA-HSM"}:
+    if kind in ("RSA", "RSA-HSM"):
         bits = int.from_bytes(_unbase64(key.get("n")), "big").bit_length()
         return AzureKey(version, RSA_OAEP, rsa_strength(bits), enabled)
     if kind == "oct-HSM":  # A256KW is refused by the service for a shorter one
@@ -185,8 +193,9 @@ def parse_versions(place: Place, body: dict[str, Any]) -> tuple[list[str], Reque
     ]
     if not following:
         return names, None
-    parts = urlsplit(following) if isinstance(following, str) else urlsplit("")
-    if parts.scheme != "https" or parts.netloc.removesuffix(":443") != place.host:
+    parts = _address(following)
+    plain = isinstance(following, str) and following.isascii() and following.isprintable()
+    if not plain or parts.scheme != "https" or parts.netloc.removesuffix(":443") != place.host:
         raise DecodeError("the service's next page is at another place")
     return names, Request("GET", following)
 

@@ -28,9 +28,10 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap_with_padding
 
-from vsql_shared.crypto.signing import check_private_file, write_new_file
+from vsql_shared.crypto.signing import write_new_file
 from vsql_shared.errors import KeyUnavailableError
 from vsql_shared.kms.base import AES_GCM, AES_KWP, KekVersion, Wrapped
+from vsql_shared.private_files import read_private
 
 MAGIC = "vsql-sync-kek-file"
 KIND = "aes-256"
@@ -39,7 +40,6 @@ KEK_SIZE = 32
 NONCE_SIZE = 12
 _VERSION_DIGITS = 9
 _GENERATE = "make one with `syncctl key generate --kek FILE`"
-_MAX_FILE = 1 << 20  # thousands of versions
 
 
 def generate_kek_file(path: Path, kek_id: str = DEFAULT_KEK_ID) -> str:
@@ -75,15 +75,9 @@ def _render(kek_id: str, keys: dict[int, bytes]) -> bytes:
     return ("\n".join(lines) + "\n").encode()
 
 
-def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(_MAX_FILE)
-    except OSError as error:
-        raise KeyUnavailableError(
-            f"cannot read KEK file {path}: {error.strerror}",
-            hint=f"check encryption.kms.file.path, or {_GENERATE}",
-        ) from error
+def _read(path: Path, *, strict: bool = False) -> bytes:
+    hint = f"check encryption.kms.file.path, or {_GENERATE}"
+    return read_private(path, strict=strict, what="KEK file", hint=hint)
 
 
 def _parse(path: Path, content: bytes) -> tuple[str, dict[int, bytes]]:
@@ -135,8 +129,8 @@ class FileKek:
         self._load()
 
     def _load(self) -> None:
-        check_private_file(self._path, self._strict)
-        content = _read(self._path)
+        stamp = self._stamp()  # before: what is replaced while it is read is read again
+        content = _read(self._path, strict=self._strict)
         found, keys = _parse(self._path, content)
         if self._expected is not None and found != self._expected:
             raise KeyUnavailableError(
@@ -144,7 +138,7 @@ class FileKek:
                 hint="set encryption.kms.kek_id to the file's, or name the right file",
             )
         self._id, self._keys = found, keys
-        self._seen = self._stamp()
+        self._seen = stamp
 
     def _stamp(self) -> tuple[int, int, int] | None:
         try:

@@ -109,7 +109,8 @@ def _checked(name: str, data: bytes, aad: bytes) -> dict[str, str]:
 
 def parse_encrypted(body: dict[str, Any]) -> tuple[bytes, str]:
     """(ciphertext, name of the version). Raises DecodeError: damaged on the way, either way."""
-    if not (body.get("verifiedPlaintextCrc32c") and body.get("verifiedAdditionalAuthenticatedDataCrc32c")):
+    checks = ("verifiedPlaintextCrc32c", "verifiedAdditionalAuthenticatedDataCrc32c")
+    if any(body.get(check) is not True for check in checks):
         raise DecodeError("the service did not get what was sent: it confirms no checksum")
     name = body.get("name")
     if not isinstance(name, str) or _VERSION.fullmatch(name) is None:
@@ -151,7 +152,7 @@ def parse_key(body: dict[str, Any]) -> str:
             f"the key's primary version is {primary.get('state')}",
             hint="enable it, or make another one primary",
         )
-    if primary.get("algorithm") not in {ALGORITHM, "EXTERNAL_SYMMETRIC_ENCRYPTION"}:
+    if primary.get("algorithm") not in (ALGORITHM, "EXTERNAL_SYMMETRIC_ENCRYPTION"):
         raise DecodeError(f"the key's primary version is for {primary.get('algorithm')!r}")
     return str(primary["name"])
 
@@ -165,6 +166,20 @@ def parse_versions(body: dict[str, Any]) -> tuple[list[str], str]:
     if not all(isinstance(name, str) and _VERSION.fullmatch(name) for name in names):
         raise DecodeError("the service names a version that is none")
     return [str(name) for name in names], token
+
+
+def own_version(key: str, name: str) -> str:
+    """The same, if it is a version of the key. Raises KeyUnavailableError.
+
+    What is wrapped under another name every target refuses, and long after.
+    """
+    found = _VERSION.fullmatch(name)
+    if found is None or found[1] != key:
+        raise KeyUnavailableError(
+            f"Google Cloud KMS speaks of {name[:300]!r}, asked for {key}",
+            hint="write encryption.kms.kek_id as the service does, or see what stands in between",
+        )
+    return name
 
 
 def version_number(name: str) -> int:
@@ -212,7 +227,7 @@ class GcpKek:
         """Encrypt a data key at Google, under the primary version."""
         request = encrypt_request(self._key, secret, context)
         data, version = self._ask("wrapping a data key", request, _GRANT, parse_encrypted)
-        return Wrapped(data, ALGORITHM, version)
+        return Wrapped(data, ALGORITHM, own_version(self._key, version))
 
     def unwrap(self, wrapped: bytes, algorithm: str, context: bytes, kek_id: str) -> bytes:
         """Decrypt a data key at Google."""
@@ -233,7 +248,8 @@ class GcpKek:
         """Nothing is held open."""
 
     def _look(self) -> str:
-        return self._ask(f"looking up {self._key}", key_request(self._key), _GRANT, parse_key)
+        found = self._ask(f"looking up {self._key}", key_request(self._key), _GRANT, parse_key)
+        return own_version(self._key, found)
 
     def _ask(self, what: str, request: Request, hint: str, parse: Callable[[dict[str, Any]], _T]) -> _T:
         answer = self._https.send(request, {"Authorization": f"Bearer {self._token()}"})

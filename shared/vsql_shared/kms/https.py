@@ -4,7 +4,8 @@ Not here: what is asked and what the answers mean (azure_kv.py, gcp_kms.py, vaul
 
 * TLS is verified; a redirect is never followed, because a token goes with each request.
 * Throttling (429), failures of the service (500, 502, 503, 504) and lost connections are tried again, a
-  bounded number of times with doubling pauses (Retries); then TransientError. The rest is the provider's.
+  bounded number of times with doubling, scattered pauses (Retries); then TransientError. The rest is the
+  provider's.
 * Wrapping and unwrapping may be asked twice: neither changes anything at the service.
 * An answer has at most 1 MiB. Of one that refuses, code and text go into a message, cut and printable;
   never a header, never what was sent.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import secrets
 import ssl
 import time
 import urllib.error
@@ -56,6 +58,11 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return
 
 
+def _sleep_about(seconds: float) -> None:
+    """Sleep so long and up to a quarter longer: many workers that were throttled do not come back at once."""
+    time.sleep(seconds * (1 + secrets.randbelow(256) / 1024))
+
+
 class Https:
     """Calls to one service. `name` stands in messages."""
 
@@ -77,7 +84,7 @@ class Https:
         ).open
 
     def send(
-        self, request: Request, headers: Mapping[str, str], sleep: Callable[[float], None] = time.sleep
+        self, request: Request, headers: Mapping[str, str], sleep: Callable[[float], None] = _sleep_about
     ) -> Answer:
         """The service's answer, whatever it says. Raises TransientError, KeyUnavailableError (TLS)."""
         problem = "no attempt was allowed"

@@ -6,12 +6,13 @@ Not here: making tokens and PINs (the vendor's tools). Needs the extra `pkcs11`.
   CKA_ID, read as a number: the highest wraps, all of them unwrap. kek_id = `<kek id>/<CKA_ID in hex>`.
 * AES-256-GCM with the key's context as additional authenticated data where the token and the key can;
   else AES key wrap with padding (RFC 5649), which has no context: there the data key's HKDF binds it.
-* A wrong PIN is never tried twice: tokens lock after a few.
+* A wrong PIN is never tried twice by a process, whoever asks again: tokens lock after a few.
 * A lost session (token removed, module finalized, HSM restarted) is opened again, a bounded number of times.
 """
 
 from __future__ import annotations
 
+import hmac
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,9 @@ ATTEMPTS = 4
 PAUSE = 0.2  # seconds before the first new attempt; doubles
 
 _T = TypeVar("_T")
+# Tokens and the PINs they refused, by a hash that means something in this process only.
+_refused: set[tuple[str, str, bytes]] = set()
+_HASH_KEY = secrets.token_bytes(32)
 # What a lost session, a removed token or a restarted HSM looks like.
 _LOST = (
     p11.SessionHandleInvalid,
@@ -69,11 +73,19 @@ def _open_session(module: Path, token_label: str, pin: SecretStr | None, *, rw: 
     """A logged-in session. Raises KeyUnavailableError, or one of _LOST."""
     token = _find_token(module, token_label)
     where = f"token {token_label!r} of {module}"
+    word = pin.get_secret_value() if pin else ""
+    tried = (str(module), token_label, hmac.digest(_HASH_KEY, word.encode(), "sha256"))
+    if tried in _refused:
+        raise KeyUnavailableError(
+            f"{where} refused this PIN before; it is not tried again, because tokens lock",
+            hint="correct the PIN of encryption.kms.pkcs11; if the token's was mended, restart the service",
+        )
     try:
-        return token.open(rw=rw, user_pin=pin.get_secret_value() if pin else None)
+        return token.open(rw=rw, user_pin=word or None)
     except p11.UserAlreadyLoggedIn:  # login belongs to the process: another session of ours did it
         return token.open(rw=rw)
     except (p11.PinIncorrect, p11.PinInvalid, p11.PinLenRange) as error:
+        _refused.add(tried)
         raise KeyUnavailableError(
             f"{where} refuses the PIN",
             hint="correct the PIN of encryption.kms.pkcs11; tokens lock after a few wrong ones",

@@ -9,6 +9,7 @@ Not an API. Rules:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import socket
@@ -41,9 +42,16 @@ class HealthServer:
     """The endpoints of one service, served by threads of their own; a context manager."""
 
     def __init__(
-        self, address: str, *, ready: Check, metrics: Callable[[], bytes], healthy: Check = always_well
+        self,
+        address: str,
+        *,
+        ready: Check,
+        metrics: Callable[[], bytes],
+        healthy: Check = always_well,
+        request_seconds: float = _REQUEST_SECONDS,
     ) -> None:
-        self._address = address
+        """`request_seconds`: how long one caller may hold one of the few places."""
+        self._address, self._request_seconds = address, request_seconds
         self._pages = _Pages(ready, healthy, metrics)
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
@@ -52,7 +60,7 @@ class HealthServer:
         """Listen; returns the address, with the port the system chose when 0 was asked for."""
         host, port = split_address(self._address)
         try:
-            self._server = _Server(host, port, self._pages)
+            self._server = _Server(host, port, self._pages, self._request_seconds)
         except OSError as error:
             raise EnvironmentFault(
                 f"cannot listen on {self._address}: {error.strerror or 'address not known'}",
@@ -104,9 +112,9 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
     allow_reuse_address = True
 
-    def __init__(self, host: str, port: int, pages: _Pages) -> None:
+    def __init__(self, host: str, port: int, pages: _Pages, seconds: float) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.pages = pages
+        self.pages, self._seconds = pages, seconds
         self._room = threading.BoundedSemaphore(_REQUESTS_AT_ONCE)
         super().__init__((host, port), _Handler)
 
@@ -120,15 +128,27 @@ class _Server(ThreadingHTTPServer):
 
     @override
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Give the place back, however the request ended."""
+        """Give the place back, however the request ended; it ends in time.
+
+        The handler's own timeout is one of silence: a byte now and then would hold the place for ever.
+        """
+        limit = threading.Timer(self._seconds, _cut_off, (request,))
+        limit.daemon = True
+        limit.start()
         try:
             super().process_request_thread(request, client_address)
         finally:
+            limit.cancel()
             self._room.release()
 
     @override
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Stay quiet: a caller that hangs up is no event, and a traceback may quote values."""
+
+
+def _cut_off(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it ended this moment
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(BaseHTTPRequestHandler):

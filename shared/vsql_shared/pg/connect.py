@@ -5,6 +5,8 @@ Every connection of vsql-sync comes from here. Rules:
 * A session is the same whatever the role's or database's defaults are: UTC, ISO, UTF-8, READ COMMITTED, only
   pg_catalog in the search path (all names are written with their schema).
 * `row_security = off`: a policy that would hide rows is an error, never a silently shorter answer.
+* Where a session goes and how it is protected is what the connection string says: the environment
+  (PGHOSTADDR, a service file, a Kerberos ticket) leads it to no other address, nor past a certificate check.
 * No message carries a password, or a server's text that may hold a row's value.
 """
 
@@ -84,7 +86,7 @@ def connect(
     DatabaseError where it will not.
     """
     given = parse_conninfo(conninfo)
-    parameters = {**_KEEPALIVE, **_LEAST_TLS, "connect_timeout": _CONNECT_TIMEOUT, **given}
+    parameters = {**_KEEPALIVE, **_LEAST_TLS, "connect_timeout": _CONNECT_TIMEOUT, **own_way(given), **given}
     parameters |= {**options, "application_name": application_name, "client_encoding": "UTF8"}
     try:
         # autocommit first: the SETs must not open a transaction of their own.
@@ -102,6 +104,15 @@ def connect(
         conn.close()
         raise translate(error, f"opening a session {_where(parameters)}") from None
     return conn
+
+
+def own_way(given: dict[str, str]) -> dict[str, str]:
+    """What the environment may not add: libpq takes it for what is not said here."""
+    # With an empty address libpq resolves the host; the check of "is this machine" was made on that name.
+    way = {"hostaddr": ""} if given.get("host") else {}
+    if given.get("sslmode", "").startswith("verify"):
+        way["gssencmode"] = "disable"  # libpq prefers Kerberos to TLS, and checks no certificate then
+    return way
 
 
 def parse_conninfo(conninfo: str) -> dict[str, str]:
