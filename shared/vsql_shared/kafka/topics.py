@@ -52,7 +52,7 @@ def ensure_topic(admin: AdminClient, name: str, kind: Kind, settings: Settings) 
     """Create the topic, or check the one that is there.
 
     Raises BrokerError when the topic exists in another shape (partitions, cleanup policy, unclean
-    election), TransientError when no broker answers.
+    election; of parked, a retention), TransientError when no broker answers.
     """
     topic = NewTopic(
         name,
@@ -100,10 +100,11 @@ def check_topic(admin: AdminClient, name: str, kind: Kind, settings: Settings) -
     """Raise BrokerError unless the topic has the shape this kind needs."""
     found, count = _describe(admin, name, settings)
     wanted = _wanted(kind, settings)
+    keys = ["cleanup.policy", "unclean.leader.election.enable"]
+    if kind == "parked":  # nobody else has what lies there; Kafka's own default is a week
+        keys += ["retention.ms", "retention.bytes"]
     wrong = [
-        f"{key} = {found.get(key)}, expected {wanted[key]}"
-        for key in ("cleanup.policy", "unclean.leader.election.enable")
-        if found.get(key) != wanted[key]
+        f"{key} = {found.get(key)}, expected {wanted[key]}" for key in keys if found.get(key) != wanted[key]
     ]
     partitions = _partitions(kind, settings)
     if count != partitions:
