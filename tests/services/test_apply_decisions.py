@@ -197,7 +197,7 @@ def test_a_row_in_the_way_is_removed_and_a_retry_goes_on(pair: TwoNodes) -> None
     in_step(pair)
     assert ids(pair, "taken") == [1]
     line = pair.b.query("SELECT new_value->>'reason' FROM vsql_sync.audit_log WHERE action = 'stream.retry'")
-    assert line == [("row removed",)]
+    assert ("row removed",) in line
     verified(pair)
 
 
