@@ -57,9 +57,9 @@ class Lies(NamedTuple):
 
 
 class Opens(NamedTuple):
-    """What a batch is opened with, beside the KMS: its key's announcement, and Avro Relations."""
+    """What a batch is opened with: its data key, and Avro Relations."""
 
-    announcement: bytes
+    dek_id: str
     descriptors: list[bytes]
 
 
@@ -164,7 +164,7 @@ class ParkedBatch(NamedTuple):
         )
         conn.execute(
             "INSERT INTO vsql_sync.parked_batches (decision, sequence, entry_hash, topic, offsets,"
-            " changes, tables, announcement, descriptors) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)"
+            " changes, tables, dek_id, descriptors) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)"
             " ON CONFLICT DO NOTHING",
             (
                 self.decision,

@@ -76,7 +76,7 @@ class Pipeline:
             self._open_decisions = state.load_open_decisions(means.control, stream.chain)
         self.position: Position = joining.first_position(means, self._applier, position, skip, decisions)
         self.acknowledger = means.open_acknowledger()
-        self._decided = decisions.transactions
+        self._decided, self._ignored = decisions.transactions, decisions.ignored
         self.intake = Intake(means, self.position, decisions)
         self._dead_letters = DeadLetters(means)
         self.copy = CopyKeeper(conn, stream, self._live_chain)
@@ -183,7 +183,7 @@ class Pipeline:
         if opened.entry_hash not in copied:  # by an attempt that failed later
             copied[opened.entry_hash] = self._dead_letters.put(kept)
         descriptors = [self._descriptors[digest].encoded for digest in sorted(opened.relations)]
-        found = Opens(self.intake.announcements.encoded(kept.entry.dek_id), descriptors)
+        found = Opens(kept.entry.dek_id, descriptors)
         for part in parked_parts(opened, self._decided, copied[opened.entry_hash], found):
             self._group.also.append(partial(part.write, chain=self._chain))
 
@@ -195,7 +195,7 @@ class Pipeline:
     def replay(self, decision: int) -> str:
         """Apply a parked transaction, between the others; what came of it, in words."""
         self._rested = False
-        return Replay(self._means, decision).run(self._applier, self.position)
+        return Replay(self._means, decision, self._ignored).run(self._applier, self.position)
 
     def sign_replays(self) -> None:
         """Put into this node's chain what was replayed and is not there yet."""

@@ -4,7 +4,7 @@ Not here: how it got there (parking.py). Rules (docs/design/0011):
 
 * The topic is not believed: a manifest must have the hash that was written down when it was verified, and
   everything else must be what the manifest says. Records that others wrote between ours are not looked at.
-* The data key's announcement was verified then, too, and is not asked for again.
+* The keys topic is read once, for the data keys of all of it. Records an operator ignores are none.
 * It is one target transaction, which also says that it was done: a second one finds that and changes nothing.
 * Of the batches' other transactions, and of sequences, nothing is written again.
 * A signed entry says so afterwards; a crash in between leaves that to the next start.
@@ -13,7 +13,7 @@ Not here: how it got there (parking.py). Rules (docs/design/0011):
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -22,14 +22,14 @@ from psycopg.types.json import Jsonb
 
 from vsql_consumers.parking import MANIFEST, Lies, prefix
 from vsql_consumers.source import read_records
-from vsql_consumers.unseal import Descriptor, open_batch
+from vsql_consumers.unseal import Announcements, Descriptor, open_batch
 from vsql_consumers.verify import Pack, Part, record_name, verify_batch
 from vsql_shared import failpoints, lsn, names
 from vsql_shared.audit.dsse import document_hash
 from vsql_shared.audit.entries import TRANSACTION_REPLAYED, AuditEntry
 from vsql_shared.audit.rows import microseconds, parse
 from vsql_shared.changes import Op, OpenedBatch, Transaction
-from vsql_shared.crypto.announce import KeyRing, decode_announcement
+from vsql_shared.crypto.announce import KeyRing
 from vsql_shared.errors import DecodeError, DivergedError, RecordError, RefusedError
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.wire.pack import decode_header, decode_relation, relation_hash
@@ -50,16 +50,16 @@ class _Batch:
     sequence: int
     entry_hash: bytes
     lies: Lies
-    announcement: bytes
+    dek_id: str
     known: Mapping[bytes, Descriptor]
 
 
 class Replay:
     """Brings one parked transaction back."""
 
-    def __init__(self, means: Means, decision: int) -> None:
-        self._means, self._decision = means, decision
-        self._ring = KeyRing(1, means.settings.encryption.dek.cached_for.total_seconds())
+    def __init__(self, means: Means, decision: int, ignored: Collection[tuple[str, int, int]]) -> None:
+        """`ignored`: records an operator had passed over."""
+        self._means, self._decision, self._ignored = means, decision, ignored
 
     def run(self, applier: Applier, position: Position) -> str:
         """Apply it and say so, in one transaction; what came of it, in words. None may be open.
@@ -74,8 +74,9 @@ class Replay:
         try:
             with errors("reading what is parked"):
                 batches = self._batches()
+            keys = self._announced({batch.dek_id for batch in batches})
             for batch in batches:
-                opened = self._open(batch, transaction)
+                opened = self._open(batch, transaction, keys)
                 for name, count in applier.apply([opened])[0].items():
                     verdicts[name] = verdicts.get(name, 0) + count
             failpoints.hit("consumer.before-replay-commit")
@@ -102,16 +103,29 @@ class Replay:
 
     def _batches(self) -> list[_Batch]:
         rows = self._means.control.execute(
-            "SELECT sequence, entry_hash, topic, offsets, announcement, descriptors"
+            "SELECT sequence, entry_hash, topic, offsets, dek_id, descriptors"
             " FROM vsql_sync.parked_batches WHERE decision = %s ORDER BY sequence",
             (self._decision,),
         ).fetchall()
         return [
-            _Batch(sequence, bytes(digest), Lies(topic, offsets), bytes(key), _descriptors(encoded))
-            for sequence, digest, topic, offsets, key, encoded in rows
+            _Batch(sequence, bytes(digest), Lies(topic, offsets), dek_id, _descriptors(encoded))
+            for sequence, digest, topic, offsets, dek_id, encoded in rows
         ]
 
-    def _open(self, batch: _Batch, transaction: Transaction) -> OpenedBatch:
+    def _announced(self, dek_ids: Collection[str]) -> Announcements:
+        """The announcements of data keys: the keys topic is read from its beginning."""
+        means, settings = self._means, self._means.settings
+        cluster, stream = settings.cluster.name, means.stream
+        ring = KeyRing(1, settings.encryption.dek.cached_for.total_seconds())
+        found = Announcements(cluster, stream.chain, stream.origin, means.trust, ring)
+        group = names.group_id(cluster, stream.chain, stream.target)
+        wanted, place = {name.encode() for name in dek_ids}, (names.keys_topic(cluster), 0)
+        for offset, key, value in read_records(settings, "vsql-sync-replay-keys", group, place, 0):
+            if key in wanted and (*place, offset) not in self._ignored:
+                found.feed(*place, offset, key, value)
+        return found
+
+    def _open(self, batch: _Batch, transaction: Transaction, keys: Announcements) -> OpenedBatch:
         """Read, verify and open a batch; everything but the transaction is left out."""
         means, settings = self._means, self._means.settings
         group = names.group_id(settings.cluster.name, means.stream.chain, means.stream.target)
@@ -125,7 +139,7 @@ class Replay:
         }
         entry = _manifest(found, batch)
         verified = verify_batch(entry, list(_parts(found, entry)), means.stream.origin)
-        key = self._ring.open(decode_announcement(batch.announcement), means.provider)
+        key = keys.open(entry, means.provider)
         opened, _ = open_batch(verified, key, batch.known, batch.entry_hash)
         if transaction not in opened.transactions:
             raise RecordError(f"batch {opened.batch} does not have the transaction", record=str(place))

@@ -25,14 +25,7 @@ from typing import TYPE_CHECKING
 from vsql_consumers.verify import Part, VerifiedBatch, batch_name, record_name
 from vsql_shared.audit.dsse import SignedDocument, verify_document
 from vsql_shared.changes import Op, OpenedBatch, Relation, TableName
-from vsql_shared.crypto.announce import (
-    MEDIA_TYPE,
-    KeyAnnouncement,
-    KeyRing,
-    decode_announcement,
-    encode_announcement,
-    signed_at,
-)
+from vsql_shared.crypto.announce import MEDIA_TYPE, KeyAnnouncement, KeyRing, decode_announcement, signed_at
 from vsql_shared.crypto.seal import open_tuples
 from vsql_shared.errors import DecodeError, KeyEndedError, RecordError, SignatureError, UnsealError
 from vsql_shared.wire.pack import (
@@ -128,10 +121,6 @@ class Announcements:
             raise RecordError(f"announcement of {found.dek_id} is filed under another key", record=where)
         if self._known.get(found.dek_id, found) != found:
             raise RecordError(f"a second, different announcement of {found.dek_id}", record=where)
-
-    def encoded(self, dek_id: str) -> bytes:
-        """A key's announcement, to be kept with what it opens. Raises KeyError unless it is known."""
-        return encode_announcement(self._known[dek_id])
 
     def has_opened(self, dek_id: str) -> bool:
         """Whether the key is unwrapped and still kept."""

@@ -150,7 +150,7 @@ def test_a_decision_on_another_transaction_with_the_same_xid_passes_nothing_over
 
 def test_what_is_parked_says_which_batch_holds_how_much_of_which_transaction() -> None:
     _, found = _group("parked")
-    lies, opens = Lies("c.parked", [4, 9]), Opens(b"k", [b"d"])
+    lies, opens = Lies("c.parked", [4, 9]), Opens("k", [b"d"])
     (part,) = parked_parts(found, {SECOND: Decided(5, "parked")}, lies, opens)
     assert part == (SECOND, 5, 20, b"h" * 32, lies, 3, ["public.t", "public.u"], opens)
     _, skipped = _group("skipped")

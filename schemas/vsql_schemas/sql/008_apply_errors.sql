@@ -36,7 +36,7 @@ CREATE TABLE vsql_sync.parked_batches (
     offsets       BIGINT[] NOT NULL,                   -- of its records: others write between them
     changes       BIGINT NOT NULL,                     -- of the transaction in this batch
     tables        TEXT[] NOT NULL,
-    announcement  BYTEA NOT NULL,                      -- of its data key, as it was verified: still wrapped
+    dek_id        TEXT NOT NULL,                       -- what it is sealed with
     descriptors   BYTEA[] NOT NULL,                    -- Avro Relations the batch names
     PRIMARY KEY (decision, sequence)
 );
