@@ -2,7 +2,8 @@
 
 What an error leads to stands in one table (vsql_shared/pg/reactions.py). Rule: no row's value is in any
 message. PostgreSQL quotes values in the texts of data and constraint errors, and a trigger may raise whatever
-it likes; of those only SQLSTATE, table, column and constraint are said.
+it likes, under any code, or fail with SQL it put together from a row; of those only SQLSTATE, table, column
+and constraint are said.
 """
 
 from __future__ import annotations
@@ -56,20 +57,25 @@ def fault(error: psycopg.Error, doing: str, place: RowPlace | None = None) -> Vs
     """
     state = error.sqlstate
     known = translate(error, doing)
-    if state is None or (isinstance(known, TransientError) and state != BAD_VALUE):
+    if state is None:
         return known
-    hint = _HINTS.get(state, known.hint)
+    passes = isinstance(known, TransientError) and state != BAD_VALUE
+    hint = _HINTS.get(state, "")
+    if passes or state[:2] in _QUIET_CLASSES:
+        # With a context it came from a function, or from within a row: nobody knows whose words these are.
+        if error.diag.context is None:
+            return known if passes else DatabaseError(known.message, hint=hint or known.hint)
+        hint = hint or "the target server's own log has its words"
     if state in _BAD_FORMAT:
         hint = "a type of this name differs between source and target, or the row was built wrongly"
-    if state[:2] in _QUIET_CLASSES:
-        return DatabaseError(known.message, hint=hint)
     where = ", ".join(
         f"{kind} {name}"
         for kind, name in (("column", error.diag.column_name), ("constraint", error.diag.constraint_name))
         if name
     )
     what = f"{type(error).__name__} (SQLSTATE {state})" + (f" on {where}" if where else "")
-    hint = hint if state in _HINTS or state in _BAD_FORMAT else ""
+    if passes:
+        return TransientError(f"{what} while {doing}", hint=hint)
     if is_row_error(error):
         return RowError(f"{what} while {doing}", hint=hint, place=place, sqlstate=state)
     return DatabaseError(f"{what} while {doing}", hint=hint)

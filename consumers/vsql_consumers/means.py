@@ -11,6 +11,7 @@ from vsql_consumers.clock import ClockOffset
 
 if TYPE_CHECKING:
     from vsql_consumers.acknowledge import Acknowledger
+    from vsql_consumers.parking import Lies
     from vsql_consumers.source import Source
     from vsql_consumers.state import Stream
     from vsql_shared.config import Settings
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from vsql_shared.kms.base import KekProvider
     from vsql_shared.observe.metrics import StreamMetrics
     from vsql_shared.pg.connect import Connection
+
+    Copied = dict[bytes, Lies]
 
 
 LAST_BATCH = (1 << 63) - 1
@@ -39,6 +42,8 @@ class Totals:
     """Nor are transactions: some check at their end refuses one of them."""
     careful_up_to: int = 0
     """The last batch that was at fault, perhaps; those behind it are merged again."""
+    copied: Copied = field(default_factory=dict)
+    """Manifests whose batches Kafka keeps already, for a target transaction that was not committed yet."""
 
     def take_care(self, batch: int, *, singly: bool = False) -> None:
         """Apply what comes up to a batch one by one, to find which one is at fault."""

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _Delivered: TypeAlias = Callable[[KafkaError | None, Message], None]
 
 SECONDS = 60.0
-"""How long Kafka may take to acknowledge a batch."""
+"""How long Kafka may acknowledge nothing of a batch."""
 MANIFEST = "manifest"
 PARKED = "parked"
 """The verdict on changes that wait there."""
@@ -50,11 +50,17 @@ class Kept:
 
 
 class Lies(NamedTuple):
-    """Where a batch lies in the dead-letter topic."""
+    """Where a batch lies in the dead-letter topic: others write between its records."""
 
     topic: str
-    first: int
-    last: int
+    offsets: list[int]
+
+
+class Opens(NamedTuple):
+    """What a batch is opened with: its data key, and Avro Relations."""
+
+    dek_id: str
+    descriptors: list[bytes]
 
 
 class DeadLetters:
@@ -70,26 +76,31 @@ class DeadLetters:
         producer = self._open()
         offsets: list[int] = []
         failures: list[VsqlSyncError] = []
+        came = time.monotonic()
 
         def delivered(error: KafkaError | None, message: Message) -> None:
+            nonlocal came
+            came = time.monotonic()
             if error is not None:
                 failures.append(kafka_error(error, f"write to topic {self._topic}"))
             else:
                 offsets.append(message.offset() or 0)
 
-        records = list(_records(kept))
-        deadline = time.monotonic() + SECONDS
-        for key, value in records:
-            self._produce(producer, key, value, delivered, deadline)
-        while len(offsets) + len(failures) < len(records) and time.monotonic() < deadline:
+        def wait() -> None:
             producer.poll(0.05)
-        if failures:
-            raise failures[0]
-        if len(offsets) < len(records):
-            raise TransientError(
-                f"Kafka does not acknowledge records of {self._topic}", hint="it is tried again"
-            )
-        return Lies(self._topic, min(offsets), max(offsets))
+            if failures:
+                raise failures[0]
+            if time.monotonic() > came + SECONDS:
+                raise TransientError(
+                    f"Kafka does not acknowledge records of {self._topic}", hint="it is tried again"
+                )
+
+        records = list(_records(kept))
+        for key, value in records:
+            self._produce(producer, key, value, delivered, wait)
+        while len(offsets) < len(records):
+            wait()
+        return Lies(self._topic, sorted(offsets))
 
     def close(self) -> None:
         """Drop what is queued: nothing names it."""
@@ -105,15 +116,13 @@ class DeadLetters:
         return self._producer
 
     def _produce(
-        self, producer: Producer, key: str, value: bytes, delivered: _Delivered, deadline: float
+        self, producer: Producer, key: str, value: bytes, delivered: _Delivered, wait: Callable[[], None]
     ) -> None:
         while True:
             try:
                 producer.produce(self._topic, value, key=key.encode(), partition=0, on_delivery=delivered)
             except BufferError:
-                producer.poll(0.05)
-                if time.monotonic() > deadline:
-                    raise TransientError(f"the queue to topic {self._topic} stays full") from None
+                wait()
             except KafkaException as error:
                 raise from_exception(error, f"write to topic {self._topic}") from error
             else:
@@ -143,7 +152,7 @@ class ParkedBatch(NamedTuple):
     lies: Lies
     changes: int
     tables: list[str]
-    descriptors: list[bytes]
+    opens: Opens
 
     def write(self, conn: Connection, *, chain: str) -> None:
         """Write it, in the transaction that passes the changes over."""
@@ -154,8 +163,8 @@ class ParkedBatch(NamedTuple):
             (self.decision, chain, one.xid, lsn.text(one.commit_lsn), timestamp(one.commit_time)),
         )
         conn.execute(
-            "INSERT INTO vsql_sync.parked_batches (decision, sequence, entry_hash, topic, first_offset,"
-            " last_offset, changes, tables, descriptors) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)"
+            "INSERT INTO vsql_sync.parked_batches (decision, sequence, entry_hash, topic, offsets,"
+            " changes, tables, dek_id, descriptors) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)"
             " ON CONFLICT DO NOTHING",
             (
                 self.decision,
@@ -164,13 +173,13 @@ class ParkedBatch(NamedTuple):
                 *self.lies,
                 self.changes,
                 self.tables,
-                self.descriptors,
+                *self.opens,
             ),
         )
 
 
 def parked_parts(
-    opened: OpenedBatch, decided: Mapping[Transaction, Decided], lies: Lies, descriptors: list[bytes]
+    opened: OpenedBatch, decided: Mapping[Transaction, Decided], lies: Lies, opens: Opens
 ) -> Iterator[ParkedBatch]:
     """What is to be written of each parked transaction that has changes in a batch."""
     for number, count in opened.passed_over().items():
@@ -178,5 +187,5 @@ def parked_parts(
         if count and opened.passed[number] == PARKED:
             tables = [str(name) for name in opened.tables_of(number)]
             yield ParkedBatch(
-                one, decided[one].id, opened.sequence, opened.entry_hash, lies, count, tables, descriptors
+                one, decided[one].id, opened.sequence, opened.entry_hash, lies, count, tables, opens
             )

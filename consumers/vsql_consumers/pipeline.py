@@ -27,7 +27,7 @@ from vsql_consumers.figures import Figures
 from vsql_consumers.groups import Group
 from vsql_consumers.intake import Intake
 from vsql_consumers.means import Means
-from vsql_consumers.parking import PARKED, DeadLetters, Kept, parked_parts
+from vsql_consumers.parking import PARKED, DeadLetters, Kept, Opens, parked_parts
 from vsql_consumers.replaying import Replay, sign_replays
 from vsql_consumers.state import Position
 from vsql_consumers.unseal import Descriptor, name_altered, open_batch
@@ -76,7 +76,7 @@ class Pipeline:
             self._open_decisions = state.load_open_decisions(means.control, stream.chain)
         self.position: Position = joining.first_position(means, self._applier, position, skip, decisions)
         self.acknowledger = means.open_acknowledger()
-        self._decided = decisions.transactions
+        self._decided, self._ignored = decisions.transactions, decisions.ignored
         self.intake = Intake(means, self.position, decisions)
         self._dead_letters = DeadLetters(means)
         self.copy = CopyKeeper(conn, stream, self._live_chain)
@@ -90,7 +90,7 @@ class Pipeline:
 
     def run(self, tick: Callable[[], bool]) -> None:
         """Turn until `tick` says False or the stop event is set; then what is complete is committed."""
-        sign_replays(self._means.control, self._chain, self.acknowledger)
+        self.sign_replays()
         self.intake.begin()
         try:
             while not self._means.stop.is_set() and not self.finished and tick():
@@ -179,9 +179,12 @@ class Pipeline:
 
     def _park(self, kept: Kept, opened: OpenedBatch) -> None:
         """Have Kafka keep a batch of which something is parked; the group writes where it lies."""
-        lies = self._dead_letters.put(kept)
-        encoded = [self._descriptors[digest].encoded for digest in sorted(opened.relations)]
-        for part in parked_parts(opened, self._decided, lies, encoded):
+        copied = self._means.totals.copied
+        if opened.entry_hash not in copied:  # by an attempt that failed later
+            copied[opened.entry_hash] = self._dead_letters.put(kept)
+        descriptors = [self._descriptors[digest].encoded for digest in sorted(opened.relations)]
+        found = Opens(kept.entry.dek_id, descriptors)
+        for part in parked_parts(opened, self._decided, copied[opened.entry_hash], found):
             self._group.also.append(partial(part.write, chain=self._chain))
 
     @property
@@ -191,10 +194,12 @@ class Pipeline:
 
     def replay(self, decision: int) -> str:
         """Apply a parked transaction, between the others; what came of it, in words."""
-        said = Replay(self._means, decision).run(self._applier, self.position)
         self._rested = False
+        return Replay(self._means, decision, self._ignored).run(self._applier, self.position)
+
+    def sign_replays(self) -> None:
+        """Put into this node's chain what was replayed and is not there yet."""
         sign_replays(self._means.control, self._chain, self.acknowledger)
-        return said
 
     def _open(
         self, ready: Ready, entry: AuditEntry
@@ -317,6 +322,7 @@ class Pipeline:
         self.copy.committed(group)
         self._group = Group.after(position, self._live_chain)
         means.totals.passed(position.head.batch)
+        means.totals.copied.clear()
         means.metrics.progressed()
         self._figures.anomalies(self._applier.anomalies)
         with self._figures.acknowledging(self.acknowledger, group.rows, batches):

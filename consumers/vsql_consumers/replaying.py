@@ -3,7 +3,8 @@
 Not here: how it got there (parking.py). Rules (docs/design/0011):
 
 * The topic is not believed: a manifest must have the hash that was written down when it was verified, and
-  everything else must be what the manifest says.
+  everything else must be what the manifest says. Records that others wrote between ours are not looked at.
+* The keys topic is read once, for the data keys of all of it. Records an operator ignores are none.
 * It is one target transaction, which also says that it was done: a second one finds that and changes nothing.
 * Of the batches' other transactions, and of sequences, nothing is written again.
 * A signed entry says so afterwards; a crash in between leaves that to the next start.
@@ -11,7 +12,8 @@ Not here: how it got there (parking.py). Rules (docs/design/0011):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from vsql_consumers.means import Means
     from vsql_consumers.state import Position
 
+_OFFSET = re.compile("0|[1-9][0-9]{0,17}")
+
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
@@ -46,14 +50,16 @@ class _Batch:
     sequence: int
     entry_hash: bytes
     lies: Lies
+    dek_id: str
     known: Mapping[bytes, Descriptor]
 
 
 class Replay:
     """Brings one parked transaction back."""
 
-    def __init__(self, means: Means, decision: int) -> None:
-        self._means, self._decision = means, decision
+    def __init__(self, means: Means, decision: int, ignored: Collection[tuple[str, int, int]]) -> None:
+        """`ignored`: records an operator had passed over."""
+        self._means, self._decision, self._ignored = means, decision, ignored
 
     def run(self, applier: Applier, position: Position) -> str:
         """Apply it and say so, in one transaction; what came of it, in words. None may be open.
@@ -68,11 +74,11 @@ class Replay:
         try:
             with errors("reading what is parked"):
                 batches = self._batches()
+            keys = self._announced({batch.dek_id for batch in batches})
             for batch in batches:
-                opened = self._open(batch, transaction)
+                opened = self._open(batch, transaction, keys)
                 for name, count in applier.apply([opened])[0].items():
-                    if name not in opened.passed.values():
-                        verdicts[name] = verdicts.get(name, 0) + count
+                    verdicts[name] = verdicts.get(name, 0) + count
             failpoints.hit("consumer.before-replay-commit")
             applier.finish(
                 position.head.lsn_end, transaction.commit_time, lambda conn: self._note(conn, verdicts)
@@ -97,50 +103,47 @@ class Replay:
 
     def _batches(self) -> list[_Batch]:
         rows = self._means.control.execute(
-            "SELECT sequence, entry_hash, topic, first_offset, last_offset, descriptors"
+            "SELECT sequence, entry_hash, topic, offsets, dek_id, descriptors"
             " FROM vsql_sync.parked_batches WHERE decision = %s ORDER BY sequence",
             (self._decision,),
         ).fetchall()
         return [
-            _Batch(sequence, bytes(digest), Lies(topic, first, last), _descriptors(encoded))
-            for sequence, digest, topic, first, last, encoded in rows
+            _Batch(sequence, bytes(digest), Lies(topic, offsets), dek_id, _descriptors(encoded))
+            for sequence, digest, topic, offsets, dek_id, encoded in rows
         ]
 
-    def _open(self, batch: _Batch, transaction: Transaction) -> OpenedBatch:
-        """Read, verify and open a batch; everything but the transaction is passed over."""
+    def _announced(self, dek_ids: Collection[str]) -> Announcements:
+        """The announcements of data keys: the keys topic is read from its beginning."""
+        means, settings = self._means, self._means.settings
+        cluster, stream = settings.cluster.name, means.stream
+        ring = KeyRing(1, settings.encryption.dek.cached_for.total_seconds())
+        found = Announcements(cluster, stream.chain, stream.origin, means.trust, ring)
+        group = names.group_id(cluster, stream.chain, stream.target)
+        wanted, place = {name.encode() for name in dek_ids}, (names.keys_topic(cluster), 0)
+        for offset, key, value in read_records(settings, "vsql-sync-replay-keys", group, place, 0):
+            if key in wanted and (*place, offset) not in self._ignored:
+                found.feed(*place, offset, key, value)
+        return found
+
+    def _open(self, batch: _Batch, transaction: Transaction, keys: Announcements) -> OpenedBatch:
+        """Read, verify and open a batch; everything but the transaction is left out."""
         means, settings = self._means, self._means.settings
         group = names.group_id(settings.cluster.name, means.stream.chain, means.stream.target)
         place, client = (batch.lies.topic, 0), f"vsql-sync-replay-{means.stream.chain}"
-        records = read_records(settings, client, group, place, batch.lies.first)
+        ours, last = set(batch.lies.offsets), batch.lies.offsets[-1]
+        records = read_records(settings, client, group, place, batch.lies.offsets[0])
         found = {
             key.decode(errors="replace"): value
-            for _, key, value in takewhile(lambda record: record[0] <= batch.lies.last, records)
-            if key is not None and value is not None
+            for offset, key, value in takewhile(lambda record: record[0] <= last, records)
+            if offset in ours and key is not None and value is not None
         }
         entry = _manifest(found, batch)
         verified = verify_batch(entry, list(_parts(found, entry)), means.stream.origin)
-        key = self._announced(entry, group).open(entry, means.provider)
+        key = keys.open(entry, means.provider)
         opened, _ = open_batch(verified, key, batch.known, batch.entry_hash)
         if transaction not in opened.transactions:
             raise RecordError(f"batch {opened.batch} does not have the transaction", record=str(place))
         return only(opened, transaction)
-
-    def _announced(self, entry: AuditEntry, group: str) -> Announcements:
-        """The announcement of the batch's key: the keys topic is read from its beginning."""
-        means, settings = self._means, self._means.settings
-        found = Announcements(
-            settings.cluster.name,
-            means.stream.chain,
-            means.stream.origin,
-            means.trust,
-            KeyRing(1, settings.encryption.dek.cached_for.total_seconds()),
-            entry.epoch,
-        )
-        place = (names.keys_topic(settings.cluster.name), 0)
-        for offset, key, value in read_records(settings, "vsql-sync-replay-keys", group, place, 0):
-            if key == entry.dek_id.encode():
-                found.feed(*place, offset, key, value)
-        return found
 
     def _note(self, conn: Connection, verdicts: dict[str, int]) -> None:
         done = conn.execute(
@@ -153,14 +156,20 @@ class Replay:
 
 
 def only(opened: OpenedBatch, transaction: Transaction) -> OpenedBatch:
-    """The batch with all passed over but one transaction; values of sequences are taken out."""
-    opened.passed = {n: "skipped" for n, one in enumerate(opened.transactions) if one != transaction}
-    kept = [at for at, op in enumerate(opened.ops) if op != Op.SEQUENCE]
-    if len(kept) < len(opened.ops):
-        opened.tx_of = [opened.tx_of[at] for at in kept]
-        opened.relation_of = [opened.relation_of[at] for at in kept]
-        opened.plaintexts = [opened.plaintexts[at] for at in kept]
-        opened.ops = [opened.ops[at] for at in kept]
+    """The batch without what is not of this transaction, and without values of sequences.
+
+    Tables that only others changed are not asked for: they may be gone by now.
+    """
+    wanted = opened.transactions.index(transaction)
+    kept = [
+        at
+        for at, (number, op) in enumerate(zip(opened.tx_of, opened.ops, strict=True))
+        if number == wanted and op != Op.SEQUENCE
+    ]
+    opened.tx_of = [wanted] * len(kept)
+    opened.relation_of = [opened.relation_of[at] for at in kept]
+    opened.plaintexts = [opened.plaintexts[at] for at in kept]
+    opened.ops = [opened.ops[at] for at in kept]
     return opened
 
 
@@ -176,7 +185,7 @@ def _manifest(found: Mapping[str, bytes], batch: _Batch) -> AuditEntry:
             return parse(value).entry
     raise RecordError(
         f"the parked manifest {batch.sequence} is not in the dead-letter topic, or was altered",
-        record=record_name(batch.lies.topic, 0, batch.lies.first),
+        record=record_name(batch.lies.topic, 0, batch.lies.offsets[0]),
         hint="records were deleted or overwritten; what was parked cannot be replayed",
     )
 
@@ -186,9 +195,8 @@ def _parts(found: Mapping[str, bytes], entry: AuditEntry) -> Iterator[Part]:
     start = prefix(entry.chain, entry.epoch, entry.batch)
     for root in entry.partitions:
         here = f"{start}/{root.topic}/{root.partition}/"
-        offsets = sorted(
-            int(key[len(here) :]) for key in found if key.startswith(here) and key[len(here) :].isdigit()
-        )
+        ends = (key.removeprefix(here) for key in found if key.startswith(here))
+        offsets = sorted(int(end) for end in ends if _OFFSET.fullmatch(end))
         packs = []
         for offset in offsets:
             message = found[f"{here}{offset}"]

@@ -235,10 +235,14 @@ class Worker:
             decision = wish.args.get("parked")
             try:
                 message, ok = pipeline.replay(decision if isinstance(decision, int) else 0), True
-            except TransientError:
+            except TransientError as error:
+                # Connections are opened anew, but it is not tried again by itself: what lasts, and only
+                # concerns the replay, would hold up the stream.
+                control.answer(wish, ok=False, message=f"{error.message}; order it again")
                 raise
             except VsqlSyncError as error:
                 message, ok = str(error), False
+            pipeline.sign_replays()
             control.answer(wish, ok=ok, message=message)
 
     def _answer(

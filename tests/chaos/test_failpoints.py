@@ -42,18 +42,20 @@ LIVE = (
 ACTS = ("consumer.act-signed", "consumer.act-obeyed")
 COPY = ("copy.started", "copy.recorded")
 JOIN = ("consumer.before-join-commit", "consumer.after-join-commit")
+ELSEWHERE = ("consumer.before-replay-commit", "consumer.after-replay-commit", "producer.position-noted")
+"""Crashed at in tests/services: in test_apply_decisions.py and test_producer_slots.py."""
 TABLE = "CREATE TABLE t (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, v text)"
 CONFIG = "[limits]\nbatch_linger_ms = 1\nretry_backoff_max_ms = 1000\ncommand_poll_ms = 100\n"
 
 
-def test_every_failpoint_of_the_code_is_crashed_at_here() -> None:
+def test_every_failpoint_of_the_code_is_crashed_at() -> None:
     found = {
         name
         for folder in ("producers", "consumers", "shared")
         for file in (ROOT / folder).rglob("*.py")
         for name in re.findall(r"failpoints\.hit\(([^)]*)\)", file.read_text())
     }
-    assert found == {f'"{point}"' for point in (*LIVE, *ACTS, *COPY, *JOIN)}
+    assert found == {f'"{point}"' for point in (*LIVE, *ACTS, *COPY, *JOIN, *ELSEWHERE)}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from tests.services.apply_pair import MakePair, Pair, finish, pairs
 from tests.services.apply_source import add_change, empty_batch
 from vsql_consumers.apply import Applier
 from vsql_shared.changes import Column, Op, OpenedBatch, Relation, TableName
-from vsql_shared.errors import DatabaseError, DecodeError, TransientError, VsqlSyncError
+from vsql_shared.errors import DatabaseError, DecodeError, RowError, TransientError, VsqlSyncError
 
 T = TableName("public", "t")
 TABLE = "CREATE TABLE public.t (id int PRIMARY KEY, v text)"
@@ -82,6 +82,36 @@ def test_a_row_the_target_refuses_is_named_without_its_value(pair: Pair, name: s
     assert "public.t (batch 4, change " in str(caught.value)
     assert MARKER not in _shown(caught.value)
     assert pair.target.execute("SELECT * FROM t ORDER BY 1").fetchall() == before
+
+
+TRIGGERS = {
+    "SQL made of a value": (
+        "EXECUTE 'SELECT ''x'' AS \"' || NEW.v || '\" FROM \"' || NEW.v || '\"'",
+        "42P01",
+    ),
+    "a right, it says": ("RAISE EXCEPTION '%', NEW.v USING ERRCODE = '42501', HINT = NEW.v", "42501"),
+    "a state, it says": ("RAISE EXCEPTION '%', NEW.v USING ERRCODE = '55000', HINT = NEW.v", "55000"),
+    "try again, it says": ("RAISE EXCEPTION '%', NEW.v USING ERRCODE = '40001', HINT = NEW.v", "40001"),
+    "a lock, it says": ("RAISE EXCEPTION '%', NEW.v USING ERRCODE = '55P03', HINT = NEW.v", "55P03"),
+    "its own code": ("RAISE EXCEPTION '%', NEW.v USING ERRCODE = 'UE001', HINT = NEW.v", "UE001"),
+}
+
+
+@pytest.mark.parametrize("name", TRIGGERS)
+def test_what_a_trigger_says_is_not_repeated_whatever_its_code(pair: Pair, name: str) -> None:
+    body, state = TRIGGERS[name]
+    pair.tables(TABLE)
+    pair.target.execute(
+        f"CREATE FUNCTION public.f() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN {body}; RETURN NEW; END$$;"
+        "CREATE TRIGGER f BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION public.f();"
+        "ALTER TABLE t ENABLE ALWAYS TRIGGER f"
+    )
+    pair.do(f"INSERT INTO t VALUES (1, '{MARKER}')")
+    with pytest.raises(VsqlSyncError, match=f"SQLSTATE {state}") as caught:
+        pair.carry()
+    assert MARKER not in _shown(caught.value) + str(caught.value) + caught.value.hint
+    assert isinstance(caught.value, TransientError) is (state in ("40001", "55P03"))
+    assert isinstance(caught.value, RowError) is (state == "UE001")
 
 
 def test_an_error_names_the_very_change(pair: Pair) -> None:

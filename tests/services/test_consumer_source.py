@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 from confluent_kafka import TopicPartition
+from confluent_kafka.admin import NewTopic  # type: ignore[attr-defined]  # re-exported without saying so
 
 from tests.stack import Kafka
 from vsql_consumers.source import Place, Source
 from vsql_shared.config import Settings, load_settings
-from vsql_shared.errors import TransientError
+from vsql_shared.errors import BrokerError, TransientError
 from vsql_shared.kafka.clients import make_admin, make_producer
 from vsql_shared.kafka.topics import ensure_topic
 
@@ -47,6 +48,15 @@ def places(settings: Settings, cluster_name: str) -> list[Place]:
     for answer in admin.delete_records(gone).values():
         answer.result(30)
     return [(topic, 0) for topic in topics]
+
+
+def test_a_dead_letter_topic_that_forgets_is_refused(settings: Settings, cluster_name: str) -> None:
+    admin, theirs, ours = make_admin(settings), f"{cluster_name}.theirs", f"{cluster_name}.ours"
+    admin.create_topics([NewTopic(theirs, num_partitions=1)])[theirs].result(30)
+    with pytest.raises(BrokerError, match=r"retention\.ms = 604800000, expected -1"):
+        ensure_topic(admin, theirs, "parked", settings)
+    ensure_topic(admin, ours, "parked", settings)
+    ensure_topic(admin, ours, "parked", settings)
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.sealed_chain import CHAIN
+from tests.unit.sealed_chain import CHAIN, SealedChain
 from vsql_consumers.collected import Decided
 from vsql_consumers.groups import Group
 from vsql_consumers.means import LAST_BATCH, Totals
-from vsql_consumers.parking import Lies, parked_parts
+from vsql_consumers.parking import Lies, Opens, parked_parts, prefix
 from vsql_consumers.quarantine import Refusal
-from vsql_consumers.replaying import only
+from vsql_consumers.replaying import _parts, only
 from vsql_consumers.state import Position
 from vsql_consumers.window import in_words, runs, transactions
 from vsql_shared.changes import SEQUENCES, Column, Op, OpenedBatch, Relation, TableName, Transaction
@@ -52,7 +52,8 @@ REACTIONS = {
     "42501": Reaction.MEND,
     "25006": Reaction.MEND,
     "XX001": Reaction.MEND,
-    "ZZ999": Reaction.MEND,
+    "0A000": Reaction.MEND,
+    "HV000": Reaction.MEND,
 }
 
 
@@ -60,6 +61,12 @@ REACTIONS = {
 def test_an_error_leads_to_what_the_table_says_of_it_or_of_its_class(state: str) -> None:
     assert reaction(state) is REACTIONS[state]
     assert reaction(state, writing=True) is REACTIONS[state]
+
+
+def test_a_code_nobody_listed_is_a_triggers_own_while_rows_are_written() -> None:
+    for state in ("UE001", "ZZ999", "20000"):
+        assert reaction(state) is Reaction.MEND
+        assert reaction(state, writing=True) is Reaction.STOP
 
 
 def test_a_value_of_the_wrong_size_stops_where_rows_are_written_and_is_a_lost_connection_elsewhere() -> None:
@@ -143,21 +150,32 @@ def test_a_decision_on_another_transaction_with_the_same_xid_passes_nothing_over
 
 def test_what_is_parked_says_which_batch_holds_how_much_of_which_transaction() -> None:
     _, found = _group("parked")
-    lies = Lies("c.parked", 4, 9)
-    (part,) = parked_parts(found, {SECOND: Decided(5, "parked")}, lies, [b"d"])
-    assert part == (SECOND, 5, 20, b"h" * 32, lies, 3, ["public.t", "public.u"], [b"d"])
+    lies, opens = Lies("c.parked", [4, 9]), Opens("k", [b"d"])
+    (part,) = parked_parts(found, {SECOND: Decided(5, "parked")}, lies, opens)
+    assert part == (SECOND, 5, 20, b"h" * 32, lies, 3, ["public.t", "public.u"], opens)
     _, skipped = _group("skipped")
-    assert list(parked_parts(skipped, {SECOND: Decided(5, "skipped")}, lies, [])) == []
+    assert list(parked_parts(skipped, {SECOND: Decided(5, "skipped")}, lies, opens)) == []
 
 
-def test_a_replay_writes_one_transaction_and_no_sequence() -> None:
+def test_a_replay_holds_one_transaction_no_sequence_and_no_table_of_others() -> None:
     found = only(batch(*CHANGES), THIRD)
-    assert found.passed == {0: "skipped", 1: "skipped"}
-    assert (found.ops, found.tx_of) == (
-        [Op.INSERT, Op.INSERT, Op.UPDATE, Op.UPDATE, Op.INSERT],
-        [0, 1, 1, 1, 2],
-    )
-    assert len(found.relation_of) == len(found.plaintexts) == 5
+    assert (found.ops, found.tx_of, found.relation_of) == ([Op.INSERT], [2], [str(T).encode()])
+    assert len(found.plaintexts) == 1
+    assert found.place(0).transaction == THIRD
+    assert only(batch(*CHANGES), SECOND).ops == [Op.INSERT, Op.UPDATE, Op.UPDATE]
+
+
+def test_keys_of_the_dead_letter_topic_that_others_wrote_are_no_packs() -> None:
+    chain = SealedChain()
+    entry = chain.batch([("t", Op.INSERT, b"N")]).entry
+    (root,) = entry.partitions
+    here = f"{prefix(entry.chain, entry.epoch, entry.batch)}/{root.topic}/{root.partition}/"
+    _, message = chain.log[root.topic, root.partition][root.first_offset]
+    assert message is not None
+    ends = ("\u00b2", "9" * 5_000, "-1", "007", "", "1/2")
+    found = {f"{here}{end}": b"x" for end in ends} | {f"{here}{root.first_offset}": message}
+    (part,) = _parts(found, entry)
+    assert [pack.message for pack in part.packs] == [message]
 
 
 def test_a_row_that_does_not_fit_blocks_and_is_named_without_its_value() -> None:

@@ -33,10 +33,10 @@ CREATE TABLE vsql_sync.parked_batches (
     sequence      BIGINT NOT NULL,                     -- the manifest's
     entry_hash    BYTEA NOT NULL,                      -- of the manifest that was verified
     topic         TEXT NOT NULL,                       -- the dead-letter topic, partition 0
-    first_offset  BIGINT NOT NULL,
-    last_offset   BIGINT NOT NULL,
+    offsets       BIGINT[] NOT NULL,                   -- of its records: others write between them
     changes       BIGINT NOT NULL,                     -- of the transaction in this batch
     tables        TEXT[] NOT NULL,
+    dek_id        TEXT NOT NULL,                       -- what it is sealed with
     descriptors   BYTEA[] NOT NULL,                    -- Avro Relations the batch names
     PRIMARY KEY (decision, sequence)
 );

@@ -242,11 +242,12 @@ def _tell(conn: Connection, output: OutputFormat, done: str, ordered: Ordered, t
     named = f"transaction {ordered.transaction['xid']} at {ordered.transaction['lsn']}"
     if answer.startswith("failed"):
         raise RefusedError(f"{named} of stream {ordered.chain} is not {done}; {answer}")
+    so = done if answer.startswith("done") else f"to be {done}"
     data = {"chain": ordered.chain, "decision": ordered.decision, "transaction": ordered.transaction}
     emit(
         output,
         {**data, "answer": answer},
-        lambda: f"decision {ordered.decision}: {named} is {done}; {answer}",
+        lambda: f"decision {ordered.decision}: {named} is {so}; {answer}",
     )
 
 

@@ -4,7 +4,8 @@ Not here: psycopg, our errors (connect.py and the consumer's faults.py make them
 (`[limits]`). docs/operations/apply-errors.md shows the same table to operators; a test compares the two.
 Rules:
 
-* A code of five characters is looked up before its class, the first two. What is not listed is MEND.
+* A code of five characters is looked up before its class, the first two. What is not listed is MEND; while
+  rows are written it is STOP: there only a trigger raises what PostgreSQL does not.
 * RETRY: the same may succeed later without anybody's doing.
 * MEND: somebody has to change the server, the catalog or a right; tried now and then, so that this is all
   there is to do.
@@ -38,6 +39,7 @@ TABLE = (
     Rule("08", Reaction.RETRY, "the connection was lost"),
     Rule("08P01", Reaction.STOP, "a value of the wrong size for its type (only while rows are written)"),
     Rule("09", Reaction.STOP, "a trigger failed"),
+    Rule("0A", Reaction.MEND, "the server, or a table's definition, does not allow this"),
     Rule("21", Reaction.STOP, "more than one row where one is expected"),
     Rule("22", Reaction.STOP, "a value its column does not take: too long, out of range, not of the type"),
     Rule("23", Reaction.STOP, "a constraint: NOT NULL, unique, CHECK, exclusion"),
@@ -61,6 +63,7 @@ TABLE = (
     Rule("57P03", Reaction.RETRY, "the server is starting up"),
     Rule("57P05", Reaction.RETRY, "the session was ended because it was idle"),
     Rule("58", Reaction.MEND, "the operating system reports an error to the server"),
+    Rule("HV", Reaction.MEND, "a foreign server"),
     Rule("P0", Reaction.STOP, "RAISE in a trigger"),
     Rule("XX", Reaction.MEND, "an internal error, or corrupted data, of the server"),
 )
@@ -74,4 +77,5 @@ def reaction(sqlstate: str, *, writing: bool = False) -> Reaction:
     """What an error leads to; `writing`: it came while rows were written."""
     if sqlstate == BAD_VALUE and not writing:
         return _BY_STATE[sqlstate[:2]]
-    return _BY_STATE.get(sqlstate) or _BY_STATE.get(sqlstate[:2]) or Reaction.MEND
+    found = _BY_STATE.get(sqlstate) or _BY_STATE.get(sqlstate[:2])
+    return found or (Reaction.STOP if writing else Reaction.MEND)
