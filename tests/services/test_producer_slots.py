@@ -242,8 +242,8 @@ def test_a_slot_that_moves_while_it_is_taken_over_is_read_where_it_then_stands(n
     node.wait(lambda: node.state()[0] == "running", what=node.log())
     node.execute("INSERT INTO t VALUES (11, 'published, not confirmed')")
     node.wait(lambda: worker.poll() is not None, what=node.log())
-    worker = node.start(failpoints="producer.slot-found=sleep:3000", log="second")
-    node.wait(lambda: "producer.slot-found" in node.log("second"))
+    worker = node.start(failpoints="producer.slot-found=sleep:3000:1", log="second")
+    node.wait(lambda: '"failpoint"' in node.log("second"), what=node.log("second"))
     node.query(
         "SELECT pg_replication_slot_advance(%s, (SELECT lsn_end FROM vsql_sync.chain_heads WHERE chain = %s))"
         "::text",
