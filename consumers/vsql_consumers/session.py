@@ -29,7 +29,11 @@ _LOCK_SECONDS = 10.0
 
 def open_control(settings: Settings, chain: str, stop: threading.Event | None) -> Connection:
     """The control session, locked for this stream; without `stop`, unlocked, for a last word only."""
-    conn = connect(settings.connection.conninfo("consumer"), application_name=f"vsql-sync consumer {chain}")
+    conn = connect(
+        settings.connection.conninfo("consumer"),
+        application_name=f"vsql-sync consumer {chain}",
+        holds_lock=True,
+    )
     if stop is not None:
         try:
             with errors("taking the stream's lock"):

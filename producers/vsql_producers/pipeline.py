@@ -85,8 +85,11 @@ class LivePipeline:
         c.closing.callback(connection.close)
         identity = replication.identify(connection)
         points = replication.switch_points(connection, identity.timeline)
-        slot = self._slot(connection, identity, points)
+        self._slot(connection, identity, points)
+        failpoints.hit("producer.slot-found")
         self._wal = wal = self._start(connection, binary=binary, messages=messages is not None)
+        # Only now does it stand still: a session before ours may have confirmed more in between.
+        slot = slots.require_usable(slots.find(c.conn, c.stream.slot_name), c.stream.slot_name)
         wal.confirmed = slot.confirmed_lsn
         failpoints.hit("producer.slot-held")
         c.tick = wal.report
@@ -115,9 +118,7 @@ class LivePipeline:
         self._sequences = Sequences.open(c.conn, settings, c.stream.publication, c.closing.callback)
         self._batches = Batches(batch_limits(settings.limits, settings.encryption.dek.max_tuples))
 
-    def _slot(
-        self, connection: Connection, identity: replication.Identity, points: dict[int, int]
-    ) -> slots.Slot:
+    def _slot(self, connection: Connection, identity: replication.Identity, points: dict[int, int]) -> None:
         """Step 2 of the start order. A crash between making the slot and noting it leaves one to adopt."""
         c = self._context
         name = c.stream.slot_name
@@ -127,9 +128,9 @@ class LivePipeline:
                 replication.create_slot(connection, name, c.on_tick)
             made = slots.require_free(slot or slots.find(c.conn, name), name)
             slot_made(c.conn, c.stream.chain, made.confirmed_lsn)
-            return made
+            return
         try:
-            return slots.require_usable(slot, name)
+            slots.require_usable(slot, name)
         except DivergedError as lost:
             # Whose WAL this is comes first: with another one, what became of the slot hardly matters.
             head = kafka_head(c.writing, c.make_consumer(), c.on_tick)
@@ -258,6 +259,8 @@ class LivePipeline:
             and not self._transactions.is_open
         ):
             received = max(self._keepalive_lsn, self._transactions.received_lsn)
+            # Beyond the chain's end the slot would not show that this WAL lacks its last transaction.
+            self._transactions.require_met(received)
             self._progress.nothing_outstanding(received, now)
         before = wal.confirmed
         wal.confirm(self._progress.confirmed)

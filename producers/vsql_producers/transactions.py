@@ -173,12 +173,14 @@ class Transactions:
             raise DecodeError(f"transaction {begin.xid} begins inside of transaction {self._begin.xid}")
         self._begin, self._begun = begin, False
         self._dropped = begin.final_lsn < self._resume_lsn
-        if not self._dropped:
-            self._require_met(begin)
+        self.require_met(begin.final_lsn)
 
-    def _require_met(self, begin: Begin) -> None:
-        """Raise DivergedError when the WAL goes past the chain's end without what it ends with."""
-        if self._must_meet and begin.final_lsn >= self._resume_lsn:
+    def require_met(self, position: int) -> None:
+        """Raise DivergedError when the WAL goes past the chain's end without what it ends with.
+
+        Everything that ends at or below `position` was received.
+        """
+        if self._must_meet and position >= self._resume_lsn:
             raise DivergedError(
                 f"the chain ends with a transaction that ended at {lsn.text(self._resume_lsn)}, and this"
                 " server's WAL holds none",
@@ -231,7 +233,7 @@ class Transactions:
         """One that is not part of a transaction: its own begin and commit."""
         end = message.lsn
         begin = Begin(end - 1, pgoutput.frame_time(frame), 0)
-        self._require_met(begin)
+        self.require_met(begin.final_lsn)
         if begin.final_lsn >= self._resume_lsn and self._carries(message):
             run = self._current(begin)
             run.frames.append(_message_frame(message, frame))

@@ -275,6 +275,7 @@ class Worker:
         conn = connect(
             self._settings.connection.conninfo("producer"),
             application_name=f"vsql-sync producer {self._chain}",
+            holds_lock=True,
         )
         with errors("setting up the session"):
             # The audit trail must be on this disk before the slot moves, and must not wait for standbys.

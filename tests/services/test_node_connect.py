@@ -109,6 +109,15 @@ def test_a_replication_connection_takes_the_same_session(pg18: Postgres) -> None
         assert conn.execute("IDENTIFY_SYSTEM").fetchall()[0][3] == "postgres"
 
 
+def test_the_end_of_a_session_that_holds_a_lock_is_noticed_in_seconds(pg18: Postgres) -> None:
+    """Also where bytes were under way: then keepalive says nothing for a quarter of an hour."""
+    with connect(pg18.conninfo, application_name="test", holds_lock=True, host="127.0.0.1") as conn:
+        assert conn.execute("SHOW tcp_user_timeout").fetchone() == ("8s",)
+        assert conn.info.get_parameters()["tcp_user_timeout"] == "30000"
+    with connect(pg18.conninfo, application_name="test", host="127.0.0.1") as conn:
+        assert conn.execute("SHOW tcp_user_timeout").fetchone() == ("0",), "rows may wait for their reader"
+
+
 def test_no_message_carries_a_value_of_a_row(new_database: NewDatabase) -> None:
     with connect(new_database("values"), application_name="test") as conn:
         conn.execute("CREATE TABLE public.t (id int PRIMARY KEY, pan text CHECK (length(pan) < 5))")

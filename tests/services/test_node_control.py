@@ -10,8 +10,10 @@ from datetime import timedelta
 import pytest
 
 from tests.conftest import NewDatabase
-from vsql_shared.errors import RefusedError, UserError
-from vsql_shared.pg import commands, control, migrate, nodes, status, transactions
+from tests.waiting import until
+from vsql_shared import names
+from vsql_shared.errors import RefusedError, TransientError, UserError
+from vsql_shared.pg import commands, control, migrate, nodes, retire, status, transactions
 from vsql_shared.pg.connect import Connection, connect
 
 LIVE = "pub.node-a"
@@ -231,6 +233,61 @@ def test_what_is_not_parked_is_not_replayed_and_an_xid_that_came_twice_is_not_en
         transactions.replay(conn, "pub.node-b", "0/20", "again")
     assert [one.decision for one in transactions.parked(conn)] == [1, 2]
     assert _actions(conn) == ["stream.replay-transaction"]
+
+
+def test_a_slot_that_a_retired_stream_left_behind_is_shown_and_dropped_by_the_next_attempt(
+    conn: Connection, conninfo: str
+) -> None:
+    conn.execute(
+        "UPDATE vsql_sync.streams SET slot_name = 'vsql_left', state = 'DIVERGED' WHERE chain = %s", (LIVE,)
+    )
+    conn.execute("SELECT pg_create_logical_replication_slot('vsql_left', 'pgoutput')")
+    with connect(conninfo, application_name="reader", replication="database") as reader:
+        reader.execute(
+            "START_REPLICATION SLOT vsql_left LOGICAL 0/0 (proto_version '2', publication_names 'pub')"
+        )
+        first = retire.retire(conn, LIVE, "slot lost", 1)
+        assert [name for name, _ in first.streams] == [LIVE]
+        assert f"is used by session {reader.info.backend_pid} and holds WAL" in first.slot
+    assert status.read(conn)[0].slot is not None
+
+    def dropped() -> bool:
+        return "was dropped" in retire.retire(conn, LIVE, "slot lost", 1).slot
+
+    until(dropped)
+    assert status.read(conn)[0].slot is None
+    with pytest.raises(RefusedError, match="is ended already"):
+        retire.retire(conn, LIVE, "slot lost", 1)
+    assert _actions(conn) == ["stream.retire"]
+
+
+def test_a_target_s_stream_is_not_retired_while_its_worker_applies(conn: Connection, conninfo: str) -> None:
+    """Its operator empties the tables next: what was applied after that would stay."""
+    chain = "pub.node-b"
+    ended: list[str] = []
+
+    def end() -> None:
+        with connect(conninfo, application_name="operator") as operator:
+            ended.extend(name for name, _ in retire.retire(operator, chain, "gap", 20).streams)
+
+    with connect(conninfo, application_name="worker") as worker:
+        worker.execute("SELECT pg_advisory_lock(%s)", (names.advisory_key(chain, "in"),))
+        thread = threading.Thread(target=end)
+        thread.start()
+        state = "SELECT state FROM vsql_sync.streams WHERE chain = %s"
+        until(lambda: conn.execute(state, (chain,)).fetchone() == ("FINISHED",))
+        time.sleep(0.5)
+        assert ended == []
+    thread.join()
+    assert ended == [chain]
+
+
+def test_a_target_s_worker_that_does_not_end_is_said(conn: Connection, conninfo: str) -> None:
+    chain = "pub.node-b"
+    with connect(conninfo, application_name="worker") as worker:
+        worker.execute("SELECT pg_advisory_lock(%s)", (names.advisory_key(chain, "in"),))
+        with pytest.raises(TransientError, match="its worker is still at work"):
+            retire.retire(conn, chain, "gap", 0.3)
 
 
 def test_a_worker_that_falls_silent_is_shown_as_not_running(conn: Connection) -> None:

@@ -234,6 +234,29 @@ def test_a_kill_between_noting_and_confirming_a_position_is_no_gap(new_source: N
     assert len(node.read().changes) == 1
 
 
+def test_a_slot_that_moves_while_it_is_taken_over_is_read_where_it_then_stands(new_source: NewSource) -> None:
+    """The old walsender may still confirm what was published when the slot has been looked at."""
+    node = new_source(TABLE, ["t"], config=QUICK)
+    _sent(node)
+    worker = node.start(failpoints="producer.audit-committed=kill")
+    node.wait(lambda: node.state()[0] == "running", what=node.log())
+    node.execute("INSERT INTO t VALUES (11, 'published, not confirmed')")
+    node.wait(lambda: worker.poll() is not None, what=node.log())
+    worker = node.start(failpoints="producer.slot-found=sleep:3000:1", log="second")
+    node.wait(lambda: '"failpoint"' in node.log("second"), what=node.log("second"))
+    node.query(
+        "SELECT pg_replication_slot_advance(%s, (SELECT lsn_end FROM vsql_sync.chain_heads WHERE chain = %s))"
+        "::text",
+        node.slot,
+        node.chain,
+    )
+    node.wait(lambda: node.state()[0] == "running", what=node.log("second"))
+    node.execute("INSERT INTO t VALUES (12, 'later')")
+    node.wait_confirmed()
+    node.stop(worker)
+    assert len(node.read().changes) == 12
+
+
 def test_a_stream_of_an_older_version_learns_where_its_slot_stands(new_source: NewSource) -> None:
     node = new_source(TABLE, ["t"], config=QUICK)
     _sent(node)

@@ -57,6 +57,24 @@ def test_rule_6_a_source_restored_from_an_older_state_is_diverged(
     assert len(node.read().manifests) == entries
 
 
+@pytest.mark.timeout(180)
+def test_rule_6_a_restored_source_is_diverged_although_only_others_wal_goes_past_the_old_end(
+    new_source: NewSource, stack: Stack
+) -> None:
+    """Confirmed, that WAL would put the slot beyond the chain's end, and a restart would see nothing."""
+    server = stack.own_postgres(18)
+    node = new_source(TABLE, ["t"], conninfo=server.conninfo("postgres"))
+    _sent(node, 1, 10)
+    _backup(server)
+    _sent(node, 11, 12)
+    _restore(server)
+    node.execute("INSERT INTO t VALUES (1000, 'at a position that the chain has already')")
+    node.execute("SELECT pg_logical_emit_message(false, 'noise', repeat('x', 1000000))")
+    node.start()
+    node.wait(lambda: node.state()[0] == "diverged", what="the restored source was not noticed")
+    assert "older state" in node.state()[1]["last_error"]
+
+
 @pytest.mark.timeout(120)
 def test_rule_7_logical_messages_are_never_control(new_source: NewSource) -> None:
     node = new_source(TABLE, ["t"])

@@ -124,6 +124,16 @@ def test_a_chain_that_ends_with_a_message_the_wal_lacks_is_diverged() -> None:
         feed(said("app", b"later", 2000, transactional=False), resume=1000, confirmed=500)
 
 
+def test_a_chain_s_end_that_the_wal_went_past_without_is_diverged_before_anything_is_confirmed() -> None:
+    transactions = Transactions(describe, 1000, 500, CARRIED)
+    transactions.feed([begin(700), relation(1), row(1), commit(700)])
+    transactions.require_met(999)
+    with pytest.raises(DivergedError):
+        transactions.require_met(1000)
+    transactions.feed([begin(992), row(1), commit(992)])
+    transactions.require_met(2000)
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_a_message_on_the_wrong_side_of_a_transaction_is_refused(inside: bool) -> None:
     message = said("app", b"m", 60, transactional=not inside)

@@ -165,5 +165,7 @@ def _at_the_slot(one: StreamStatus) -> Iterator[str]:
         yield f"slot {one.slot_name} is gone: the stream will be DIVERGED; see docs/operations/slots.md"
     if one.slot and one.slot["wal_status"] in ("unreserved", "lost"):
         yield f"slot {one.slot_name} is {one.slot['wal_status']}: it loses WAL; see max_slot_wal_keep_size"
+    if one.slot and one.init_state == "FINISHED":
+        yield f"slot {one.slot_name} was left behind and holds WAL: `syncctl stream retire` again drops it"
     if one.init_state == "DIVERGED" and (one.direction, one.kind) == ("out", "live"):
         yield _way_back(one)

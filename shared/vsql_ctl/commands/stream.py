@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 _REASON = "Why; kept with the decision and in the audit log."
 _PARKED = ("chain", "xid", "lsn", "committed", "changes", "tables", "reason", "replayed")
 
+# How long a service may take to see what its streams are to do.
+_SERVICE_SECONDS = 10.0
+
 _chain_option = click.option("--chain", required=True, help="The stream, as `syncctl status` names it.")
 _reason_option = click.option("--reason", required=True, help=_REASON)
 _transaction_option = click.option(
@@ -268,7 +271,9 @@ def retire(operator: Operator, chain: str, reason: str, yes: bool) -> None:
 
     confirm(f"End stream {chain} on this node for good?", yes=yes)
     with open_node(operator) as conn:
-        ended = retiring.retire(conn, chain, reason)
+        # A worker that does not end by itself is killed after server.stop_timeout.
+        wait = operator.settings.server.stop_timeout.total_seconds() + _SERVICE_SECONDS
+        ended = retiring.retire(conn, chain, reason, wait)
     for name, direction in ended.streams:
         click.echo(f"{name} ({direction}): ended")
     if ended.slot:

@@ -31,6 +31,10 @@ Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
 
 # Seconds after which a peer that is silent is taken for dead; libpq's own defaults are two hours.
 _KEEPALIVE = {"keepalives_idle": "15", "keepalives_interval": "5", "keepalives_count": "4"}
+# Keepalive says nothing while sent bytes wait to be acknowledged: the system tries for a quarter of an hour.
+# Milliseconds, at the client and at the server. Not where rows flow: who reads none would count as gone, too.
+_UNACKNOWLEDGED = {"tcp_user_timeout": "30000"}
+_UNACKNOWLEDGED_AT_SERVER = " SET tcp_user_timeout = 8000;"
 _CONNECT_TIMEOUT = "10"
 # Said here too, so that no environment lowers it.
 _LEAST_TLS = {"ssl_min_protocol_version": "TLSv1.2"}
@@ -78,15 +82,18 @@ def connect(
     statement_timeout_ms: int = 0,
     lock_timeout_ms: int = 0,
     autocommit: bool = True,
+    holds_lock: bool = False,
     **options: str,
 ) -> Connection:
     """Open a session with the settings above; `options` are further libpq parameters (`replication`, …).
 
+    `holds_lock`: others wait for what it holds; its end is noticed in seconds, whatever was under way.
     Raises ConfigError for a connection string that cannot be read, TransientError where waiting may help and
     DatabaseError where it will not.
     """
     given = parse_conninfo(conninfo)
-    parameters = {**_KEEPALIVE, **_LEAST_TLS, "connect_timeout": _CONNECT_TIMEOUT, **own_way(given), **given}
+    ours = {**_KEEPALIVE, **(_UNACKNOWLEDGED if holds_lock else {}), **_LEAST_TLS}
+    parameters = {**ours, "connect_timeout": _CONNECT_TIMEOUT, **own_way(given), **given}
     parameters |= {**options, "application_name": application_name, "client_encoding": "UTF8"}
     try:
         # autocommit first: the SETs must not open a transaction of their own.
@@ -97,7 +104,9 @@ def connect(
         sql.Literal(statement_timeout_ms), sql.Literal(lock_timeout_ms)
     )
     try:
-        conn.execute(sql.SQL(_SESSION) + timeouts, prepare=False)
+        conn.execute(
+            sql.SQL(_SESSION + (_UNACKNOWLEDGED_AT_SERVER if holds_lock else "")) + timeouts, prepare=False
+        )
         conn.autocommit = autocommit
         fit_parameters(conn, conn.info.parameter_status("server_encoding") or UTF8)
     except psycopg.Error as error:

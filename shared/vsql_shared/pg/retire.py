@@ -5,20 +5,26 @@ that nothing of what is missing has to be guessed. Rules:
 
 * At the origin only a DIVERGED stream is ended: what still runs is never cut off by mistake. Its targets
   cannot know, so there the operator's word counts.
-* FINISHED is a stream's last state: no worker runs it again, whatever else is ordered.
-* The slot is dropped, so that it holds no WAL; another's slot of that name is left alone.
+* FINISHED is a stream's last state: no worker runs it again, whatever else is ordered. On a target one that
+  is at work has ended before the operator goes on: what it applied to emptied tables would stay.
+* The slot is dropped, so that it holds no WAL; another's slot of that name is left alone. One that an attempt
+  before left behind (used then, or cut off) is dropped by the next.
 * The chain, its entries and its topics stay: they prove what was sent.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import psycopg
 
-from vsql_shared.errors import RefusedError, UserError
+from vsql_shared import names
+from vsql_shared.errors import RefusedError, TransientError, UserError
 from vsql_shared.pg import commands, nodes, oplog
 from vsql_shared.pg.connect import Connection, errors, translate
+
+_LOOK_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +35,30 @@ class Retired:
     slot: str
 
 
-def retire(conn: Connection, chain: str, reason: str) -> Retired:
-    """End a live stream, with its first copies, on this node. `conn` must be in autocommit mode."""
+def retire(conn: Connection, chain: str, reason: str, wait: float) -> Retired:
+    """End a live stream, with its first copies, on this node. `conn` must be in autocommit mode.
+
+    Raises TransientError when one of them is still applied after `wait` seconds.
+    """
     reason = reason.strip()
     if not reason:
         raise UserError("ending a stream needs a reason", hint='--reason "slot lost, INC-7"')
     nodes.local(conn)
+    rows, slot = _end(conn, chain, reason)
+    dropped = _drop(conn, slot) if slot else ""
+    deadline = time.monotonic() + wait
+    for name, direction in rows:
+        if direction == "in":
+            _wait_for_worker(conn, name, deadline)
+    return Retired(rows, dropped)
+
+
+def _end(conn: Connection, chain: str, reason: str) -> tuple[list[tuple[str, str]], str | None]:
+    """The streams that are ended with this, and the slot that is to go."""
     with errors(f"ending stream {chain}"), conn.transaction():
         direction, slot, old = _lock(conn, chain)
+        if old["state"] == "FINISHED":
+            return [], slot
         rows = conn.execute(
             "UPDATE vsql_sync.streams SET state = 'FINISHED', state_reason = %s, desired = 'stopped'"
             " WHERE direction = %s AND state <> 'FINISHED'"
@@ -47,7 +69,25 @@ def retire(conn: Connection, chain: str, reason: str) -> Retired:
         new = {"direction": direction, "reason": reason, "streams": sorted(row[0] for row in rows)}
         oplog.record(conn, "stream.retire", "stream", chain, old=old, new=new)
         conn.execute("SELECT pg_catalog.pg_notify(%s, '')", (commands.CHANNEL,))
-    return Retired(sorted(rows), _drop(conn, slot) if slot else "")
+    return sorted(rows), slot
+
+
+def _wait_for_worker(conn: Connection, chain: str, deadline: float) -> None:
+    """Wait until nobody has the lock of an incoming stream."""
+    key = names.advisory_key(chain, "in")
+    while True:
+        with errors("waiting for the stream's worker"):
+            row = conn.execute(
+                "SELECT pg_catalog.pg_try_advisory_lock(%s) AND pg_catalog.pg_advisory_unlock(%s)", (key, key)
+            ).fetchone()
+        if row is not None and row[0]:
+            return
+        if time.monotonic() > deadline:
+            raise TransientError(
+                f"stream {chain} is ended, but its worker is still at work",
+                hint="stop the consumer (`syncctl daemon stop`, or its container) before you empty tables",
+            )
+        time.sleep(_LOOK_SECONDS)
 
 
 def _lock(conn: Connection, chain: str) -> tuple[str, str | None, dict[str, object]]:
@@ -58,11 +98,11 @@ def _lock(conn: Connection, chain: str) -> tuple[str, str | None, dict[str, obje
         " WHERE s.chain = %s AND s.kind = 'live' FOR UPDATE OF s",
         (chain,),
     ).fetchone()
-    if row is None or row[2] == "FINISHED":
+    if row is None or (row[2] == "FINISHED" and (row[0] == "in" or _find(conn, row[1]) is None)):
         what = "is ended already" if row else "is no live stream of this node"
         raise RefusedError(f"stream {chain} {what}", hint="see `syncctl status`")
     direction, slot, state, why, sequence, lsn_end = row
-    if direction == "out" and state != "DIVERGED":
+    if direction == "out" and state not in ("DIVERGED", "FINISHED"):
         raise RefusedError(
             f"stream {chain} is {state}: only a DIVERGED stream is ended at its origin",
             hint="`syncctl pause` stops one that shall go on later",
@@ -70,18 +110,24 @@ def _lock(conn: Connection, chain: str) -> tuple[str, str | None, dict[str, obje
     return direction, slot, {"state": state, "why": why, "sequence": sequence, "lsn_end": lsn_end}
 
 
-def _drop(conn: Connection, name: str) -> str:
-    """Drop the stream's slot, if there is one and it is ours; what became of it, for the operator."""
+def _find(conn: Connection, name: str | None) -> tuple[int | None] | None:
+    """Which session uses the stream's slot; None where there is none that is ours."""
     with errors(f"looking at replication slot {name}"):
         row = conn.execute(
             "SELECT active_pid FROM pg_catalog.pg_replication_slots WHERE slot_name = %s"
             " AND plugin = 'pgoutput' AND database = pg_catalog.current_database() AND NOT temporary",
             (name,),
         ).fetchone()
+    return None if row is None else (row[0],)
+
+
+def _drop(conn: Connection, name: str) -> str:
+    """Drop the stream's slot, if there is one and it is ours; what became of it, for the operator."""
+    row = _find(conn, name)
     if row is None:
         return f"there is no slot {name} of this stream"
     if row[0] is not None:
-        return f"slot {name} is used by session {row[0]}; drop it when that has ended, or it holds WAL"
+        return f"slot {name} is used by session {row[0]} and holds WAL: repeat this when that has ended"
     try:
         conn.execute("SELECT pg_catalog.pg_drop_replication_slot(%s)", (name,))
     except psycopg.Error as error:

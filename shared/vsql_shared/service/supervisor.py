@@ -54,6 +54,7 @@ class Supervisor:
             config,
             settings.limits.retry_backoff_ms / 1000,
             settings.limits.retry_backoff_max_ms / 1000,
+            settings.server.stop_timeout.total_seconds(),
         )
         self._stop = threading.Event()
         self._connection: Connection | None = None
@@ -86,7 +87,7 @@ class Supervisor:
                 self._stop.wait(_POLL_SECONDS)
         finally:
             _log.info("stopping: workers finish their batch")
-            graceful = self._workers.stop(self._settings.server.stop_timeout.total_seconds())
+            graceful = self._workers.stop()
             if self._connection is not None:
                 self._connection.close()
         return 0 if graceful else 1
@@ -129,6 +130,7 @@ class Supervisor:
         connection = connect(
             self._settings.connection.conninfo(self._role),
             application_name=f"vsql-sync {self._role} supervisor",
+            holds_lock=True,
         )
         try:
             _lock_service(connection, self._settings, self._role)

@@ -2,7 +2,8 @@
 
 A worker that ends by itself is started again: after `backoff` seconds the first time, twice as long each
 further time up to `backoff_max`; a worker that ran for a while starts from the beginning. Exit codes of a
-user's mistake are restarted too: the mistake may be mended in the database at any time.
+user's mistake are restarted too: the mistake may be mended in the database at any time. One that is not
+wanted any more has `stop_timeout` seconds to end, then it is killed: hung, it would keep its stream's lock.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _log = logging.getLogger(__name__)
 
 # A worker that lived this long (seconds) was healthy: its next end is a new trouble.
 _HEALTHY_AFTER = 60.0
+# Doublings of a pause that are counted; any bound is reached before.
+_DOUBLINGS = 32
 
 
 @dataclass(slots=True)
@@ -30,15 +33,25 @@ class _Worker:
     started: float
     failures: int = 0
     next_start: float = 0.0
+    end_by: float | None = None
+    """It was told to end until then."""
+
+
+def pause_after(failures: int, backoff: float, backoff_max: float) -> float:
+    """Seconds before the next start, after so many ends in a row."""
+    return min(backoff * float(2 ** min(failures - 1, _DOUBLINGS)), backoff_max)
 
 
 class Workers:
     """The worker processes of one service; `sync` makes them match the wanted streams."""
 
-    def __init__(self, package: str, config: str | None, backoff: float, backoff_max: float) -> None:
+    def __init__(
+        self, package: str, config: str | None, backoff: float, backoff_max: float, stop_timeout: float
+    ) -> None:
         self._base = [sys.executable, "-m", package, *(["--config", config] if config else [])]
         self._base += ["--service-pid", str(os.getpid())]
         self._backoff, self._backoff_max = backoff, backoff_max
+        self._stop_timeout = stop_timeout
         self._workers: dict[str, _Worker] = {}
 
     def sync(self, wanted: Iterable[str]) -> list[str]:
@@ -50,19 +63,36 @@ class Workers:
             if worker.process is not None and worker.process.poll() is not None:
                 ended.append(chain)
                 self._note_end(chain, worker, worker.process.returncode, now, wanted=chain in wanted)
-            if chain not in wanted:
-                if worker.process is None:
-                    del self._workers[chain]
-                else:
-                    worker.process.terminate()
+            if worker.process is not None and (chain not in wanted or worker.end_by is not None):
+                self._end(chain, worker, worker.process, now)
+            elif chain not in wanted:
+                del self._workers[chain]
         for chain in wanted:
             worker = self._workers.setdefault(chain, _Worker(None, now))
             if worker.process is None and now >= worker.next_start:
-                env = {**os.environ, **shared_metrics.worker_environment(chain)}
-                worker.process = subprocess.Popen([*self._base, "--chain", chain], env=env)
-                worker.started = now
-                _log.info("worker started", extra={"stream": chain, "pid": worker.process.pid})
+                self._start(chain, worker, now)
         return ended
+
+    def _start(self, chain: str, worker: _Worker, now: float) -> None:
+        env = {**os.environ, **shared_metrics.worker_environment(chain)}
+        try:
+            worker.process = subprocess.Popen([*self._base, "--chain", chain], env=env)
+        except OSError as error:  # no memory or no process left: the other streams go on
+            worker.failures += 1
+            worker.next_start = now + pause_after(worker.failures, self._backoff, self._backoff_max)
+            _log.error("worker cannot be started: %s", error.strerror, extra={"stream": chain})
+            return
+        worker.started, worker.end_by = now, None
+        _log.info("worker started", extra={"stream": chain, "pid": worker.process.pid})
+
+    def _end(self, chain: str, worker: _Worker, process: subprocess.Popen[bytes], now: float) -> None:
+        if worker.end_by is None:
+            worker.end_by = now + self._stop_timeout
+        if now < worker.end_by:
+            process.terminate()
+        else:
+            _log.error("worker did not end in time and is killed", extra={"stream": chain})
+            process.kill()
 
     def _note_end(self, chain: str, worker: _Worker, code: int, now: float, *, wanted: bool) -> None:
         if not wanted and code in (0, -signal.SIGTERM):
@@ -71,7 +101,7 @@ class Workers:
             _log.info("worker ended", extra={"stream": chain, "code": code})
             return
         worker.failures = 1 if now - worker.started > _HEALTHY_AFTER else worker.failures + 1
-        pause = 0.0 if code == 0 else min(self._backoff * 2 ** (worker.failures - 1), self._backoff_max)
+        pause = 0.0 if code == 0 else pause_after(worker.failures, self._backoff, self._backoff_max)
         worker.next_start = now + pause
         worker.process = None
         level = logging.INFO if code == 0 else logging.ERROR
@@ -86,14 +116,14 @@ class Workers:
             for chain, worker in self._workers.items()
         }
 
-    def stop(self, timeout: float) -> bool:
-        """SIGTERM all, wait `timeout` seconds, SIGKILL the rest. True when all ended by themselves."""
+    def stop(self) -> bool:
+        """SIGTERM all, wait `stop_timeout` seconds, SIGKILL the rest. True when all ended by themselves."""
         alive = [
             w.process for w in self._workers.values() if w.process is not None and w.process.poll() is None
         ]
         for process in alive:
             process.terminate()
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + self._stop_timeout
         graceful = True
         for process in alive:
             try:
