@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import timedelta
 
 import pytest
@@ -242,7 +243,7 @@ def test_a_slot_that_a_retired_stream_left_behind_is_shown_and_dropped_by_the_ne
         "UPDATE vsql_sync.streams SET slot_name = 'vsql_left', state = 'DIVERGED' WHERE chain = %s", (LIVE,)
     )
     conn.execute("SELECT pg_create_logical_replication_slot('vsql_left', 'pgoutput')")
-    with connect(conninfo, application_name="reader", replication="database") as reader:
+    with closing(connect(conninfo, application_name="reader", replication="database")) as reader:
         reader.execute(
             "START_REPLICATION SLOT vsql_left LOGICAL 0/0 (proto_version '2', publication_names 'pub')"
         )
