@@ -163,7 +163,7 @@ def _with(value: Any, at: tuple[str | int, ...], other: object) -> Any:
     """The answer with another value in one place."""
     if not at:
         return other
-    made = dict(value) if isinstance(value, dict) else list(value)
+    made: Any = dict(value) if isinstance(value, dict) else list(value)
     made[at[0]] = _with(value[at[0]], at[1:], other)
     return made
 

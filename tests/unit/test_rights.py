@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
@@ -149,3 +150,19 @@ def test_our_own_certificate_that_ended_is_said_before_anybody_is_asked(tmp_path
     assert found is not None
     assert re.search(r"this side's certificate .*client.crt expired at \d{4}-", found.text)
     assert found.hint == "renew it"
+
+
+def test_an_encrypted_key_of_ours_is_said_and_nobody_is_asked_for_its_passphrase(tmp_path: Path) -> None:
+    """OpenSSL would ask at the terminal, where a service has none and syncctl would seem to hang."""
+    issued = Authority.make("ours").issue(tmp_path / "client", "sync")
+    key = serialization.load_pem_private_key(issued.key.read_bytes(), None)
+    issued.key.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"passphrase"),
+        )
+    )
+    found = tls.refusal("127.0.0.1", 1, tls.Means(None, issued.certificate, issued.key))
+    assert found is not None
+    assert "files of this side cannot be used" in found.text
