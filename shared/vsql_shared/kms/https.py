@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 
 from vsql_shared.config.kms_services import is_loopback
 from vsql_shared.errors import DecodeError, KeyUnavailableError, TransientError
-from vsql_shared.kms.base import Retries
+from vsql_shared.kms.base import LONGEST_PAUSE, Retries
 
 _T = TypeVar("_T")
 _MAX_ANSWER = 1 << 20
@@ -60,7 +60,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def _sleep_about(seconds: float) -> None:
     """Sleep so long and up to a quarter longer: many workers that were throttled do not come back at once."""
-    time.sleep(seconds * (1 + secrets.randbelow(256) / 1024))
+    time.sleep(min(LONGEST_PAUSE, seconds * (1 + secrets.randbelow(256) / 1024)))
 
 
 class Https:
