@@ -221,6 +221,7 @@ def test_a_kafka_client_gets_what_it_needs_and_our_settings_win() -> None:
     settings = _parse("", ALL_SECRETS)
     for role in ("producer", "consumer", "admin"):
         config = settings.kafka.client_config(role, settings.limits)
+        assert config["allow.auto.create.topics"] is False, "a deleted topic must not come back by itself"
         assert config["security.protocol"] == "SASL_SSL"
         assert config["sasl.password"] == SECRET
         assert config["ssl.endpoint.identification.algorithm"] == "https"

@@ -176,6 +176,8 @@ class KafkaSettings(Section):
         config: dict[str, ClientOption] = dict(self.client_options)
         config |= {"bootstrap.servers": self.bootstrap_servers, **self.security.client_options()}
         config.setdefault("client.id", f"vsql-sync-{role}")
+        # A topic somebody deleted must not come back in the brokers' default shape because we asked for it.
+        config["allow.auto.create.topics"] = False
         bounds = limits or LimitsSettings()
         if role == "producer":
             config |= {"enable.idempotence": True, "acks": "all"}
@@ -185,6 +187,6 @@ class KafkaSettings(Section):
             config.setdefault("compression.type", "none")
         elif role == "consumer":
             config |= {"enable.auto.commit": False, "enable.auto.offset.store": False}
-            config |= {"allow.auto.create.topics": False, "auto.offset.reset": "error", "check.crcs": True}
+            config |= {"auto.offset.reset": "error", "check.crcs": True}
             config["queued.max.messages.kbytes"] = bounds.kafka_queue_bytes // 1024
         return config
