@@ -23,6 +23,7 @@ from vsql_shared.pg.connect import connect
 
 ROOT = Path(__file__).resolve().parents[2]
 LIVE = (
+    "producer.slot-found",
     "producer.slot-held",
     "producer.opening",
     "producer.epoch-opened",
