@@ -127,11 +127,11 @@ class Group:
     def applied(self, verdicts: list[dict[str, int]]) -> None:
         """The applier took the batches: keep what is to be said of them, and let their rows go."""
         for opened, manifest, counts in zip(self.batches, self.manifests, verdicts, strict=True):
-            said = self.passed_over.pop(opened.sequence, None)
+            said = self.passed_over.pop(opened.sequence, ())
             self.receipts.append(
                 Receipt(
                     opened.sequence, opened.epoch, opened.batch, manifest, opened.merkle_root, counts,
-                    {} if said is None else {"passed_over": said},
+                    quarantine.as_detail(said),
                 )
             )  # fmt: skip
         self.batches, self.manifests, self.size = [], [], 0

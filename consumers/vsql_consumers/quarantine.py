@@ -14,7 +14,8 @@ state.py reads them). Rules:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,8 @@ from vsql_shared.errors import DecodeError, RowError, VerificationError
 from vsql_shared.pg.connect import Connection, errors
 
 _WATCH_SECONDS = 1.0
+NAMED_MOST = 200
+"""Transactions an acknowledgement names, of some hundred bytes each: an entry's detail is bounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,21 @@ def passed_over(transaction: Transaction, decided: Decided, changes: int) -> dic
         "verdict": decided.verdict,
         "changes": changes,
     }
+
+
+def as_detail(said: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Detail of an acknowledgement: transactions by name, as many as an entry holds, and the sum of others.
+
+    Each of those stands in the operators' log all the same, whose lines the chain holds.
+    """
+    if not said:
+        return {}
+    changes, transactions = Counter[str](), Counter[str]()
+    for one in said[NAMED_MOST:]:
+        changes[one["verdict"]] += one["changes"]
+        transactions[one["verdict"]] += 1
+    others = [{"verdict": v, "changes": n, "transactions": transactions[v]} for v, n in changes.items()]
+    return {"passed_over": [*said[:NAMED_MOST], *others]}
 
 
 def mark_diverged(conn: Connection, live_chain: str, tables: Iterable[TableName], reason: str) -> None:

@@ -26,7 +26,7 @@ from vsql_shared.kafka.clients import make_admin
 
 CASES = (
     "named", "taken", "skipped", "cut", "late", "own", "parked", "killed", "between", "gone", "busy", "mixed",
-    "away", "again",
+    "away", "again", "pieces",
 )  # fmt: skip
 ROWS = 20
 CONFIG = (
@@ -376,6 +376,25 @@ def test_a_parked_transaction_waits_sealed_and_is_replayed_once(pair: TwoNodes) 
     assert (
         f"{after['passed_over']} changes skipped or parked by operators, {after['replayed']} of them" in shown
     )
+
+
+def test_a_transaction_in_fragments_is_parked_and_replayed_whole(pair: TwoNodes) -> None:
+    last = 3 * ROWS
+    forbid(pair, "pieces", last - 5)
+    rows = f"SELECT g, 'x' FROM generate_series(1, {last}) g"
+    (xid,) = commit(pair, f"INSERT INTO pieces {rows}; INSERT INTO pieces_too VALUES (1, 'x')")
+    blocked(pair, "pieces")
+    order(pair, "park", xid)
+    commit(pair, f"INSERT INTO pieces VALUES ({last + 1}, 'after')")
+    in_step(pair)
+    assert ids(pair, "pieces") == [last + 1]
+    listed = _listed(pair, xid)
+    assert (listed["changes"], listed["tables"]) == (last + 1, ["public.pieces", "public.pieces_too"])
+    allow(pair, "pieces")
+    assert order(pair, "replay", xid)["answer"] == f"done: replayed: {last + 1} applied"
+    assert ids(pair, "pieces") == list(range(1, last + 2))
+    assert ids(pair, "pieces_too") == [1]
+    verified(pair)
 
 
 @pytest.mark.parametrize("where", ["consumer.before-replay-commit", "consumer.after-replay-commit"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from vsql_consumers.quarantine import Refusal
 from vsql_consumers.replaying import _parts, only
 from vsql_consumers.state import Position
 from vsql_consumers.window import in_words, runs, transactions
+from vsql_shared.audit.entries import MAX_DETAIL_SIZE, canonical_json
 from vsql_shared.changes import SEQUENCES, Column, Op, OpenedBatch, Relation, TableName, Transaction
 from vsql_shared.errors import RowError
 from vsql_shared.pg.reactions import TABLE, Reaction, reaction
@@ -139,6 +141,23 @@ def test_a_receipt_says_what_was_passed_over_and_by_which_decision() -> None:
     assert sum(receipt.verdicts.values()) == found.row_count
     assert group.honoured == {5}
     assert len(group.also) == 1, "its tables are marked with the commit"
+
+
+def test_however_many_are_passed_over_the_acknowledgement_can_be_signed_and_sums_up() -> None:
+    many = [Transaction(4_000_000_000 + n, (1 << 62) + n, n) for n in range(1_000)]
+    group, found = Group.after(Position(), CHAIN), batch(*((n, Op.INSERT, T) for n in range(1_000)))
+    found.transactions = many
+    group.batches, group.manifests = [found], [b"manifest"]
+    group.pass_over(found, {one: Decided(9, ("skipped", "parked")[one.xid % 2]) for one in many})
+    group.applied([{"skipped": 500, "parked": 500}])
+    (receipt,) = group.receipts
+    assert len(canonical_json(receipt.detail)) < MAX_DETAIL_SIZE
+    assert len(group.honoured) == 1
+    said = Counter[str]()
+    for one in receipt.detail["passed_over"]:
+        said[one["verdict"]] += one["changes"]
+    assert said == {"skipped": 500, "parked": 500}
+    assert sum(one.get("transactions", 1) for one in receipt.detail["passed_over"]) == 1_000
 
 
 def test_a_decision_on_another_transaction_with_the_same_xid_passes_nothing_over() -> None:
