@@ -12,13 +12,14 @@ Not here: the database (shares.py), a member's work (member.py), the coordinator
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vsql_consumers.verify import batch_name
-from vsql_shared.audit.entries import BY_ROW, EPOCH_OPENED, REPLICATION_BATCH, AuditEntry
+from vsql_shared.audit.entries import BY_ROW, EPOCH_OPENED, ORDER, REPLICATION_BATCH, AuditEntry
 from vsql_shared.audit.merkle import batch_root
 from vsql_shared.errors import RecordError
 
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 
 def is_by_row(entry: AuditEntry) -> bool:
     """Whether a batch may be applied by members side by side."""
-    return entry.event_type == REPLICATION_BATCH and entry.detail == BY_ROW and not entry.continues
+    if entry.event_type != REPLICATION_BATCH or entry.continues:
+        return False
+    return bool(json.loads(entry.detail).get(ORDER) == BY_ROW)
 
 
 def is_alone(ready: Ready) -> bool:

@@ -6,6 +6,8 @@ come from and what happens after the acknowledgement (progress.py). Rules:
 * Batch numbers follow the chain's head and grow by one; they are given out when a batch is sealed.
 * A topic is created before the first pack for it.
 * An operator's act stands in the chain, too, in the order it was obeyed in.
+* What a batch describes for the first time is written down before it leaves, and its hash stands in the
+  manifest (scope_record.py).
 * Manifests cover the positions of the source without a hole: each begins where the one before ended.
 """
 
@@ -18,11 +20,13 @@ from vsql_producers import seal
 from vsql_producers.batches import Batch, BatchLimits
 from vsql_producers.keys import DataKeys
 from vsql_producers.publish import Publisher
+from vsql_producers.scope_record import seen
 from vsql_producers.seal import PackLimits, Place, Relations, SealedBatch
 from vsql_producers.spread import Spread
 from vsql_shared.audit.chain import ChainWriter, Prepared
-from vsql_shared.audit.entries import BY_ROW, OPERATOR_ACTION, REPLICATION_BATCH, canonical_json
+from vsql_shared.audit.entries import BY_ROW, OPERATOR_ACTION, ORDER, REPLICATION_BATCH, canonical_json
 from vsql_shared.audit.merkle import batch_root
+from vsql_shared.audit.scope_history import DESCRIBED
 from vsql_shared.changes import PartitionRoot
 from vsql_shared.config import LimitsSettings
 from vsql_shared.crypto.dek import ALGORITHM
@@ -59,15 +63,18 @@ class Outlet:
         metrics: StreamMetrics,
         position: int,
         *,
+        write_seen: Callable[[int, str], str],
         target: str = "*",
         spread: Spread | None = None,
     ) -> None:
+        """`write_seen` takes a batch's number and what it describes, and returns the hash of that."""
         self._place, self._writer = place, writer
         self.publisher, self.keys = publisher, keys
         self._limits = pack_limits(limits)
         self._ensure_topic = ensure_topic
         self._metrics = metrics
         self._position, self._target = position, target
+        self._write_seen = write_seen
         self._relations = Relations(spread)
         self._topics: set[str] = set()
         self._number = writer.tip.batch
@@ -85,8 +92,10 @@ class Outlet:
         parts = seal.arrange(batch, self._relations, self._limits.plaintext)
         key = self.keys.key_for(*seal.needs(parts))
         sealed = seal.seal(batch, parts, self._number + 1, key, self._place, self._limits)
-        sealed = sealed._replace(kek_id=self.keys.kek_id)
         self._number += 1
+        text = seen(self._relations.fresh)
+        described = self._write_seen(self._number, text) if text else ""
+        sealed = sealed._replace(kek_id=self.keys.kek_id, described=described)
         for topic in sealed.topics:
             if topic.topic not in self._topics:
                 self._ensure_topic(topic.topic)
@@ -129,7 +138,15 @@ class Outlet:
             record_count=batch.record_count,
             continues=batch.continues,
             partitions=roots,
-            detail=BY_ROW if batch.by_row else "{}",
+            detail=_detail(batch),
         )
         self._position = end
         return prepared
+
+
+def _detail(batch: SealedBatch) -> str:
+    """What a manifest says beside its columns: which order its batch needs, and what it describes."""
+    said = {ORDER: BY_ROW} if batch.by_row else {}
+    if batch.described:
+        said[DESCRIBED] = batch.described
+    return canonical_json(said)

@@ -103,6 +103,8 @@ class SealedBatch(NamedTuple):
     oldest_commit_time: int
     kek_id: str = ""
     by_row: bool = False
+    described: str = ""
+    """SHA-256 of the tables and columns this batch describes, in hex; empty: it describes none."""
 
 
 class Relations:
@@ -117,6 +119,10 @@ class Relations:
         self.sent: set[tuple[bytes, int]] = set()
         self.last: dict[TableName, bytes] = {}
         """Table → its last descriptor that was sent."""
+        self.described: set[bytes] = set()
+        """Hashes of all descriptors of this epoch."""
+        self.fresh: list[Descriptor] = []
+        """Those the batch that was arranged last is the first to have."""
 
 
 class _Arranger:
@@ -205,6 +211,9 @@ class _Arranger:
         self.parts.append(part)
         if (descriptor.hash, partition) not in relations.sent:
             relations.sent.add((descriptor.hash, partition))
+            if descriptor.hash not in relations.described:
+                relations.described.add(descriptor.hash)
+                relations.fresh.append(descriptor)
             # Whatever came under another definition must be applied before.
             if relations.last.setdefault(descriptor.name, descriptor.hash) != descriptor.hash:
                 relations.last[descriptor.name], self.by_row = descriptor.hash, False
@@ -214,6 +223,7 @@ class _Arranger:
 
 def arrange(batch: Batch, relations: Relations, max_plaintext: int) -> list[Part]:
     """Parts of a batch; changes `relations` as the batch does, so batches must come in order."""
+    relations.fresh.clear()
     arranger = _Arranger(relations, max_plaintext)
     large = batch.nbytes > max_plaintext and max(map(len, batch.frames)) - PLAINTEXT_AT > max_plaintext
     add = arranger.add_large if large else arranger.add

@@ -1,17 +1,15 @@
-"""What the commands on the audit trail share: the database, the keys it trusts, times, files that are whole.
+"""What the commands on the audit trail share: the database, the keys it trusts, times, texts.
 
 Not a command.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 import click
 
@@ -51,27 +49,6 @@ def trusted_keys(conn: Connection, settings: Settings) -> TrustStore:
     from vsql_shared.pg import signers
 
     return TrustStore(signers.load(conn), allow_unsigned=settings.server.mode == "dev")
-
-
-@contextmanager
-def complete_file(target: Path) -> Iterator[TextIO]:
-    """A file that takes its name only when it is whole and on disk; readable by its owner only."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {target.parent}: {error.strerror}",
-            hint="name a directory this user may write to",
-        ) from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def read_text(path: Path, limit: int) -> str:

@@ -67,7 +67,7 @@ def load(conninfo: str, over: threading.Event, seed: int, made: list[int]) -> No
 def marked(pair: TwoNodes) -> tuple[int, int]:
     """(batches of the source that members may apply, all of them)."""
     found = pair.a.query(
-        'SELECT count(*) FILTER (WHERE position(\'{"order":"row"}\'::bytea in document) > 0), count(*)'
+        'SELECT count(*) FILTER (WHERE position(\'"order":"row"\'::bytea in document) > 0), count(*)'
         " FROM vsql_sync.vsql_sync_audit WHERE event_type = 'replication_batch' AND chain = 'pub.node-a'"
     )
     return found[0][0], found[0][1]

@@ -20,13 +20,17 @@ from vsql_shared.audit.entries import (
     BY_ROW,
     EPOCH_OPENED,
     OPERATOR_ACTION,
+    ORDER,
     REPLICATION_BATCH,
     AuditEntry,
+    canonical_json,
 )
+from vsql_shared.audit.scope_history import DESCRIBED
 from vsql_shared.changes import PartitionRoot
 from vsql_shared.errors import RecordError
 from vsql_shared.wire.pack import decode_relation, relation_hash
 
+ROWS = canonical_json({ORDER: BY_ROW})
 TOPIC = names.data_topic(CLUSTER, CHAIN, "public", "t")
 OTHER = names.data_topic(CLUSTER, CHAIN, "public", "u")
 
@@ -127,9 +131,11 @@ def test_a_part_is_held_against_its_own_root_alone() -> None:
 @pytest.mark.parametrize(
     ("event", "detail", "continues", "skipped", "alone"),
     [
-        (REPLICATION_BATCH, BY_ROW, False, False, False),
-        (REPLICATION_BATCH, BY_ROW, True, False, True),
-        (REPLICATION_BATCH, BY_ROW, False, True, True),
+        (REPLICATION_BATCH, ROWS, False, False, False),
+        (REPLICATION_BATCH, ROWS, True, False, True),
+        (REPLICATION_BATCH, ROWS, False, True, True),
+        (REPLICATION_BATCH, canonical_json({ORDER: BY_ROW, DESCRIBED: "0" * 64}), False, False, False),
+        (REPLICATION_BATCH, canonical_json({DESCRIBED: "0" * 64}), False, False, True),
         (REPLICATION_BATCH, "{}", False, False, True),
         (REPLICATION_BATCH, '{"order":"source"}', False, False, True),
         (EPOCH_OPENED, "{}", False, False, True),

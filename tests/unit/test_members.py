@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vsql_consumers.members import PartReceipt, assign, merge
 from vsql_shared.audit import merkle
-from vsql_shared.audit.entries import BY_ROW, REPLICATION_BATCH, AuditEntry
+from vsql_shared.audit.entries import BY_ROW, ORDER, REPLICATION_BATCH, AuditEntry, canonical_json
 from vsql_shared.changes import PartitionRoot
 from vsql_shared.errors import RecordError
 
@@ -71,7 +71,7 @@ def manifest(rows: int = 10) -> AuditEntry:
         record_count=40,
         merkle_root=merkle.batch_root(ROOTS),
         partitions=tuple(PartitionRoot("t", n, 0, 0, 1, 10, root) for n, root in enumerate(ROOTS)),
-        detail=BY_ROW,
+        detail=canonical_json({ORDER: BY_ROW}),
     )
 
 

@@ -178,6 +178,18 @@ def test_a_new_definition_is_applied_alone_and_what_follows_it_is_not() -> None:
     assert sum(one[25] == Op.RELATION for part in parts for one in part.frames) == 1
 
 
+def test_a_table_is_seen_once_in_an_epoch_however_many_partitions_it_is_described_in() -> None:
+    relations = Relations(Spread(SECRET, 4))
+    rows = [insert(n.to_bytes(4)) for n in range(40)]
+    arranged(relations, rows[0], described=descriptor())
+    assert relations.fresh == [descriptor()]
+    _, parts = arranged(relations, *rows)
+    assert sum(one[25] == Op.RELATION for part in parts for one in part.frames) == 3
+    assert relations.fresh == []
+    arranged(relations, rows[0], described=descriptor(1))
+    assert relations.fresh == [descriptor(1)]
+
+
 def test_without_partitions_nothing_changes() -> None:
     batch, parts = arranged(Relations(), insert(b"a"), insert(b"b"), described=descriptor())
     assert not batch.by_row

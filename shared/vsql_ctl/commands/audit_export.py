@@ -14,7 +14,8 @@ import click
 
 from vsql_ctl.commands.audit_proofs import signing_key
 from vsql_ctl.context import Operator, example, pass_operator
-from vsql_ctl.trail import complete_file, moment, node_database, trusted_keys
+from vsql_ctl.files import complete_file
+from vsql_ctl.trail import moment, node_database, trusted_keys
 from vsql_shared.errors import ChainError, UserError
 
 if TYPE_CHECKING:

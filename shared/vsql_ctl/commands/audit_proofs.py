@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vsql_ctl.context import Operator, OutputFormat, example, output_option, pass_operator
+from vsql_ctl.files import complete_file
 from vsql_ctl.output import emit, render_pairs
-from vsql_ctl.trail import complete_file, node_database, read_text, trusted_keys
+from vsql_ctl.trail import node_database, read_text, trusted_keys
 from vsql_shared.errors import ConfigError, RefusedError, SignatureError, UserError
 
 if TYPE_CHECKING:

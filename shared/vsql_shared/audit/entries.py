@@ -81,9 +81,11 @@ def canonical_json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
-BY_ROW: Final = canonical_json({"order": "row"})
-"""`detail` of a manifest whose batch needs no other order than that of each row, which its partition keeps:
-members may apply it side by side. Any other batch is applied alone, in the order of the source."""
+ORDER: Final = "order"
+"""Key in the detail of a manifest; BY_ROW is the one value it may have."""
+BY_ROW: Final = "row"
+"""The batch needs no other order than that of each row, which its partition keeps: members may apply it side
+by side. Any other batch is applied alone, in the order of the source."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

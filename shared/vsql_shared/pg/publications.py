@@ -10,7 +10,8 @@ transaction. Rules:
 * A publication with streams does not change: their targets were checked against what it has. What may be
   decided of one all the same is in publication_changes.py.
 * Where PCI columns are excluded, every table has a column list: a column that is added later stays out until
-  an operator lets it in.
+  an operator lets it in. What is suggested and not cleared counts like what is marked (pci.py).
+* Sensitive authentication data is never published, excluded or not.
 * A row filter is kept as PostgreSQL prints it, and a partitioned table travels under its own name, or leaf by
   leaf (docs/operations/publications.md).
 """
@@ -30,6 +31,8 @@ from vsql_shared.pg import (
     oplog,
     pci,
     publication_leaves,
+    publication_use,
+    replica_identity,
     roles,
     row_filter,
     row_order,
@@ -40,6 +43,7 @@ from vsql_shared.pg.catalog import TableInfo
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.pg.publication_rules import (
     NAME,
+    authentication_problems,
     choose_columns,
     closed_problem,
     filter_problem,
@@ -78,6 +82,8 @@ class PublicationRequest:
     """Carry how far the sequences of published columns have got."""
     more_sequences: tuple[TableName, ...] = ()
     """Sequences that are carried beside those."""
+    set_identity: bool = False
+    """Give tables that need it the best REPLICA IDENTITY their indexes allow."""
     apply_mode: str = TRANSACTIONAL
     """How targets apply it: whole transactions in order, or PARTITIONED, each row's changes in order."""
 
@@ -126,23 +132,12 @@ def create(conn: Connection, request: PublicationRequest) -> PublicationInfo:
     nodes.local(conn)
     with errors(f"creating publication {request.name}"), conn.transaction():
         pci.mark(conn, request.pci_columns)
-        tables = resolve(conn, request)
+        after = asked(conn, request)
         before = find(conn, request.name)
-        excludes = request.exclude_pci or any(spec.exclude_pci for spec in request.tables)
-        after = PublicationInfo(
-            request.name,
-            tuple(tables),
-            excludes,
-            request.insert_only,
-            _pci_of(conn, tables),
-            request.via_leaf,
-            **signals.asked(conn, request),
-            apply_mode=request.apply_mode,
-        )
         if before == after:
             return after
         if before is not None:
-            _refuse_used(conn, request.name, "changed")
+            publication_use.refuse(conn, request.name, "changed")
         _write(conn, after, exists=before is not None)
         signals.write(conn, after)
         publication_leaves.remember(conn, request.name)
@@ -158,6 +153,21 @@ def create(conn: Connection, request: PublicationRequest) -> PublicationInfo:
     return after
 
 
+def asked(conn: Connection, request: PublicationRequest) -> PublicationInfo:
+    """What a request asks for. Raises RefusedError where it cannot be."""
+    tables = resolve(conn, request)
+    return PublicationInfo(
+        request.name,
+        tuple(tables),
+        request.exclude_pci or any(spec.exclude_pci for spec in request.tables),
+        request.insert_only,
+        _pci_of(conn, tables),
+        request.via_leaf,
+        **signals.asked(conn, request),
+        apply_mode=request.apply_mode,
+    )
+
+
 def drop(conn: Connection, name: str) -> None:
     """Drop a publication no stream uses."""
     nodes.local(conn)
@@ -167,7 +177,7 @@ def drop(conn: Connection, name: str) -> None:
             raise RefusedError(
                 f"there is no publication {name} on this node", hint="see `syncctl publication list`"
             )
-        _refuse_used(conn, name, "dropped")
+        publication_use.refuse(conn, name, "dropped")
         conn.execute("DELETE FROM vsql_sync.publications WHERE name = %s", (name,))
         conn.execute(sql.SQL("DROP PUBLICATION IF EXISTS {}").format(sql.Identifier(name)))
         oplog.record(conn, "publication.drop", "publication", name, old=_as_json(before))
@@ -253,8 +263,13 @@ def _resolve_one(
     if problem or table is None:
         return None, [problem or f"{spec.name}: there is no such table"]
     closed = request.exclude_pci or spec.exclude_pci
-    secret = pci.marked_anywhere(conn, table) if closed else set()
+    secret = pci.left_out(conn, table) if closed else set()
+    if request.set_identity and not request.insert_only:
+        table = replica_identity.ensure(conn, table, spec.columns, secret, closed=closed)
     columns, problems = choose_columns(table, spec.columns, secret, closed=closed)
+    if not problems:
+        sent = table.sent_columns if columns is None else columns
+        problems += authentication_problems(table.name, sent, pci.authentication(conn, table))
     by_leaf = request.via_leaf and leaf_problem(table, columns, spec.where)
     problems += [by_leaf] if by_leaf else []
     predicate = None
@@ -318,17 +333,6 @@ def _pci_of(conn: Connection, tables: Iterable[PublishedTable]) -> dict[TableNam
     return {name: columns for name, columns in scope.items() if columns}
 
 
-def _refuse_used(conn: Connection, name: str, what: str) -> None:
-    row = conn.execute(
-        "SELECT chain FROM vsql_sync.streams WHERE publication = %s LIMIT 1", (name,)
-    ).fetchone()
-    if row is not None:
-        raise RefusedError(
-            f"publication {name} has stream {row[0]} and cannot be {what}",
-            hint="make another publication for other tables; streams cannot be removed in this version",
-        )
-
-
 def _write(conn: Connection, publication: PublicationInfo, *, exists: bool) -> None:
     known = conn.execute(
         "SELECT FROM pg_catalog.pg_publication WHERE pubname = %s", (publication.name,)
@@ -352,7 +356,7 @@ def _write(conn: Connection, publication: PublicationInfo, *, exists: bool) -> N
     if (
         conn.info.server_version >= _SENDS_GENERATED
         and not publication.insert_only
-        and any(_full_with_generated(conn, table.name) for table in publication.tables)
+        and any(catalog.full_with_generated(conn, table.name) for table in publication.tables)
     ):
         # Without it PostgreSQL would refuse the source's own UPDATEs of those tables.
         conn.execute(sql.SQL("ALTER PUBLICATION {} SET (publish_generated_columns = stored)").format(name))
@@ -396,12 +400,6 @@ def _table_sql(table: PublishedTable) -> sql.Composed:
     if table.where is not None:
         parts.append(sql.SQL(" WHERE ({})").format(sql.SQL(table.where)))
     return sql.Composed(parts)
-
-
-def _full_with_generated(conn: Connection, name: TableName) -> bool:
-    table = catalog.describe(conn, name)
-    parts = [] if table is None else [table, *catalog.partitions(conn, table)]
-    return any(part.full_with_generated for part in parts)
 
 
 def _as_json(publication: PublicationInfo) -> dict[str, object]:
