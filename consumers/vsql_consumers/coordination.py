@@ -21,6 +21,7 @@ from vsql_consumers.collected import Ready
 from vsql_consumers.groups import Group
 from vsql_consumers.means import Totals
 from vsql_consumers.members import PartReceipt, assign, is_by_row, merge
+from vsql_consumers.quarantine import as_detail
 from vsql_consumers.state import Receipt
 from vsql_consumers.unseal import Descriptor
 from vsql_shared.audit.entries import AuditEntry
@@ -199,5 +200,8 @@ def _merge(ready: Ready, found: list[PartReceipt]) -> Merged | None:
     whole = merge(entry, found)
     if whole is None:
         return None
-    receipt = Receipt(entry.sequence, entry.epoch, entry.batch, ready.encoded, *whole)
+    detail = {**whole.detail, **as_detail(whole.passed_over)}
+    receipt = Receipt(
+        entry.sequence, entry.epoch, entry.batch, ready.encoded, whole.root, whole.verdicts, detail
+    )
     return Merged(ready, receipt, max((one.commit_time or 0 for one in found), default=None))

@@ -19,9 +19,10 @@ from typing import Any
 
 from vsql_consumers import quarantine, state
 from vsql_consumers.collected import Decided, Ready
+from vsql_consumers.shredded import Shredded
 from vsql_consumers.state import Position, Receipt
 from vsql_consumers.unseal import Descriptor
-from vsql_shared.audit.entries import EPOCH_OPENED
+from vsql_shared.audit.entries import EPOCH_OPENED, SHREDDED, AuditEntry
 from vsql_shared.audit.merkle import EMPTY_ROOT
 from vsql_shared.changes import OpenedBatch, TableName, Transaction
 from vsql_shared.pg.connect import Connection
@@ -128,6 +129,8 @@ class Group:
             return
         self.rows += entry.row_count
         self.receipts.append(receipt)
+        if SHREDDED in receipt.detail:
+            self._mark_shredded(entry, str(receipt.detail[SHREDDED]["kek_id"]))
         self.position.commit_time = commit_time or self.position.commit_time
         # As if we had read them: where lag tools look.
         self.position.offsets.update(
@@ -145,6 +148,31 @@ class Group:
         state.save_descriptors(conn, chain, self.descriptors, forget_others=False)
         for write in self.also:
             write(conn)
+
+    def add_shredded(self, ready: Ready, found: Shredded) -> None:
+        """Take a batch whose data key was destroyed: verified as it lies in Kafka, counted, not opened."""
+        self.move(ready)
+        entry = found.verified.entry
+        self.fragments = entry.continues
+        self.receipts.append(
+            Receipt(
+                entry.sequence, entry.epoch, entry.batch, ready.encoded, found.verified.merkle_root,
+                {SHREDDED: entry.row_count}, found.by.as_detail(),
+            )
+        )  # fmt: skip
+        if found.verified.transactions:
+            self.position.commit_time = found.verified.transactions[-1].commit_time
+        self._mark_shredded(entry, found.by.kek_id)
+
+    def _mark_shredded(self, entry: AuditEntry, kek_id: str) -> None:
+        """Its tables lack changes."""
+        chain = self.live_chain
+        reason = f"sequence {entry.sequence}: the data key was destroyed with {kek_id}"
+        self.also.append(
+            lambda conn: quarantine.mark_diverged(
+                conn, chain, map(quarantine.parse_table, entry.tables_affected), reason
+            )
+        )
 
     def add_entry(self, ready: Ready) -> None:
         """Take an entry without a batch. A new epoch sends every descriptor again."""

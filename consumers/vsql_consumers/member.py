@@ -24,22 +24,27 @@ from confluent_kafka import KafkaException
 from vsql_consumers import shares, state
 from vsql_consumers.apply import Applier
 from vsql_consumers.collected import Ready
+from vsql_consumers.figures import Figures
 from vsql_consumers.intake import POLL_SECONDS, Intake
 from vsql_consumers.means import Means, Totals
-from vsql_consumers.members import PartReceipt, is_alone, is_by_row, part_name
+from vsql_consumers.members import PartReceipt, is_alone, is_by_row, part_receipt
 from vsql_consumers.session import open_applying
+from vsql_consumers.shredded import Keys, Shredded
 from vsql_consumers.source import Source
 from vsql_consumers.unseal import Descriptor, open_batch
 from vsql_consumers.verify import verify_batch
 from vsql_consumers.write import ApplyLimits
 from vsql_shared import failpoints, names
-from vsql_shared.audit.entries import EPOCH_OPENED, AuditEntry
+from vsql_shared.audit.entries import EPOCH_OPENED, KEY_DESTROYED, AuditEntry
+from vsql_shared.audit.shredding import Destroyed
 from vsql_shared.changes import OpenedBatch, PartitionRoot
 from vsql_shared.crypto.signing import TrustStore
 from vsql_shared.errors import (
     DecodeError,
+    KeyUnavailableError,
     RowError,
     TransientError,
+    UnsealError,
     VerificationError,
     VsqlSyncError,
 )
@@ -54,6 +59,7 @@ if TYPE_CHECKING:
     from vsql_consumers.acknowledge import Acknowledger
     from vsql_consumers.state import Stream
     from vsql_shared.config import Settings
+    from vsql_shared.crypto.dek import OpeningKey
 
 _log = logging.getLogger(__name__)
 
@@ -214,7 +220,9 @@ class SharesWork:
         conn.execute(f"SET idle_in_transaction_session_timeout = '{_IDLE_IN_TRANSACTION}'")
         self._starts = dict(mine)
         position.offsets.clear()  # each partition is read from the first batch that is ours
+        self._position = position
         self._intake = Intake(means, position, self._decisions, self._is_mine)
+        self._keys = Keys(means, self._intake, Figures(means.metrics))
         self._load_descriptors()
         self._waiting = _Waiting()
         self._barrier: Ready | None = None
@@ -297,8 +305,11 @@ class SharesWork:
         if shares.done_up_to(self._means.control, self._chain) < ready.sequence:
             return False
         self._barrier = None
-        if ready.entry is not None and ready.entry.event_type == EPOCH_OPENED:
-            self._intake.announcements.forget_before(ready.entry.epoch)
+        entry = None if ready.skipped else ready.entry
+        if entry is not None and entry.event_type == EPOCH_OPENED:
+            self._intake.announcements.forget_before(entry.epoch)
+        if entry is not None and entry.event_type == KEY_DESTROYED:
+            self._keys.take(entry)
         self._load_descriptors()
         return True
 
@@ -313,9 +324,10 @@ class SharesWork:
             if not self._decisions.transactions.keys().isdisjoint(verified.transactions):
                 self._flush()
                 self._stop(which, entry.sequence, "", TransientError("an operator decided about it"))
-            if not self._intake.announcements.knows(entry.dek_id):
-                self._intake.read_keys(entry.dek_id)
-            key = self._intake.announcements.open(entry, means.provider)
+            key = self._key_of(entry, which)
+            if isinstance(key, Destroyed):
+                self._pass_over(Shredded(verified, key))
+                return
             with means.metrics.timed(Stage.OPEN, rows=verified.changes, size=size):
                 opened, new = open_batch(verified, key, self._descriptors, ready.entry_hash)
         except VerificationError as error:
@@ -331,6 +343,28 @@ class SharesWork:
         waiting.rows += len(opened.ops)
         waiting.size += sum(map(len, opened.plaintexts))
         self._totals_of(opened, size)
+
+    def _key_of(self, entry: AuditEntry, which: set[int]) -> OpeningKey | Destroyed:
+        """The key of a batch; what it means that one does not open is for the coordinator to say."""
+        try:
+            return self._keys.of(entry, self._position)
+        except (KeyUnavailableError, UnsealError) as error:
+            self._flush()
+            self._stop(which, entry.sequence, "", error)
+
+    def _pass_over(self, shredded: Shredded) -> None:
+        """Nobody can open it any more: its changes are counted, and the shares go on behind it."""
+        self._flush()
+        found, entry = shredded.verified, shredded.verified.entry
+        receipt = shredded.part_receipt(found.sub_roots)
+        moment = receipt.commit_time or entry.event_timestamp
+        self._applier.begin_with(lambda conn: shares.hold(conn, self._chain, self._number, self.mine))
+        self._applier.finish(
+            entry.batch_lsn_end, moment, lambda conn: self._write(conn, _Waiting(), [receipt], entry.sequence)
+        )
+        self.mine = {share: max(at, entry.sequence) for share, at in self.mine.items()}
+        self._means.metrics.verified(Verdict.SHREDDED)
+        self._means.metrics.progressed()
 
     def _totals_of(self, opened: OpenedBatch, size: int) -> None:
         totals = self._means.totals
@@ -365,7 +399,7 @@ class SharesWork:
             self._applier.begin_with(lambda conn: shares.hold(conn, self._chain, self._number, self.mine))
             verdicts = self._applier.apply(waiting.batches)
             found = [
-                part_receipt(entry, roots, counts, batch)
+                part_receipt(entry, roots, counts, batch.transactions)
                 for entry, roots, counts, batch in zip(
                     waiting.entries, waiting.roots, verdicts, waiting.batches, strict=True
                 )
@@ -397,16 +431,3 @@ class SharesWork:
 def member_origin(stream: Stream, number: int) -> str:
     """The replication origin of a member: one session holds one."""
     return f"{stream.origin_name}_{number}"
-
-
-def part_receipt(
-    entry: AuditEntry, roots: dict[tuple[str, int], bytes], verdicts: dict[str, int], opened: OpenedBatch
-) -> PartReceipt:
-    """What was found in some parts of a batch."""
-    return PartReceipt(
-        entry.sequence,
-        min(number for _, number in roots),
-        {part_name(*place): root.hex() for place, root in sorted(roots.items())},
-        verdicts,
-        max((t.commit_time for t in opened.transactions), default=None),
-    )

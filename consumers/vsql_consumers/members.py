@@ -14,13 +14,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vsql_consumers.verify import batch_name
-from vsql_shared.audit.entries import BY_ROW, EPOCH_OPENED, ORDER, REPLICATION_BATCH, AuditEntry
+from vsql_shared.audit.entries import (
+    BY_ROW,
+    EPOCH_OPENED,
+    KEY_DESTROYED,
+    ORDER,
+    REPLICATION_BATCH,
+    SHREDDED,
+    AuditEntry,
+)
 from vsql_shared.audit.merkle import batch_root
+from vsql_shared.changes import Transaction
 from vsql_shared.errors import RecordError
 
 if TYPE_CHECKING:
@@ -39,7 +48,8 @@ def is_alone(ready: Ready) -> bool:
     entry = ready.entry
     if entry is None or ready.skipped:
         return True
-    return entry.event_type == EPOCH_OPENED or (
+    # Where keys end, everything they sealed is behind all members.
+    return entry.event_type in (EPOCH_OPENED, KEY_DESTROYED) or (
         entry.event_type == REPLICATION_BATCH and not is_by_row(entry)
     )
 
@@ -88,12 +98,33 @@ def part_name(topic: str, partition: int) -> str:
     return f"{topic}/{partition}"
 
 
+def part_receipt(
+    entry: AuditEntry,
+    roots: Mapping[tuple[str, int], bytes],
+    verdicts: Mapping[str, int],
+    transactions: Iterable[Transaction],
+    detail: Mapping[str, Any] | None = None,
+) -> PartReceipt:
+    """What was found in some parts of a batch; `roots`: of each, as it was computed here."""
+    return PartReceipt(
+        entry.sequence,
+        min(number for _, number in roots),
+        {part_name(*place): root.hex() for place, root in sorted(roots.items())},
+        verdicts,
+        max((one.commit_time for one in transactions), default=None),
+        detail or {},
+    )
+
+
 class Whole(NamedTuple):
     """What was found in all of a batch."""
 
     root: bytes
     verdicts: dict[str, int]
     detail: dict[str, Any]
+    """Of parts whose key was destroyed."""
+    passed_over: list[dict[str, Any]]
+    """Transactions that were passed over by decision; sums of such come last."""
 
 
 def merge(entry: AuditEntry, found: Sequence[PartReceipt]) -> Whole | None:
@@ -117,5 +148,7 @@ def merge(entry: AuditEntry, found: Sequence[PartReceipt]) -> Whole | None:
             f" {entry.merkle_root.hex()} and {entry.row_count}",
             record=batch_name(entry),
         )
+    shredded = [{SHREDDED: one.detail[SHREDDED]} for one in found if SHREDDED in one.detail]
     over = [said for one in found for said in one.detail.get("passed_over", [])]
-    return Whole(root, dict(verdicts), {"passed_over": over} if over else {})
+    over.sort(key=lambda said: "xid" not in said)
+    return Whole(root, dict(verdicts), shredded[0] if shredded else {}, over)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -29,22 +30,25 @@ from vsql_consumers.figures import Figures
 from vsql_consumers.groups import Group
 from vsql_consumers.intake import POLL_SECONDS, Intake
 from vsql_consumers.means import Means
-from vsql_consumers.member import part_receipt
-from vsql_consumers.members import is_alone
+from vsql_consumers.members import is_alone, part_receipt
 from vsql_consumers.parking import PARKED, DeadLetters, Kept, Opens, parked_parts
 from vsql_consumers.replaying import Replay, sign_replays
+from vsql_consumers.shredded import Keys, Shredded
 from vsql_consumers.state import Position
 from vsql_consumers.unseal import Descriptor, name_altered, open_batch
 from vsql_consumers.verify import batch_name, verify_batch
 from vsql_consumers.write import ApplyLimits
 from vsql_shared import failpoints, names
-from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry
+from vsql_shared.audit.entries import EPOCH_OPENED, KEY_DESTROYED, REPLICATION_BATCH, AuditEntry
+from vsql_shared.audit.shredding import Destroyed
 from vsql_shared.changes import OpenedBatch, Transaction
 from vsql_shared.errors import (
     DecodeError,
+    KeyUnavailableError,
     RecordError,
     RowError,
     TransientError,
+    UnsealError,
     VerificationError,
     VsqlSyncError,
 )
@@ -100,6 +104,7 @@ class Pipeline:
         self._busy_until, self._rested = 0.0, True
         self._offsets_due = 0.0
         self._figures = Figures(means.metrics)
+        self._keys = Keys(means, self.intake, self._figures)
         self._spoilt = False
         """An apply or a commit failed: what the group has left must not be committed without it."""
         self.finished = False
@@ -192,6 +197,8 @@ class Pipeline:
             if entry.event_type == EPOCH_OPENED:
                 self._flush()
                 self._new_epoch(entry)
+            elif entry.event_type == KEY_DESTROYED:
+                self._keys.take(entry)
             self._group.add_entry(ready)
             self.copy.entry(entry, self._group)
             if self.copy.finished:
@@ -199,7 +206,13 @@ class Pipeline:
                 self.finished = True
 
     def _take_batch(self, ready: Ready, entry: AuditEntry) -> None:
-        opened, new, kept = self._open(ready, entry)
+        found = self._open(ready, entry)
+        if isinstance(found, Shredded):
+            if entry.continues and not self._group.fragments:
+                self._flush()
+            self._group.add_shredded(ready, found)
+            return
+        opened, new, kept = found
         if (opened.continues and not self._group.fragments) or self._redefines(new):
             self._flush()  # what is complete must not depend on how this transaction ends
         self._group.add_batch(ready, opened, new)
@@ -227,34 +240,42 @@ class Pipeline:
     def _take_left(self, ready: Ready, entry: AuditEntry) -> None:
         """Apply parts of a batch that their members could not: here it is refused, skipped or parked."""
         self._recall_descriptors()
-        opened, new, kept = self._open(ready, entry, whole=False)
-        group = self._group
-        group.take_parts(ready, opened, new)
-        self._descriptors.update(new)
-        if self._decided:
-            group.pass_over(opened, self._decided)
-        if kept is not None:
-            self._park(kept, opened)
+        found, group = self._open(ready, entry, whole=False), self._group
         which = {part.root.partition for part in ready.parts}
         roots = {(part.root.topic, part.root.partition): part.root.sub_root for part in ready.parts}
-        self._applier.begin_with(lambda conn: shares.hold_stopped(conn, self._chain, which, entry.sequence))
-        self._apply()
-        found = part_receipt(entry, roots, dict(group.receipts[-1].verdicts), opened)
-        found = replace(found, detail=group.receipts[-1].detail)
+
+        def hold(conn: Connection) -> None:
+            shares.hold_stopped(conn, self._chain, which, entry.sequence)
+
+        if isinstance(found, Shredded):
+            self._applier.begin_with(hold)
+            part = found.part_receipt(roots)
+        else:
+            opened, new, kept = found
+            group.take_parts(ready, opened, new)
+            self._descriptors.update(new)
+            if self._decided:
+                group.pass_over(opened, self._decided)
+            if kept is not None:
+                self._park(kept, opened)
+            self._applier.begin_with(hold)
+            self._apply()
+            receipt = group.receipts[-1]
+            part = part_receipt(entry, roots, dict(receipt.verdicts), opened.transactions, receipt.detail)
 
         def write(conn: Connection) -> None:
             group.write_parts(conn, self._chain)
-            shares.save_part(conn, self._chain, found)
+            shares.save_part(conn, self._chain, part)
             shares.advance(conn, self._chain, which, entry.sequence)
             state.honour_decisions(conn, sorted(group.honoured))
 
-        self._applier.finish(entry.batch_lsn_end, found.commit_time or entry.event_timestamp, write)
+        self._applier.finish(entry.batch_lsn_end, part.commit_time or entry.event_timestamp, write)
         self._group = Group.after(self.position, self._live_chain)
 
     def _redefines(self, new: dict[bytes, Descriptor]) -> bool:
         """Whether a table that was described before has another definition.
 
-        Each partition brings the descriptor again: one that is known is no other.
+        Each partition and each data key brings the descriptor again: one that is known is no other.
         """
         known = {one.relation.name for one in self._descriptors.values()} if new else set()
         return any(one.relation.name in known for name, one in new.items() if name not in self._descriptors)
@@ -289,7 +310,7 @@ class Pipeline:
 
     def _open(
         self, ready: Ready, entry: AuditEntry, *, whole: bool = True
-    ) -> tuple[OpenedBatch, dict[bytes, Descriptor], Kept | None]:
+    ) -> tuple[OpenedBatch, dict[bytes, Descriptor], Kept | None] | Shredded:
         """Verify, then decrypt; a batch that fails names its record. What is to be parked is kept sealed."""
         metrics, totals = self._means.metrics, self._means.totals
         size = sum(len(pack.message) for part in ready.parts for pack in part.packs)
@@ -301,14 +322,18 @@ class Pipeline:
             kept = self._kept(ready, entry, verified.transactions)
             for part in ready.parts:
                 part.packs.clear()  # with a row of 255 MB twice in memory, a third time is too much
-            if not self.intake.announcements.knows(entry.dek_id):
-                self.intake.read_keys(entry.dek_id)
-            key = self._figures.open_key(self.intake.announcements, entry, self._means.provider)
+            key = self._keys.of(entry, self.position)
+            if isinstance(key, Destroyed):
+                _log.warning("shredded", extra={"sequence": entry.sequence, "rows": verified.changes})
+                metrics.verified(Verdict.SHREDDED)
+                return Shredded(verified, key)
             with metrics.timed(Stage.OPEN, rows=entry.row_count, size=size):
                 opened, new = open_batch(verified, key, self._descriptors, ready.entry_hash)
         except VerificationError as error:
             if isinstance(error, RecordError) and self.intake.announcements.knows(entry.dek_id):
-                name_altered(error, ready.parts, self.intake.announcements.open(entry, self._means.provider))
+                with suppress(KeyUnavailableError, TransientError, UnsealError):  # it is refused all the same
+                    key = self.intake.announcements.open(entry, self._means.provider)
+                    name_altered(error, ready.parts, key)
             error.record = error.record or batch_name(entry)
             raise
         metrics.verified(Verdict.ACCEPTED)

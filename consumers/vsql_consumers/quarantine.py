@@ -128,6 +128,7 @@ def passed_over(transaction: Transaction, decided: Decided, changes: int) -> dic
 def as_detail(said: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Detail of an acknowledgement: transactions by name, as many as an entry holds, and the sum of others.
 
+    Of what members found some are sums already; they come last.
     Each of those stands in the operators' log all the same, whose lines the chain holds.
     """
     if not said:
@@ -135,7 +136,7 @@ def as_detail(said: Sequence[dict[str, Any]]) -> dict[str, Any]:
     changes, transactions = Counter[str](), Counter[str]()
     for one in said[NAMED_MOST:]:
         changes[one["verdict"]] += one["changes"]
-        transactions[one["verdict"]] += 1
+        transactions[one["verdict"]] += one.get("transactions", 1)
     others = [{"verdict": v, "changes": n, "transactions": transactions[v]} for v, n in changes.items()]
     return {"passed_over": [*said[:NAMED_MOST], *others]}
 

@@ -4,7 +4,8 @@ Not here: keys' lives (keys.py), the manifest's signature (audit/), sending (pub
 
 * Every record has an index of its own in the batch, in the order of the source over all tables; descriptors
   and pieces take one, too.
-* A descriptor is sealed as the first record that names its hash, in every epoch and every partition.
+* A descriptor is sealed as the first record that names its hash, in every epoch, in every partition and under
+  every data key.
 * Rows of a table that is spread lie in the partition of their identity; what a batch holds then says whether
   the order of each row is all the order it needs (`by_row`).
 * A plaintext that is too large for one message is cut into pieces; all but the last say so.
@@ -108,7 +109,7 @@ class SealedBatch(NamedTuple):
 
 
 class Relations:
-    """Which descriptor each relation id follows now, and which descriptors this epoch has sent, and where.
+    """Which descriptor each relation id follows now, and which the present data key has sent, and where.
 
     `spread`: how rows of tables that allow it are distributed over partitions; None: not at all.
     """
@@ -120,9 +121,16 @@ class Relations:
         self.last: dict[TableName, bytes] = {}
         """Table → its last descriptor that was sent."""
         self.described: set[bytes] = set()
-        """Hashes of all descriptors of this epoch."""
+        """Hashes of all descriptors of this epoch, under whatever key."""
         self.fresh: list[Descriptor] = []
         """Those the batch that was arranged last is the first to have."""
+
+    def copy(self) -> Relations:
+        """As it stands now."""
+        found = Relations(self.spread)
+        found.current, found.sent = dict(self.current), set(self.sent)
+        found.last, found.described = dict(self.last), set(self.described)
+        return found
 
 
 class _Arranger:

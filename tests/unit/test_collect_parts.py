@@ -19,6 +19,7 @@ from vsql_shared.audit.chain import EMPTY_HEAD, ChainReader
 from vsql_shared.audit.entries import (
     BY_ROW,
     EPOCH_OPENED,
+    KEY_DESTROYED,
     OPERATOR_ACTION,
     ORDER,
     REPLICATION_BATCH,
@@ -139,6 +140,7 @@ def test_a_part_is_held_against_its_own_root_alone() -> None:
         (REPLICATION_BATCH, "{}", False, False, True),
         (REPLICATION_BATCH, '{"order":"source"}', False, False, True),
         (EPOCH_OPENED, "{}", False, False, True),
+        (KEY_DESTROYED, "{}", False, False, True),
         (OPERATOR_ACTION, "{}", False, False, False),
     ],
 )

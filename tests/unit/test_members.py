@@ -11,8 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vsql_consumers.members import PartReceipt, assign, merge
+from vsql_consumers.quarantine import as_detail
 from vsql_shared.audit import merkle
-from vsql_shared.audit.entries import BY_ROW, ORDER, REPLICATION_BATCH, AuditEntry, canonical_json
+from vsql_shared.audit.entries import (
+    BY_ROW,
+    MAX_DETAIL_SIZE,
+    ORDER,
+    REPLICATION_BATCH,
+    AuditEntry,
+    canonical_json,
+)
+from vsql_shared.audit.shredding import Destroyed
 from vsql_shared.changes import PartitionRoot
 from vsql_shared.errors import RecordError
 
@@ -126,4 +135,33 @@ def test_what_was_passed_over_is_said_of_the_whole_batch() -> None:
     whole = merge(manifest(), [one, skipped])
     assert whole is not None
     assert whole.verdicts == {"applied": 9, "skipped": 1}
-    assert whole.detail == {"passed_over": [{"xid": 3}]}
+    assert whole.passed_over == [{"xid": 3}]
+
+
+def test_however_many_members_passed_over_the_acknowledgement_can_be_signed_and_sums_up() -> None:
+    def passed(places: Sequence[int], first: int, count: int) -> PartReceipt:
+        said = [
+            {"xid": n, "lsn": "0/1", "decision": n, "verdict": "skipped", "changes": 1}
+            for n in range(first, first + count)
+        ]
+        verdicts = {"applied": 5 - count, "skipped": count} if count < 5 else {"skipped": count}
+        return PartReceipt(7, min(places), part(places, 0).parts, verdicts, 1, as_detail(said))
+
+    whole = merge(manifest(900), [passed([0, 1], 0, 500), passed([2, 3], 500, 400)])
+    assert whole is not None
+    assert len(whole.passed_over) == 402
+    detail = as_detail(whole.passed_over)
+    assert len(detail["passed_over"]) == 201
+    assert len(canonical_json(detail)) < MAX_DETAIL_SIZE
+    assert sum(one["changes"] for one in detail["passed_over"]) == 900
+    assert sum(one.get("transactions", 1) for one in detail["passed_over"]) == 900
+
+
+def test_parts_whose_key_was_destroyed_are_counted_beside_those_that_could_be_opened() -> None:
+    said = Destroyed("kek:1", "pub.a", "ab" * 32, ("dek",), 9, 1).as_detail()
+    one = PartReceipt(7, 0, part([0, 1], 4).parts, {"applied": 4}, 1)
+    two = PartReceipt(7, 2, part([2, 3], 6).parts, {"shredded": 6}, 1, said)
+    whole = merge(manifest(), [one, two])
+    assert whole is not None
+    assert whole.verdicts == {"applied": 4, "shredded": 6}
+    assert whole.detail == {"shredded": {"kek_id": "kek:1", "sequence": 9, "order": "ab" * 32}}

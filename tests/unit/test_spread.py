@@ -190,6 +190,30 @@ def test_a_table_is_seen_once_in_an_epoch_however_many_partitions_it_is_describe
     assert relations.fresh == [descriptor(1)]
 
 
+def test_a_new_data_key_describes_its_tables_in_each_partition_and_says_nothing_new() -> None:
+    relations = Relations(Spread(SECRET, 4))
+    rows = [insert(n.to_bytes(4)) for n in range(40)]
+    arranged(relations, *rows, described=descriptor())
+    again = relations.copy()
+    again.sent.clear()
+    batch, parts = arranged(again, *rows)
+    assert sum(one[25] == Op.RELATION for part in parts for one in part.frames) == 4
+    assert batch.by_row
+    assert again.fresh == []
+    assert [part.partition for part in parts] == [part.partition for part in arranged(relations, *rows)[1]]
+
+
+def test_a_new_definition_under_a_new_data_key_is_applied_alone_all_the_same() -> None:
+    relations = Relations(Spread(SECRET, 2))
+    arranged(relations, insert(b"abcd"), described=descriptor())
+    before = relations.copy()
+    arranged(relations, insert(b"abcd"), described=descriptor(1))
+    before.sent.clear()
+    batch, _ = arranged(before, insert(b"abcd"), described=descriptor(1))
+    assert not batch.by_row
+    assert before.fresh == [descriptor(1)]
+
+
 def test_without_partitions_nothing_changes() -> None:
     batch, parts = arranged(Relations(), insert(b"a"), insert(b"b"), described=descriptor())
     assert not batch.by_row

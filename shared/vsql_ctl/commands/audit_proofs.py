@@ -59,7 +59,7 @@ def checkpoint(
 
     A C2SP checkpoint with a signature (own chain) or a cosignature (a peer's). With --add, the checkpoint
     of FILE must be what this node has itself; otherwise the chain shows two histories, which is said.
-    Takes the signing key (audit.signing_key_path); every entry of an own chain is checked first.
+    Takes the node's signing key; every entry of an own chain is checked first.
     """
     from vsql_shared.audit.notes import SignedNote
 
@@ -84,20 +84,20 @@ def _signed(head: Checkpoint, signer: Signer, note: SignedNote) -> str:
 
 def signing_key(conn: Connection, settings: Settings) -> Signer:
     """This node's key; it must be the one its database has for this node."""
-    from vsql_shared.crypto.signing import load_signer
+    from vsql_shared.kms import open_signer
     from vsql_shared.pg import nodes, signers
 
-    path, node = settings.audit.signing_key_path, nodes.local(conn).name
-    if path is None:
+    signer, node = open_signer(settings), nodes.local(conn).name
+    if signer is None:
         raise ConfigError(
-            "audit.signing_key_path is not set: nothing can be signed here",
+            "audit.signing_key_path is not set, nor signing_key_label: nothing can be signed here",
             hint="run it where this node's services run, with their configuration",
         )
-    signer = load_signer(path, node, strict=settings.is_prod)
     pinned = [key for key in signers.load(conn, node) if key.public_key == signer.public_key]
-    if not pinned or pinned[0].revoked or pinned[0].retired_at is not None:
+    if signer.node != node or not pinned or pinned[0].revoked or pinned[0].retired_at is not None:
         raise ConfigError(
-            f"{path} holds key {signer.fingerprint}, which is not the key of node {node}",
+            f"the configured key is {signer.fingerprint} of node {signer.node}, which is not the key of node"
+            f" {node}",
             hint="`syncctl key show-public` here, `syncctl node init` there: compare the fingerprints",
         )
     return signer

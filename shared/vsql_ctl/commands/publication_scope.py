@@ -216,13 +216,16 @@ def scope_report(
 
 def _report(operator: Operator, settings: Settings, name: str) -> str:
     from vsql_shared.audit import scope_report as reports
-    from vsql_shared.crypto.signing import TrustStore, load_signer
+    from vsql_shared.crypto.signing import TrustStore
+    from vsql_shared.kms import open_signer
     from vsql_shared.pg import migrate, scope_facts, signers
 
-    path = settings.audit.signing_key_path
-    if path is None and settings.is_prod:
-        raise RefusedError("a report is signed, and audit.signing_key_path is not set", hint="set it")
-    signer = None if path is None else load_signer(path, settings.cluster.node_name, strict=settings.is_prod)
+    signer = open_signer(settings)
+    if signer is None and settings.is_prod:
+        raise RefusedError(
+            "a report is signed, and audit.signing_key_path is not set, nor signing_key_label",
+            hint="set one",
+        )
     with open_node(operator) as conn:
         migrate.require_current(conn)
         trust = TrustStore(signers.load(conn), allow_unsigned=not settings.is_prod)

@@ -1,6 +1,6 @@
 """Which tuples of a range of batches differ between two sides: by few questions, whatever differs.
 
-Not here: where leaf hashes are kept, and how a question travels (docs/design/0017). Pure. Rules:
+Not here: where leaf hashes are kept, and how a question travels (docs/design/0019). Pure. Rules:
 
 * Each side's leaves were held against the roots it signed before they come here.
 * Leaf hashes are sorted and asked about by their first hex digits, not by position: a tuple that is missing
