@@ -39,6 +39,7 @@ from vsql_consumers.verify import Pack, Part, record_name
 from vsql_shared.audit.chain import Accepted, ChainHead, ChainReader, Void
 from vsql_shared.audit.dsse import AUDIT_ENTRY, open_document
 from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry, signed_place
+from vsql_shared.audit.tree import grow
 from vsql_shared.errors import ChainError, DecodeError, RecordError, SignatureError, VerificationError
 from vsql_shared.wire.pack import decode_header
 
@@ -264,7 +265,13 @@ class Collector:
         if (entry.sequence, entry.epoch) != (head.sequence + 2, head.epoch + opens):
             return False
         batch = entry.batch - 1 if entry.event_type == REPLICATION_BATCH else head.batch
-        bridged = replace(head, sequence=head.sequence + 1, entry_hash=entry.prev_event_hash, batch=batch)
+        bridged = replace(
+            head,
+            sequence=head.sequence + 1,
+            entry_hash=entry.prev_event_hash,
+            batch=batch,
+            tree=grow(head.tree, head.sequence, entry.prev_event_hash),
+        )
         if opens:
             bridged = replace(bridged, unfinished_from=entry.ref_sequence)
         if batch > head.batch:

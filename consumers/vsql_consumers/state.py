@@ -22,6 +22,7 @@ from vsql_shared import lsn, names
 from vsql_shared.audit.chain import EMPTY_HEAD, ChainHead
 from vsql_shared.audit.entries import BATCH_SKIPPED
 from vsql_shared.audit.rows import microseconds, parse, timestamp
+from vsql_shared.audit.tree import decode_tree, encode_tree
 from vsql_shared.changes import TableName, Transaction
 from vsql_shared.errors import RefusedError
 from vsql_shared.pg.connect import Connection
@@ -109,12 +110,12 @@ def load_position(conn: Connection, chain: str) -> Position:
     """Where the stream goes on; the beginning of everything when it never applied anything."""
     row = conn.execute(
         "SELECT epoch, incarnation, sequence, entry_hash, batch, lsn_end::text, commit_time, audit_offset,"
-        " offsets FROM vsql_sync.apply_progress WHERE chain = %s",
+        " offsets, tree FROM vsql_sync.apply_progress WHERE chain = %s",
         (chain,),
     ).fetchone()
     if row is None:
         return Position()
-    epoch, incarnation, sequence, entry_hash, batch, end, commit_time, audit_offset, offsets = row
+    epoch, incarnation, sequence, entry_hash, batch, end, commit_time, audit_offset, offsets, tree = row
     head = ChainHead(
         epoch=epoch,
         incarnation=incarnation.bytes,
@@ -122,6 +123,7 @@ def load_position(conn: Connection, chain: str) -> Position:
         entry_hash=bytes(entry_hash),
         batch=batch,
         lsn_end=lsn.parse(end),
+        tree=decode_tree(bytes(tree)),
     )
     places = {(topic, int(n)): at for topic, parts in offsets.items() for n, at in parts.items()}
     return Position(head, audit_offset, places, microseconds(commit_time) if commit_time else None)
@@ -135,11 +137,12 @@ def save_position(conn: Connection, chain: str, position: Position) -> None:
     head = position.head
     conn.execute(
         "INSERT INTO vsql_sync.apply_progress AS p (chain, epoch, incarnation, sequence, entry_hash, batch,"
-        " lsn_end, commit_time, audit_offset, offsets) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
+        " lsn_end, commit_time, audit_offset, offsets, tree)"
+        " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
         " ON CONFLICT (chain) DO UPDATE SET (epoch, incarnation, sequence, entry_hash, batch, lsn_end,"
-        " commit_time, audit_offset, offsets, updated_at) = (excluded.epoch, excluded.incarnation,"
+        " commit_time, audit_offset, offsets, tree, updated_at) = (excluded.epoch, excluded.incarnation,"
         " excluded.sequence, excluded.entry_hash, excluded.batch, excluded.lsn_end, excluded.commit_time,"
-        " excluded.audit_offset, excluded.offsets, now())",
+        " excluded.audit_offset, excluded.offsets, excluded.tree, now())",
         (
             chain,
             head.epoch,
@@ -151,6 +154,7 @@ def save_position(conn: Connection, chain: str, position: Position) -> None:
             None if position.commit_time is None else timestamp(position.commit_time),
             position.audit_offset,
             json.dumps(offsets),
+            encode_tree(head.tree),
         ),
     )
 

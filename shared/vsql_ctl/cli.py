@@ -56,7 +56,7 @@ COMMANDS: dict[str, Entry] = {
     "daemon": Entry("daemon", "Start, stop and watch both services of this node."),
     "key": Entry("key", "Make, show and rotate keys."),
     "kafka": Entry("kafka", "Print or apply what Kafka must allow this node."),
-    "audit": Entry("audit", "List, verify and export the signed trail."),
+    "audit": Entry("audit", "List, verify, prove and export the signed trail."),
     "tail": Entry("tail", "Open a stream and print its changes."),
     "config": Entry("config", "Check, show and apply the configuration."),
     "completion": Entry("completion", "Print the completion script of a shell."),

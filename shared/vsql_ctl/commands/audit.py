@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -15,8 +12,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from vsql_ctl.audit_report import Findings, as_json, as_text, words
+from vsql_ctl.commands.audit_proofs import COMMANDS
 from vsql_ctl.context import Operator, OutputFormat, example, output_option, pass_operator
 from vsql_ctl.output import emit, render_table
+from vsql_ctl.trail import complete_file, node_database, trusted_keys
 from vsql_shared.errors import ChainError, RefusedError, UserError
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def moment(value: str) -> datetime:
 
 @click.group("audit", epilog=example("syncctl audit verify", "syncctl audit list --since 2026-02-01"))
 def audit() -> None:
-    """List, verify and export the signed trail of this node."""
+    """List, verify, prove and export the signed trail of this node."""
 
 
 @audit.command(
@@ -88,7 +87,7 @@ def list_entries(
         "chain": chain,
         "event_type": event_type,
     }
-    with _node(operator.settings) as conn:
+    with node_database(operator.settings) as conn:
         rows = _select(conn, filters, limit)
 
     emit(output, rows, lambda: _list(rows))
@@ -160,7 +159,7 @@ def verify(
     from vsql_shared.pg.connect import connect
 
     settings = operator.settings
-    with _node(settings) as conn:
+    with node_database(settings) as conn:
         findings, trust = _verify_own(conn, settings, chain)
         if peer_connection:
             with connect(peer_connection, application_name="vsql_sync_ctl") as peer:
@@ -186,7 +185,7 @@ def _verify_own(conn: Connection, settings: Settings, chain: str | None) -> tupl
     from vsql_shared.pg import nodes
 
     node = nodes.local(conn)
-    trust = _trust(conn, settings)
+    trust = trusted_keys(conn, settings)
     report = verify_table(conn, trust, node.cluster, chain)
     if chain is not None and not report.chains[0].entries and report.ok:
         raise RefusedError(
@@ -210,6 +209,7 @@ def _verify_peer(
     from vsql_shared.audit.acts import compare_acts
     from vsql_shared.audit.compare import compare_memory, compare_nodes
     from vsql_shared.audit.verify import verify_table
+    from vsql_shared.audit.views import split_views
     from vsql_shared.pg import nodes
 
     other = nodes.local(peer)
@@ -222,6 +222,7 @@ def _verify_peer(
     findings.reports[other.name] = verify_table(peer, trust, other.cluster, name)
     bad = findings.bad_chains()
     findings.comparisons += compare_nodes(conn, peer, chain, bad) + compare_nodes(peer, conn, chain, bad)
+    findings.found += split_views(conn, peer, chain, bad)
     findings.found += compare_acts(peer, other.name, name, bad)
     findings.found += compare_memory(conn, peer, other.name, chain)
     findings.found += compare_memory(peer, conn, findings.node, name)
@@ -285,14 +286,14 @@ def export_trail(operator: Operator, form: str, target: Path, since: datetime | 
     from vsql_shared.pg import nodes, oplog
     from vsql_shared.pg.connect import errors
 
-    with _node(operator.settings) as conn:
+    with node_database(operator.settings) as conn:
         node = nodes.local(conn)
         with errors("noting the export in the operators' log"):
             oplog.record(
                 conn, "audit.export", "file", str(target), new={"since": since and since.isoformat()}
             )
         pieces = export(conn, node.cluster, node.name, datetime.now(UTC), since)
-        with _complete_file(target) as file:
+        with complete_file(target) as file:
             count = _write(file, form, pieces)
     click.echo(f"exported {count} entries to {target}", err=True)
 
@@ -314,41 +315,5 @@ def _write(file: TextIO, form: str, pieces: Iterator[tuple[str, dict[str, Any]]]
     return count
 
 
-@contextmanager
-def _complete_file(target: Path) -> Iterator[TextIO]:
-    """A file that takes its name only when it is whole and on disk; readable by its owner only."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {target.parent}: {error.strerror}",
-            hint="name a directory this user may write to",
-        ) from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def _node(settings: Settings) -> Iterator[Connection]:
-    """Connect to this node's database; it must have this program's schema."""
-    from vsql_shared.pg import migrate
-    from vsql_shared.pg.connect import connect
-
-    with connect(settings.connection.conninfo(), application_name="vsql_sync_ctl") as conn:
-        migrate.require_current(conn)
-        yield conn
-
-
-def _trust(conn: Connection, settings: Settings) -> TrustStore:
-    """The keys operators pinned in this node's database."""
-    from vsql_shared.crypto.signing import TrustStore
-    from vsql_shared.pg import signers
-
-    return TrustStore(signers.load(conn), allow_unsigned=settings.server.mode == "dev")
+for _command in COMMANDS:
+    audit.add_command(_command)

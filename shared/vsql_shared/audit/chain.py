@@ -39,6 +39,7 @@ from vsql_shared.audit.entries import (
     peek_chain,
     signed_place,
 )
+from vsql_shared.audit.tree import Tree, grow
 from vsql_shared.errors import ChainError, DecodeError, SignatureError
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class ChainHead:
     """What a reader must remember of a chain to go on reading or writing it.
 
     `lsn_end` is the batch_lsn_end of the last batch that finished its transaction; `unfinished_from` the
-    sequence of the first fragment of a transaction that is still under way, 0 when there is none.
+    sequence of the first fragment of a transaction that is still under way, 0 when there is none. `tree` is
+    that of all entries up to here (tree.py); empty where the head was stored without one.
     """
 
     epoch: int = 0
@@ -63,6 +65,7 @@ class ChainHead:
     event_timestamp: int = 0
     system_identifier: str = ""
     timeline: int = 0
+    tree: Tree = ()
 
 
 EMPTY_HEAD = ChainHead()
@@ -185,6 +188,7 @@ def _moved(
         event_timestamp=entry.event_timestamp,
         system_identifier=entry.system_identifier,
         timeline=entry.timeline,
+        tree=grow(head.tree, head.sequence, entry_hash),
     )
 
 

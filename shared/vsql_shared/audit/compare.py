@@ -205,8 +205,8 @@ def compare_nodes(
     `skip` names chains that do not verify by themselves: what they say is not compared.
     """
     out = []
-    manifests = set(_names(source)) - set(skip)
-    for name in _names(target):
+    manifests = set(chain_names(source)) - set(skip)
+    for name in chain_names(target):
         if name in skip:
             continue
         found = ack_target(name)
@@ -215,7 +215,8 @@ def compare_nodes(
     return out
 
 
-def _names(conn: Connection) -> list[str]:
+def chain_names(conn: Connection) -> list[str]:
+    """Every chain of this database's trail."""
     with errors("reading the audit trail"):
         rows = conn.execute("SELECT DISTINCT chain FROM vsql_sync.vsql_sync_audit ORDER BY 1").fetchall()
     return [name for (name,) in rows]
@@ -231,7 +232,7 @@ def compare_memory(
             " UNION SELECT chain, sequence, entry_hash FROM vsql_sync.apply_progress"
             " UNION SELECT chain, sequence, NULL FROM vsql_sync.receipts ORDER BY 1, 2"
         ).fetchall()
-    own = set(_names(conn)) | _remembered(conn)
+    own = set(chain_names(conn)) | _remembered(conn)
     problems: dict[str, Problem] = {}
     for name, sequence, entry_hash in rows:
         if name in own and chain in (None, name) and name not in problems:

@@ -33,6 +33,7 @@ from vsql_shared.audit.rows import (
     parse,
     timestamp,
 )
+from vsql_shared.audit.tree import Tree, decode_tree, encode_tree
 from vsql_shared.errors import ChainError, TransientError
 from vsql_shared.pg.connect import Connection, errors
 
@@ -52,17 +53,17 @@ _COPY = sql.SQL("COPY vsql_sync.vsql_sync_audit ({}, kafka_offset) FROM STDIN").
 )
 _READ_HEAD = (
     "SELECT epoch, incarnation, sequence, entry_hash, batch, lsn_end, unfinished_from, event_timestamp,"
-    " system_identifier, timeline, kafka_offset FROM vsql_sync.chain_heads WHERE chain = %s"
+    " system_identifier, timeline, tree, kafka_offset FROM vsql_sync.chain_heads WHERE chain = %s"
 )
 _WRITE_HEAD = (
     "INSERT INTO vsql_sync.chain_heads AS h (chain, own, epoch, incarnation, sequence, entry_hash, batch,"
-    " lsn_end, unfinished_from, event_timestamp, system_identifier, timeline, kafka_offset)"
-    " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
+    " lsn_end, unfinished_from, event_timestamp, system_identifier, timeline, tree, kafka_offset)"
+    " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
     " ON CONFLICT (chain) DO UPDATE SET (epoch, incarnation, sequence, entry_hash, batch, lsn_end,"
-    " unfinished_from, event_timestamp, system_identifier, timeline, kafka_offset, remembered_at) ="
+    " unfinished_from, event_timestamp, system_identifier, timeline, tree, kafka_offset, remembered_at) ="
     " (excluded.epoch, excluded.incarnation, excluded.sequence, excluded.entry_hash, excluded.batch,"
     " excluded.lsn_end, excluded.unfinished_from, excluded.event_timestamp, excluded.system_identifier,"
-    " excluded.timeline, excluded.kafka_offset, now())"
+    " excluded.timeline, excluded.tree, excluded.kafka_offset, now())"
     " WHERE h.sequence < excluded.sequence AND h.own = excluded.own"
 )
 
@@ -119,6 +120,7 @@ def _write_head(conn: Connection, chain: str, head: ChainHead, offset: int | Non
         timestamp(head.event_timestamp),
         head.system_identifier,
         head.timeline,
+        encode_tree(head.tree),
         offset,
     )
     return conn.execute(_WRITE_HEAD, values).rowcount == 1
@@ -141,7 +143,20 @@ def recall_head(conn: Connection, chain: str) -> tuple[ChainHead, int | None] | 
 
 
 def _head_of(row: tuple[Any, ...]) -> ChainHead:
-    epoch, incarnation, sequence, entry_hash, batch, lsn_end, unfinished, moment, system, timeline, _ = row
+    (
+        epoch,
+        incarnation,
+        sequence,
+        entry_hash,
+        batch,
+        lsn_end,
+        unfinished,
+        moment,
+        system,
+        timeline,
+        tree,
+        _,
+    ) = row
     return ChainHead(
         epoch=epoch,
         incarnation=incarnation.bytes,
@@ -153,6 +168,7 @@ def _head_of(row: tuple[Any, ...]) -> ChainHead:
         event_timestamp=microseconds(moment),
         system_identifier=system,
         timeline=timeline,
+        tree=decode_tree(bytes(tree)),
     )
 
 
@@ -189,7 +205,17 @@ def load_head(conn: Connection, chain: str) -> ChainHead:
         event_timestamp=last.entry.event_timestamp,
         system_identifier=last.entry.system_identifier,
         timeline=last.entry.timeline,
+        tree=_tree_at(conn, chain, last.entry_hash),
     )
+
+
+def _tree_at(conn: Connection, chain: str, entry_hash: bytes) -> Tree:
+    """The tree remembered with this head; empty where another one, or none, is remembered."""
+    with errors("reading a chain's remembered head"):
+        row = conn.execute(
+            "SELECT tree FROM vsql_sync.chain_heads WHERE chain = %s AND entry_hash = %s", (chain, entry_hash)
+        ).fetchone()
+    return () if row is None else decode_tree(bytes(row[0]))
 
 
 def _backwards(conn: Connection, chain: str) -> Iterator[StoredDocument]:

@@ -1,0 +1,9 @@
+-- The RFC 9162 tree of a chain's entries, remembered with its head: what this node co-signs a checkpoint from.
+--
+-- A tree is the roots of its complete subtrees, 32 bytes each, the largest first; empty with a sequence above 0:
+-- the head was stored before there were trees.
+
+ALTER TABLE vsql_sync.chain_heads
+    ADD COLUMN tree BYTEA NOT NULL DEFAULT '' CHECK (octet_length(tree) % 32 = 0);
+ALTER TABLE vsql_sync.apply_progress
+    ADD COLUMN tree BYTEA NOT NULL DEFAULT '' CHECK (octet_length(tree) % 32 = 0);

@@ -1,0 +1,381 @@
+"""`syncctl audit checkpoint`, `prove`, `prove-prefix`, `verify-proof`, `verifier-key`: a chain as a log.
+
+Not here: the group itself (audit.py). Formats and the words of the design: docs/formats.md, docs/design/0016.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vsql_ctl.context import Operator, OutputFormat, example, output_option, pass_operator
+from vsql_ctl.output import emit, render_pairs
+from vsql_ctl.trail import complete_file, node_database, read_text, trusted_keys
+from vsql_shared.errors import ConfigError, RefusedError, SignatureError, UserError
+
+if TYPE_CHECKING:
+    from vsql_shared.audit.checkpoint import Checkpoint, Opened
+    from vsql_shared.audit.notes import SignedNote
+    from vsql_shared.config import Settings
+    from vsql_shared.crypto.signing import Signer, TrustStore
+    from vsql_shared.pg.connect import Connection
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_target = click.option(
+    "--output", "target", type=_FILE, metavar="FILE", help="File to write; standard output when left out."
+)
+
+
+def _give(text: str, target: Path | None) -> None:
+    """Write a note or a proof, whole or not at all."""
+    if target is None:
+        click.echo(text, nl=False)
+        return
+    with complete_file(target) as file:
+        file.write(text)
+    click.echo(f"written to {target}", err=True)
+
+
+@click.command(
+    "checkpoint",
+    epilog=example(
+        "syncctl audit checkpoint --chain payments.node-a --output node-a.checkpoint",
+        "syncctl audit checkpoint --add node-b.checkpoint --output both.checkpoint",
+    ),
+)
+@click.option("--chain", help="The chain; may be left out with --add.")
+@click.option("--size", type=click.IntRange(min=1), help="Of the first so many entries; all when left out.")
+@click.option("--add", "added", type=_FILE, metavar="FILE", help="Add this node's signature to a checkpoint.")
+@_target
+@pass_operator
+def checkpoint(
+    operator: Operator, chain: str | None, size: int | None, added: Path | None, target: Path | None
+) -> None:
+    """Sign the tree head of a chain: this node's own, or as far as it has verified a peer's.
+
+    A C2SP checkpoint with a signature (own chain) or a cosignature (a peer's). With --add, the checkpoint
+    of FILE must be what this node has itself; otherwise the chain shows two histories, which is said.
+    Takes the signing key (audit.signing_key_path), and verifies an own chain from its first entry.
+    """
+    from vsql_shared.audit.notes import SignedNote
+
+    if (chain is None) == (added is None):
+        raise UserError("give either --chain or --add", hint="--add FILE says itself which chain it is of")
+    with node_database(operator.settings) as conn:
+        signer = _signer(conn, operator.settings)
+        if added is not None:
+            opened = _open(conn, _read(added))
+            if size not in (None, opened.checkpoint.size):
+                raise UserError(f"--size {size}, the checkpoint is of {opened.checkpoint.size} entries")
+            head, note = _held(conn, operator.settings, opened, signer), opened.note
+        else:
+            head = _head(conn, operator.settings, chain or "", size, signer)
+            note = SignedNote(head.text, ())
+    _give(_signed(head, signer, note), target)
+
+
+def _signed(head: Checkpoint, signer: Signer, note: SignedNote) -> str:
+    return head.signed_by(signer, int(time.time()), note).encode()
+
+
+def _signer(conn: Connection, settings: Settings) -> Signer:
+    """This node's key; it must be the one its database has for this node."""
+    from vsql_shared.crypto.signing import load_signer
+    from vsql_shared.pg import nodes, signers
+
+    path, node = settings.audit.signing_key_path, nodes.local(conn).name
+    if path is None:
+        raise ConfigError(
+            "audit.signing_key_path is not set: nothing can be signed here",
+            hint="run it where this node's services run, with their configuration",
+        )
+    signer = load_signer(path, node, strict=settings.is_prod)
+    pinned = [key for key in signers.load(conn, node) if key.public_key == signer.public_key]
+    if not pinned or pinned[0].revoked or pinned[0].retired_at is not None:
+        raise ConfigError(
+            f"{path} holds key {signer.fingerprint}, which is not the key of node {node}",
+            hint="`syncctl key show-public` here, `syncctl node init` there: compare the fingerprints",
+        )
+    return signer
+
+
+def _head(conn: Connection, settings: Settings, chain: str, size: int | None, signer: Signer) -> Checkpoint:
+    from vsql_shared.audit import heads
+    from vsql_shared.audit.checkpoint import Log
+
+    log = Log(settings.cluster.name, chain)
+    if log.writer == signer.node:
+        return heads.own_checkpoint(conn, trusted_keys(conn, settings), log, size)
+    head = heads.remembered_checkpoint(conn, log)
+    if size not in (None, head.size):
+        raise RefusedError(
+            f"this node remembers chain {chain} at {head.size} entries, not at {size}",
+            hint="only its writer can sign earlier heads; leave --size out",
+        )
+    return head
+
+
+def _held(conn: Connection, settings: Settings, opened: Opened, signer: Signer) -> Checkpoint:
+    """A checkpoint held against what this node has itself. Raises ChainError ("split view")."""
+    from vsql_shared.audit import heads
+    from vsql_shared.audit.checkpoint import split_view
+
+    claimed = opened.checkpoint
+    if claimed.log.cluster != settings.cluster.name:
+        raise RefusedError(f"the checkpoint is of cluster {claimed.log.cluster}", hint="check the file")
+    if claimed.log.writer == signer.node:
+        mine = heads.own_checkpoint(conn, trusted_keys(conn, settings), claimed.log, claimed.size)
+    else:
+        mine = heads.remembered_checkpoint(conn, claimed.log)
+    if mine.size != claimed.size:
+        raise RefusedError(
+            f"this node has verified {mine.size} entries of chain {claimed.log.chain}, "
+            f"the checkpoint is of {claimed.size}",
+            hint=f"make one here (--chain {claimed.log.chain}); node {claimed.log.writer} adds to any size",
+        )
+    if mine.root != claimed.root:
+        raise split_view(claimed, f"this node has verified one with root {mine.root.hex()}")
+    return mine
+
+
+def _read(path: Path) -> str:
+    from vsql_shared.audit.proofs import MAX_PROOF_SIZE
+
+    return read_text(path, MAX_PROOF_SIZE)
+
+
+def _open(conn: Connection, encoded: str) -> Opened:
+    """A checkpoint signed by nodes whose keys are pinned here, and count."""
+    from vsql_shared.audit.checkpoint import open_checkpoint
+    from vsql_shared.pg import signers
+
+    pinned = [one for one in signers.load(conn) if not one.revoked and one.retired_at is None]
+    return open_checkpoint(encoded, [(one.node, one.public_key) for one in pinned])
+
+
+@click.command(
+    "prove",
+    epilog=example(
+        "syncctl audit prove payments.node-a/1042 --output entry.tlog-proof",
+        "syncctl audit prove 5b7e6d1e-… --checkpoint both.checkpoint --output entry.tlog-proof",
+    ),
+)
+@click.argument("entry")
+@click.option(
+    "--checkpoint", "path", type=_FILE, metavar="FILE", help="Prove it in this one; else a new one."
+)
+@_target
+@pass_operator
+def prove(operator: Operator, entry: str, path: Path | None, target: Path | None) -> None:
+    """Prove that ENTRY (CHAIN/SEQUENCE, or an event_id) is in this node's trail.
+
+    The proof (C2SP tlog-proof) holds the signed entry, some thirty hashes, and a checkpoint; it verifies
+    off-line, with the public key alone.
+    """
+    from vsql_shared.audit import heads
+
+    with node_database(operator.settings) as conn:
+        chain, sequence = heads.place_of(conn, entry)
+        head, note = _later(conn, operator.settings, chain, path)
+        _give(heads.prove_entry(conn, sequence, head, note).encode(), target)
+
+
+def _later(conn: Connection, settings: Settings, chain: str, path: Path | None) -> tuple[Checkpoint, str]:
+    """The checkpoint a proof leads to, and its signed form: of a file, or made now."""
+    from vsql_shared.audit import heads
+    from vsql_shared.audit.notes import SignedNote
+
+    if path is None:
+        signer = _signer(conn, settings)
+        head = _head(conn, settings, chain, None, signer)
+        return head, _signed(head, signer, SignedNote(head.text, ()))
+    opened = _open(conn, _read(path))
+    opened.require_writer()
+    if opened.checkpoint.log.chain != chain:
+        raise RefusedError(f"{path} is of chain {opened.checkpoint.log.chain}, not of {chain}")
+    heads.require_own(conn, opened.checkpoint)
+    return opened.checkpoint, opened.note.encode()
+
+
+@click.command(
+    "prove-prefix",
+    epilog=example("syncctl audit prove-prefix january.checkpoint february.checkpoint --output year.proof"),
+)
+@click.argument("old", type=_FILE)
+@click.argument("new", type=_FILE, required=False)
+@_target
+@pass_operator
+def prove_prefix(operator: Operator, old: Path, new: Path | None, target: Path | None) -> None:
+    """Prove that the history of checkpoint OLD is a prefix of that of NEW, or of all this node has now.
+
+    The proof is what C2SP witnesses take (add-checkpoint). Nothing was rewritten in between.
+    """
+    from vsql_shared.audit import heads
+
+    with node_database(operator.settings) as conn:
+        before = _open(conn, _read(old)).checkpoint
+        heads.require_own(conn, before)
+        head, note = _later(conn, operator.settings, before.log.chain, new)
+        _give(heads.prove_prefix(conn, before, head, note).encode(), target)
+
+
+@click.command(
+    "verify-proof",
+    epilog=example(
+        "syncctl audit verify-proof entry.tlog-proof --key node-a.pub",
+        "syncctl audit verify-proof year.proof --old january.checkpoint --key node-a.pub",
+        "syncctl audit verify-proof both.checkpoint --key node-a.pub --cosigner node-b=node-b.pub",
+    ),
+)
+@click.argument("path", type=_FILE, metavar="FILE")
+@click.option(
+    "--key",
+    "keys",
+    type=_FILE,
+    multiple=True,
+    required=True,
+    metavar="FILE",
+    help="Public key of the chain's writer.",
+)
+@click.option(
+    "--cosigner",
+    "cosigners",
+    multiple=True,
+    metavar="NODE=FILE",
+    help="A node that must have cosigned, and its key.",
+)
+@click.option("--old", type=_FILE, metavar="FILE", help="The earlier checkpoint.")
+@output_option
+def verify_proof(
+    path: Path, keys: tuple[Path, ...], cosigners: tuple[str, ...], old: Path | None, output: OutputFormat
+) -> None:
+    """Verify a checkpoint or a proof off-line: no configuration, no database, only public keys.
+
+    FILE is a checkpoint, a proof of an entry (`prove`), or of a prefix (`prove-prefix`, with --old). Two
+    checkpoints of one size: FILE and --old. Ends with 9 when it does not verify.
+    """
+    known = _Keys(keys, dict(map(_cosigner, cosigners)))
+    before = None if old is None else known.open(_read(old)).checkpoint
+    found = _verify_file(_read(path), known, before)
+    emit(output, found, lambda: render_pairs({name: one for name, one in found.items() if name != "entry"}))
+
+
+def _cosigner(value: str) -> tuple[str, Path]:
+    node, mark, path = value.partition("=")
+    if not mark or not node:
+        raise UserError(f"--cosigner {value!r}", hint="write NODE=FILE, for example node-b=node-b.pub")
+    return node, Path(path)
+
+
+class _Keys:
+    """The keys an auditor was given: of the chain's writer, whichever node that is, and of cosigners."""
+
+    def __init__(self, keys: tuple[Path, ...], cosigners: dict[str, Path]) -> None:
+        from vsql_shared.crypto.signing import load_public_key
+
+        self._writers = [load_public_key(path) for path in keys]
+        self.cosigners = {node: load_public_key(path) for node, path in cosigners.items()}
+
+    def known(self, encoded: str) -> list[tuple[str, bytes]]:
+        """(node, key) for a checkpoint; that the writer is who it says is what its signature proves."""
+        return [*((_writer(encoded), key) for key in self._writers), *self.cosigners.items()]
+
+    def open(self, encoded: str) -> Opened:
+        """Verify a checkpoint."""
+        from vsql_shared.audit.checkpoint import open_checkpoint
+
+        return open_checkpoint(encoded, self.known(encoded))
+
+    def trust(self, encoded: str) -> TrustStore:
+        """The writer's keys, for its entries."""
+        from vsql_shared.crypto.signing import PinnedKey, TrustStore, fingerprint
+
+        node = _writer(encoded)
+        return TrustStore(PinnedKey(node, key, fingerprint(key), revoked=False) for key in self._writers)
+
+
+def _verify_file(encoded: str, keys: _Keys, before: Checkpoint | None) -> dict[str, Any]:
+    from vsql_shared.audit.export import readable
+    from vsql_shared.audit.proofs import CONSISTENCY_MARK, INCLUSION_MARK, ConsistencyProof, InclusionProof
+
+    if encoded.startswith(INCLUSION_MARK):
+        proof = InclusionProof.decode(encoded)
+        text = proof.checkpoint
+        entry, opened = proof.verify(keys.trust(text), keys.known(text))
+        shown = {"sequence": entry.entry.sequence, "event_type": entry.entry.event_type}
+        return _found(opened, keys) | shown | {"entry": readable(entry.entry)}
+    if encoded.startswith(CONSISTENCY_MARK):
+        if before is None:
+            raise UserError("a proof of a prefix needs the earlier checkpoint", hint="give it with --old")
+        later = ConsistencyProof.decode(encoded)
+        return _found(later.verify(before, keys.known(later.checkpoint)), keys) | {"prefix": before.size}
+    opened = keys.open(encoded)
+    return _found(opened, keys) | ({} if before is None else _same(before, opened.checkpoint))
+
+
+def _same(before: Checkpoint, head: Checkpoint) -> dict[str, Any]:
+    """Two checkpoints of one size, without a proof between them."""
+    from vsql_shared.audit.proofs import require_prefix
+
+    if (before.log, before.size) != (head.log, head.size):
+        raise UserError(
+            "the two checkpoints differ in size or chain",
+            hint="have a proof made with `syncctl audit prove-prefix OLD NEW`",
+        )
+    require_prefix(before, head, ())
+    return {"prefix": before.size}
+
+
+def _writer(encoded: str) -> str:
+    """The node a checkpoint says its chain is written by; believed once its signature has verified."""
+    from vsql_shared.audit.checkpoint import Checkpoint
+    from vsql_shared.audit.notes import SignedNote
+
+    return Checkpoint.parse(SignedNote.decode(encoded).text).log.writer
+
+
+def _found(opened: Opened, keys: _Keys) -> dict[str, Any]:
+    """What was verified. Raises SignatureError where one who must have signed has not."""
+    from vsql_shared.audit.checkpoint import cosigner_key
+
+    head = opened.checkpoint
+    opened.require_writer()
+    signed = {one.key.name: one.at for one in opened.signatures if one.at is not None}
+    cosigned = []
+    for node, key in keys.cosigners.items():
+        at = signed.get(cosigner_key(head.log.cluster, node, key).name)
+        if at is None:
+            raise SignatureError(f"the checkpoint is not cosigned by node {node}")
+        cosigned.append({"node": node, "at": at})
+    return {
+        "cluster": head.log.cluster,
+        "chain": head.log.chain,
+        "size": head.size,
+        "root": head.root.hex(),
+        "signed_by": head.log.writer,
+        "cosigned": cosigned,
+    }
+
+
+@click.command(
+    "verifier-key",
+    epilog=example("syncctl audit verifier-key payments.node-a --key node-a.pub --cluster shop"),
+)
+@click.argument("chain")
+@click.option("--key", "path", type=_FILE, required=True, metavar="FILE", help="A public key.")
+@click.option("--cluster", required=True, help="The cluster's name.")
+@click.option("--cosigner", metavar="NODE", help="The key is this node's, which cosigns.")
+def verifier_key(chain: str, path: Path, cluster: str, cosigner: str | None) -> None:
+    """Print a public key as other tools take it for checkpoints of CHAIN (a C2SP vkey)."""
+    from vsql_shared.audit.checkpoint import Log, cosigner_key
+    from vsql_shared.crypto.signing import load_public_key
+
+    log, key = Log(cluster, chain), load_public_key(path)
+    log.writer  # noqa: B018  # raises for what is no chain
+    click.echo(log.key(key).vkey if cosigner is None else cosigner_key(cluster, cosigner, key).vkey)
+
+
+COMMANDS = (checkpoint, prove, prove_prefix, verify_proof, verifier_key)

@@ -1,0 +1,168 @@
+"""Tree heads of chains and proofs of entries, from this node's tables.
+
+Not here: signing (checkpoint.py) and the arithmetic (tree.py). Rules:
+
+* An own chain's head is given only after the whole chain was verified, from its first entry (verify.py).
+* Of a peer's chain this node has no entries: its head is the one its reader remembers, which verified each
+  entry as it came.
+* What a proof is made of is read in one pass, in memory that does not grow with the chain.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Generator
+from contextlib import closing
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from vsql_shared.audit.checkpoint import Checkpoint, Log, split_view
+from vsql_shared.audit.dsse import document_hash
+from vsql_shared.audit.proofs import ConsistencyProof, InclusionProof
+from vsql_shared.audit.tree import (
+    consistency_ranges,
+    decode_tree,
+    inclusion_ranges,
+    is_known,
+    range_roots,
+    root_of,
+    tree_of,
+)
+from vsql_shared.audit.verify import PAGE, verify_table
+from vsql_shared.errors import ChainError, RefusedError
+from vsql_shared.pg.connect import Connection, errors
+
+if TYPE_CHECKING:
+    from vsql_shared.crypto.signing import TrustStore
+
+_HINT = "`syncctl audit list` shows the chains and entries there are"
+
+
+def entry_hashes(conn: Connection, chain: str) -> Generator[bytes]:
+    """The hash of each entry of an own chain, from the first one on; the caller holds a transaction."""
+    with conn.cursor(name="vsql_sync_hashes") as cursor:
+        cursor.itersize = PAGE
+        cursor.execute(
+            "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s ORDER BY sequence", (chain,)
+        )
+        for (document,) in cursor:
+            yield document_hash(bytes(document))
+
+
+def own_checkpoint(conn: Connection, trust: TrustStore, log: Log, size: int | None = None) -> Checkpoint:
+    """The head of an own chain, whole or at a size. Raises ChainError where the chain does not verify.
+
+    `conn` must be in autocommit mode and outside of a transaction.
+    """
+    report = verify_table(conn, trust, log.cluster, log.chain)
+    if report.problems:
+        found = report.problems[0]
+        raise ChainError(
+            f"chain {log.chain} does not verify: {found.what}",
+            record=f"{log.chain}/{found.sequence}",
+            hint="nothing is signed; `syncctl audit verify` says more",
+        )
+    last = report.chains[0].sequence
+    if not last or (size is not None and size > last):
+        raise RefusedError(f"chain {log.chain} has {last} entries, not {size or 1}", hint=_HINT)
+    return own_head(conn, log, last if size is None else size)
+
+
+def own_head(conn: Connection, log: Log, size: int) -> Checkpoint:
+    """The head of an own chain at a size it has; the entries are hashed, not verified."""
+    with (
+        errors("reading the audit trail"),
+        conn.transaction(),
+        closing(entry_hashes(conn, log.chain)) as hashes,
+    ):
+        tree, found = tree_of(islice(hashes, size))
+    if found != size:
+        raise RefusedError(f"chain {log.chain} has {found} entries, not {size}", hint=_HINT)
+    return Checkpoint(log, size, root_of(tree))
+
+
+def remembered_checkpoint(conn: Connection, log: Log) -> Checkpoint:
+    """The head up to which this node has verified a peer's chain. Raises RefusedError where there is none."""
+    with errors("reading what this node remembers of a chain"):
+        row = conn.execute(
+            "SELECT sequence, tree FROM (SELECT chain, sequence, tree FROM vsql_sync.apply_progress"
+            " UNION ALL SELECT chain, sequence, tree FROM vsql_sync.chain_heads WHERE NOT own) h"
+            " WHERE chain = %s ORDER BY sequence DESC LIMIT 1",
+            (log.chain,),
+        ).fetchone()
+    if row is None:
+        raise RefusedError(
+            f"this node has verified nothing of chain {log.chain}, which node {log.writer} writes", hint=_HINT
+        )
+    sequence, tree = int(row[0]), decode_tree(bytes(row[1]))
+    if not is_known(tree, sequence):
+        raise RefusedError(
+            f"this node remembers entry {sequence} of chain {log.chain} without its tree",
+            hint="an earlier version stored its position; it has one once the stream is initialised anew",
+        )
+    return Checkpoint(log, sequence, root_of(tree))
+
+
+def require_own(conn: Connection, claimed: Checkpoint) -> None:
+    """Raise ChainError ("split view") unless a checkpoint somebody has is one of this own chain."""
+    mine = own_head(conn, claimed.log, claimed.size)
+    if mine.root != claimed.root:
+        raise split_view(claimed, f"this node's entries have root {mine.root.hex()}")
+
+
+def place_of(conn: Connection, name: str) -> tuple[str, int]:
+    """Chain and sequence of an entry named `CHAIN/SEQUENCE` or by its event_id. Raises RefusedError."""
+    chain, mark, sequence = name.rpartition("/")
+    if mark and sequence.isascii() and sequence.isdecimal():
+        where, values = "chain = %s AND sequence = %s", (chain, min(int(sequence), (1 << 63) - 1))
+    else:
+        try:
+            where, values = "event_id = %s", (uuid.UUID(name),)  # type: ignore[assignment]  # one or two values
+        except ValueError:
+            raise RefusedError(
+                f"{name!r} names no entry", hint="write CHAIN/SEQUENCE or an event_id"
+            ) from None
+    with errors("reading the audit trail"):
+        row = conn.execute(
+            f"SELECT chain, sequence FROM vsql_sync.vsql_sync_audit WHERE {where} LIMIT 1",  # noqa: S608  # ours
+            values,
+        ).fetchone()
+    if row is None:
+        raise RefusedError(f"this node has no entry {name}", hint=_HINT)
+    return str(row[0]), int(row[1])
+
+
+def prove_entry(conn: Connection, sequence: int, checkpoint: Checkpoint, note: str) -> InclusionProof:
+    """The proof that an own entry is in the tree of `checkpoint`, of which `note` is the signed form."""
+    log = checkpoint.log
+    if sequence > checkpoint.size:
+        raise RefusedError(
+            f"entry {sequence} of chain {log.chain} is not below a checkpoint of {checkpoint.size} entries",
+            hint="take a later checkpoint",
+        )
+    wanted = inclusion_ranges(sequence - 1, checkpoint.size)
+    with errors("reading the audit trail"), conn.transaction():
+        row = conn.execute(
+            "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND sequence = %s",
+            (log.chain, sequence),
+        ).fetchone()
+        with closing(entry_hashes(conn, log.chain)) as hashes:
+            path = range_roots(hashes, wanted)
+    return InclusionProof(bytes(row[0]) if row else b"", sequence - 1, tuple(path), note)
+
+
+def prove_prefix(conn: Connection, old: Checkpoint, new: Checkpoint, note: str) -> ConsistencyProof:
+    """The proof that `old` is a prefix of `new`, of which `note` is the signed form."""
+    if old.log != new.log or old.size > new.size:
+        raise RefusedError(
+            f"{old.size} entries of {old.log.chain} are no prefix of {new.size} of {new.log.chain}",
+            hint="give the earlier checkpoint first",
+        )
+    wanted = consistency_ranges(old.size, new.size) if old.size else []
+    with (
+        errors("reading the audit trail"),
+        conn.transaction(),
+        closing(entry_hashes(conn, new.log.chain)) as hashes,
+    ):
+        path = range_roots(hashes, wanted)
+    return ConsistencyProof(old.size, tuple(path), note)
