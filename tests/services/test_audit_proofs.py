@@ -1,4 +1,4 @@
-"""`syncctl audit checkpoint`, `prove`, `prove-prefix`, `verify-proof` between two real nodes, and off-line."""
+"""`syncctl audit checkpoint`, `prove`, `prove-prefix`, `verify-proof`: two real nodes, and off-line."""
 
 from __future__ import annotations
 
