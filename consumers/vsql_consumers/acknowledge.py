@@ -22,17 +22,20 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
 from itertools import islice
 from typing import Any, NamedTuple
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from vsql_consumers import state
+from vsql_consumers.cosign import Cosigner
 from vsql_consumers.quarantine import is_skipped
 from vsql_consumers.session import server_position
 from vsql_consumers.state import Receipt
 from vsql_shared import failpoints, names
 from vsql_shared.audit.chain import Accepted, ChainReader, ChainWriter, Prepared, new_incarnation
+from vsql_shared.audit.checkpoint import Log
 from vsql_shared.audit.dsse import document_hash
 from vsql_shared.audit.entries import (
     BATCH_APPLIED,
@@ -97,6 +100,10 @@ class Acknowledger:
         self._failure: VsqlSyncError | None = None
         self._published_up_to = 0
         self.entries = self.bytes = 0
+
+    def cosigner(self, every: timedelta) -> Cosigner:
+        """Who cosigns the heads of the stream's chain in this one."""
+        return Cosigner(self, self._signer, Log(self._place.cluster, self._place.chain), every)
 
     def start(self, read_own: ReadOwn, from_offset: int) -> None:
         """Bring Kafka level with the table; acknowledge receipts a crash left behind.

@@ -76,6 +76,7 @@ class Pipeline:
             self._open_decisions = state.load_open_decisions(means.control, stream.chain)
         self.position: Position = joining.first_position(means, self._applier, position, skip, decisions)
         self.acknowledger = means.open_acknowledger()
+        self._cosigner = self.acknowledger.cosigner(settings.audit.checkpoint_every)
         self._decided, self._ignored = decisions.transactions, decisions.ignored
         self.intake = Intake(means, self.position, decisions)
         self._dead_letters = DeadLetters(means)
@@ -109,6 +110,7 @@ class Pipeline:
         self.acknowledger.poll()
         if refused is not None:
             raise refused
+        self._cosign()
         self.intake.look_for_lost()
         self.intake.tell_strays()
         self._rest(came)
@@ -358,6 +360,12 @@ class Pipeline:
             self._means.source.commit(offsets, wait=wait)
 
     # Watching
+
+    def _cosign(self) -> None:
+        """Between transactions, when it is time: what is cosigned is committed."""
+        if not self._group.fragments:
+            ack_chain = names.ack_chain(self._chain, self._means.stream.target)
+            self._cosigner.look(self._means.control, ack_chain, self.position.head)
 
     def _rest(self, came: int) -> None:
         """After a while without records: tidy up, once."""

@@ -251,6 +251,49 @@ def test_two_targets_find_that_the_source_showed_them_two_histories(
     assert own in split[0]["what"]
 
 
+def cosigned_by_b(logs: Logs, *notes: str) -> None:
+    """B's chain goes on with these entries."""
+    acks = History(ACKS, B, head=acknowledged(ordinary()).head)
+    acks.open()
+    for note in notes:
+        detail = json.dumps({"note": note}, separators=(",", ":"), ensure_ascii=False)
+        acks.add(event_type="checkpoint_cosigned", batch_lsn_start=5, batch_lsn_end=5, detail=detail)
+    store(logs.conns["node-b"], acks)
+
+
+def note_of(size: int, by: History | None = None, chain: str = CHAIN) -> str:
+    hashes = [made.entry_hash for made in (by or ordinary()).entries]
+    head = Checkpoint(Log(CLUSTER, chain), size, tree.root_of(tree.tree_of(hashes[:size])[0]))
+    return head.sign(B, 9).encode()
+
+
+COSIGNED: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "true heads": ((note_of(2), note_of(7), note_of(7), note_of(SIZE)), None),
+    "another root": ((note_of(2), note_of(5, other_history()), note_of(SIZE)), "split view"),
+    "more than there is": ((note_of(SIZE + 1, other_history(SIZE + 1)),), f"the source has {SIZE}"),
+    "less than before": ((note_of(7), note_of(2)), "2 entries of chain orders.node-a after 7"),
+    "another chain": ((note_of(2, chain="bills.node-a"),), "no head of chain orders.node-a"),
+    "no note": (("?",), "no head of chain orders.node-a"),
+}
+
+
+@pytest.mark.parametrize("case", COSIGNED)
+@pytest.mark.parametrize("node", ["node-a", "node-b"])
+def test_heads_a_target_cosigned_are_held_against_the_sources_entries(
+    logs: Logs, case: str, node: str
+) -> None:
+    notes, expected = COSIGNED[case]
+    cosigned_by_b(logs, *notes)
+    peer = logs.infos["node-b" if node == "node-a" else "node-a"]
+    code, found = logs.verify(node, "--peer-connection", peer)
+    if expected is None:
+        assert (code, found["problems"]) == (0, [])
+        return
+    assert code == 9
+    assert [one["chain"] for one in found["problems"]] == [ACKS]
+    assert expected in found["problems"][0]["what"]
+
+
 def test_nothing_is_signed_of_a_chain_that_does_not_verify(logs: Logs) -> None:
     as_attacker(
         logs.conns["node-a"], f"UPDATE {TABLE} SET row_count = 99 WHERE chain = '{CHAIN}' AND sequence = 3"

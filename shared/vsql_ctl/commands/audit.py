@@ -209,7 +209,7 @@ def _verify_peer(
     from vsql_shared.audit.acts import compare_acts
     from vsql_shared.audit.compare import compare_memory, compare_nodes
     from vsql_shared.audit.verify import verify_table
-    from vsql_shared.audit.views import split_views
+    from vsql_shared.audit.views import compare_cosigned, split_views
     from vsql_shared.pg import nodes
 
     other = nodes.local(peer)
@@ -223,6 +223,7 @@ def _verify_peer(
     bad = findings.bad_chains()
     findings.comparisons += compare_nodes(conn, peer, chain, bad) + compare_nodes(peer, conn, chain, bad)
     findings.found += split_views(conn, peer, chain, bad)
+    findings.found += compare_cosigned(conn, peer, chain, bad) + compare_cosigned(peer, conn, chain, bad)
     findings.found += compare_acts(peer, other.name, name, bad)
     findings.found += compare_memory(conn, peer, other.name, chain)
     findings.found += compare_memory(peer, conn, findings.node, name)

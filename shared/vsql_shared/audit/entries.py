@@ -41,6 +41,7 @@ BATCH_COVERED: Final = "batch_covered"
 OPERATOR_ACTION: Final = "operator_action"
 KEY_ROTATED: Final = "key_rotated"
 TRANSACTION_REPLAYED: Final = "transaction_replayed"
+CHECKPOINT_COSIGNED: Final = "checkpoint_cosigned"
 EVENT_TYPES = frozenset(
     {
         EPOCH_OPENED,
@@ -54,6 +55,7 @@ EVENT_TYPES = frozenset(
         OPERATOR_ACTION,
         KEY_ROTATED,
         TRANSACTION_REPLAYED,
+        CHECKPOINT_COSIGNED,
     }
 )
 """What this version writes. Readers accept other types too: they link the chain and bring no batch."""

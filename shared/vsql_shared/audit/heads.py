@@ -20,6 +20,7 @@ from vsql_shared.audit.checkpoint import Checkpoint, Log, split_view
 from vsql_shared.audit.dsse import document_hash
 from vsql_shared.audit.proofs import ConsistencyProof, InclusionProof
 from vsql_shared.audit.tree import (
+    MAX_SIZE,
     consistency_ranges,
     decode_tree,
     inclusion_ranges,
@@ -112,20 +113,22 @@ def require_own(conn: Connection, claimed: Checkpoint) -> None:
 
 def place_of(conn: Connection, name: str) -> tuple[str, int]:
     """Chain and sequence of an entry named `CHAIN/SEQUENCE` or by its event_id. Raises RefusedError."""
-    chain, mark, sequence = name.rpartition("/")
-    if mark and sequence.isascii() and sequence.isdecimal():
-        where, values = "chain = %s AND sequence = %s", (chain, min(int(sequence), (1 << 63) - 1))
+    chain, mark, number = name.rpartition("/")
+    event = sequence = None
+    if mark and number.isascii() and number.isdecimal():
+        sequence = min(int(number), MAX_SIZE)
     else:
         try:
-            where, values = "event_id = %s", (uuid.UUID(name),)  # type: ignore[assignment]  # one or two values
+            event = uuid.UUID(name)
         except ValueError:
             raise RefusedError(
-                f"{name!r} names no entry", hint="write CHAIN/SEQUENCE or an event_id"
+                f"{name!r} names no entry", hint="CHAIN/SEQUENCE or an event_id does"
             ) from None
     with errors("reading the audit trail"):
         row = conn.execute(
-            f"SELECT chain, sequence FROM vsql_sync.vsql_sync_audit WHERE {where} LIMIT 1",  # noqa: S608  # ours
-            values,
+            "SELECT chain, sequence FROM vsql_sync.vsql_sync_audit"
+            " WHERE event_id = %s OR (chain = %s AND sequence = %s) LIMIT 1",
+            (event, chain, sequence),
         ).fetchone()
     if row is None:
         raise RefusedError(f"this node has no entry {name}", hint=_HINT)

@@ -6,17 +6,29 @@ do that first, because this module believes the entries it is given). Rules:
 * An acknowledgement names its manifest's hash, and each entry has the hash of the one before: two targets
   that acknowledge one manifest have seen one history up to it.
 * Where they name different ones for one sequence, the two acknowledgements prove the split, each signed.
+* Heads a target has cosigned (`checkpoint_cosigned`) are held against the source's own entries, in one pass.
 """
 
 from __future__ import annotations
 
+import json
+import uuid
 from collections.abc import Collection, Iterable, Iterator
-from typing import TYPE_CHECKING
+from contextlib import closing
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
+from vsql_shared.audit.checkpoint import Checkpoint, split_view
 from vsql_shared.audit.compare import ack_target, chain_names
-from vsql_shared.audit.entries import ZERO_HASH
+from vsql_shared.audit.entries import CHECKPOINT_COSIGNED, ZERO_HASH, AuditEntry
+from vsql_shared.audit.heads import entry_hashes
+from vsql_shared.audit.notes import SignedNote
+from vsql_shared.audit.rows import parse
 from vsql_shared.audit.store import iterate
+from vsql_shared.audit.tree import Tree, grow, root_of
 from vsql_shared.audit.verify import Problem
+from vsql_shared.errors import DecodeError
+from vsql_shared.pg.connect import errors
 
 if TYPE_CHECKING:
     from vsql_shared.audit.rows import StoredDocument
@@ -76,3 +88,68 @@ def _named(acks: Iterable[StoredDocument]) -> Iterator[tuple[int, bytes]]:
         if sequence > last and named != ZERO_HASH:
             last = sequence
             yield sequence, named
+
+
+def compare_cosigned(
+    source: Connection, target: Connection, chain: str | None = None, skip: Collection[str] = ()
+) -> list[Problem]:
+    """The first head, in each chain of acknowledgements of `target`, that `source`'s entries do not have."""
+    streams = set(chain_names(source)) - set(skip)
+    found = []
+    for stream, acks in _acknowledged(target, skip).items():
+        if stream in streams and chain in (None, stream, acks):
+            problem = _first_wrong(source, stream, acks, list(_cosigned(target, acks)))
+            if problem is not None:
+                found.append(problem)
+    return found
+
+
+class _Cosigned(NamedTuple):
+    """A head in an entry of a chain of acknowledgements; `checkpoint` None where there is none to be read."""
+
+    entry: AuditEntry
+    checkpoint: Checkpoint | None
+
+
+def _cosigned(conn: Connection, acks: str) -> Iterator[_Cosigned]:
+    with errors("reading cosigned heads"):
+        rows = conn.execute(
+            "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND event_type = %s"
+            " ORDER BY sequence",
+            (acks, CHECKPOINT_COSIGNED),
+        ).fetchall()
+    for (document,) in rows:
+        entry = parse(bytes(document)).entry
+        try:
+            note = json.loads(entry.detail).get("note")
+            yield _Cosigned(entry, Checkpoint.parse(SignedNote.decode(str(note)).text))
+        except DecodeError:
+            yield _Cosigned(entry, None)
+
+
+def _first_wrong(source: Connection, stream: str, acks: str, heads: list[_Cosigned]) -> Problem | None:
+    """One pass over the source's entries, stopping at each size that was cosigned."""
+    tree: Tree = ()
+    size = 0
+    with source.transaction(), closing(entry_hashes(source, stream)) as hashes:
+        for entry, claimed in heads:
+            event = str(uuid.UUID(bytes=entry.event_id))
+            if claimed is None or (claimed.log.cluster, claimed.log.chain) != (entry.cluster, stream):
+                return Problem(acks, entry.sequence, event, f"cosigns no head of chain {stream}")
+            if claimed.size < size:
+                what = f"cosigns {claimed.size} entries of chain {stream} after {size}"
+                return Problem(acks, entry.sequence, event, what)
+            for one in islice(hashes, claimed.size - size):
+                tree, size = grow(tree, size, one), size + 1
+            if size < claimed.size:
+                what = f"cosigns {claimed.size} entries of chain {stream}, the source has {size}"
+                return Problem(
+                    acks, entry.sequence, event, f"{what}: it was cut, or it showed another history"
+                )
+            if root_of(tree) != claimed.root:
+                return Problem(acks, entry.sequence, event, split_view(claimed, _says(root_of(tree))).message)
+    return None
+
+
+def _says(root: bytes) -> str:
+    return f"the source's entries have root {root.hex()}"

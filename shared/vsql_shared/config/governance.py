@@ -57,6 +57,11 @@ class AuditSettings(Section):
     leaf_retention: Annotated[Duration, Field(ge=timedelta(0), le=timedelta(days=366))] = timedelta(days=7)
     """How long each side keeps the leaf hashes (32 bytes a tuple) by which a divergent tuple is found."""
 
+    checkpoint_every: Annotated[Duration, Field(ge=timedelta(seconds=1), le=timedelta(days=366))] = timedelta(
+        hours=1
+    )
+    """How often a target cosigns the head of its source's chain, in its own chain of acknowledgements."""
+
 
 class CrdtColumn(Section):
     """[[conflict.crdt.columns]]: a column whose concurrent changes add up."""
