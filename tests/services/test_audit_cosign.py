@@ -1,4 +1,4 @@
-"""A real target cosigns its source's chain as it goes, after a restart too; its notes are the source's heads."""
+"""A real target cosigns its source's chain as it goes, after a restart too; the notes are the source's heads."""
 
 from __future__ import annotations
 
