@@ -1,4 +1,4 @@
-"""A real target cosigns its source's chain as it goes, after a restart too; the notes are the source's heads."""
+"""A real target cosigns its source's chain as it goes, after a restart too: the source's own heads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _until = partial(until, timeout=60)
 def pair(stack: Stack, tmp_path: Path) -> Iterator[TwoNodes]:
     """A running stream whose target cosigns each second."""
     made = TwoNodes(stack, tmp_path, "CREATE TABLE t (id int PRIMARY KEY, v text)")
-    made.b.env["VSQL_SYNC_AUDIT__CHECKPOINT_EVERY"] = "1s"
+    made.b.env["VSQL_SYNC__AUDIT__CHECKPOINT_EVERY"] = "1s"
     try:
         made.create(["t(*)"], copy=False)
         made.start()
