@@ -148,11 +148,12 @@ def _read(path: Path) -> str:
 
 
 def _open(conn: Connection, encoded: str) -> Opened:
-    """A checkpoint signed by nodes whose keys are pinned here, and count."""
+    """A checkpoint signed by nodes whose keys are pinned here, and are not revoked."""
     from vsql_shared.audit.checkpoint import open_checkpoint
     from vsql_shared.pg import signers
 
-    pinned = [one for one in signers.load(conn) if not one.revoked and one.retired_at is None]
+    # A retired key may have signed an earlier checkpoint; what the note says is held against this node's own.
+    pinned = [one for one in signers.load(conn) if not one.revoked]
     return open_checkpoint(encoded, [(one.node, one.public_key) for one in pinned])
 
 

@@ -24,6 +24,7 @@ from vsql_shared.audit.notes import (
     Verified,
     cosign_note,
     sign_note,
+    unbase64,
     verify_note,
 )
 from vsql_shared.audit.tree import MAX_SIZE
@@ -73,12 +74,9 @@ def number(text: str, where: str) -> int:
 
 def unhash(text: str, where: str) -> bytes:
     """A hash in base64, in its only form. Raises DecodeError."""
-    try:
-        raw = base64.b64decode(text, validate=True)
-    except ValueError as error:
-        raise DecodeError(f"{where}: not base64") from error
-    if len(raw) != HASH_SIZE or base64.b64encode(raw).decode() != text:
-        raise DecodeError(f"{where}: not a hash of {HASH_SIZE} bytes in base64")
+    raw = unbase64(text, where)
+    if len(raw) != HASH_SIZE:
+        raise DecodeError(f"{where}: {len(raw)} bytes, expected a hash of {HASH_SIZE}")
     return raw
 
 

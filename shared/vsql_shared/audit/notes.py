@@ -65,7 +65,7 @@ def parse_vkey(text: str) -> NoteKey:
     """The key of a `vkey`. Raises DecodeError, also where its id is not the key's."""
     name, _, rest = text.strip().partition("+")
     key_id, _, material = rest.partition("+")
-    raw = _unbase64(material, "vkey")
+    raw = unbase64(material, "vkey")
     if not is_key_name(name) or len(raw) != 1 + PUBLIC_KEY_SIZE or raw[0] not in (SIGNATURE, COSIGNATURE):
         raise DecodeError("not the vkey of an Ed25519 key: expected name+id+base64 with kind 01 or 04")
     key = NoteKey(name, raw[0], raw[1:])
@@ -132,7 +132,8 @@ def is_key_name(name: str) -> bool:
     return bool(name) and "+" not in name and not any(char.isspace() or char < " " for char in name)
 
 
-def _unbase64(text: str, where: str) -> bytes:
+def unbase64(text: str, where: str) -> bytes:
+    """Bytes of base64 in its only form. Raises DecodeError."""
     try:
         raw = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -146,7 +147,7 @@ def _signature(line: str) -> NoteSignature:
     name, _, encoded = line.removeprefix(_DASH).partition(" ")
     if not line.startswith(_DASH) or not is_key_name(name):
         raise DecodeError("a signature line is not `— name base64`")
-    raw = _unbase64(encoded, f"signature of {name}")
+    raw = unbase64(encoded, f"signature of {name}")
     if len(raw) <= _KEY_ID_SIZE:
         raise DecodeError(f"signature of {name}: {len(raw)} bytes")
     return NoteSignature(name, raw[:_KEY_ID_SIZE], raw[_KEY_ID_SIZE:])

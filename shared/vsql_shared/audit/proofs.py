@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 from vsql_shared.audit.checkpoint import Checkpoint, Opened, number, open_checkpoint, split_view, unhash
 from vsql_shared.audit.dsse import AUDIT_ENTRY, document_hash, pae
 from vsql_shared.audit.merkle import leaf_hash, verify_consistency, verify_inclusion
-from vsql_shared.audit.notes import MAX_NOTE_SIZE
+from vsql_shared.audit.notes import MAX_NOTE_SIZE, unbase64
 from vsql_shared.audit.rows import StoredDocument, parse
 from vsql_shared.errors import DecodeError, RecordError
 
@@ -76,10 +76,7 @@ class InclusionProof:
             raise DecodeError(f"not an inclusion proof: expected {INCLUSION_MARK!r} and an extra line")
         if not lines[2].startswith("index "):
             raise DecodeError("inclusion proof: no index line")
-        try:
-            document = base64.b64decode(lines[1].removeprefix("extra "), validate=True)
-        except ValueError as error:
-            raise DecodeError("inclusion proof, extra line: not base64") from error
+        document = unbase64(lines[1].removeprefix("extra "), "inclusion proof, extra line")
         index = number(lines[2].removeprefix("index "), "inclusion proof, index")
         return cls(document, index, _hashes(lines[3:], "inclusion proof"), checkpoint)
 
