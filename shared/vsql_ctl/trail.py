@@ -1,4 +1,4 @@
-"""What the commands on the audit trail share: the node's database, the keys it trusts, files that are whole.
+"""What the commands on the audit trail share: the database, the keys it trusts, times, files that are whole.
 
 Not a command.
 """
@@ -9,8 +9,11 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
+
+import click
 
 from vsql_shared.errors import UserError
 
@@ -18,6 +21,17 @@ if TYPE_CHECKING:
     from vsql_shared.config import Settings
     from vsql_shared.crypto.signing import TrustStore
     from vsql_shared.pg.connect import Connection
+
+
+def moment(value: str) -> datetime:
+    """A date or a time in ISO 8601; UTC when no zone is given."""
+    try:
+        parsed = datetime.fromisoformat(value)
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r} is no time; write 2026-02-01 or 2026-02-01T13:00:00+01:00"
+        ) from None
+    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
 
 
 @contextmanager

@@ -113,11 +113,12 @@ def test_heads_are_stored_with_their_trees_and_go_on_from_them(logs: Logs) -> No
             tree.root_of(recalled[0].tree) == own_head(logs.conns["node-a"], Log(CLUSTER, CHAIN), SIZE).root
         )
     more = History(head=source.head)
+    more.open()
     more.batch()
     store(logs.conns["node-a"], more)
     after = recall_head(logs.conns["node-a"], CHAIN)
     assert after is not None
-    mine = own_head(logs.conns["node-a"], Log(CLUSTER, CHAIN), SIZE + 1)
+    mine = own_head(logs.conns["node-a"], Log(CLUSTER, CHAIN), SIZE + 2)
     assert tree.root_of(after[0].tree) == mine.root
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vsql_ctl.audit_report import Findings, as_json, as_text, words
+from vsql_ctl.commands.audit_export import export_trail
 from vsql_ctl.commands.audit_proofs import COMMANDS
 from vsql_ctl.context import Operator, OutputFormat, example, output_option, pass_operator
 from vsql_ctl.output import emit, render_table
-from vsql_ctl.trail import complete_file, node_database, trusted_keys
+from vsql_ctl.trail import moment, node_database, trusted_keys
 from vsql_shared.errors import ChainError, RefusedError, UserError
 
 if TYPE_CHECKING:
@@ -25,17 +23,6 @@ if TYPE_CHECKING:
 
 _SETTLE_SECONDS = 5.0  # how long entries that are in Kafka may take to reach the table
 _MAX_LIMIT = 100_000
-
-
-def moment(value: str) -> datetime:
-    """A date or a time in ISO 8601; UTC when no zone is given."""
-    try:
-        parsed = datetime.fromisoformat(value)
-    except ValueError:
-        raise click.BadParameter(
-            f"{value!r} is no time; write 2026-02-01 or 2026-02-01T13:00:00+01:00"
-        ) from None
-    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
 
 
 @click.group("audit", epilog=example("syncctl audit verify", "syncctl audit list --since 2026-02-01"))
@@ -262,59 +249,5 @@ def _verify_kafka(conn: Connection, settings: Settings, trust: TrustStore, findi
     findings.found += history.problems(now)
 
 
-@audit.command("export", epilog=example("syncctl audit export --format json --output /tmp/audit-report.json"))
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["json", "jsonl"]),
-    default="json",
-    show_default=True,
-    help="One JSON document, or one JSON object a line.",
-)
-@click.option(
-    "--output",
-    "target",
-    type=click.Path(path_type=Path, dir_okay=False),
-    required=True,
-    metavar="FILE",
-    help="File to write; it appears when it is complete.",
-)
-@click.option("--since", type=moment, metavar="TIME", help="Only entries from this time on.")
-@pass_operator
-def export_trail(operator: Operator, form: str, target: Path, since: datetime | None) -> None:
-    """Write signed entries and public keys to a file that can be verified without this database."""
-    from vsql_shared.audit.export import export
-    from vsql_shared.pg import nodes, oplog
-    from vsql_shared.pg.connect import errors
-
-    with node_database(operator.settings) as conn:
-        node = nodes.local(conn)
-        with errors("noting the export in the operators' log"):
-            oplog.record(
-                conn, "audit.export", "file", str(target), new={"since": since and since.isoformat()}
-            )
-        pieces = export(conn, node.cluster, node.name, datetime.now(UTC), since)
-        with complete_file(target) as file:
-            count = _write(file, form, pieces)
-    click.echo(f"exported {count} entries to {target}", err=True)
-
-
-def _write(file: TextIO, form: str, pieces: Iterator[tuple[str, dict[str, Any]]]) -> int:
-    """Write piece by piece, so that a trail of any length needs little memory."""
-    count = 0
-    for kind, value in pieces:
-        text = json.dumps(value, ensure_ascii=False)
-        if form == "jsonl":
-            file.write(f'{{"{kind}": {text}}}\n')
-        elif kind == "header":
-            file.write(f'{{"header": {text},\n"entries": [')
-        elif kind == "entry":
-            file.write((",\n" if count else "\n") + text)
-        else:
-            file.write(f'\n],\n"end": {text}}}\n')
-        count += kind == "entry"
-    return count
-
-
-for _command in COMMANDS:
+for _command in (export_trail, *COMMANDS):
     audit.add_command(_command)

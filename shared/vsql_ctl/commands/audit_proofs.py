@@ -65,7 +65,7 @@ def checkpoint(
     if (chain is None) == (added is None):
         raise UserError("give either --chain or --add", hint="--add FILE says itself which chain it is of")
     with node_database(operator.settings) as conn:
-        signer = _signer(conn, operator.settings)
+        signer = signing_key(conn, operator.settings)
         if added is not None:
             opened = _open(conn, _read(added))
             if size not in (None, opened.checkpoint.size):
@@ -81,7 +81,7 @@ def _signed(head: Checkpoint, signer: Signer, note: SignedNote) -> str:
     return head.signed_by(signer, int(time.time()), note).encode()
 
 
-def _signer(conn: Connection, settings: Settings) -> Signer:
+def signing_key(conn: Connection, settings: Settings) -> Signer:
     """This node's key; it must be the one its database has for this node."""
     from vsql_shared.crypto.signing import load_signer
     from vsql_shared.pg import nodes, signers
@@ -190,7 +190,7 @@ def _later(conn: Connection, settings: Settings, chain: str, path: Path | None) 
     from vsql_shared.audit.notes import SignedNote
 
     if path is None:
-        signer = _signer(conn, settings)
+        signer = signing_key(conn, settings)
         head = _head(conn, settings, chain, None, signer)
         return head, _signed(head, signer, SignedNote(head.text, ()))
     opened = _open(conn, _read(path))

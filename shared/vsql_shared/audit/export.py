@@ -7,21 +7,29 @@ The format is documented, with a program that verifies it, in docs/operations/au
 * Public keys and the Avro schemas are part of it; whom to trust is not: a verifier compares fingerprints
   with what he was told on another way.
 * A document that cannot be parsed is exported too, with the reason: an export hides nothing.
+* From a time on: from the first entry of that time on in each chain, so that no chain has a hole.
+* With a signature: each chain's end has the tree of the entries before the first one, and the checkpoint in
+  which that tree and the exported entries end. So one signature proves all of them, cut ends included.
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import fields
 from datetime import datetime
 from importlib import resources
+from itertools import islice
 from typing import Any
 
+from vsql_shared.audit.checkpoint import Checkpoint, Log
 from vsql_shared.audit.dsse import document_hash
 from vsql_shared.audit.entries import AuditEntry
+from vsql_shared.audit.heads import entry_hashes
 from vsql_shared.audit.rows import parse
+from vsql_shared.audit.tree import Tree, grow, root_of, tree_of
 from vsql_shared.errors import DecodeError
 from vsql_shared.pg.connect import Connection, errors
 
@@ -32,11 +40,17 @@ PAGE = 1000
 
 
 def export(
-    conn: Connection, cluster: str, node: str, now: datetime, since: datetime | None = None
+    conn: Connection,
+    cluster: str,
+    node: str,
+    now: datetime,
+    since: datetime | None = None,
+    sign: Callable[[Checkpoint], str] | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ('header', …), then ('entry', …) by chain and sequence, then ('end', …), from one snapshot.
 
-    `conn` must be in autocommit mode and outside of a transaction.
+    `sign` makes the checkpoints of this node's chains. `conn` must be in autocommit mode and outside of a
+    transaction.
     """
     with errors("reading the audit trail"), conn.transaction():
         conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
@@ -54,14 +68,31 @@ def export(
             },
         )
         chains: dict[str, dict[str, Any]] = {}
+        trees: dict[str, Tree] = {}
         count = 0
         for item in _entries(conn, since):
             count += 1
             end = chains.setdefault(item["chain"], {"entries": 0, "first_sequence": item["sequence"]})
             end["entries"] += 1
             end |= {"last_sequence": item["sequence"], "last_hash": item["hash"]}
+            if sign is not None:
+                _follow(conn, trees, end, item)
             yield "entry", item
+        if sign is not None:
+            for chain, end in chains.items():
+                head = Checkpoint(Log(cluster, chain), end["last_sequence"], root_of(trees[chain]))
+                end["checkpoint"] = sign(head)
         yield "end", {"entries": count, "chains": chains}
+
+
+def _follow(conn: Connection, trees: dict[str, Tree], end: dict[str, Any], item: dict[str, Any]) -> None:
+    """Grow a chain's tree by an exported entry; at the first one, by those before it."""
+    chain, sequence = item["chain"], item["sequence"]
+    if chain not in trees:
+        with closing(entry_hashes(conn, chain)) as hashes:
+            trees[chain] = tree_of(islice(hashes, sequence - 1))[0]
+        end["before"] = [one.hex() for one in trees[chain]]
+    trees[chain] = grow(trees[chain], sequence - 1, bytes.fromhex(item["hash"]))
 
 
 def _keys(conn: Connection) -> list[dict[str, Any]]:
@@ -88,8 +119,10 @@ def _entries(conn: Connection, since: datetime | None) -> Iterator[dict[str, Any
         cursor.itersize = PAGE
         cursor.execute(
             "SELECT chain, sequence, kafka_offset, document FROM vsql_sync.vsql_sync_audit"
-            " WHERE %s::timestamptz IS NULL OR event_timestamp >= %s ORDER BY chain, sequence, event_id",
-            (since, since),
+            " LEFT JOIN (SELECT chain, min(sequence) AS first FROM vsql_sync.vsql_sync_audit"
+            "   WHERE event_timestamp >= %(since)s GROUP BY chain) f USING (chain)"
+            " WHERE %(since)s::timestamptz IS NULL OR sequence >= first ORDER BY chain, sequence, event_id",
+            {"since": since},
         )
         for chain, sequence, offset, document in cursor:
             encoded = bytes(document)
@@ -105,6 +138,11 @@ def _entries(conn: Connection, since: datetime | None) -> Iterator[dict[str, Any
             except DecodeError as error:
                 item |= {"entry": None, "error": error.message}
             yield item
+
+
+def entry_names() -> list[str]:
+    """The names of an entry's fields, in their order."""
+    return [field.name for field in fields(AuditEntry)]
 
 
 def readable(entry: AuditEntry) -> dict[str, Any]:
