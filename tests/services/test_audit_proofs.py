@@ -295,15 +295,27 @@ def test_heads_a_target_cosigned_are_held_against_the_sources_entries(
     assert expected in found["problems"][0]["what"]
 
 
-def test_nothing_is_signed_of_a_chain_that_does_not_verify(logs: Logs) -> None:
-    as_attacker(
-        logs.conns["node-a"], f"UPDATE {TABLE} SET row_count = 99 WHERE chain = '{CHAIN}' AND sequence = 3"
-    )
+ALTERED: dict[str, tuple[str, str]] = {
+    "another entry in its place": (
+        f"SET document = (SELECT document FROM {TABLE} WHERE chain = '{CHAIN}' AND sequence = 4)",
+        "there stands entry 4",
+    ),
+    "altered bytes": ("SET document = set_byte(document, 200, get_byte(document, 200) # 1)", f"{CHAIN}/"),
+    "another number": ("SET sequence = 99", "there stands entry 4"),
+    "another chain": ("SET chain = 'bills.node-a'", "there stands entry 4"),
+}
+
+
+@pytest.mark.parametrize("case", ALTERED)
+def test_nothing_is_signed_of_a_chain_that_was_altered(logs: Logs, case: str) -> None:
+    change, said = ALTERED[case]
+    as_attacker(logs.conns["node-a"], f"UPDATE {TABLE} {change} WHERE chain = '{CHAIN}' AND sequence = 3")
     for command in (("checkpoint", "--chain", CHAIN), ("prove", f"{CHAIN}/2")):
         code, out, err = logs.syncctl("node-a", "audit", *command)
         assert (code, out) == (9, ""), err
-        assert "does not verify" in err
-        assert f"{CHAIN}/3" in err
+        assert said in err
+    code, out, err = logs.syncctl("node-a", "audit", "checkpoint", "--chain", CHAIN, "--size", "2")
+    assert (code, out.splitlines()[1]) == (0, "2"), err
 
 
 def test_a_peer_behind_or_ahead_signs_only_what_it_has_verified(logs: Logs) -> None:

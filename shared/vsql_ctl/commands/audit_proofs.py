@@ -58,7 +58,7 @@ def checkpoint(
 
     A C2SP checkpoint with a signature (own chain) or a cosignature (a peer's). With --add, the checkpoint
     of FILE must be what this node has itself; otherwise the chain shows two histories, which is said.
-    Takes the signing key (audit.signing_key_path), and verifies an own chain from its first entry.
+    Takes the signing key (audit.signing_key_path); every entry of an own chain is checked first.
     """
     from vsql_shared.audit.notes import SignedNote
 

@@ -2,7 +2,7 @@
 
 Not here: signing (checkpoint.py) and the arithmetic (tree.py). Rules:
 
-* An own chain's head is given only after the whole chain was verified, from its first entry (verify.py).
+* An own chain's head is given only after every entry up to it was held: by its links, and the last signature.
 * Of a peer's chain this node has no entries: its head is the one its reader remembers, which verified each
   entry as it came.
 * What a proof is made of is read in one pass, in memory that does not grow with the chain.
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from vsql_shared.audit.checkpoint import Checkpoint, Log, split_view
 from vsql_shared.audit.dsse import document_hash
+from vsql_shared.audit.links import follow, require_signed
 from vsql_shared.audit.proofs import ConsistencyProof, InclusionProof
 from vsql_shared.audit.tree import (
     MAX_SIZE,
@@ -29,8 +30,8 @@ from vsql_shared.audit.tree import (
     root_of,
     tree_of,
 )
-from vsql_shared.audit.verify import PAGE, verify_table
-from vsql_shared.errors import ChainError, RefusedError
+from vsql_shared.audit.verify import PAGE
+from vsql_shared.errors import RefusedError
 from vsql_shared.pg.connect import Connection, errors
 
 if TYPE_CHECKING:
@@ -41,32 +42,33 @@ _HINT = "`syncctl audit list` shows the chains and entries there are"
 
 def entry_hashes(conn: Connection, chain: str) -> Generator[bytes]:
     """The hash of each entry of an own chain, from the first one on; the caller holds a transaction."""
-    with conn.cursor(name="vsql_sync_hashes") as cursor:
+    with closing(_documents(conn, chain)) as documents:
+        for document in documents:
+            yield document_hash(document)
+
+
+def _documents(conn: Connection, chain: str) -> Generator[bytes]:
+    with conn.cursor(name="vsql_sync_documents") as cursor:
         cursor.itersize = PAGE
         cursor.execute(
             "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s ORDER BY sequence", (chain,)
         )
         for (document,) in cursor:
-            yield document_hash(bytes(document))
+            yield bytes(document)
 
 
 def own_checkpoint(conn: Connection, trust: TrustStore, log: Log, size: int | None = None) -> Checkpoint:
-    """The head of an own chain, whole or at a size. Raises ChainError where the chain does not verify.
+    """The head of an own chain, whole or at a size.
 
-    `conn` must be in autocommit mode and outside of a transaction.
+    Every entry is held by the links and by the signature of the last one (links.py). Raises ChainError,
+    SignatureError or DecodeError where it is not, RefusedError where there are not so many entries.
     """
-    report = verify_table(conn, trust, log.cluster, log.chain)
-    if report.problems:
-        found = report.problems[0]
-        raise ChainError(
-            f"chain {log.chain} does not verify: {found.what}",
-            record=f"{log.chain}/{found.sequence}",
-            hint="nothing is signed; `syncctl audit verify` says more",
-        )
-    last = report.chains[0].sequence
-    if not last or (size is not None and size > last):
-        raise RefusedError(f"chain {log.chain} has {last} entries, not {size or 1}", hint=_HINT)
-    return own_head(conn, log, last if size is None else size)
+    with errors("reading the audit trail"), conn.transaction(), closing(_documents(conn, log.chain)) as found:
+        linked = follow(islice(found, size), log)
+    if not linked.size or size not in (None, linked.size):
+        raise RefusedError(f"chain {log.chain} has {linked.size} entries, not {size or 1}", hint=_HINT)
+    require_signed(linked, log, trust)
+    return Checkpoint(log, linked.size, root_of(linked.tree))
 
 
 def own_head(conn: Connection, log: Log, size: int) -> Checkpoint:
