@@ -216,6 +216,9 @@ def test_a_split_view_is_named_by_peer_writer_and_auditor(logs: Logs) -> None:
         assert f"split view: chain {CHAIN} shows two histories" in err
         assert ROOT.hex() in err
         assert tree.root_of(other_history().head.tree).hex() in err
+    longer = other_checkpoint(logs.file("longer"), SIZE + 1)
+    code, _, err = logs.syncctl("node-a", "audit", "checkpoint", "--add", str(longer))
+    assert (code, f"this node has {SIZE} entries: its trail was cut" in err) == (9, True), err
     good = logs.make("node-a", "a", "checkpoint", "--chain", CHAIN)
     code, _, err = logs.offline(good, "--old", forged)
     assert (code, "split view" in err) == (9, True), err

@@ -127,9 +127,8 @@ def _held(conn: Connection, settings: Settings, opened: Opened, signer: Signer) 
     if claimed.log.cluster != settings.cluster.name:
         raise RefusedError(f"the checkpoint is of cluster {claimed.log.cluster}", hint="check the file")
     if claimed.log.writer == signer.node:
-        mine = heads.own_checkpoint(conn, trusted_keys(conn, settings), claimed.log, claimed.size)
-    else:
-        mine = heads.remembered_checkpoint(conn, claimed.log)
+        return heads.require_own(conn, trusted_keys(conn, settings), claimed)
+    mine = heads.remembered_checkpoint(conn, claimed.log)
     if mine.size != claimed.size:
         raise RefusedError(
             f"this node has verified {mine.size} entries of chain {claimed.log.chain}, "
@@ -197,7 +196,7 @@ def _later(conn: Connection, settings: Settings, chain: str, path: Path | None) 
     opened.require_writer()
     if opened.checkpoint.log.chain != chain:
         raise RefusedError(f"{path} is of chain {opened.checkpoint.log.chain}, not of {chain}")
-    heads.require_own(conn, opened.checkpoint)
+    heads.require_own(conn, trusted_keys(conn, settings), opened.checkpoint)
     return opened.checkpoint, opened.note.encode()
 
 
@@ -218,7 +217,7 @@ def prove_prefix(operator: Operator, old: Path, new: Path | None, target: Path |
 
     with node_database(operator.settings) as conn:
         before = _open(conn, _read(old)).checkpoint
-        heads.require_own(conn, before)
+        heads.require_own(conn, trusted_keys(conn, operator.settings), before)
         head, note = _later(conn, operator.settings, before.log.chain, new)
         _give(heads.prove_prefix(conn, before, head, note).encode(), target)
 

@@ -63,11 +63,18 @@ def own_checkpoint(conn: Connection, trust: TrustStore, log: Log, size: int | No
     Every entry is held by the links and by the signature of the last one (links.py). Raises ChainError,
     SignatureError or DecodeError where it is not, RefusedError where there are not so many entries.
     """
+    head = _held(conn, trust, log, size)
+    if not head.size or size not in (None, head.size):
+        raise RefusedError(f"chain {log.chain} has {head.size} entries, not {size or 1}", hint=_HINT)
+    return head
+
+
+def _held(conn: Connection, trust: TrustStore, log: Log, size: int | None) -> Checkpoint:
+    """The head at a size, or at the end where there are not so many entries."""
     with errors("reading the audit trail"), conn.transaction(), closing(_documents(conn, log.chain)) as found:
         linked = follow(islice(found, size), log)
-    if not linked.size or size not in (None, linked.size):
-        raise RefusedError(f"chain {log.chain} has {linked.size} entries, not {size or 1}", hint=_HINT)
-    require_signed(linked, log, trust)
+    if linked.size:
+        require_signed(linked, log, trust)
     return Checkpoint(log, linked.size, root_of(linked.tree))
 
 
@@ -106,11 +113,17 @@ def remembered_checkpoint(conn: Connection, log: Log) -> Checkpoint:
     return Checkpoint(log, sequence, root_of(tree))
 
 
-def require_own(conn: Connection, claimed: Checkpoint) -> None:
-    """Raise ChainError ("split view") unless a checkpoint somebody has is one of this own chain."""
-    mine = own_head(conn, claimed.log, claimed.size)
+def require_own(conn: Connection, trust: TrustStore, claimed: Checkpoint) -> Checkpoint:
+    """Raise ChainError ("split view") unless a checkpoint somebody has is one of this own chain.
+
+    One of more entries than there are is no less: the trail was cut, or somebody was shown another one.
+    """
+    mine = _held(conn, trust, claimed.log, claimed.size)
+    if mine.size < claimed.size:
+        raise split_view(claimed, f"this node has {mine.size} entries: its trail was cut, or is another one")
     if mine.root != claimed.root:
         raise split_view(claimed, f"this node's entries have root {mine.root.hex()}")
+    return mine
 
 
 def place_of(conn: Connection, name: str) -> tuple[str, int]:
