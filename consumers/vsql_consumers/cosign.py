@@ -3,8 +3,9 @@
 Not here: the tree (it grows with the chain's head, audit/chain.py), the note's form (audit/checkpoint.py),
 the chain of acknowledgements in which it is said (acknowledge.py). Rules:
 
-* Only a head whose batches are committed here is cosigned, and none twice.
-* When it was last done stands in the chain itself, so that a service that restarts often does it too.
+* Only a head whose batches are committed here is cosigned, and only one beyond the last: also where this
+  database was set back and applies again what it had.
+* What was last cosigned, and when, stands in the chain itself: a service that restarts often does it too.
 * Without a signing key (dev mode), or where the tree is not known, nothing is said.
 """
 
@@ -14,9 +15,9 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from vsql_shared.audit.checkpoint import Checkpoint, Log
+from vsql_shared.audit.checkpoint import Checkpoint, Log, cosigned_in
 from vsql_shared.audit.entries import CHECKPOINT_COSIGNED
-from vsql_shared.audit.rows import microseconds
+from vsql_shared.audit.rows import parse
 from vsql_shared.audit.tree import is_known, root_of
 from vsql_shared.pg.connect import errors
 
@@ -42,8 +43,9 @@ class Cosigner:
         if self._signer is None or head.sequence <= self._size or not is_known(head.tree, head.sequence):
             return False
         if self._due is None:
-            self._due = _last(conn, ack_chain, now) + self._every
-        if now < self._due:
+            last, self._size = _last(conn, ack_chain, now)
+            self._due = last + self._every
+        if now < self._due or head.sequence <= self._size:
             return False
         checkpoint = Checkpoint(self._log, head.sequence, root_of(head.tree))
         note = checkpoint.sign(self._signer, now // 1_000_000).encode()
@@ -52,14 +54,23 @@ class Cosigner:
         return True
 
 
-def _last(conn: Connection, ack_chain: str, now: int) -> int:
-    """When the last head was cosigned; when the chain began, where none was."""
-    with errors("reading when a head was last cosigned"):
+def _last(conn: Connection, ack_chain: str, now: int) -> tuple[int, int]:
+    """When a head was last cosigned, and its size; when the chain began, and 0, where none was."""
+    with errors("reading what was last cosigned"):
         row = conn.execute(
-            "SELECT coalesce((SELECT event_timestamp FROM vsql_sync.vsql_sync_audit WHERE chain = %(chain)s"
-            "   AND event_type = %(type)s ORDER BY sequence DESC LIMIT 1),"
-            " (SELECT event_timestamp FROM vsql_sync.vsql_sync_audit WHERE chain = %(chain)s"
-            "   AND sequence = 1 LIMIT 1))",
+            "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %(chain)s AND event_type = %(type)s"
+            " ORDER BY sequence DESC LIMIT 1",
             {"chain": ack_chain, "type": CHECKPOINT_COSIGNED},
         ).fetchone()
-    return now if row is None or row[0] is None else microseconds(row[0])
+        row = (
+            row
+            or conn.execute(
+                "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND sequence = 1 LIMIT 1",
+                (ack_chain,),
+            ).fetchone()
+        )
+    if row is None:
+        return now, 0
+    entry = parse(bytes(row[0])).entry
+    found = cosigned_in(entry)
+    return entry.event_timestamp, 0 if found is None else found.size

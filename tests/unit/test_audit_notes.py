@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.audit_history import CHAIN, CLUSTER, A, B, History, ordinary, signer, trust
+from tests.audit_history import CHAIN, CLUSTER, A, B, History, entry, ordinary, signer, trust
 from vsql_shared.audit import tree
-from vsql_shared.audit.checkpoint import Checkpoint, Log, cosigner_key, open_checkpoint
+from vsql_shared.audit.checkpoint import Checkpoint, Log, cosigned_in, cosigner_key, open_checkpoint
 from vsql_shared.audit.dsse import sign_document
+from vsql_shared.audit.entries import canonical_json
 from vsql_shared.audit.merkle import EMPTY_ROOT
 from vsql_shared.audit.notes import COSIGNATURE, SIGNATURE, NoteKey, SignedNote, parse_vkey, verify_note
 from vsql_shared.audit.proofs import ConsistencyProof, InclusionProof, require_prefix
@@ -298,6 +299,19 @@ def test_a_consistency_proof_of_other_heads_or_bytes_is_refused() -> None:
     for bad in ("old x\n\n" + signed(9), "old 3\nAAAA\n\n" + signed(9), "older 3\n\n", "old 3\n"):
         with pytest.raises(DecodeError):
             ConsistencyProof.decode(bad)
+
+
+def test_an_entry_names_the_head_it_cosigns_or_none() -> None:
+    note = head(5).sign(B, AT).encode()
+    for detail, expected in (
+        ({"note": note}, head(5)),
+        ({"note": "?"}, None),
+        ({}, None),
+        ({"note": 5}, None),
+    ):
+        made = entry(event_type="checkpoint_cosigned", detail=canonical_json(detail))
+        assert cosigned_in(made) == expected
+    assert cosigned_in(entry(detail=canonical_json({"note": note}))) is None
 
 
 def test_one_key_under_two_names_or_kinds_has_two_ids() -> None:

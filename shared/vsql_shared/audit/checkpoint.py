@@ -10,11 +10,13 @@ Not here: signatures (notes.py), proofs (proofs.py), and where trees are stored.
 from __future__ import annotations
 
 import base64
+import json
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from vsql_shared.audit.chain import writer_of
+from vsql_shared.audit.entries import CHECKPOINT_COSIGNED
 from vsql_shared.audit.merkle import EMPTY_ROOT, HASH_SIZE
 from vsql_shared.audit.notes import (
     COSIGNATURE,
@@ -33,6 +35,7 @@ from vsql_shared.errors import ChainError, DecodeError, RecordError, SignatureEr
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from vsql_shared.audit.entries import AuditEntry
     from vsql_shared.crypto.signing import Signer
 
 PREFIX = "vsql-sync"
@@ -159,6 +162,16 @@ def open_checkpoint(encoded: str, keys: Iterable[tuple[str, bytes]]) -> Opened:
         for node, public in keys
     ]
     return Opened(checkpoint, note, verify_note(note, known))
+
+
+def cosigned_in(entry: AuditEntry) -> Checkpoint | None:
+    """The head a `checkpoint_cosigned` entry is about; None in another entry, and where none can be read."""
+    if entry.event_type != CHECKPOINT_COSIGNED:
+        return None
+    try:
+        return Checkpoint.parse(SignedNote.decode(str(json.loads(entry.detail).get("note"))).text)
+    except DecodeError:
+        return None
 
 
 def split_view(checkpoint: Checkpoint, otherwise: str) -> ChainError:

@@ -11,23 +11,20 @@ do that first, because this module believes the entries it is given). Rules:
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
-from vsql_shared.audit.checkpoint import Checkpoint, split_view
+from vsql_shared.audit.checkpoint import Checkpoint, cosigned_in, split_view
 from vsql_shared.audit.compare import ack_target, chain_names
 from vsql_shared.audit.entries import CHECKPOINT_COSIGNED, ZERO_HASH, AuditEntry
 from vsql_shared.audit.heads import entry_hashes
-from vsql_shared.audit.notes import SignedNote
 from vsql_shared.audit.rows import parse
 from vsql_shared.audit.store import iterate
 from vsql_shared.audit.tree import Tree, grow, root_of
 from vsql_shared.audit.verify import Problem
-from vsql_shared.errors import DecodeError
 from vsql_shared.pg.connect import errors
 
 if TYPE_CHECKING:
@@ -120,11 +117,7 @@ def _cosigned(conn: Connection, acks: str) -> Iterator[_Cosigned]:
         ).fetchall()
     for (document,) in rows:
         entry = parse(bytes(document)).entry
-        try:
-            note = json.loads(entry.detail).get("note")
-            yield _Cosigned(entry, Checkpoint.parse(SignedNote.decode(str(note)).text))
-        except DecodeError:
-            yield _Cosigned(entry, None)
+        yield _Cosigned(entry, cosigned_in(entry))
 
 
 def _first_wrong(source: Connection, stream: str, acks: str, heads: list[_Cosigned]) -> Problem | None:
