@@ -45,6 +45,10 @@ class Batch:
     nbytes: int = 0
     end_lsn: int = 0
     continues: bool = False
+    fragment: bool = False
+    """A part of one transaction, its last one included."""
+    by_row: bool = False
+    """Found when it was arranged: the order of each row is all the order it needs (docs/design/0015)."""
 
     def append(self, transaction: Transaction, frames: list[bytes], relations: list[RelationChange]) -> None:
         """Put (more of) a transaction at the end."""
@@ -151,7 +155,7 @@ class Batches:
     def _end_transaction(self, end_lsn: int, now: float, out: list[Batch]) -> None:
         batch, self._open = self._open, Batch()
         if self._fragmented:
-            batch.end_lsn, self._fragmented = end_lsn, False
+            batch.end_lsn, batch.fragment, self._fragmented = end_lsn, True, False
             out.append(batch)
             return
         if not self._whole.frames:
@@ -175,7 +179,7 @@ class Batches:
         source = self._open
         fitting = bisect_right(list(accumulate(map(len, source.frames))), self._limits.nbytes)
         count = max(1, min(fitting, self._limits.rows, len(source.frames) - 1))
-        fragment = Batch(continues=True)
+        fragment = Batch(continues=True, fragment=True)
         before = [change for change in source.relations if change.position < count]
         fragment.append(source.transactions[0], source.frames[:count], before)
         after = [c._replace(position=c.position - count) for c in source.relations if c.position >= count]

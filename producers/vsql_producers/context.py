@@ -117,9 +117,9 @@ class Context:
             self._admin = make_admin(self.settings)
         return self._admin
 
-    def ensure_data_topic(self, topic: str) -> None:
+    def ensure_data_topic(self, topic: str, partitions: int = 1) -> None:
         """Make sure of a data topic before the first pack for it."""
-        ensure_topic(self.admin, topic, "data", self.settings)
+        ensure_topic(self.admin, topic, "data", self.settings, partitions)
 
     def ensure_control_topics(self) -> None:
         """Make sure of the audit and keys topics."""

@@ -19,8 +19,9 @@ from vsql_producers.batches import Batch, BatchLimits
 from vsql_producers.keys import DataKeys
 from vsql_producers.publish import Publisher
 from vsql_producers.seal import PackLimits, Place, Relations, SealedBatch
+from vsql_producers.spread import Spread
 from vsql_shared.audit.chain import ChainWriter, Prepared
-from vsql_shared.audit.entries import OPERATOR_ACTION, REPLICATION_BATCH, canonical_json
+from vsql_shared.audit.entries import BY_ROW, OPERATOR_ACTION, REPLICATION_BATCH, canonical_json
 from vsql_shared.audit.merkle import batch_root
 from vsql_shared.changes import PartitionRoot
 from vsql_shared.config import LimitsSettings
@@ -59,6 +60,7 @@ class Outlet:
         position: int,
         *,
         target: str = "*",
+        spread: Spread | None = None,
     ) -> None:
         self._place, self._writer = place, writer
         self.publisher, self.keys = publisher, keys
@@ -66,7 +68,7 @@ class Outlet:
         self._ensure_topic = ensure_topic
         self._metrics = metrics
         self._position, self._target = position, target
-        self._relations = Relations()
+        self._relations = Relations(spread)
         self._topics: set[str] = set()
         self._number = writer.tip.batch
         self.rows = self.nbytes = self.batches = 0
@@ -127,6 +129,7 @@ class Outlet:
             record_count=batch.record_count,
             continues=batch.continues,
             partitions=roots,
+            detail=BY_ROW if batch.by_row else "{}",
         )
         self._position = end
         return prepared

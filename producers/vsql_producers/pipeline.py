@@ -12,6 +12,7 @@ fences off an older process; then the chain; then the epoch. Rules:
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from vsql_producers.relations import Describer, ScopeChanged, load_scope
 from vsql_producers.retention import Retention
 from vsql_producers.sequences import Sequences
 from vsql_producers.signals import load_messages
+from vsql_producers.spread import INDEX_KEY_SIZE, Spread
 from vsql_producers.stall import Marks
 from vsql_producers.stream import note_confirmed, slot_made
 from vsql_producers.transactions import Transactions
@@ -107,8 +109,17 @@ class LivePipeline:
         place = c.place(head.epoch)
         position = head.lsn_end or slot.confirmed_lsn
         keys = c.make_keys(place, publisher)
+        partitions = settings.kafka.partitions if scope.by_row is not None else 1
         self._outlet = Outlet(
-            place, opened.writer, publisher, keys, settings.limits, c.ensure_data_topic, c.metrics, position
+            place,
+            opened.writer,
+            publisher,
+            keys,
+            settings.limits,
+            lambda topic: c.ensure_data_topic(topic, partitions),
+            c.metrics,
+            position,
+            spread=Spread(os.urandom(INDEX_KEY_SIZE), partitions) if partitions > 1 else None,
         )
         self._progress = Progress(c.conn, opened.writer, slot.confirmed_lsn)
         describe = Describer(c.conn, c.stream.publication, scope, binary=binary)

@@ -40,7 +40,7 @@ class Acknowledged(NamedTuple):
 
 
 class _Receipts:
-    """Offsets of one topic's packs, as they are acknowledged."""
+    """Offsets of one topic-partition's packs, as they are acknowledged."""
 
     __slots__ = ("first", "last", "missing", "topic")
 
@@ -51,7 +51,9 @@ class _Receipts:
 
     def root(self) -> PartitionRoot:
         packs, topic = len(self.topic.messages), self.topic
-        return PartitionRoot(topic.topic, 0, self.first, self.last, packs, topic.records, topic.sub_root)
+        return PartitionRoot(
+            topic.topic, topic.partition, self.first, self.last, packs, topic.records, topic.sub_root
+        )
 
 
 class _Flight:
@@ -110,7 +112,7 @@ class Publisher:
         for receipts in flight.receipts:
             delivered = partial(self._on_pack, receipts)
             for message in receipts.topic.messages:
-                self._produce(receipts.topic.topic, 0, None, message, delivered)
+                self._produce(receipts.topic.topic, receipts.topic.partition, None, message, delivered)
         for receipts in flight.receipts:
             # Kafka's client has them now; what is left here are counts.
             receipts.topic = receipts.topic._replace(messages=[b""] * len(receipts.topic.messages))

@@ -24,7 +24,7 @@ from vsql_producers.pgoutput import RelationMessage, TypeMessage
 from vsql_producers.transactions import Descriptor
 from vsql_shared.changes import Column, Relation, TableName, quote_ident
 from vsql_shared.errors import DatabaseError, TransientError
-from vsql_shared.pg import catalog, generated, publication_leaves
+from vsql_shared.pg import catalog, generated, publication_leaves, row_order
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.wire.pack import encode_relation, relation_hash
 
@@ -83,13 +83,16 @@ class Scope(NamedTuple):
     """Tables that are marked, or a relative of which is."""
     marks: frozenset[tuple[str, str, str]] = frozenset()
     """All marks: schema, table, column."""
+    by_row: frozenset[TableName] | None = None
+    """Tables, and leaves of such, whose rows are spread over partitions; None: the publication's are not."""
 
 
 def load_scope(conn: Connection, publication: str) -> Scope:
     """Read the scope from vsql_sync.publications, published_tables and pci_marks."""
     with errors("reading the publication's scope"):
         there = conn.execute(
-            "SELECT via_leaf FROM vsql_sync.publications WHERE name = %s", (publication,)
+            "SELECT via_leaf, apply_mode = 'partitioned' FROM vsql_sync.publications WHERE name = %s",
+            (publication,),
         ).fetchone()
         tables = conn.execute(
             "SELECT table_schema, table_name, columns, added_columns, decided, present"
@@ -125,6 +128,7 @@ def load_scope(conn: Connection, publication: str) -> Scope:
         },
         frozenset(TableName(s, t) for s, t, *_ in marked),
         _read_marks(conn),
+        row_order.fit(conn, [*columns, *leaves]) if there[1] else None,
     )
 
 
@@ -355,4 +359,6 @@ def describe(
     """The descriptor of a table, checked against the scope; `past`: columns that may hold PCI data, too."""
     pci = pci_in(scope, name, [column.name for column in columns], past)
     encoded = encode_relation(Relation(name, replica_identity, columns, salt, made_by))
-    return Descriptor(name, encoded, relation_hash(encoded), pci)
+    key = tuple(at for at, column in enumerate(columns) if column.key)
+    by_row = name in (scope.by_row or ()) and replica_identity in "di"
+    return Descriptor(name, encoded, relation_hash(encoded), pci, key if by_row else ())

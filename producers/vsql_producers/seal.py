@@ -4,7 +4,9 @@ Not here: keys' lives (keys.py), the manifest's signature (audit/), sending (pub
 
 * Every record has an index of its own in the batch, in the order of the source over all tables; descriptors
   and pieces take one, too.
-* A descriptor is sealed as the first record that names its hash, in every epoch.
+* A descriptor is sealed as the first record that names its hash, in every epoch and every partition.
+* Rows of a table that is spread lie in the partition of their identity; what a batch holds then says whether
+  the order of each row is all the order it needs (`by_row`).
 * A plaintext that is too large for one message is cut into pieces; all but the last say so.
 * Hot: lists in, lists out. A frame becomes clear fields and plaintext by slicing; nothing is parsed.
 """
@@ -28,10 +30,11 @@ from vsql_producers.pgoutput import (
     frame_prefix,
     make_frame,
 )
+from vsql_producers.spread import NO_PLACE, Spread
 from vsql_producers.transactions import Descriptor
 from vsql_shared import names
 from vsql_shared.audit import merkle
-from vsql_shared.changes import Op, Transaction
+from vsql_shared.changes import Op, TableName, Transaction
 from vsql_shared.crypto.dek import SealingKey
 from vsql_shared.crypto.seal import seal_tuples
 from vsql_shared.errors import DecodeError
@@ -47,9 +50,10 @@ TUPLE_OVERHEAD = 80
 
 @dataclass(slots=True)
 class Part:
-    """A batch's records of one table under one descriptor: parallel lists in source order."""
+    """A batch's records of one table and partition under one descriptor: parallel lists in source order."""
 
     descriptor: Descriptor
+    partition: int = 0
     frames: list[bytes] = field(default_factory=list)
     indexes: list[int] = field(default_factory=list)
     transactions: list[int] = field(default_factory=list)
@@ -73,9 +77,10 @@ class Place(NamedTuple):
 
 
 class SealedTopic(NamedTuple):
-    """The messages of one topic (partition 0), in order, and the root over their tuples."""
+    """The messages of one topic-partition, in order, and the root over their tuples."""
 
     topic: str
+    partition: int
     messages: list[bytes]
     records: int
     sub_root: bytes
@@ -97,14 +102,21 @@ class SealedBatch(NamedTuple):
     transactions: int
     oldest_commit_time: int
     kek_id: str = ""
+    by_row: bool = False
 
 
 class Relations:
-    """Which descriptor each relation id follows now, and which descriptors this epoch has sent."""
+    """Which descriptor each relation id follows now, and which descriptors this epoch has sent, and where.
 
-    def __init__(self) -> None:
+    `spread`: how rows of tables that allow it are distributed over partitions; None: not at all.
+    """
+
+    def __init__(self, spread: Spread | None = None) -> None:
+        self.spread = spread
         self.current: dict[bytes, Descriptor] = {}
-        self.sent: set[bytes] = set()
+        self.sent: set[tuple[bytes, int]] = set()
+        self.last: dict[TableName, bytes] = {}
+        """Table → its last descriptor that was sent."""
 
 
 class _Arranger:
@@ -114,18 +126,21 @@ class _Arranger:
         self._relations = relations
         self._max_plaintext = max_plaintext
         self._by_key: dict[bytes, Part] = {}
+        self._spread: dict[bytes, dict[int, Part]] = {}
         self.parts: list[Part] = []
         self.count = 0
+        self.by_row = relations.spread is not None
 
     def change(self, key: bytes, descriptor: Descriptor) -> None:
         """From here on frames of `key` belong to another part."""
         self._relations.current[key] = descriptor
         self._by_key.pop(key, None)
+        self._spread.pop(key, None)
 
     def add(self, transaction: int, frames: list[bytes]) -> None:
         """Take consecutive frames of one transaction."""
         keys = list(map(_relation_of, frames))
-        if keys.count(keys[0]) == len(keys):
+        if keys.count(keys[0]) == len(keys) and not self._is_spread(keys[0]):
             part = self._part(keys[0], transaction, frames[0])
             part.indexes += range(self.count, self.count + len(frames))
             part.transactions += repeat(transaction, len(frames))
@@ -156,6 +171,10 @@ class _Arranger:
         part.transactions.append(transaction)
         self.count += 1
 
+    def _is_spread(self, key: bytes) -> bool:
+        descriptor = self._relations.current.get(key)
+        return self._relations.spread is not None and descriptor is not None and bool(descriptor.key)
+
     def _part(self, key: bytes, transaction: int, frame: bytes) -> Part:
         part = self._by_key.get(key)
         if part is not None:
@@ -163,10 +182,32 @@ class _Arranger:
         descriptor = self._relations.current.get(key)
         if descriptor is None:
             raise DecodeError(f"a row of relation {key.hex()}, which was not described")
-        part = self._by_key[key] = Part(descriptor)
+        spread = self._relations.spread
+        if spread is None or not descriptor.key:
+            self.by_row = False
+            part = self._by_key[key] = self._new_part(key, descriptor, 0, transaction, frame)
+            return part
+        place = spread.place(descriptor.name, descriptor.key, frame)
+        if place == NO_PLACE:
+            self.by_row, place = False, 0
+        parts = self._spread.setdefault(key, {})
+        part = parts.get(place)
+        if part is None:
+            part = parts[place] = self._new_part(key, descriptor, place, transaction, frame)
+        return part
+
+    def _new_part(
+        self, key: bytes, descriptor: Descriptor, partition: int, transaction: int, frame: bytes
+    ) -> Part:
+        """A part, with its descriptor as the first record where the partition has not had it."""
+        relations = self._relations
+        part = Part(descriptor, partition)
         self.parts.append(part)
-        if descriptor.hash not in self._relations.sent:
-            self._relations.sent.add(descriptor.hash)
+        if (descriptor.hash, partition) not in relations.sent:
+            relations.sent.add((descriptor.hash, partition))
+            # Whatever came under another definition must be applied before.
+            if relations.last.setdefault(descriptor.name, descriptor.hash) != descriptor.hash:
+                relations.last[descriptor.name], self.by_row = descriptor.hash, False
             self._cut(part, transaction, make_frame(Op.RELATION, key, frame_lsn(frame), descriptor.encoded))
         return part
 
@@ -187,6 +228,7 @@ def arrange(batch: Batch, relations: Relations, max_plaintext: int) -> list[Part
             arranger.change(change.key, change.descriptor)
             change = next(changes, None)
         add(transaction, batch.frames[at:stop])
+    batch.by_row = arranger.by_row and not batch.fragment
     return arranger.parts
 
 
@@ -199,19 +241,20 @@ def seal(
     batch: Batch, parts: list[Part], number: int, key: SealingKey, place: Place, limits: PackLimits
 ) -> SealedBatch:
     """Encrypt an arranged batch under one key."""
-    messages: dict[str, list[bytes]] = {}
-    leaves: dict[str, list[bytes]] = {}
+    messages: dict[tuple[str, int], list[bytes]] = {}
+    leaves: dict[tuple[str, int], list[bytes]] = {}
     for part in parts:
         table = part.descriptor.name
         topic = names.data_topic(place.cluster, place.chain, table.schema, table.table)
-        sent, tree = messages.setdefault(topic, []), leaves.setdefault(topic, [])
+        lies = (topic, part.partition)
+        sent, tree = messages.setdefault(lies, []), leaves.setdefault(lies, [])
         for start, stop in _cuts(part.frames, limits):
             message, pack_leaves = _seal_pack(batch, part, slice(start, stop), number, key, place)
             sent.append(message)
             tree += pack_leaves
     topics = [
-        SealedTopic(topic, messages[topic], len(leaves[topic]), merkle.root(leaves[topic]))
-        for topic in sorted(messages)
+        SealedTopic(*lies, messages[lies], len(leaves[lies]), merkle.root(leaves[lies]))
+        for lies in sorted(messages)
     ]
     return SealedBatch(
         number=number,
@@ -226,6 +269,7 @@ def seal(
         continues=batch.continues,
         transactions=len(batch.transactions),
         oldest_commit_time=batch.transactions[0].commit_time,
+        by_row=batch.by_row,
     )
 
 
@@ -256,7 +300,7 @@ def _seal_pack(
             chain=place.chain,
             origin=place.origin,
             table=part.descriptor.name,
-            partition=0,
+            partition=part.partition,
             epoch=place.epoch,
             batch=number,
             dek_id=key.dek_id,

@@ -51,6 +51,8 @@ class Descriptor(NamedTuple):
     encoded: bytes
     hash: bytes
     pci_columns: tuple[str, ...] = ()
+    key: tuple[int, ...] = ()
+    """Columns that identify a row, where the table's rows are spread over partitions by them (spread.py)."""
 
 
 class RelationChange(NamedTuple):

@@ -41,7 +41,6 @@ from vsql_shared.config import Settings
 from vsql_shared.errors import (
     DivergedError,
     EnvironmentFault,
-    NotBuiltError,
     RefusedError,
     TransientError,
     VsqlSyncError,
@@ -90,11 +89,6 @@ class Pipeline(Told, Protocol):
 
 def run_worker(settings: Settings, chain: str) -> int:
     """Run the worker until SIGTERM; returns the process's exit code."""
-    if settings.kafka.partitions > 1:
-        raise NotBuiltError(
-            f"kafka.partitions = {settings.kafka.partitions} is not built in this version",
-            hint="use 1: one partition keeps the order of transactions",
-        )
     failpoints.arm(dev_mode=not settings.is_prod)
     worker = Worker(settings, chain)
     set_on_signals(worker.stop)

@@ -64,6 +64,14 @@ def publication() -> None:
     "--sequence", "more_sequences", multiple=True, metavar="SEQUENCE", help="Carry this sequence, too."
 )
 @click.option("--via-leaf", is_flag=True, help="Partitioned tables travel leaf by leaf, not as one table.")
+@click.option(
+    "--apply",
+    "apply_mode",
+    type=click.Choice(["transactional", "partitioned"]),
+    default="transactional",
+    show_default=True,
+    help="Targets apply whole transactions in order, or each row's changes in order, by several members.",
+)
 @output_option
 @pass_operator
 def create(
@@ -79,6 +87,7 @@ def create(
     sequences: bool,
     more_sequences: tuple[str, ...],
     via_leaf: bool,
+    apply_mode: str,
 ) -> None:
     """Create publication NAME, or change it while no stream uses it.
 
@@ -98,6 +107,7 @@ def create(
         sequences=sequences,
         more_sequences=tuple(map(parse_table, more_sequences)),
         via_leaf=via_leaf,
+        apply_mode=apply_mode,
     )
     with open_node(operator) as conn:
         made = publications.create(conn, request)
@@ -197,6 +207,7 @@ def _as_dict(one: PublicationInfo) -> dict[str, object]:
         "name": one.name,
         "exclude_pci": one.exclude_pci,
         "insert_only": one.insert_only,
+        "apply_mode": one.apply_mode,
         **signals.as_json(one),
         "tables": [
             {
@@ -219,7 +230,9 @@ def _table(found: Sequence[PublicationInfo]) -> str:
             "all" if table.columns is None else ", ".join(table.columns),
             table.where or "",
             ", ".join(one.pci.get(table.name, [])),
-            ("insert only" if one.insert_only else "all") + (", by leaf" if one.via_leaf else ""),
+            ("insert only" if one.insert_only else "all")
+            + (", by leaf" if one.via_leaf else "")
+            + (", partitioned" if one.apply_mode == "partitioned" else ""),
         )
         for one in found
         for table in one.tables

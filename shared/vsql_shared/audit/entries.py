@@ -79,6 +79,11 @@ def canonical_json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
+BY_ROW: Final = canonical_json({"order": "row"})
+"""`detail` of a manifest whose batch needs no other order than that of each row, which its partition keeps:
+members may apply it side by side. Any other batch is applied alone, in the order of the source."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditEntry:
     """One entry of a chain. Hashes and UUIDs are raw bytes, times µs since 1970, positions ints.

@@ -116,6 +116,8 @@ class ApplySettings(Section):
 
     on_anomaly: Literal["continue", "stop"] = "continue"
     """A row to update or delete is not there: log, count and go on, or stop the stream."""
+    members: Annotated[Whole, Field(ge=0, le=64)] = 1
+    """Processes of this service that apply each stream of a publication which is applied partitioned."""
 
 
 class CryptaplySettings(Section):

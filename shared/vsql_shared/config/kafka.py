@@ -138,7 +138,7 @@ class KafkaSettings(Section):
     security: KafkaSecurity = KafkaSecurity()
     """TLS and authentication."""
     partitions: Annotated[Whole, Field(ge=1, le=1_000)] = 1
-    """Partitions of a new data topic; one keeps the order of transactions."""
+    """Partitions of a table's topic where its publication is applied partitioned; others have one."""
     replication_factor: Annotated[Whole, Field(ge=1, le=15)] = 1
     """Copies of each partition of a new topic; 3 in production."""
     min_insync_replicas: Annotated[Whole, Field(ge=1, le=15)] = 1

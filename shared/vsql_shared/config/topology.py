@@ -15,6 +15,7 @@ from vsql_shared.config.service import NodeId
 from vsql_shared.config.values import Identifier, NodeName, TableName, refusal
 
 StreamMode = Literal["uni-directional", "bidirectional"]
+ApplyMode = Literal["transactional", "partitioned"]
 SchemaSyncMode = Literal["strict", "auto", "manual"]
 
 
@@ -97,6 +98,8 @@ class PublicationSettings(Section):
     """Whether only this node writes these tables."""
     via_leaf: bool = False
     """Partitioned tables travel leaf by leaf, each under its own name, instead of as one table."""
+    apply_mode: ApplyMode = "transactional"
+    """How targets apply it: whole transactions in order, or each row's changes in order, by members."""
     tables: list[Annotated[PublicationTable, BeforeValidator(_table_entry)]] = Field(default_factory=list)
     """Tables, by name or as [[publications.tables]]."""
     message_prefixes: list[str] = Field(default_factory=list)

@@ -47,11 +47,7 @@ def _wanted(kind: Kind, settings: Settings) -> dict[str, str]:
     return {**shape, "cleanup.policy": "compact"}
 
 
-def _partitions(kind: Kind, settings: Settings) -> int:
-    return settings.kafka.partitions if kind == "data" else 1
-
-
-def ensure_topic(admin: AdminClient, name: str, kind: Kind, settings: Settings) -> None:
+def ensure_topic(admin: AdminClient, name: str, kind: Kind, settings: Settings, partitions: int = 1) -> None:
     """Create the topic, or check the one that is there.
 
     Raises BrokerError when the topic exists in another shape (partitions, cleanup policy, Kafka's own
@@ -59,7 +55,7 @@ def ensure_topic(admin: AdminClient, name: str, kind: Kind, settings: Settings) 
     """
     topic = NewTopic(
         name,
-        num_partitions=_partitions(kind, settings),
+        num_partitions=partitions,
         replication_factor=settings.kafka.replication_factor,
         config=_wanted(kind, settings),
     )
@@ -75,7 +71,7 @@ def ensure_topic(admin: AdminClient, name: str, kind: Kind, settings: Settings) 
         refused = error.args[0].code() == KafkaError.TOPIC_AUTHORIZATION_FAILED and not _is_there(admin, name)
         if refused or error.args[0].code() not in _NOT_CREATED:
             raise from_exception(error, f"create topic {name}") from error
-        check_topic(admin, name, kind, settings)
+        check_topic(admin, name, kind, settings, partitions)
 
 
 def _is_there(admin: AdminClient, name: str) -> bool:
@@ -110,7 +106,7 @@ def _silent(settings: Settings, doing: str) -> TransientError:
     )
 
 
-def check_topic(admin: AdminClient, name: str, kind: Kind, settings: Settings) -> None:
+def check_topic(admin: AdminClient, name: str, kind: Kind, settings: Settings, partitions: int = 1) -> None:
     """Raise BrokerError unless the topic has the shape this kind needs."""
     found, count = _describe(admin, name, settings)
     wanted = _wanted(kind, settings)
@@ -119,7 +115,6 @@ def check_topic(admin: AdminClient, name: str, kind: Kind, settings: Settings) -
         for key, value in wanted.items()
         if key != _FREE and not _fits(key, found.get(key), value)
     ]
-    partitions = _partitions(kind, settings)
     if count != partitions:
         wrong.append(f"{count} partitions, expected {partitions}")
     if wrong:

@@ -76,6 +76,7 @@ def request_of(publication: PublicationSettings) -> PublicationRequest:
         publication.name,
         tuple(specs),
         via_leaf=publication.via_leaf,
+        apply_mode=publication.apply_mode,
         message_prefixes=tuple(publication.message_prefixes),
         sequences=publication.sequences,
         more_sequences=tuple(map(parse_table, publication.more_sequences)),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from vsql_shared.changes import TableName, quote_ident
-from vsql_shared.pg import catalog, schema_compare
+from vsql_shared.pg import catalog, row_order, schema_compare
 from vsql_shared.pg.catalog import TableInfo
 from vsql_shared.pg.connect import Connection
-from vsql_shared.pg.publications import PublicationInfo, carried
+from vsql_shared.pg.publications import PARTITIONED, PublicationInfo, carried
 
 
 def target_problems(origin: Connection, peer: Connection, publication: PublicationInfo) -> list[str]:
@@ -26,7 +26,25 @@ def target_problems(origin: Connection, peer: Connection, publication: Publicati
         else:
             columns = source.sent_columns if published.columns is None else published.columns
             found += table_problems(source, target, columns, insert_only=publication.insert_only)
+            if publication.apply_mode == PARTITIONED:
+                found += order_problems(origin, peer, source, target)
     return found
+
+
+def order_problems(
+    origin: Connection, peer: Connection, source: TableInfo, target: TableInfo
+) -> Iterator[str]:
+    """Why members on the peer could not apply the rows of a table side by side."""
+    yield from row_order.source_problems(origin, source)
+    identity = () if source.replica_identity == "f" else source.identity or ()
+    yield from row_order.target_problems(peer, identity, target)
+    types = {column.name: column.type for column in source.columns}
+    for column in target.columns:
+        if column.name in identity and types[column.name] != column.type:
+            yield (
+                f"{target.name}: key column {quote_ident(column.name)} is {column.type} on the peer and"
+                f" {types[column.name]} here; where it is applied partitioned both are alike"
+            )
 
 
 def unlike(origin: Connection, peer: Connection, chosen: Sequence[PublicationInfo]) -> list[str]:

@@ -74,6 +74,7 @@ class Stream:
     audit_partition: int
     ack_partition: int
     copy_wanted: bool
+    apply_mode: str = publications.TRANSACTIONAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,9 @@ def look(origin: Connection, peer: Connection, request: PeerRequest) -> PeerPlan
     streams = tuple(
         stream
         for publication in chosen
-        for stream in plan_streams(here, there.name, publication.name, copy=request.copy)
+        for stream in plan_streams(
+            here, there.name, publication.name, copy=request.copy, apply_mode=publication.apply_mode
+        )
     )
     with errors("comparing the tables of both nodes"):
         problems = [line for publication in chosen for line in target_problems(origin, peer, publication)]
@@ -169,7 +172,9 @@ def _names(origin: Connection, chosen: Sequence[PublicationInfo]) -> list[TableN
     return [table.name for one in chosen for table in publications.carried(origin, one)]
 
 
-def plan_streams(here: NodeInfo, target: str, name: str, *, copy: bool) -> list[Stream]:
+def plan_streams(
+    here: NodeInfo, target: str, name: str, *, copy: bool, apply_mode: str = publications.TRANSACTIONAL
+) -> list[Stream]:
     """The live stream of publication `name`, and its first copy for one target if wanted."""
     chains = [(names.live_chain(name, here.name), "live")]
     if copy:
@@ -187,6 +192,8 @@ def plan_streams(here: NodeInfo, target: str, name: str, *, copy: bool) -> list[
             audit_partition=AUDIT_PARTITION,
             ack_partition=AUDIT_PARTITION,
             copy_wanted=copy,
+            # A copy is one transaction a table, and applied by one.
+            apply_mode=apply_mode if kind == "live" else publications.TRANSACTIONAL,
         )
         for chain, kind in chains
     ]
@@ -216,11 +223,13 @@ def write_incoming(conn: Connection, streams: Sequence[Stream]) -> None:
     for stream in streams:
         conn.execute(
             "INSERT INTO vsql_sync.streams (chain, direction, kind, publication, origin, target, origin_name,"
-            " audit_partition, ack_partition, copy_wanted) VALUES (%s, 'in', %s, %s, %s, %s, %s, %s, %s, %s)"
+            " audit_partition, ack_partition, copy_wanted, apply_mode)"
+            " VALUES (%s, 'in', %s, %s, %s, %s, %s, %s, %s, %s, %s)"
             " ON CONFLICT (chain, direction) DO NOTHING",
             (
                 stream.chain, stream.kind, stream.publication, stream.origin, stream.target,
                 stream.origin_name, stream.audit_partition, stream.ack_partition, stream.copy_wanted,
+                stream.apply_mode,
             ),
         )  # fmt: skip
 

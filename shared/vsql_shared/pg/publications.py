@@ -32,6 +32,7 @@ from vsql_shared.pg import (
     publication_leaves,
     roles,
     row_filter,
+    row_order,
     sequences,
     signals,
 )
@@ -49,6 +50,9 @@ from vsql_shared.pg.publication_rules import (
 )
 from vsql_shared.pg.row_filter import RowFilter
 from vsql_shared.pg.table_spec import TableSpec
+
+TRANSACTIONAL, PARTITIONED = "transactional", "partitioned"
+"""Ways to apply a publication (docs/design/0015)."""
 
 _SENDS_GENERATED = 180000
 """Servers from this version on can publish stored generated columns."""
@@ -74,6 +78,8 @@ class PublicationRequest:
     """Carry how far the sequences of published columns have got."""
     more_sequences: tuple[TableName, ...] = ()
     """Sequences that are carried beside those."""
+    apply_mode: str = TRANSACTIONAL
+    """How targets apply it: whole transactions in order, or PARTITIONED, each row's changes in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +105,7 @@ class PublicationInfo:
     message_prefixes: tuple[str, ...] = ()
     sequences: bool = False
     more_sequences: tuple[TableName, ...] = ()
+    apply_mode: str = TRANSACTIONAL
 
 
 def create(conn: Connection, request: PublicationRequest) -> PublicationInfo:
@@ -110,6 +117,12 @@ def create(conn: Connection, request: PublicationRequest) -> PublicationInfo:
         )
     if not request.tables:
         raise UserError(f"publication {request.name} has no tables", hint='give --table "payments(*)"')
+    if request.apply_mode == PARTITIONED and (request.sequences or request.more_sequences):
+        raise RefusedError(
+            f"publication {request.name} cannot carry sequences and be applied partitioned: its value"
+            " comes after all rows that use it",
+            hint="publish the sequences with other tables, in a publication that is applied transactionally",
+        )
     nodes.local(conn)
     with errors(f"creating publication {request.name}"), conn.transaction():
         pci.mark(conn, request.pci_columns)
@@ -124,6 +137,7 @@ def create(conn: Connection, request: PublicationRequest) -> PublicationInfo:
             _pci_of(conn, tables),
             request.via_leaf,
             **signals.asked(conn, request),
+            apply_mode=request.apply_mode,
         )
         if before == after:
             return after
@@ -170,7 +184,8 @@ def everything(conn: Connection) -> list[PublicationInfo]:
 def find(conn: Connection, name: str) -> PublicationInfo | None:
     """One publication, or None."""
     row = conn.execute(
-        "SELECT exclude_pci, insert_only, via_leaf FROM vsql_sync.publications WHERE name = %s", (name,)
+        "SELECT exclude_pci, insert_only, via_leaf, apply_mode FROM vsql_sync.publications WHERE name = %s",
+        (name,),
     ).fetchone()
     if row is None:
         return None
@@ -183,7 +198,9 @@ def find(conn: Connection, name: str) -> PublicationInfo | None:
         )
     ]
     also = signals.read(conn, name)
-    return PublicationInfo(name, tuple(tables), row[0], row[1], _pci_of(conn, tables), row[2], **also)
+    return PublicationInfo(
+        name, tuple(tables), row[0], row[1], _pci_of(conn, tables), row[2], **also, apply_mode=row[3]
+    )
 
 
 def carried(conn: Connection, publication: PublicationInfo) -> list[PublishedTable]:
@@ -250,6 +267,10 @@ def _resolve_one(
         problems += _identity_problems(conn, request, table, columns, secret, predicate)
         full = closed_problem(table) if closed and not problems else None
         problems += [full] if full else []
+    if request.apply_mode == PARTITIONED and not problems:
+        by_leaf_only = request.via_leaf and table.kind == "p"
+        for part in catalog.partitions(conn, table) if by_leaf_only else [table]:
+            problems += row_order.source_problems(conn, part)
     return PublishedTable(table.name, columns, predicate.text if predicate else None), problems
 
 
@@ -336,10 +357,16 @@ def _write(conn: Connection, publication: PublicationInfo, *, exists: bool) -> N
         # Without it PostgreSQL would refuse the source's own UPDATEs of those tables.
         conn.execute(sql.SQL("ALTER PUBLICATION {} SET (publish_generated_columns = stored)").format(name))
     conn.execute(
-        "INSERT INTO vsql_sync.publications (name, exclude_pci, via_leaf, insert_only)"
-        " VALUES (%s, %s, %s, %s) ON CONFLICT (name) DO UPDATE SET exclude_pci = excluded.exclude_pci,"
-        " via_leaf = excluded.via_leaf, insert_only = excluded.insert_only",
-        (publication.name, publication.exclude_pci, publication.via_leaf, publication.insert_only),
+        "INSERT INTO vsql_sync.publications (name, exclude_pci, via_leaf, insert_only, apply_mode)"
+        " VALUES (%s, %s, %s, %s, %s) ON CONFLICT (name) DO UPDATE SET exclude_pci = excluded.exclude_pci,"
+        " via_leaf = excluded.via_leaf, insert_only = excluded.insert_only, apply_mode = excluded.apply_mode",
+        (
+            publication.name,
+            publication.exclude_pci,
+            publication.via_leaf,
+            publication.insert_only,
+            publication.apply_mode,
+        ),
     )
     for table in ("publication_tables", "publication_leaves"):
         conn.execute(
@@ -387,6 +414,7 @@ def _as_json(publication: PublicationInfo) -> dict[str, object]:
         "via_leaf": publication.via_leaf,
         "exclude_pci": publication.exclude_pci,
         "insert_only": publication.insert_only,
+        "apply_mode": publication.apply_mode,
         "pci_columns": {str(name): columns for name, columns in publication.pci.items()},
         **signals.as_json(publication),
     }

@@ -70,6 +70,8 @@ WRITES: dict[str, dict[str, str]] = {
     | {
         "apply_progress": "INSERT, UPDATE, DELETE",
         "receipts": "INSERT, UPDATE, DELETE",
+        "shares": "INSERT, UPDATE, DELETE",
+        "part_receipts": "INSERT, DELETE",
         "relation_descriptors": "INSERT, UPDATE, DELETE",
         "table_sync": "INSERT, UPDATE, DELETE",
         "anomalies": "INSERT, UPDATE",
