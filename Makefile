@@ -157,6 +157,10 @@ bench: fetch  ## Measure against native logical replication
 bench-quick: fetch  ## The same with less data
 	@$(PY) -m bench.drain --rows 100000 --runs 1 $(ARGS)
 
+.PHONY: bench-members
+bench-members: fetch  ## Apply one backlog with one member and with two
+	@$(PY) -m bench.members $(ARGS)
+
 .PHONY: clean
 clean:  ## Delete what tools and tests left behind; .venv and the download cache stay
 	rm -rf .fuzz .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist build .coverage .coverage.* coverage.json

@@ -15,12 +15,18 @@ def _run_worker(settings: Settings, chain: str) -> int:
     return run_worker(settings, chain)
 
 
+def _run_member(settings: Settings, chain: str) -> int:
+    from vsql_consumers.member import run_member
+
+    return run_member(settings, chain)
+
+
 def _main(argv: list[str]) -> int:
     if any(word == "--tail" or word.startswith("--tail=") for word in argv):
         from vsql_consumers.tail import main
 
         return main(argv)
-    return service_main("consumer", "vsql_consumers", _run_worker, argv)
+    return service_main("consumer", "vsql_consumers", _run_worker, argv, run_member=_run_member)
 
 
 if __name__ == "__main__":

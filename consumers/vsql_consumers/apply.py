@@ -116,6 +116,12 @@ class Applier:
             self._flush_all()
             return self._verdicts(batches)
 
+    def begin_with(self, first: Callable[[Connection], None]) -> None:
+        """Begin a transaction whose first act is the caller's: locks it must hold before it writes."""
+        with self._rolled_back(f"beginning with {self._chain}"):
+            self._session.begin()
+            first(self._conn)
+
     def finish(
         self, origin_lsn: int, origin_time_us: int, before_commit: Callable[[Connection], None]
     ) -> int:
@@ -322,7 +328,7 @@ def _joins(window: Window, new: Window, op: int, direct_rows: int) -> bool:
 
 def _write_anomalies(conn: Connection, chain: str, tally: Tally) -> None:
     """Add up a transaction's anomalies in vsql_sync.anomalies, and log them: counts only."""
-    for (name, kind), count in tally.anomalies.items():
+    for (name, kind), count in sorted(tally.anomalies.items()):  # one order, or members wait for each other
         batch = tally.last_batch[name, kind]
         conn.execute(
             "INSERT INTO vsql_sync.anomalies AS a (chain, table_schema, table_name, kind, count, last_batch)"

@@ -18,9 +18,9 @@ Not here: Kafka, signatures' keys, decryption, and whether a whole batch is the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from vsql_consumers.collected import (
     Awaited,
@@ -39,6 +39,7 @@ from vsql_consumers.verify import Pack, Part, record_name
 from vsql_shared.audit.chain import Accepted, ChainHead, ChainReader, Void
 from vsql_shared.audit.dsse import AUDIT_ENTRY, open_document
 from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry, signed_place
+from vsql_shared.changes import PartitionRoot
 from vsql_shared.errors import ChainError, DecodeError, RecordError, SignatureError, VerificationError
 from vsql_shared.wire.pack import decode_header
 
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
 # Entries of the chain read ahead of the batch being collected; some kilobytes each.
 MAX_ENTRIES_AHEAD = 1_024
+
+Choose: TypeAlias = Callable[[AuditEntry, PartitionRoot], bool]
 
 
 class Collector:
@@ -61,11 +64,14 @@ class Collector:
         offsets: Mapping[TopicPartition, int],
         buffer_bytes: int,
         decisions: Decisions | None = None,
+        choose: Choose | None = None,
     ) -> None:
+        """`choose`: which parts of a batch are collected; None: all."""
         self._reader, self._trust = reader, trust
         self._audit, self._audit_next = audit, audit_offset
         self._limit = buffer_bytes
         self._decisions = decisions or Decisions()
+        self._choose = choose
         self._skipped_batches = set(self._decisions.skipped_batches)
         self._partitions = {key: Partition(*key, offset) for key, offset in offsets.items()}
         self._wanted: list[tuple[str, int, int]] = [(*key, offset) for key, offset in offsets.items()]
@@ -275,7 +281,7 @@ class Collector:
 
     def _take_entry(self, accepted: Accepted, encoded: bytes, offset: int) -> None:
         entry = accepted.entry
-        parts = [Part(root) for root in entry.partitions] if entry.event_type == REPLICATION_BATCH else []
+        parts = self._parts(entry) if entry.event_type == REPLICATION_BATCH else []
         for part in parts:
             key = (part.root.topic, part.root.partition)
             if key not in self._partitions:
@@ -284,6 +290,32 @@ class Collector:
         self._entries.append(
             Entry(entry.sequence, accepted.new_head, offset + 1, entry, encoded, accepted.entry_hash, parts)
         )
+
+    def _parts(self, entry: AuditEntry) -> list[Part]:
+        """The parts of a batch that are collected here; the others' records are passed over."""
+        parts = []
+        for root in entry.partitions:
+            if self._choose is None or self._choose(entry, root):
+                parts.append(Part(root))
+            elif (place := self._partitions.get((root.topic, root.partition))) is not None:
+                place.passing.append((root.first_offset, root.last_offset))
+        return parts
+
+    def next_batch_of(self, partition: int) -> int:
+        """The next entry with a batch that asks for partitions of this number; else the next one to come."""
+        for entry in self._entries:
+            if any(part.root.partition == partition for part in entry.parts):
+                return entry.sequence
+        return self._reader.head.sequence + 1
+
+    def forget_idle(self) -> list[TopicPartition]:
+        """Forget, and name, the data partitions that no entry read so far asks for: they are read no more."""
+        needed = {(p.root.topic, p.root.partition) for entry in self._entries for p in entry.parts}
+        idle = [key for key in self._partitions if key not in needed]
+        for key in idle:
+            self.buffered -= sum(map(cost, self._partitions.pop(key).waiting))
+        self._wanted = [one for one in self._wanted if one[:2] in self._partitions]
+        return idle
 
     # Packs
 
@@ -355,7 +387,7 @@ class Collector:
         """Drop a pack that belongs to no manifest to come, or refuse it: its manifest has come already."""
         epoch, batch = pack.header.epoch, pack.header.batch
         last = self._batch if epoch == self._epoch else self._last_of_epoch.get(epoch)
-        skipped = (epoch, batch) in self._skipped_batches
+        skipped = (epoch, batch) in self._skipped_batches or place.passes(pack.offset)
         if not skipped and (epoch == self._epoch or (last is not None and batch <= last)):
             raise refuse(
                 place, pack.offset, f"a pack of epoch {epoch}, batch {batch}, outside of its manifest's range"

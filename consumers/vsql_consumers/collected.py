@@ -84,6 +84,14 @@ class Partition:
     """Offsets [from, to) that Kafka deleted before they were delivered."""
     waiting: deque[Pack | Unreadable] = field(default_factory=deque)
     paused: bool = False
+    passing: deque[tuple[int, int]] = field(default_factory=deque)
+    """Offsets [first, last] of manifests whose records here are somebody else's to apply, in order."""
+
+    def passes(self, offset: int) -> bool:
+        """Whether the record at `offset` is of a batch that is applied by somebody else."""
+        while self.passing and self.passing[0][1] < offset:
+            self.passing.popleft()
+        return bool(self.passing) and self.passing[0][0] <= offset
 
     @property
     def key(self) -> TopicPartition:

@@ -57,6 +57,8 @@ class Group:
     """Decisions that these have done."""
     also: list[Writes] = field(default_factory=list)
     """Further writes of the applying transaction."""
+    skipped: dict[int, set[int]] = field(default_factory=dict)
+    """Batches an operator skips, with their shares, where members apply the stream."""
 
     @classmethod
     def after(cls, position: Position, live_chain: str) -> Group:
@@ -117,6 +119,32 @@ class Group:
                     conn, chain, map(quarantine.parse_table, tables), reason
                 )
             )
+
+    def add_merged(self, ready: Ready, receipt: Receipt | None, commit_time: int | None) -> None:
+        """Take an entry that members have completed, or one that stood between such."""
+        self.move(ready)
+        entry = ready.entry
+        if receipt is None or entry is None:
+            return
+        self.rows += entry.row_count
+        self.receipts.append(receipt)
+        self.position.commit_time = commit_time or self.position.commit_time
+        # As if we had read them: where lag tools look.
+        self.position.offsets.update(
+            {(root.topic, root.partition): root.last_offset + 1 for root in entry.partitions}
+        )
+
+    def take_parts(self, ready: Ready, opened: OpenedBatch, new: dict[bytes, Descriptor]) -> None:
+        """Take some parts of a batch: the group stays where it is."""
+        self.batches.append(opened)
+        self.manifests.append(ready.encoded)
+        self.descriptors.update(new)
+
+    def write_parts(self, conn: Connection, chain: str) -> None:
+        """What is written with such parts."""
+        state.save_descriptors(conn, chain, self.descriptors, forget_others=False)
+        for write in self.also:
+            write(conn)
 
     def add_entry(self, ready: Ready) -> None:
         """Take an entry without a batch. A new epoch sends every descriptor again."""

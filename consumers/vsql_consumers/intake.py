@@ -10,7 +10,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from vsql_consumers.collect import Collector
+from vsql_consumers.collect import Choose, Collector
 from vsql_consumers.collected import Awaited, Decisions
 from vsql_consumers.resume import first_offset
 from vsql_consumers.unseal import Announcements
@@ -39,7 +39,10 @@ READ_KEYS_SECONDS = 30.0
 class Intake:
     """Takes records from `position` on."""
 
-    def __init__(self, means: Means, position: Position, decisions: Decisions) -> None:
+    def __init__(
+        self, means: Means, position: Position, decisions: Decisions, choose: Choose | None = None
+    ) -> None:
+        """`choose`: which parts of a batch are read."""
         settings, stream = means.settings, means.stream
         cluster, head, dek = settings.cluster.name, position.head, settings.encryption.dek
         self._means, self._begins_at = means, position.audit_offset
@@ -53,6 +56,7 @@ class Intake:
             position.offsets,
             settings.limits.collect_buffer_bytes,
             decisions,
+            choose,
         )
         self.announcements = Announcements(
             cluster,
@@ -95,10 +99,16 @@ class Intake:
             self._absent += self._means.source.assign(wanted)
             self._assign_at = now + ASSIGN_AGAIN_SECONDS
 
-    def pump(self) -> int:
-        """Take what Kafka has; returns how many records came."""
+    def drop_idle(self) -> None:
+        """Read no more what no entry asks for: where parts of batches are chosen."""
+        idle = set(self.collector.forget_idle())
+        self._absent = [one for one in self._absent if one[:2] not in idle]
+        self._means.source.drop(idle)
+
+    def pump(self, seconds: float = POLL_SECONDS) -> int:
+        """Take what Kafka has, waiting for it so long at most; returns how many records came."""
         means, collector = self._means, self.collector
-        polled = means.source.poll(POLL_SECONDS)
+        polled = means.source.poll(seconds)
         for topic, partition, offset, key, value in polled.records:
             if (topic, partition) == self._keys:
                 self._keys_next = offset + 1

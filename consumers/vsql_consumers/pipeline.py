@@ -17,16 +17,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
-from vsql_consumers import joining, state
+from vsql_consumers import joining, shares, state
 from vsql_consumers.apply import Applier
 from vsql_consumers.collected import Ready
+from vsql_consumers.coordination import Coordination, require_fit
 from vsql_consumers.copying import CopyKeeper
 from vsql_consumers.figures import Figures
 from vsql_consumers.groups import Group
-from vsql_consumers.intake import Intake
+from vsql_consumers.intake import POLL_SECONDS, Intake
 from vsql_consumers.means import Means
+from vsql_consumers.member import part_receipt
+from vsql_consumers.members import is_alone
 from vsql_consumers.parking import PARKED, DeadLetters, Kept, Opens, parked_parts
 from vsql_consumers.replaying import Replay, sign_replays
 from vsql_consumers.state import Position
@@ -50,6 +54,8 @@ from vsql_shared.pg.connect import Connection, errors
 _log = logging.getLogger(__name__)
 
 REST_AFTER_SECONDS = 2.0
+# How long Kafka is waited for while members are.
+_MEMBERS_SECONDS = 0.01
 _COMMIT_OFFSETS_SECONDS = 0.5
 
 
@@ -77,7 +83,16 @@ class Pipeline:
         self.position: Position = joining.first_position(means, self._applier, position, skip, decisions)
         self.acknowledger = means.open_acknowledger()
         self._decided, self._ignored = decisions.transactions, decisions.ignored
-        self.intake = Intake(means, self.position, decisions)
+        self._members: Coordination | None = None
+        self._held: Ready | None = None
+        self._others_described = False
+        """Members have applied something since their descriptors were read."""
+        if stream.apply_mode == "partitioned":
+            require_fit(means.control, self._descriptors.values())
+            self._members = Coordination(means.control, stream.chain)
+        choose = None if self._members is None else self._members.choose
+        begin = self.position if choose is None else replace(self.position, offsets={})
+        self.intake = Intake(means, begin, decisions, choose)
         self._dead_letters = DeadLetters(means)
         self.copy = CopyKeeper(conn, stream, self._live_chain)
         self._group = Group.after(self.position, self._live_chain)
@@ -104,7 +119,7 @@ class Pipeline:
 
     def turn(self) -> None:
         """One round: take what has arrived, apply what is ready."""
-        came = self.intake.pump()
+        came = self.intake.pump(_MEMBERS_SECONDS if self._waits_for_members else POLL_SECONDS)
         refused = self._take_ready()
         self.acknowledger.poll()
         if refused is not None:
@@ -120,8 +135,11 @@ class Pipeline:
         refused: VerificationError | None = None
         limits = self._means.settings.limits
         try:
+            if self._members is not None:
+                self._members.assign()
+                self._members.take(self._group, self._means.totals)
             while not self.finished:
-                ready = self.intake.collector.next_ready()
+                ready = self._next()
                 if ready is None:
                     break
                 self._take(ready)
@@ -136,9 +154,34 @@ class Pipeline:
         self._flush()
         return refused
 
+    @property
+    def _waits_for_members(self) -> bool:
+        return self._members is not None and not self._members.idle
+
+    def _next(self) -> Ready | None:
+        """The next entry that may be taken; one that is applied alone when all before it is complete."""
+        members = self._members
+        if members is not None and members.full:
+            return None
+        ready, self._held = self._held or self.intake.collector.next_ready(), None
+        here = ready is not None and (is_alone(ready) or ready.parts)
+        if here and members is not None and not members.idle:
+            self._held = ready
+            return None
+        return ready
+
     def _take(self, ready: Ready) -> None:
         """One entry of the chain."""
         entry = ready.entry
+        if self._members is not None:
+            if not is_alone(ready):
+                if ready.parts and entry is not None:
+                    self._flush()
+                    self._take_left(ready, entry)
+                self._members.add(ready)
+                self._others_described = True
+                return
+            self._recall_descriptors()
         if entry is None or (ready.skipped and entry.batch):
             self._skip(ready, entry)
         elif entry.event_type == REPLICATION_BATCH:
@@ -172,10 +215,47 @@ class Pipeline:
                 self._group.fragments = False
                 self._flush()
 
+    def _recall_descriptors(self) -> None:
+        """Those that members met, beside ours."""
+        if self._others_described:
+            self._others_described = False
+            with errors("reading descriptors"):
+                self._descriptors |= state.load_descriptors(self._means.control, self._chain)
+
+    def _take_left(self, ready: Ready, entry: AuditEntry) -> None:
+        """Apply parts of a batch that their members could not: here it is refused, skipped or parked."""
+        self._recall_descriptors()
+        opened, new, kept = self._open(ready, entry, whole=False)
+        group = self._group
+        group.take_parts(ready, opened, new)
+        self._descriptors.update(new)
+        if self._decided:
+            group.pass_over(opened, self._decided)
+        if kept is not None:
+            self._park(kept, opened)
+        which = {part.root.partition for part in ready.parts}
+        roots = {(part.root.topic, part.root.partition): part.root.sub_root for part in ready.parts}
+        self._applier.begin_with(lambda conn: shares.hold_stopped(conn, self._chain, which, entry.sequence))
+        self._apply()
+        found = part_receipt(entry, roots, dict(group.receipts[-1].verdicts), opened)
+        found = replace(found, detail=group.receipts[-1].detail)
+
+        def write(conn: Connection) -> None:
+            group.write_parts(conn, self._chain)
+            shares.save_part(conn, self._chain, found)
+            shares.advance(conn, self._chain, which, entry.sequence)
+            state.honour_decisions(conn, sorted(group.honoured))
+
+        self._applier.finish(entry.batch_lsn_end, found.commit_time or entry.event_timestamp, write)
+        self._group = Group.after(self.position, self._live_chain)
+
     def _redefines(self, new: dict[bytes, Descriptor]) -> bool:
-        """Whether a table that was described before has another definition."""
+        """Whether a table that was described before has another definition.
+
+        Each partition brings the descriptor again: one that is known is no other.
+        """
         known = {one.relation.name for one in self._descriptors.values()} if new else set()
-        return any(one.relation.name in known for one in new.values())
+        return any(one.relation.name in known for name, one in new.items() if name not in self._descriptors)
 
     def _park(self, kept: Kept, opened: OpenedBatch) -> None:
         """Have Kafka keep a batch of which something is parked; the group writes where it lies."""
@@ -186,6 +266,10 @@ class Pipeline:
         found = Opens(kept.entry.dek_id, descriptors)
         for part in parked_parts(opened, self._decided, copied[opened.entry_hash], found):
             self._group.also.append(partial(part.write, chain=self._chain))
+
+    def members_detail(self) -> dict[str, object]:
+        """For the status: who applies the stream, where several do."""
+        return {} if self._members is None else self._members.figures()
 
     @property
     def between(self) -> bool:
@@ -202,7 +286,7 @@ class Pipeline:
         sign_replays(self._means.control, self._chain, self.acknowledger)
 
     def _open(
-        self, ready: Ready, entry: AuditEntry
+        self, ready: Ready, entry: AuditEntry, *, whole: bool = True
     ) -> tuple[OpenedBatch, dict[bytes, Descriptor], Kept | None]:
         """Verify, then decrypt; a batch that fails names its record. What is to be parked is kept sealed."""
         metrics, totals = self._means.metrics, self._means.totals
@@ -211,7 +295,7 @@ class Pipeline:
         self._figures.collected(entry, size)
         try:
             with metrics.timed(Stage.VERIFY, rows=entry.row_count, size=size):
-                verified = verify_batch(entry, ready.parts, self._means.stream.origin)
+                verified = verify_batch(entry, ready.parts, self._means.stream.origin, whole=whole)
             kept = self._kept(ready, entry, verified.transactions)
             for part in ready.parts:
                 part.packs.clear()  # with a row of 255 MB twice in memory, a third time is too much
@@ -249,6 +333,8 @@ class Pipeline:
         _log.warning("skipped by an operator's decision", extra={"sequence": ready.sequence})
         if entry is not None and entry.continues and not self._group.fragments:
             self._flush()
+        if self._members is not None and entry is not None:
+            self._group.skipped[ready.sequence] = {root.partition for root in entry.partitions}
         self._group.add_skipped(ready, f"sequence {ready.sequence} was skipped by an operator")
 
     def _apply(self) -> None:
@@ -298,6 +384,9 @@ class Pipeline:
             return
         self._apply()
         position = group.position
+        if self._members is not None:
+            self._members.forget(group)
+            self.intake.drop_idle()
         moment = position.commit_time if position.commit_time is not None else time.time_ns() // 1000
         failpoints.hit("consumer.before-apply-commit")
         honoured = self._honoured(position)

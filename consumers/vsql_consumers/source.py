@@ -109,6 +109,13 @@ class Source:
             self._call("read new partitions", lambda: self._consumer.incremental_assign(new))
         return absent
 
+    def drop(self, places: Iterable[Place]) -> None:
+        """Read these partitions no more."""
+        gone = [place for place in places if self._assigned.pop(place, None) is not None]
+        if gone:
+            left = [TopicPartition(*place) for place in gone]
+            self._call("stop reading partitions", lambda: self._consumer.incremental_unassign(left))
+
     def go_on(self, topic: str, number: int, offset: int) -> None:
         """Read a partition on from another offset: Kafka no longer has the one that was due."""
         place = TopicPartition(topic, number, offset)

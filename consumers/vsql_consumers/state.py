@@ -43,6 +43,7 @@ class Stream:
     desired: str
     state: str
     copy_wanted: bool
+    apply_mode: str = "transactional"
 
 
 @dataclass(slots=True)
@@ -75,7 +76,8 @@ def load_stream(conn: Connection, cluster: str, chain: str) -> Stream:
     """The incoming stream of this name. Raises RefusedError when there is none."""
     row = conn.execute(
         "SELECT chain, kind, publication, origin, target, origin_name, audit_partition, ack_partition,"
-        " desired, state, copy_wanted FROM vsql_sync.streams WHERE chain = %s AND direction = 'in'",
+        " desired, state, copy_wanted, apply_mode"
+        " FROM vsql_sync.streams WHERE chain = %s AND direction = 'in'",
         (chain,),
     ).fetchone()
     if row is None:
@@ -93,6 +95,20 @@ def stream_state(conn: Connection, chain: str) -> tuple[str, str] | None:
         "SELECT state, desired FROM vsql_sync.streams WHERE chain = %s AND direction = 'in'", (chain,)
     ).fetchone()
     return None if row is None else (row[0], row[1])
+
+
+def hold_reason(conn: Connection, stream: Stream, desired: str) -> tuple[str, str] | None:
+    """(state, why) while a stream must not run; None when it may."""
+    if desired != "running":
+        return "paused", "paused by an operator"
+    if stream.state == "DIVERGED":
+        return "diverged", stream.chain
+    if stream.kind == "live":
+        copy = names.copy_chain(stream.publication, stream.origin, stream.target)
+        found = stream_state(conn, copy)
+        if found is not None and found[0] != "FINISHED":
+            return "waiting", f"for its first copy ({found[0]})"
+    return None
 
 
 def set_stream_state(conn: Connection, chain: str, state: str, reason: str | None = None) -> None:

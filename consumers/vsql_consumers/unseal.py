@@ -179,13 +179,13 @@ def open_batch(
         entry_hash=entry_hash,
         lsn_start=entry.batch_lsn_start,
         lsn_end=entry.batch_lsn_end,
-        row_count=entry.row_count,
+        row_count=batch.changes,
         merkle_root=batch.merkle_root,
         continues=entry.continues,
         transactions=batch.transactions,
     )
     new: dict[bytes, Descriptor] = {}
-    if entry.row_count == len(plaintexts):
+    if batch.changes == len(plaintexts):
         _plain(batch, plaintexts, opened)
     else:
         _Sorter(batch, opened, new).run(plaintexts)

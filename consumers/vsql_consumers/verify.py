@@ -71,6 +71,8 @@ class VerifiedBatch:
     headers: list[PackHeader]
     offsets: list[int]
     packs: list[PackHeader]  # each pack's header once
+    sub_roots: dict[tuple[str, int], bytes] = field(default_factory=dict)  # of the parts, as found here
+    changes: int = 0
 
     def name(self, index: int) -> str:
         """Topic, partition and offset of the pack that holds record `index`."""
@@ -79,8 +81,14 @@ class VerifiedBatch:
         return record_name(topic, header.partition, self.offsets[index])
 
 
-def verify_batch(entry: AuditEntry, parts: Sequence[Part], origin: str) -> VerifiedBatch:
-    """The batch of a verified manifest, in source order. Raises RecordError naming what does not agree."""
+def verify_batch(
+    entry: AuditEntry, parts: Sequence[Part], origin: str, *, whole: bool = True
+) -> VerifiedBatch:
+    """The batch of a verified manifest, in source order. Raises RecordError naming what does not agree.
+
+    Not `whole`: some of its partitions. Then what is said of all of them together is left to whoever puts
+    them together (parts.py); a manifest's own root is over its sub-roots, or it is none (audit/entries.py).
+    """
     if entry.algorithm != ALGORITHM:
         raise RecordError(
             f"batch {entry.batch} is sealed with {entry.algorithm[:40]!r}, expected {ALGORITHM}",
@@ -103,16 +111,22 @@ def verify_batch(entry: AuditEntry, parts: Sequence[Part], origin: str) -> Verif
             headers += [pack.header] * len(records)
             offsets += [pack.offset] * len(records)
         sub_roots.append(_sub_root(part, tuples[first:]))
-    root = merkle.batch_root(sub_roots)
+    root = merkle.batch_root(sub_roots) if whole else entry.merkle_root
     if root != entry.merkle_root:
         raise RecordError(
             f"batch {entry.batch} has root {root.hex()}, the manifest says {entry.merkle_root.hex()}",
             record=batch_name(entry),
         )
     packs = [pack.header for part in parts for pack in part.packs]
-    batch = VerifiedBatch(entry, root, transactions, tuples, tx_of, headers, offsets, packs)
-    _in_source_order(batch)
-    _check_contents(batch)
+    roots = {
+        (part.root.topic, part.root.partition): root for part, root in zip(parts, sub_roots, strict=True)
+    }
+    batch = VerifiedBatch(entry, root, transactions, tuples, tx_of, headers, offsets, packs, roots)
+    if whole:
+        _in_source_order(batch)
+    else:
+        _in_order(batch)
+    _check_contents(batch, whole=whole)
     return batch
 
 
@@ -236,21 +250,38 @@ def _in_source_order(batch: VerifiedBatch) -> None:
             raise RecordError(
                 f"record {at} of batch {batch.entry.batch} is {kind}", record=batch_name(batch.entry)
             )
+    _arrange(batch, order)
+
+
+def _in_order(batch: VerifiedBatch) -> None:
+    """Step 4 of some partitions: order by index, each once at most."""
+    indexes = list(map(_INDEX, batch.tuples))
+    order = sorted(range(len(indexes)), key=indexes.__getitem__)
+    for one, two in pairwise(order):
+        if indexes[one] == indexes[two]:
+            raise RecordError(
+                f"record {indexes[one]} of batch {batch.entry.batch} is repeated",
+                record=batch_name(batch.entry),
+            )
+    _arrange(batch, order)
+
+
+def _arrange(batch: VerifiedBatch, order: Sequence[int]) -> None:
     batch.tuples = [batch.tuples[i] for i in order]
     batch.tx_of = [batch.tx_of[i] for i in order]
     batch.headers = [batch.headers[i] for i in order]
     batch.offsets = [batch.offsets[i] for i in order]
 
 
-def _check_contents(batch: VerifiedBatch) -> None:
+def _check_contents(batch: VerifiedBatch, *, whole: bool) -> None:
     """Steps 5 and 6, second half."""
     ops = list(map(_OP, batch.tuples))
     unknown = set(ops) - ALL_OPS
     if unknown:
         at = next(i for i, op in enumerate(ops) if op in unknown)
         raise RecordError(f"record {at} has an unknown operation {ops[at]}", record=batch.name(at))
-    changes = len(ops) - ops.count(Op.RELATION) - ops.count(Op.PIECE)
-    if changes != batch.entry.row_count:
+    batch.changes = changes = len(ops) - ops.count(Op.RELATION) - ops.count(Op.PIECE)
+    if whole and changes != batch.entry.row_count:
         raise RecordError(
             f"batch {batch.entry.batch} has {changes} changes, the manifest says {batch.entry.row_count}",
             record=batch_name(batch.entry),

@@ -127,7 +127,7 @@ class Worker:
             stream = state.load_stream(conn, settings.cluster.name, self._chain)
             if stream.state == "FINISHED":
                 return True
-            held = self._hold_reason(conn, stream, control)
+            held = state.hold_reason(conn, stream, control.desired)
             if held is not None:
                 self._hold(control, stream, *held)
                 continue
@@ -135,19 +135,6 @@ class Worker:
             if refused is not None:
                 self._refuse(conn, stream, control, refused)
         return True
-
-    def _hold_reason(self, conn: Connection, stream: Stream, control: Control) -> tuple[str, str] | None:
-        """(state, why) while this stream must not run; None when it may."""
-        if control.desired != "running":
-            return "paused", "paused by an operator"
-        if stream.state == "DIVERGED":
-            return "diverged", stream.chain
-        if stream.kind == "live":
-            copy = names.copy_chain(stream.publication, stream.origin, stream.target)
-            found = state.stream_state(conn, copy)
-            if found is not None and found[0] != "FINISHED":
-                return "waiting", f"for its first copy ({found[0]})"
-        return None
 
     def _hold(self, control: Control, stream: Stream, what: str, why: str) -> None:
         """Wait a moment, answering the operator."""

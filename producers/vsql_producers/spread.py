@@ -24,6 +24,8 @@ NO_PLACE = -1
 _COUNT, _LENGTH = struct.Struct(">H"), struct.Struct(">I")
 _NEW, _KEY = ord("N"), ord("K")
 _NULL, _UNCHANGED, _TEXT, _BINARY = ord("n"), ord("u"), ord("t"), ord("b")
+_FIRST, _FIRST_AT = (0,), PLAINTEXT_AT + 3
+_WRITES, _VALUES = (Op.INSERT, Op.UPDATE), (_TEXT, _BINARY)
 _LABEL = b"vsql-sync row order\0"
 
 
@@ -63,6 +65,10 @@ def identity_of(frame: bytes, key: Sequence[int]) -> bytes | None:
 
 def _identity(frame: bytes, key: Sequence[int]) -> bytes | None:
     op, kind = frame[KIND_AT], frame[PLAINTEXT_AT]
+    if key == _FIRST and kind == _NEW and op in _WRITES and frame[_FIRST_AT] in _VALUES:
+        # Most tables' key is one column, the first: cut out without reading the rest.
+        end = _FIRST_AT + 5 + int.from_bytes(frame[_FIRST_AT + 1 : _FIRST_AT + 5])
+        return frame[_FIRST_AT + 1 : end] if end <= len(frame) else None
     if op == Op.INSERT and kind == _NEW:
         return _joined(_columns(frame, PLAINTEXT_AT + 1, key)[0])
     if op == Op.DELETE and kind == _KEY:

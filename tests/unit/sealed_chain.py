@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from vsql_consumers.collect import Collector
+from vsql_consumers.collect import Choose, Collector
 from vsql_consumers.collected import Decisions
 from vsql_consumers.unseal import Announcements, Descriptor, name_altered, open_batch
 from vsql_consumers.verify import verify_batch
@@ -243,6 +243,8 @@ def _open_all(
     collector: Collector,
     announcements: Announcements,
     descriptors: dict[bytes, Descriptor],
+    *,
+    whole: bool = True,
 ) -> None:
     """Verify and open what is complete, and learn the tables it describes."""
     while (ready := collector.next_ready()) is not None:
@@ -251,7 +253,7 @@ def _open_all(
             reading.skipped.append(ready.sequence)
         elif ready.entry is not None and ready.parts:
             try:
-                verified = verify_batch(ready.entry, ready.parts, ORIGIN)
+                verified = verify_batch(ready.entry, ready.parts, ORIGIN, whole=whole)
             except RecordError as error:
                 if announcements.knows(ready.entry.dek_id):
                     name_altered(error, ready.parts, announcements.open(ready.entry, kek()))
@@ -273,6 +275,7 @@ def read(
     audit_offset: int = 0,
     offsets: Mapping[tuple[str, int], int] | None = None,
     known: Mapping[bytes, Descriptor] | None = None,
+    choose: Choose | None = None,
 ) -> Reading:
     """Deliver the log in a random order (each partition in its own), as far as a consumer takes it."""
     order = order or random.Random(0)
@@ -285,6 +288,7 @@ def read(
         offsets or {},
         buffer_bytes,
         decisions,
+        choose,
     )
     reading.collector = collector
     announcements = Announcements(CLUSTER, CHAIN, ORIGIN, trust, KeyRing())
@@ -303,7 +307,7 @@ def read(
                 collector.feed(*place, next_at[place], log[place][next_at[place]][1])
                 next_at[place] += 1
                 reading.most_buffered = max(reading.most_buffered, collector.buffered)
-            _open_all(reading, collector, announcements, descriptors)
+            _open_all(reading, collector, announcements, descriptors, whole=choose is None)
             flow = collector.flow()
             paused = (paused | set(flow.pause)) - set(flow.resume)
             if not ready_to_read:

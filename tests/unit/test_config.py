@@ -213,7 +213,7 @@ REFUSALS = {
     "signature": ('[audit]\nsignature_algorithm = "rsa"', 'must be "ed25519"'),
     "unknown section": ("[kafak]\npartitions = 1", 'kafak: unknown key; did you mean "kafka"?'),
     "unknown key": ("[kafka]\npartition = 1", 'kafka.partition: unknown key; did you mean "partitions"?'),
-    "far from any key": ("[apply]\nxyzzy = 1", "apply.xyzzy: unknown key; known here: on_anomaly"),
+    "far from any key": ("[apply]\nxyzzy = 1", "apply.xyzzy: unknown key; known here: members, on_anomaly"),
     "range": ("[limits]\nbatch_max_rows = 0", "limits.batch_max_rows = 0: must be at least 1"),
     "dek limit": ("[encryption.dek]\nmax_tuples = 16777217", "must be at most 16777216"),
     "dek bytes": ('[encryption.dek]\nmax_bytes = "65GiB"', "must be at most 68719476736"),

@@ -87,6 +87,16 @@ def skip(conn: Connection, chain: str, transaction: str, reason: str) -> Ordered
 
 def park(conn: Connection, chain: str, transaction: str, reason: str) -> Ordered:
     """Decide that the transaction that blocks a stream is kept in the dead-letter topic, still sealed."""
+    with errors("looking how the stream is applied"):
+        row = conn.execute(
+            "SELECT 1 FROM vsql_sync.streams WHERE chain = %s AND apply_mode = 'partitioned'", (chain,)
+        ).fetchone()
+    if row is not None:
+        raise RefusedError(
+            f"stream {chain} is applied partitioned: parts of the transaction may be in already,"
+            " by other members",
+            hint="mend what it does not fit and `syncctl stream retry`, or `syncctl stream skip` the rest",
+        )
     return _decided(conn, chain, PARK, transaction, reason)
 
 

@@ -30,11 +30,20 @@ _log = logging.getLogger(__name__)
 RunWorker = Callable[["Settings", str], int]
 
 
-def service_main(role: Role, package: str, run_worker: RunWorker, argv: list[str] | None = None) -> int:
+def service_main(
+    role: Role,
+    package: str,
+    run_worker: RunWorker,
+    argv: list[str] | None = None,
+    *,
+    run_member: RunWorker | None = None,
+) -> int:
     """Run the service or one of its workers; returns the process's exit code."""
     parser = argparse.ArgumentParser(prog=f"python -m {package}", description=f"vsql-sync {role}")
     parser.add_argument("--config", type=Path, help="vsql-sync.toml; else where syncctl looks for it")
     parser.add_argument("--chain", help="run the worker of one stream (the service starts these itself)")
+    if run_member is not None:
+        parser.add_argument("--member", action="store_true", help="run a member of the stream --chain names")
     parser.add_argument("--service-pid", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     hardening = harden()
@@ -47,7 +56,8 @@ def service_main(role: Role, package: str, run_worker: RunWorker, argv: list[str
             _log.warning("this system does not let us forbid core dumps and debuggers")
         if args.chain:
             die_with_parent(signal.SIGTERM, args.service_pid)
-            return run_worker(settings, args.chain)
+            run = run_member if run_member is not None and args.member else run_worker
+            return run(settings, args.chain)
         for text in advice(settings):
             _log.warning("%s", text)
         return _run_service(settings, role, package)

@@ -23,7 +23,7 @@ from vsql_shared.errors import DatabaseError, RefusedError, TransientError, Vsql
 from vsql_shared.observe import shared_metrics
 from vsql_shared.pg.connect import Connection, connect, errors
 from vsql_shared.service.stopping import set_on_signals
-from vsql_shared.service.workers import Workers
+from vsql_shared.service.workers import Workers, member_name
 
 if TYPE_CHECKING:
     from vsql_shared.config import Settings
@@ -58,6 +58,7 @@ class Supervisor:
         )
         self._stop = threading.Event()
         self._connection: Connection | None = None
+        self._watching: Connection | None = None
         self._last_seen = 0.0
         self._not_ready = ["the service is starting"]
 
@@ -88,8 +89,9 @@ class Supervisor:
         finally:
             _log.info("stopping: workers finish their batch")
             graceful = self._workers.stop()
-            if self._connection is not None:
-                self._connection.close()
+            for connection in (self._connection, self._watching):
+                if connection is not None:
+                    connection.close()
         return 0 if graceful else 1
 
     def _turn(self) -> list[str]:
@@ -97,6 +99,7 @@ class Supervisor:
             if self._connection is None:
                 self._connection = self._connect()
             wanted, troubles = self._read(self._connection)
+            wanted += self._read_members(self._connection)
         except VsqlSyncError as error:
             if isinstance(error, AlreadyRunningError) and self._settings.server.standby:
                 return self._stand_by(error)
@@ -117,14 +120,44 @@ class Supervisor:
         return ended
 
     def _stand_by(self, why: AlreadyRunningError) -> list[str]:
-        """Run no worker until the lock is free; returns those that ended."""
+        """Run no worker until the lock is free, but members; returns those that ended."""
         said = [f"standing by: {why.message}"]
         if self._not_ready != said:
             _log.info("%s", said[0])
         self._not_ready = said
-        ended = self._workers.sync([])
+        ended = self._workers.sync(self._members_beside_another())
         self._stop.wait(_STANDBY_SECONDS)
         return ended
+
+    def _members_beside_another(self) -> list[str]:
+        """The members this service adds to the streams of the one that is at work."""
+        if self._role != "consumer" or not self._settings.apply.members:
+            return []
+        try:
+            if self._watching is None:
+                self._watching = connect(
+                    self._settings.connection.conninfo(self._role),
+                    application_name=f"vsql-sync {self._role} standby",
+                )
+            return self._read_members(self._watching)
+        except VsqlSyncError as error:
+            _log.warning("%s", error)
+            if self._watching is not None:
+                self._watching.close()
+                self._watching = None
+            return []
+
+    def _read_members(self, connection: Connection) -> list[str]:
+        """A name for each member this service is to run."""
+        if self._role != "consumer":
+            return []
+        with errors("reading vsql_sync.streams"):
+            rows = connection.execute(
+                "SELECT chain FROM vsql_sync.streams WHERE direction = 'in' AND kind = 'live'"
+                " AND apply_mode = 'partitioned' AND desired <> 'stopped' ORDER BY chain"
+            ).fetchall()
+        members = range(1, self._settings.apply.members + 1)
+        return [member_name(chain, number) for (chain,) in rows for number in members]
 
     def _connect(self) -> Connection:
         connection = connect(

@@ -27,6 +27,19 @@ _HEALTHY_AFTER = 60.0
 _DOUBLINGS = 32
 
 
+_MEMBER = "#"
+
+
+def member_name(chain: str, number: int) -> str:
+    """The name of a stream's member among the workers; no chain's name has a `#`."""
+    return f"{chain}{_MEMBER}{number}"
+
+
+def _arguments(name: str) -> list[str]:
+    chain, is_member, _ = name.partition(_MEMBER)
+    return ["--chain", chain, *(["--member"] if is_member else [])]
+
+
 @dataclass(slots=True)
 class _Worker:
     process: subprocess.Popen[bytes] | None
@@ -76,7 +89,7 @@ class Workers:
     def _start(self, chain: str, worker: _Worker, now: float) -> None:
         env = {**os.environ, **shared_metrics.worker_environment(chain)}
         try:
-            worker.process = subprocess.Popen([*self._base, "--chain", chain], env=env)
+            worker.process = subprocess.Popen([*self._base, *_arguments(chain)], env=env)
         except OSError as error:  # no memory or no process left: the other streams go on
             worker.failures += 1
             worker.next_start = now + pause_after(worker.failures, self._backoff, self._backoff_max)

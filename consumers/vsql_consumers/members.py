@@ -1,0 +1,118 @@
+"""Who applies what of a stream that is applied by several, and when a batch is complete. Pure.
+
+Not here: the database (shares.py), a member's work (member.py), the coordinator's (coordination.py). Rules
+(docs/design/0015):
+
+* What does not say that the order of each row is enough is applied alone, by the coordinator, when all before
+  it is complete; nobody passes it before that.
+* Shares are given so that members have equally many, give or take one, and as few as possible move.
+* A batch is complete when every topic-partition of its manifest was reported once; then roots and counts must
+  be those of the manifest.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vsql_consumers.verify import batch_name
+from vsql_shared.audit.entries import BY_ROW, EPOCH_OPENED, REPLICATION_BATCH, AuditEntry
+from vsql_shared.audit.merkle import batch_root
+from vsql_shared.errors import RecordError
+
+if TYPE_CHECKING:
+    from vsql_consumers.collected import Ready
+
+
+def is_by_row(entry: AuditEntry) -> bool:
+    """Whether a batch may be applied by members side by side."""
+    return entry.event_type == REPLICATION_BATCH and entry.detail == BY_ROW and not entry.continues
+
+
+def is_alone(ready: Ready) -> bool:
+    """Whether an entry is applied by the coordinator, when everything before it is complete."""
+    entry = ready.entry
+    if entry is None or ready.skipped:
+        return True
+    return entry.event_type == EPOCH_OPENED or (
+        entry.event_type == REPLICATION_BATCH and not is_by_row(entry)
+    )
+
+
+def assign(shares: Mapping[int, int | None], members: Sequence[int]) -> dict[int, int | None]:
+    """Share → member, for members that are there; `shares` says who has each now."""
+    there = set(members)
+    kept: dict[int, int | None] = {
+        share: member if member in there else None for share, member in sorted(shares.items())
+    }
+    if not there:
+        return kept
+    counts = Counter(member for member in kept.values() if member is not None)
+    least, more = divmod(len(kept), len(there))
+    # Those that have most keep one more: fewer move.
+    ordered = sorted(there, key=lambda member: (-counts[member], member))
+    quota = {member: least + (place < more) for place, member in enumerate(ordered)}
+    for share, member in kept.items():
+        if member is not None and counts[member] > quota[member]:
+            counts[member] -= 1
+            kept[share] = None
+    room = [member for member in ordered for _ in range(quota[member] - counts[member])]
+    for share, member in kept.items():
+        if member is None:
+            kept[share] = room.pop(0)
+    return kept
+
+
+@dataclass(frozen=True, slots=True)
+class PartReceipt:
+    """What was found in some partitions of a batch by who applied them.
+
+    `share`: the first of theirs. `parts`: "topic/partition" → root, in hex.
+    """
+
+    sequence: int
+    share: int
+    parts: Mapping[str, str]
+    verdicts: Mapping[str, int]
+    commit_time: int | None
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+def part_name(topic: str, partition: int) -> str:
+    """A topic-partition as part receipts name it."""
+    return f"{topic}/{partition}"
+
+
+class Whole(NamedTuple):
+    """What was found in all of a batch."""
+
+    root: bytes
+    verdicts: dict[str, int]
+    detail: dict[str, Any]
+
+
+def merge(entry: AuditEntry, found: Sequence[PartReceipt]) -> Whole | None:
+    """What was found in all of a batch, None while some of its partitions are missing. Raises RecordError.
+
+    The root is computed here, over what was computed over the records.
+    """
+    roots = {name: bytes.fromhex(root) for one in found for name, root in one.parts.items()}
+    named = [part_name(root.topic, root.partition) for root in entry.partitions]
+    if len(roots) != sum(len(one.parts) for one in found) or not roots.keys() <= set(named):
+        raise RecordError("a partition was applied twice, or is none of the batch", record=batch_name(entry))
+    if len(roots) < len(named):
+        return None
+    root = batch_root([roots[name] for name in named])
+    verdicts: Counter[str] = Counter()
+    for one in found:
+        verdicts.update(one.verdicts)
+    if root != entry.merkle_root or verdicts.total() != entry.row_count:
+        raise RecordError(
+            f"members found root {root.hex()} and {verdicts.total()} changes, the manifest says"
+            f" {entry.merkle_root.hex()} and {entry.row_count}",
+            record=batch_name(entry),
+        )
+    over = [said for one in found for said in one.detail.get("passed_over", [])]
+    return Whole(root, dict(verdicts), {"passed_over": over} if over else {})

@@ -1,0 +1,322 @@
+"""A publication that is applied partitioned: members added and killed under load; order per row kept."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from tests.nodes import Node, TwoNodes
+from tests.pairs import Pairs
+from tests.stack import kill_tree, spawn
+from tests.streams import append, read_topics
+from tests.waiting import until
+
+pytestmark = pytest.mark.topology
+
+TABLES = """
+CREATE TABLE t (id int PRIMARY KEY, version int NOT NULL, v text);
+CREATE TABLE u (a int, b text, version int NOT NULL, PRIMARY KEY (a, b));
+"""
+PARTITIONED = ("--apply", "partitioned")
+MEMBERS = {"VSQL_SYNC__KAFKA__PARTITIONS": "4", "VSQL_SYNC__APPLY__MEMBERS": "2"}
+_CHANGE = re.compile(r"table public\.(t|u): (INSERT|UPDATE|DELETE): (.*)")
+_VERSION = re.compile(r"version\[integer\]:(\d+)")
+_KEY = {"t": re.compile(r"id\[integer\]:\d+"), "u": re.compile(r"a\[integer\]:\d+ b\[text\]:'[^']*'")}
+
+
+def make(pairs: Pairs, tables: str = TABLES, **env: str) -> TwoNodes:
+    """Both nodes, made; their services get the environment."""
+    pair = pairs(tables)
+    for node in (pair.a, pair.b):
+        node.env = {**MEMBERS, **env}
+    return pair
+
+
+def load(conninfo: str, over: threading.Event, seed: int, made: list[int]) -> None:
+    """Transactions over rows of both tables until told to stop: each change raises its row's version."""
+    random_ = random.Random(seed)
+    with psycopg.connect(conninfo) as conn:
+        while not over.is_set():
+            for _ in range(random_.randint(1, 12)):
+                row = random_.randrange(300)
+                conn.execute(
+                    "INSERT INTO t VALUES (%s, 1, 'x')"
+                    " ON CONFLICT (id) DO UPDATE SET version = t.version + 1",
+                    (row,),
+                )
+                conn.execute(
+                    "INSERT INTO u VALUES (%s, 'k', 1)"
+                    " ON CONFLICT (a, b) DO UPDATE SET version = u.version + 1",
+                    (row,),
+                )
+            made[0] += 1
+            conn.commit()
+
+
+def marked(pair: TwoNodes) -> tuple[int, int]:
+    """(batches of the source that members may apply, all of them)."""
+    found = pair.a.query(
+        'SELECT count(*) FILTER (WHERE position(\'{"order":"row"}\'::bytea in document) > 0), count(*)'
+        " FROM vsql_sync.vsql_sync_audit WHERE event_type = 'replication_batch' AND chain = 'pub.node-a'"
+    )
+    return found[0][0], found[0][1]
+
+
+def decode(node: Node) -> list[str]:
+    """What was written on a node since its slot `seen` was made, in the order of its commits."""
+    return [row[0] for row in node.query("SELECT data FROM pg_logical_slot_get_changes('seen', NULL, NULL)")]
+
+
+def require_order(changes: list[str]) -> int:
+    """Each row's versions only grow; how many changes there were."""
+    last: dict[tuple[str, str], int] = {}
+    count = 0
+    for text in changes:
+        match = _CHANGE.fullmatch(text)
+        if match is None or match[2] == "DELETE":
+            continue
+        key, version = _KEY[match[1]].search(match[3]), _VERSION.search(match[3])
+        assert key is not None
+        assert version is not None
+        place = (match[1], key[0])
+        assert int(version[1]) > last.get(place, 0), f"{text} after version {last.get(place)}"
+        last[place] = int(version[1])
+        count += 1
+    return count
+
+
+def owners(pair: TwoNodes) -> dict[int, int | None]:
+    """Share → member."""
+    return dict(pair.b.query("SELECT share, member FROM vsql_sync.shares"))
+
+
+def members(node: Node) -> list[int]:
+    """Processes of members of a node's consumer service."""
+    return [one.pid for one in node.processes("consumer") if "--member" in one.cmdline()]
+
+
+Second = Callable[[Node], None]
+
+
+@pytest.fixture
+def second(tmp_path: Path) -> Iterator[Second]:
+    """Start a second consumer service of a node, as another host would: it stands by, its members do not."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(node: Node) -> None:
+        config, log = tmp_path / "second.toml", tmp_path / f"second-{len(started)}.log"
+        text = node.config.read_text().replace(f"{node.name}-state", f"{node.name}-state-2")
+        config.write_text(text.replace("[server]\n", "[server]\nstandby = true\n"))
+        command = [sys.executable, "-m", "vsql_consumers", "--config", str(config)]
+        started.append(spawn(command, log=log, env=node.env))
+        until(lambda: "standing by: another" in log.read_text(), tell=log.read_text)
+
+    yield start
+    for process in started:
+        kill_tree(process)
+
+
+@pytest.mark.timeout(240)
+def test_members_are_added_and_killed_under_load_and_each_row_keeps_its_order(
+    pairs: Pairs, second: Second
+) -> None:
+    pair = make(pairs)
+    pair.create(["t(*)", "u(*)"], publication_args=PARTITIONED)
+    pair.b.query("SELECT pg_create_logical_replication_slot('seen', 'test_decoding')")
+    pair.start()
+    pair.wait_in_step()
+    over, made = threading.Event(), [0]
+    loading = threading.Thread(target=load, args=(pair.a.conninfo, over, 5, made))
+    loading.start()
+    try:
+        until(lambda: set(owners(pair).values()) == {0, 1}, tell=lambda: pair.b.tail("consumer"))
+        os.kill(members(pair.b)[0], signal.SIGKILL)
+        second(pair.b)
+        until(lambda: len(set(owners(pair).values())) == 4, tell=lambda: pair.b.tail("consumer"))
+        os.kill(members(pair.b)[-1], signal.SIGKILL)
+        before = made[0]
+        until(lambda: made[0] > before + 200)
+    finally:
+        over.set()
+        loading.join()
+    pair.wait_in_step(timeout=60)
+    assert pair.differences() == []
+    # The entries follow the commit they are about.
+    until(lambda: pair.acknowledged_rows() == pair.audited_rows(), 20, lambda: pair.b.tail("consumer"))
+    assert require_order(decode(pair.b)) > 100
+    assert pair.b.query("SELECT count(*) FROM vsql_sync.anomalies") == [(0,)]
+    assert pair.b.query("SELECT count(*) FROM vsql_sync.part_receipts") == [(0,)]
+    for node in (pair.a, pair.b):
+        assert node.ctl("audit", "verify").returncode == 0
+
+
+@pytest.mark.timeout(180)
+def test_what_needs_the_order_of_the_source_is_applied_alone_between_the_others(pairs: Pairs) -> None:
+    pair = make(pairs, VSQL_SYNC__LIMITS__BATCH_LINGER_MS="0", VSQL_SYNC__LIMITS__BATCH_MAX_ROWS="50")
+    pair.create(["t(*)", "u(*)"], publication_args=PARTITIONED)
+    pair.start()
+    pair.wait_in_step()
+    with psycopg.connect(pair.a.conninfo, autocommit=True) as conn:
+        for number in range(30):
+            conn.execute(
+                "INSERT INTO t SELECT n, 1, 'x' FROM generate_series(%s::int, %s::int) n",
+                (number * 40, number * 40 + 39),
+            )
+            conn.execute("UPDATE t SET id = id + 100000 WHERE id = %s", (number * 40,))
+            if number % 10 == 5:
+                conn.execute("TRUNCATE t, u")
+            if number % 10 == 7:
+                conn.execute(
+                    "INSERT INTO u SELECT n, 'large', 1 FROM generate_series(1, 300) n ON CONFLICT DO NOTHING"
+                )
+            if number == 15:
+                conn.execute("ALTER TABLE t ADD COLUMN later int")
+                pair.b.execute("ALTER TABLE t ADD COLUMN later int")
+            conn.execute("DELETE FROM t WHERE id % 7 = 3")
+    pair.wait_in_step(timeout=60)
+    assert pair.differences() == []
+    # The entries follow the commit they are about.
+    until(lambda: pair.acknowledged_rows() == pair.audited_rows(), 20, lambda: pair.b.tail("consumer"))
+    by_row, all_of_them = marked(pair)
+    assert 0 < by_row < all_of_them
+    assert pair.b.query("SELECT count(*) FROM vsql_sync.anomalies") == [(0,)]
+
+
+@pytest.mark.timeout(120)
+def test_one_who_applies_whole_transactions_takes_the_same_stream(pairs: Pairs) -> None:
+    pair = make(pairs)
+    pair.create(["t(*)", "u(*)"], publication_args=PARTITIONED)
+    pair.b.query("UPDATE vsql_sync.streams SET apply_mode = 'transactional'")
+    pair.start()
+    over, made = threading.Event(), [0]
+    loading = threading.Thread(target=load, args=(pair.a.conninfo, over, 6, made))
+    loading.start()
+    try:
+        until(lambda: made[0] > 100)
+    finally:
+        over.set()
+        loading.join()
+    pair.wait_in_step(timeout=60)
+    assert pair.differences() == []
+    assert marked(pair)[0] > 0
+    assert pair.b.query("SELECT count(*) FROM vsql_sync.shares") == [(0,)]
+
+
+def _blocked(node: Node) -> dict[str, Any]:
+    """What a blocked or refused stream says of itself; empty while it is neither."""
+    rows = node.query(
+        "SELECT coalesce(detail -> 'blocked', detail -> 'refused') FROM vsql_sync.stream_status"
+        " WHERE chain = 'pub.node-a' AND state IN ('blocked', 'refused')"
+    )
+    return dict(rows[0][0]) if rows else {}
+
+
+@pytest.mark.timeout(180)
+def test_a_row_that_does_not_fit_stops_its_share_by_name_and_goes_on_when_it_does(pairs: Pairs) -> None:
+    pair = make(pairs)
+    pair.create(["t(*)", "u(*)"], publication_args=PARTITIONED)
+    pair.b.execute("ALTER TABLE t ADD CONSTRAINT small CHECK (version < 1000)")
+    pair.start()
+    pair.wait_in_step()
+    with psycopg.connect(pair.a.conninfo, autocommit=True) as conn:
+        conn.execute("INSERT INTO t SELECT n, 1, 'x' FROM generate_series(1, 100) n")
+        conn.execute("UPDATE t SET version = 5000 WHERE id = 7")
+        conn.execute("UPDATE t SET v = 'after' WHERE id <> 7")
+    said = until(lambda: _blocked(pair.b), tell=lambda: pair.b.tail("consumer"))
+    assert said["sqlstate"] == "23514"
+    # The other shares go on.
+    until(lambda: pair.b.query("SELECT count(*) FROM t WHERE v = 'after'")[0][0] > 40)
+    pair.b.execute("ALTER TABLE t DROP CONSTRAINT small")
+    pair.b.ctl("stream", "retry", "--chain", pair.chain, "--reason", "widened")
+    pair.wait_in_step(timeout=60)
+    assert pair.differences() == []
+    until(lambda: pair.acknowledged_rows() == pair.audited_rows(), 20, lambda: pair.b.tail("consumer"))
+    assert pair.b.query("SELECT count(*) FROM vsql_sync.shares WHERE stopped_at IS NOT NULL") == [(0,)]
+
+
+@pytest.mark.timeout(180)
+def test_a_transaction_that_is_skipped_is_skipped_in_its_share_and_acknowledged_so(pairs: Pairs) -> None:
+    pair = make(pairs)
+    pair.create(["t(*)", "u(*)"], publication_args=PARTITIONED)
+    pair.b.execute("ALTER TABLE t ADD CONSTRAINT small CHECK (version < 1000)")
+    pair.start()
+    pair.wait_in_step()
+    with psycopg.connect(pair.a.conninfo, autocommit=True) as conn:
+        conn.execute("INSERT INTO t SELECT n, 1, 'x' FROM generate_series(1, 100) n")
+        conn.execute("UPDATE t SET version = 5000 WHERE id = 7")
+        conn.execute("UPDATE t SET v = 'after' WHERE id <> 7")
+    said = until(lambda: _blocked(pair.b), tell=lambda: pair.b.tail("consumer"))
+    pair.b.ctl(
+        "stream", "skip", "--chain", pair.chain, "--transaction", said["transaction"]["lsn"],
+        "--reason", "not ours", "--yes",
+    )  # fmt: skip
+    pair.wait_in_step(timeout=60)
+    assert [row[0] for row in pair.b.query("SELECT version FROM t WHERE id = 7")] == [1]
+    assert pair.b.query("SELECT count(*) FROM t WHERE v = 'after'") == [(99,)]
+    until(lambda: pair.acknowledged_rows() == pair.audited_rows(), 20, lambda: pair.b.tail("consumer"))
+    assert pair.b.ctl("audit", "verify").returncode == 0
+
+
+@pytest.mark.timeout(180)
+def test_a_record_slipped_into_one_partition_is_refused_by_name(pairs: Pairs) -> None:
+    pair = make(pairs)
+    pair.create(["t(*)", "u(*)"], publication_args=PARTITIONED)
+    pair.start()
+    pair.wait_in_step()
+    pair.a.execute("INSERT INTO t SELECT n, 1, 'x' FROM generate_series(1, 100) n")
+    pair.wait_in_step()
+    until(lambda: len(set(owners(pair).values())) == 2)
+    pack = next(
+        record for record in read_topics(pair.a.kafka, pair.cluster)
+        if record.topic.endswith(".public.t") and record.partition == 2
+    )  # fmt: skip
+    append(pair.a.kafka, [pack])
+    pair.a.execute("UPDATE t SET version = 2")
+    said = until(lambda: _blocked(pair.b), tell=lambda: pair.b.tail("consumer"))
+    assert said["record"].startswith(f"{pack.topic}/2/")
+    pair.b.ctl(
+        "stream", "ignore-record", "--chain", pair.chain, "--record", said["record"],
+        "--reason", "replayed by hand", "--yes",
+    )  # fmt: skip
+    pair.wait_in_step(timeout=60)
+    assert pair.differences() == []
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("point", ["consumer.before-apply-commit", "consumer.after-apply-commit"])
+def test_whoever_dies_around_his_commit_is_followed_exactly(pairs: Pairs, point: str) -> None:
+    pair = make(pairs, VSQL_SYNC__LIMITS__RETRY_BACKOFF_MAX_MS="300")
+    pair.create(["t(*)", "u(*)"], publication_args=PARTITIONED)
+    calm = dict(pair.b.env)
+    # Coordinator and members, each at its third commit, again and again.
+    pair.b.env |= {"VSQL_SYNC_ALLOW_FAILPOINTS": "1", "VSQL_SYNC_FAILPOINTS": f"{point}=kill:3"}
+    pair.start()
+    over, made = threading.Event(), [0]
+    loading = threading.Thread(target=load, args=(pair.a.conninfo, over, 7, made))
+    loading.start()
+    try:
+        until(
+            lambda: pair.b.tail("consumer", 900).count(f'{point}"') > 16, 60, lambda: pair.b.tail("consumer")
+        )
+    finally:
+        over.set()
+        loading.join()
+    kill_tree(pair.b.services.pop("consumer"))
+    pair.b.env = calm
+    pair.b.start("consumer")
+    pair.wait_in_step(timeout=60)
+    assert pair.differences() == []
+    until(lambda: pair.acknowledged_rows() == pair.audited_rows(), 20, lambda: pair.b.tail("consumer"))
+    assert pair.b.query("SELECT count(*) FROM vsql_sync.anomalies") == [(0,)]
+    assert pair.b.ctl("audit", "verify").returncode == 0

@@ -1,0 +1,129 @@
+"""Several members apply one stream: who gets what, and when a batch is complete."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vsql_consumers.members import PartReceipt, assign, merge
+from vsql_shared.audit import merkle
+from vsql_shared.audit.entries import BY_ROW, REPLICATION_BATCH, AuditEntry
+from vsql_shared.changes import PartitionRoot
+from vsql_shared.errors import RecordError
+
+Owners = dict[int, int | None]
+OWNERS = st.dictionaries(st.integers(0, 40), st.one_of(st.none(), st.integers(0, 12)), max_size=24)
+
+
+@given(OWNERS, st.sets(st.integers(0, 12), min_size=1, max_size=8))
+def test_everybody_there_has_equally_many_give_or_take_one(owners: Owners, there: set[int]) -> None:
+    given_ = assign(owners, sorted(there))
+    assert given_.keys() == owners.keys()
+    counts = Counter(member for member in given_.values())
+    assert counts.keys() <= there
+    spread = [counts[member] for member in there]
+    assert max(spread) - min(spread) <= 1
+
+
+@given(OWNERS, st.sets(st.integers(0, 12), min_size=1, max_size=8))
+def test_no_more_shares_move_than_must(owners: Owners, there: set[int]) -> None:
+    given_ = assign(owners, sorted(there))
+    assert assign(given_, sorted(there)) == given_
+    moved = sum(1 for share, member in owners.items() if member in there and given_[share] != member)
+    least, more = divmod(len(owners), len(there))
+    counts = sorted((Counter(owners.values())[member] for member in there), reverse=True)
+    surplus = sum(max(0, has - least - (place < more)) for place, has in enumerate(counts))
+    assert moved == surplus
+
+
+@given(OWNERS)
+def test_with_nobody_there_nobody_has_anything(owners: Owners) -> None:
+    assert set(assign(owners, []).values()) <= {None}
+
+
+# Completeness
+
+ROOTS = [bytes([number]) * 32 for number in range(4)]
+
+
+def manifest(rows: int = 10) -> AuditEntry:
+    return AuditEntry(
+        cluster="c",
+        chain="pub.a",
+        epoch=1,
+        incarnation=bytes(16),
+        sequence=7,
+        event_id=bytes(16),
+        event_type=REPLICATION_BATCH,
+        event_timestamp=1,
+        source_node_id="a",
+        signer_node_id="a",
+        batch_lsn_start=1,
+        batch_lsn_end=2,
+        prev_event_hash=bytes(32),
+        batch=5,
+        row_count=rows,
+        record_count=40,
+        merkle_root=merkle.batch_root(ROOTS),
+        partitions=tuple(PartitionRoot("t", n, 0, 0, 1, 10, root) for n, root in enumerate(ROOTS)),
+        detail=BY_ROW,
+    )
+
+
+def part(places: Sequence[int], rows: int, roots: Sequence[bytes] = ROOTS) -> PartReceipt:
+    return PartReceipt(7, min(places), {f"t/{n}": roots[n].hex() for n in places}, {"applied": rows}, 1)
+
+
+@pytest.mark.parametrize(
+    "split",
+    [[[0, 1, 2, 3]], [[0, 2], [1, 3]], [[0], [1], [2], [3]]],
+    ids=["one", "two", "four"],
+)
+def test_a_batch_is_complete_when_all_of_its_parts_are_there(split: list[list[int]]) -> None:
+    found = [part(places, 10 if place == 0 else 0) for place, places in enumerate(split)]
+    for some in itertools.chain.from_iterable(
+        itertools.combinations(found, size) for size in range(len(found))
+    ):
+        assert merge(manifest(), some) is None
+    whole = merge(manifest(), found)
+    assert whole is not None
+    assert whole.root == manifest().merkle_root
+    assert whole.verdicts["applied"] == 10
+
+
+def test_a_part_that_is_there_twice_is_refused() -> None:
+    with pytest.raises(RecordError, match="applied twice"):
+        merge(manifest(), [part([0, 1], 5), part([1, 2, 3], 5)])
+
+
+def test_a_part_of_another_batch_is_refused() -> None:
+    other = PartReceipt(7, 9, {"t/9": ROOTS[0].hex()}, {"applied": 1}, 1)
+    with pytest.raises(RecordError, match="none of the batch"):
+        merge(manifest(), [other])
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        [part([0, 1, 2, 3], 9)],
+        [part([0, 1, 2, 3], 10, [*ROOTS[:3], bytes(32)])],
+    ],
+    ids=["a change is missing", "another root"],
+)
+def test_what_members_found_must_be_what_was_signed(found: list[PartReceipt]) -> None:
+    with pytest.raises(RecordError, match="the manifest says"):
+        merge(manifest(), found)
+
+
+def test_what_was_passed_over_is_said_of_the_whole_batch() -> None:
+    one, two = part([0, 1], 4), part([2, 3], 5)
+    skipped = PartReceipt(7, 2, two.parts, {"applied": 5, "skipped": 1}, 1, {"passed_over": [{"xid": 3}]})
+    whole = merge(manifest(), [one, skipped])
+    assert whole is not None
+    assert whole.verdicts == {"applied": 9, "skipped": 1}
+    assert whole.detail == {"passed_over": [{"xid": 3}]}
