@@ -108,7 +108,7 @@ class Member:
 
     def _attempt(self, closing: ExitStack) -> None:
         settings = self._settings
-        applying = open_applying(settings, self._chain)
+        applying = open_applying(settings, self._chain, of_member=True)
         closing.callback(applying.close)
         control = connect(
             settings.connection.conninfo("consumer"), application_name=f"vsql-sync member {self._chain}"

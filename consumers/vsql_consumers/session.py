@@ -72,9 +72,13 @@ def _holder(conn: Connection, key: int) -> str:
     return f"backend {row[0]}, {row[1]!r} from {row[2]} since {row[3]}"
 
 
-def open_applying(settings: Settings, chain: str) -> Connection:
-    """The applying session; the applier takes the stream's replication origin in it."""
-    return connect(settings.connection.conninfo("consumer"), application_name=f"vsql-sync apply {chain}")
+def open_applying(settings: Settings, chain: str, *, of_member: bool = False) -> Connection:
+    """The applying session; the applier takes a replication origin in it. A member's number is its lock."""
+    return connect(
+        settings.connection.conninfo("consumer"),
+        application_name=f"vsql-sync apply {chain}",
+        holds_lock=of_member,
+    )
 
 
 def own_trust(conn: Connection, node: str, signer: Signer | None) -> TrustStore:
