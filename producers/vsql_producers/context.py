@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 from confluent_kafka import Consumer
 from confluent_kafka.admin import AdminClient
@@ -16,6 +17,7 @@ from confluent_kafka.admin import AdminClient
 from vsql_producers.epoch import Writing, check_source
 from vsql_producers.keys import DataKeys
 from vsql_producers.publish import Publisher
+from vsql_producers.scope_record import write_seen
 from vsql_producers.seal import Place
 from vsql_producers.stream import Stream
 from vsql_producers.targets import Targets
@@ -80,6 +82,10 @@ class Context:
     def place(self, epoch: int) -> Place:
         """Where an epoch's records belong."""
         return Place(self.settings.cluster.name, self.stream.chain, self.stream.origin, epoch)
+
+    def write_seen(self, epoch: int) -> Callable[[int, str], str]:
+        """What writes down, by batch, what an epoch describes."""
+        return partial(write_seen, self.conn, self.stream.chain, epoch)
 
     def make_publisher(self) -> Publisher:
         """A producer of this attempt."""

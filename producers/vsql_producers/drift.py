@@ -6,6 +6,8 @@ That says nothing of row filters, nor of a table's list being narrowed before an
 * Read in one statement, so that a decision (which changes both halves in one transaction) is never half seen.
 * A schema in the publication, or all tables, make the row filters of its tables void without changing them.
 * Columns that were renamed are the same columns: their present names are compared.
+* REPLICA IDENTITY FULL writes every column down before a change: a table of which columns are left out must
+  not have it. PostgreSQL refuses UPDATE and DELETE of such a table, so nothing was sent; it is said why.
 * A table that PostgreSQL's publication has no more is no error: nothing of it leaves. It is logged.
 """
 
@@ -18,7 +20,7 @@ from vsql_shared.changes import TableName, quote_ident
 from vsql_shared.errors import DatabaseError
 from vsql_shared.pg import catalog, publication_leaves
 from vsql_shared.pg.connect import Connection, errors
-from vsql_shared.pg.publication_rules import root_identity_problem
+from vsql_shared.pg.publication_rules import closed_problem, identity_problem, root_identity_problem
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +59,18 @@ WHERE p.name = %s AND NOT p.via_leaf AND l.isleaf AND l.level > 0
 AND c.relreplident NOT IN ('f', r.relreplident) ORDER BY 1, 2, 3, 4
 """
 
+_FULL = """
+SELECT t.columns, p.exclude_pci, n.nspname, c.relname
+FROM vsql_sync.published_tables t JOIN vsql_sync.publications p ON p.name = t.publication
+CROSS JOIN LATERAL (SELECT pg_catalog.to_regclass(
+    pg_catalog.format('%%I.%%I', t.table_schema, t.table_name))::oid AS oid) r
+CROSS JOIN LATERAL (SELECT r.oid UNION SELECT relid::oid FROM pg_catalog.pg_partition_tree(r.oid)
+    WHERE isleaf) l
+JOIN pg_catalog.pg_class c ON c.oid = l.oid AND c.relreplident = 'f'
+JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE p.name = %s AND t.columns IS NOT NULL AND NOT p.insert_only ORDER BY 3, 4
+"""
+
 
 class _Pair(NamedTuple):
     """A table as we and as PostgreSQL have it."""
@@ -87,6 +101,22 @@ def require_none(conn: Connection, publication: str) -> None:
         _compare(publication, pair)
     for names in differing:
         _require_identity(conn, TableName(*names[:2]), TableName(*names[2:]))
+    require_no_full(conn, publication)
+
+
+def require_no_full(conn: Connection, publication: str) -> None:
+    """Raise DatabaseError for a table with REPLICA IDENTITY FULL of which columns are left out."""
+    with errors("looking at replica identities"):
+        for columns, excludes, *name in conn.execute(_FULL, (publication,)).fetchall():
+            table = catalog.describe(conn, TableName(*name))
+            if table is None:
+                continue
+            problem = identity_problem(table, columns, set()) or (closed_problem(table) if excludes else None)
+            if problem is not None:
+                raise DatabaseError(
+                    problem,
+                    hint="nothing that is left out was sent; set it back, and the stream goes on",
+                )
 
 
 def _require_kind(publication: str, *, widened: bool, operations: bool) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
+from vsql_producers.scope_record import SCOPE
 from vsql_shared import lsn, names
 from vsql_shared.audit.entries import (
     COPY_FINISHED,
@@ -48,9 +49,9 @@ def load_targets(conn: Connection, chain: str) -> frozenset[str]:
     return frozenset(row[0] for row in rows)
 
 
-def opening_detail(targets: Iterable[str]) -> str:
-    """Detail of the `epoch_opened` entry of a live stream."""
-    return canonical_json({_TARGETS: sorted(targets)})
+def opening_detail(targets: Iterable[str], scope: str) -> str:
+    """Detail of the `epoch_opened` entry of a live stream; `scope`: the SHA-256 of its scope."""
+    return canonical_json({_TARGETS: sorted(targets), SCOPE: scope})
 
 
 def require_no_new(conn: Connection, chain: str, known: frozenset[str]) -> None:

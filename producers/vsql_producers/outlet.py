@@ -6,6 +6,8 @@ come from and what happens after the acknowledgement (progress.py). Rules:
 * Batch numbers follow the chain's head and grow by one; they are given out when a batch is sealed.
 * A topic is created before the first pack for it.
 * An operator's act stands in the chain, too, in the order it was obeyed in.
+* What a batch describes for the first time is written down before it leaves, and its hash stands in the
+  manifest (scope_record.py).
 * Manifests cover the positions of the source without a hole: each begins where the one before ended.
 """
 
@@ -18,6 +20,7 @@ from vsql_producers import seal
 from vsql_producers.batches import Batch, BatchLimits
 from vsql_producers.keys import DataKeys
 from vsql_producers.publish import Publisher
+from vsql_producers.scope_record import DESCRIBED, seen
 from vsql_producers.seal import PackLimits, Place, Relations, SealedBatch
 from vsql_shared.audit.chain import ChainWriter, Prepared
 from vsql_shared.audit.entries import OPERATOR_ACTION, REPLICATION_BATCH, canonical_json
@@ -58,14 +61,17 @@ class Outlet:
         metrics: StreamMetrics,
         position: int,
         *,
+        write_seen: Callable[[int, str], str],
         target: str = "*",
     ) -> None:
+        """`write_seen` takes a batch's number and what it describes, and returns the hash of that."""
         self._place, self._writer = place, writer
         self.publisher, self.keys = publisher, keys
         self._limits = pack_limits(limits)
         self._ensure_topic = ensure_topic
         self._metrics = metrics
         self._position, self._target = position, target
+        self._write_seen = write_seen
         self._relations = Relations()
         self._topics: set[str] = set()
         self._number = writer.tip.batch
@@ -83,8 +89,10 @@ class Outlet:
         parts = seal.arrange(batch, self._relations, self._limits.plaintext)
         key = self.keys.key_for(*seal.needs(parts))
         sealed = seal.seal(batch, parts, self._number + 1, key, self._place, self._limits)
-        sealed = sealed._replace(kek_id=self.keys.kek_id)
         self._number += 1
+        text = seen(self._relations.fresh)
+        described = self._write_seen(self._number, text) if text else ""
+        sealed = sealed._replace(kek_id=self.keys.kek_id, described=described)
         for topic in sealed.topics:
             if topic.topic not in self._topics:
                 self._ensure_topic(topic.topic)
@@ -127,6 +135,7 @@ class Outlet:
             record_count=batch.record_count,
             continues=batch.continues,
             partitions=roots,
+            detail=canonical_json({DESCRIBED: batch.described} if batch.described else {}),
         )
         self._position = end
         return prepared

@@ -27,8 +27,10 @@ from vsql_producers.level import kafka_head, read_or_level
 from vsql_producers.outlet import Outlet, batch_limits
 from vsql_producers.progress import Progress
 from vsql_producers.publish import Acknowledged
-from vsql_producers.relations import Describer, ScopeChanged, load_scope
+from vsql_producers.relations import Describer
 from vsql_producers.retention import Retention
+from vsql_producers.scope import ScopeChanged, load_scope
+from vsql_producers.scope_record import write_scope
 from vsql_producers.sequences import Sequences
 from vsql_producers.signals import load_messages
 from vsql_producers.stall import Marks
@@ -98,7 +100,8 @@ class LivePipeline:
         c.check_source(reader.head, identity, points)
         self._require_not_ahead(slot, reader.head.lsn_end)
         self._targets = joining.load_targets(c.conn, c.stream.chain)
-        detail = joining.opening_detail(self._targets)
+        digest = write_scope(c.conn, c.stream.chain, c.stream.publication, scope)
+        detail = joining.opening_detail(self._targets, digest)
         opened = open_epoch(c.conn, c.writing, reader, tail, publisher, identity, slot.confirmed_lsn, detail)
         failpoints.hit("producer.epoch-opened")
         self._watch = opened.watch
@@ -108,7 +111,15 @@ class LivePipeline:
         position = head.lsn_end or slot.confirmed_lsn
         keys = c.make_keys(place, publisher)
         self._outlet = Outlet(
-            place, opened.writer, publisher, keys, settings.limits, c.ensure_data_topic, c.metrics, position
+            place,
+            opened.writer,
+            publisher,
+            keys,
+            settings.limits,
+            c.ensure_data_topic,
+            c.metrics,
+            position,
+            write_seen=c.write_seen(head.epoch),
         )
         self._progress = Progress(c.conn, opened.writer, slot.confirmed_lsn)
         describe = Describer(c.conn, c.stream.publication, scope, binary=binary)

@@ -3,8 +3,10 @@
 Not here: decoding of relation messages (pgoutput.py), what may travel in binary (binary_types.py), and when a
 descriptor is sent (seal.py). Rules:
 
-* A column the publication's own scope excludes never passes: a changed PostgreSQL publication stops the
-  stream before anything is sealed. So does a listed column that does not come, unless it was let in later.
+* A column the publication's own scope excludes never passes (scope.py): a changed PostgreSQL publication
+  stops the stream before anything is sealed. So does a listed column that does not come, unless it was let in
+  later.
+* REPLICA IDENTITY FULL where columns are left out stops the stream for as long as the table has it.
 * A leaf of a table that is published by leaf stands under that table's scope, also when it was detached or
   dropped since. What was a leaf and is known to nobody stops the stream: its rows would be lost.
 * A type whose binary form is bound to this server makes the whole session text; pgoutput knows no finer
@@ -16,11 +18,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
 
-from vsql_producers import binary_types
+from vsql_producers import binary_types, drift
 from vsql_producers.pgoutput import RelationMessage, TypeMessage
+from vsql_producers.projection import Projection
+from vsql_producers.scope import (
+    Scope,
+    ScopeChanged,
+    load_scope,
+    pci_in,
+    read_marks,
+    removed_from,
+    require_no_authentication_data,
+)
 from vsql_producers.transactions import Descriptor
 from vsql_shared.changes import Column, Relation, TableName, quote_ident
 from vsql_shared.errors import DatabaseError, TransientError
@@ -40,155 +51,6 @@ class BinaryRefused(TransientError):
 
     The next session must be text: the catalog may know nothing of a column the WAL still holds.
     """
-
-
-class ScopeChanged(TransientError):
-    """An operator changed what the publication may carry, or marked PCI columns."""
-
-
-# A mark holds for its table, for that one's partitions, and for the tables it is a partition of.
-_MARKS = """
-WITH marked AS (SELECT DISTINCT table_schema AS s, table_name AS t, pg_catalog.to_regclass(
-        pg_catalog.format('%%I.%%I', table_schema, table_name)) AS id FROM vsql_sync.pci_marks),
-family AS (SELECT m.s, m.t, m.s AS other_s, m.t AS other_t FROM marked m
-    UNION SELECT m.s, m.t, n.nspname::text, k.relname::text
-    FROM marked m CROSS JOIN LATERAL (
-        SELECT x.relid::oid AS oid FROM pg_catalog.pg_partition_ancestors(m.id) x
-        UNION SELECT y.relid::oid FROM pg_catalog.pg_partition_tree(m.id) y) r
-    JOIN pg_catalog.pg_class k ON k.oid = r.oid JOIN pg_catalog.pg_namespace n ON n.oid = k.relnamespace)
-SELECT f.other_s, f.other_t, c.column_name, p.exclude_pci AND c.marked_at > p.created_at,
-    (f.s, f.t) = (f.other_s, f.other_t)
-FROM vsql_sync.pci_marks c JOIN family f ON (f.s, f.t) = (c.table_schema, c.table_name)
-CROSS JOIN vsql_sync.publications p WHERE p.name = %s
-"""
-
-
-class Scope(NamedTuple):
-    """What the publication may carry, as the operator decided it on this node."""
-
-    columns: Mapping[TableName, frozenset[str] | None]
-    """Published tables and their columns; None is all of a table's."""
-    pci: Mapping[TableName, frozenset[str]]
-    """Columns marked as PCI data."""
-    forbidden: Mapping[TableName, frozenset[str]]
-    """Those that were marked after a publication without PCI data was made, and must not pass."""
-    added: Mapping[TableName, frozenset[str]] = {}
-    """Listed columns that the WAL from before an operator's decision lacks."""
-    leaves: Mapping[TableName, TableName | None] = {}
-    """Of tables published by leaf: leaf → its table; None: an operator said to pass over what comes of it."""
-    via_leaf: bool = False
-    renamed: Mapping[TableName, Mapping[str, str]] = {}
-    """Listed columns that have another name than when they were listed: old → present one."""
-    family: frozenset[TableName] = frozenset()
-    """Tables that are marked, or a relative of which is."""
-    marks: frozenset[tuple[str, str, str]] = frozenset()
-    """All marks: schema, table, column."""
-
-
-def load_scope(conn: Connection, publication: str) -> Scope:
-    """Read the scope from vsql_sync.publications, published_tables and pci_marks."""
-    with errors("reading the publication's scope"):
-        there = conn.execute(
-            "SELECT via_leaf FROM vsql_sync.publications WHERE name = %s", (publication,)
-        ).fetchone()
-        tables = conn.execute(
-            "SELECT table_schema, table_name, columns, added_columns, decided, present"
-            " FROM vsql_sync.published_tables"
-            " WHERE publication = %s",
-            (publication,),
-        ).fetchall()
-        marked = conn.execute(_MARKS, (publication,)).fetchall()
-    if there is None:
-        raise DatabaseError(
-            f"publication {publication} is not known to vsql-sync",
-            hint="make it with `syncctl publication create`",
-        )
-    columns = {TableName(s, t): None if c is None else frozenset(c) for s, t, c, *_ in tables}
-    leaves = publication_leaves.remembered(conn, publication) if there[0] else {}
-    # Of a table's relatives the published ones count; a leaf's owner is among them.
-    ours = [
-        row[:4]
-        for row in marked
-        if (name := TableName(row[0], row[1])) in columns or (row[4] and name in leaves)
-    ]
-    return Scope(
-        columns,
-        _by_table((s, t, c) for s, t, c, _ in ours),
-        _by_table((s, t, c) for s, t, c, later in ours if later),
-        _by_table((s, t, column) for s, t, _, added, *_ in tables for column in added),
-        leaves,
-        there[0],
-        {
-            TableName(s, t): _renamed(before, now, present)
-            for s, t, now, _, before, present in tables
-            if now != before
-        },
-        frozenset(TableName(s, t) for s, t, *_ in marked),
-        _read_marks(conn),
-    )
-
-
-def _renamed(before: Sequence[str], now: Sequence[str], present: Sequence[str]) -> dict[str, str]:
-    """Old names; one that another column bears by now is that one's: it may be the one that is left out."""
-    return {old: new for old, new in zip(before, now, strict=True) if old != new and old not in present}
-
-
-def _read_marks(conn: Connection) -> frozenset[tuple[str, str, str]]:
-    with errors("reading the PCI marks"):
-        rows = conn.execute("SELECT table_schema, table_name, column_name FROM vsql_sync.pci_marks")
-        return frozenset(rows.fetchall())
-
-
-def _by_table(rows: Iterable[tuple[str, str, str]]) -> dict[TableName, frozenset[str]]:
-    found: dict[TableName, set[str]] = {}
-    for schema, table, column in rows:
-        found.setdefault(TableName(schema, table), set()).add(column)
-    return {name: frozenset(columns) for name, columns in found.items()}
-
-
-def marks_of(scope: Scope, table: TableName) -> frozenset[str]:
-    """Names of the columns of a table that are marked; a leaf's marks are those of its table, and its own."""
-    owner = scope.leaves.get(table) or table
-    return scope.pci.get(table, frozenset()) | scope.pci.get(owner, frozenset())
-
-
-def pci_in(
-    scope: Scope, table: TableName, columns: Sequence[str], past: frozenset[str] = frozenset()
-) -> tuple[str, ...]:
-    """The columns that hold PCI data, as manifests name them. Raises DatabaseError for one out of scope."""
-    owner = scope.leaves.get(table) or table
-    if owner not in scope.columns:
-        raise DatabaseError(
-            f"PostgreSQL's publication sends table {table}, which was not published through vsql-sync",
-            hint="take it out with ALTER PUBLICATION … DROP TABLE; what was written meanwhile is passed over",
-        )
-    listed = scope.columns[owner]
-    # The WAL from before a rename has the old name.
-    renamed = scope.renamed.get(owner, {})
-    present = {renamed.get(column, column) for column in columns}
-    extra = set() if listed is None else present - listed
-    for name in {table, owner}:
-        extra |= scope.forbidden.get(name, frozenset()).intersection(columns)
-    if extra:
-        column = quote_ident(min(extra))
-        raise DatabaseError(
-            f"table {table}: PostgreSQL's publication sends column {column},"
-            " which the publication leaves out",
-            hint="mend it with ALTER PUBLICATION … SET TABLE, naming the columns; rows that were written"
-            " meanwhile hold the column: publish it too (`syncctl publication add-column`"
-            f" with {table}.{column}), or initialise the targets anew",
-        )
-    added = {renamed.get(column, column) for column in scope.added.get(owner, ())}
-    missing = set() if listed is None else listed - present - added
-    if missing:
-        column = quote_ident(min(missing))
-        raise DatabaseError(
-            f"table {table}: PostgreSQL's publication did not send column {column}, which is published",
-            hint=f"`syncctl publication add-column` with {table}.{column} puts it back and lets the rows"
-            " pass that were written without it; mend those at the targets",
-        )
-    marked = marks_of(scope, table) | past
-    return tuple(f"{table}.{quote_ident(column)}" for column in sorted(marked.intersection(columns)))
 
 
 class Describer:
@@ -231,14 +93,19 @@ class Describer:
             Column(c.name, c.key, c.type_oid, c.typmod, type_name)
             for c, type_name in zip(message.columns, type_names, strict=True)
         )
+        if message.replica_identity == "f":
+            # Set back since, the WAL may still say so: it holds listed columns only, as is checked below.
+            drift.require_no_full(self._conn, self._publication)
         made_by = generated.definitions(self._conn, name)
         known = self._known.get(message.relation_id)
         if known is not None and known[:3] == (message, columns, made_by):
             return known[3]
         past = self._past_names(name, columns)
         try:
+            removed = removed_from(self._scope, name, columns)
+            kept = tuple(column for column in columns if column.name not in removed)
             descriptor = describe(
-                name, message.replica_identity, columns, self._scope, self._random(16), made_by, past
+                name, message.replica_identity, kept, self._scope, self._random(16), made_by, past
             )
         except DatabaseError:
             if load_scope(self._conn, self._publication).renamed != self._scope.renamed:
@@ -246,6 +113,12 @@ class Describer:
                     f"a column of {name} was renamed", hint="the stream goes on with it"
                 ) from None
             raise
+        projection = None
+        if removed:
+            _log.warning("columns that were taken out are left out of rows of %s: %s", name, sorted(removed))
+            places = [place for place, column in enumerate(columns) if column.name not in removed]
+            projection = Projection(len(columns), places)
+        descriptor = descriptor._replace(columns=len(columns), projection=projection)
         self._known[message.relation_id] = (message, columns, made_by, descriptor)
         return descriptor
 
@@ -256,7 +129,7 @@ class Describer:
         """
         if name not in self._scope.family:
             return frozenset()
-        if _read_marks(self._conn) != self._scope.marks:
+        if read_marks(self._conn) != self._scope.marks:
             raise ScopeChanged(
                 f"a marked column of {name} was renamed, or another one marked",
                 hint="the stream goes on with it",
@@ -353,6 +226,7 @@ def describe(
     past: frozenset[str] = frozenset(),
 ) -> Descriptor:
     """The descriptor of a table, checked against the scope; `past`: columns that may hold PCI data, too."""
+    require_no_authentication_data(scope, name, columns)
     pci = pci_in(scope, name, [column.name for column in columns], past)
     encoded = encode_relation(Relation(name, replica_identity, columns, salt, made_by))
     return Descriptor(name, encoded, relation_hash(encoded), pci)

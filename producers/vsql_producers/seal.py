@@ -97,6 +97,8 @@ class SealedBatch(NamedTuple):
     transactions: int
     oldest_commit_time: int
     kek_id: str = ""
+    described: str = ""
+    """SHA-256 of the tables and columns this batch describes, in hex; empty: it describes none."""
 
 
 class Relations:
@@ -105,6 +107,8 @@ class Relations:
     def __init__(self) -> None:
         self.current: dict[bytes, Descriptor] = {}
         self.sent: set[bytes] = set()
+        self.fresh: list[Descriptor] = []
+        """Sent by the batch that was arranged last."""
 
 
 class _Arranger:
@@ -167,12 +171,14 @@ class _Arranger:
         self.parts.append(part)
         if descriptor.hash not in self._relations.sent:
             self._relations.sent.add(descriptor.hash)
+            self._relations.fresh.append(descriptor)
             self._cut(part, transaction, make_frame(Op.RELATION, key, frame_lsn(frame), descriptor.encoded))
         return part
 
 
 def arrange(batch: Batch, relations: Relations, max_plaintext: int) -> list[Part]:
     """Parts of a batch; changes `relations` as the batch does, so batches must come in order."""
+    relations.fresh.clear()
     arranger = _Arranger(relations, max_plaintext)
     large = batch.nbytes > max_plaintext and max(map(len, batch.frames)) - PLAINTEXT_AT > max_plaintext
     add = arranger.add_large if large else arranger.add

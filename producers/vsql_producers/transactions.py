@@ -11,6 +11,8 @@ Not here: how batches are cut (batches.py) and what a tuple holds. Rules:
 * A logical message without a transaction is one of its own. PostgreSQL says where its record ends, and a
   commit record may begin there: so it commits one byte before its end (docs/design/0007).
 * TRUNCATE of several tables becomes one record per table.
+* A row has as many columns as its table was described with, or the stream stops: some versions of PostgreSQL
+  sent others where there was a column list.
 * A relation message counts even where its transaction is dropped: the walsender sends it once a session.
 """
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import NamedTuple
 
 from vsql_producers import pgoutput
@@ -34,6 +37,7 @@ from vsql_producers.pgoutput import (
     TypeMessage,
     relation_key,
 )
+from vsql_producers.projection import Projection
 from vsql_shared import lsn
 from vsql_shared.changes import Op, TableName, Transaction
 from vsql_shared.errors import DecodeError, DivergedError
@@ -42,6 +46,8 @@ OWN_SCHEMA = "vsql_sync"
 # Relation ids that no table can have.
 MESSAGE_KEY, SEQUENCE_KEY = relation_key(0), relation_key(1)
 _ROWS = re.compile(rb"[IUD]+")
+# Relation id, kind of the first tuple, and its number of columns.
+_shape_of = itemgetter(slice(26, 33))
 
 
 class Descriptor(NamedTuple):
@@ -51,6 +57,10 @@ class Descriptor(NamedTuple):
     encoded: bytes
     hash: bytes
     pci_columns: tuple[str, ...] = ()
+    columns: int | None = None
+    """How many each row has as pgoutput sends it; None: rows of this kind are not counted."""
+    projection: Projection | None = None
+    """Takes columns out of each row."""
 
 
 class RelationChange(NamedTuple):
@@ -103,6 +113,8 @@ class Transactions:
         self._dropped = self._begun = False
         self._run: Run | None = None
         self._known: set[bytes] = set()
+        self._widths: dict[bytes, bytes] = {}
+        self._projections: dict[bytes, Projection] = {}
         self._passed_over: set[bytes] = set()
         self._types: dict[int, TypeMessage] = {}
         self._changes: list[RelationChange] = []
@@ -139,7 +151,24 @@ class Transactions:
         if self._passed_over:
             frames = [frame for frame in frames if frame[RELATION_ID] not in self._passed_over]
         if frames:
-            self._current(self._begin).frames += frames
+            self._current(self._begin).frames += self._as_described(frames)
+
+    def _as_described(self, frames: list[bytes]) -> list[bytes]:
+        """Rows with the columns their tables were described with. Raises DecodeError for one with others."""
+        for shape in set(map(_shape_of, frames)):
+            expected = self._widths.get(shape[:4])
+            if expected is not None and shape[5:] != expected:
+                raise DecodeError(
+                    f"a row of {int.from_bytes(shape[5:], 'big')} columns, its table was described with"
+                    f" {int.from_bytes(expected, 'big')}"
+                )
+        if not self._projections:
+            return frames
+        projections = self._projections
+        return [
+            projections[key](frame) if (key := frame[RELATION_ID]) in projections else frame
+            for frame in frames
+        ]
 
     def _current(self, begin: Begin) -> Run:
         if self._run is None:
@@ -208,6 +237,12 @@ class Transactions:
             self._passed_over.add(key)
             return
         self._passed_over.discard(key)
+        self._widths.pop(key, None)
+        self._projections.pop(key, None)
+        if descriptor.columns is not None:
+            self._widths[key] = descriptor.columns.to_bytes(2, "big")
+        if descriptor.projection is not None:
+            self._projections[key] = descriptor.projection
         self._changes.append(RelationChange(0, key, descriptor))
 
     def _on_message(self, message: Message, frame: bytes, runs: list[Run]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import NewDatabase
 from vsql_producers import binary_types, drift
-from vsql_producers.relations import load_scope, pci_in
+from vsql_producers.scope import load_scope, pci_in
 from vsql_producers.snapshot.reader import TableReader
 from vsql_producers.snapshot.tables import CopyTable, require_same, tables_to_copy
 from vsql_shared.changes import TableName

@@ -28,7 +28,8 @@ from vsql_producers.level import read_or_level
 from vsql_producers.outlet import Outlet, batch_limits
 from vsql_producers.progress import Progress
 from vsql_producers.publish import Acknowledged
-from vsql_producers.relations import load_scope
+from vsql_producers.scope import ScopeChanged, load_scope
+from vsql_producers.scope_record import SCOPE, write_scope
 from vsql_producers.sequences import Sequences
 from vsql_producers.snapshot.history import CopyHistory, read_history
 from vsql_producers.snapshot.reader import Snapshot, TableReader, export_snapshot, import_snapshot
@@ -86,7 +87,11 @@ class CopyPipeline:
         c.closing.callback(replica.close)
         identity = replication.identify(replica)
         c.check_source(reader.head, identity, replication.switch_points(replica, identity.timeline))
-        opened = open_epoch(c.conn, c.writing, reader, tail, publisher, identity, identity.wal_lsn)
+        self._scope = load_scope(c.conn, c.stream.publication)
+        digest = write_scope(c.conn, c.stream.chain, c.stream.publication, self._scope)
+        detail = canonical_json({SCOPE: digest})
+        at = identity.wal_lsn
+        opened = open_epoch(c.conn, c.writing, reader, tail, publisher, identity, at, detail)
         self._watch = opened.watch
         head = opened.writer.head
         self.epoch, self.sequence, self._writer = head.epoch, head.sequence, opened.writer
@@ -100,6 +105,7 @@ class CopyPipeline:
             c.ensure_data_topic,
             c.metrics,
             position=head.lsn_end or identity.wal_lsn,
+            write_seen=c.write_seen(head.epoch),
             target=c.stream.target,
         )
         self._progress = Progress(c.conn, opened.writer, 0)
@@ -138,6 +144,8 @@ class CopyPipeline:
         replica.close()
         drift.require_none(c.conn, c.stream.publication)
         scope = load_scope(c.conn, c.stream.publication)
+        if scope._replace(leaves={}) != self._scope._replace(leaves={}):
+            raise ScopeChanged("what the copy may carry was changed", hint="it goes on with it by itself")
         salts = [os.urandom(16) for _ in range(count_tables(conn, c.stream.publication))]
         tables = tables_to_copy(conn, c.stream.publication, scope, salts)
         self._reading = conn

@@ -17,7 +17,8 @@ from typing import Any
 from psycopg import sql
 
 from vsql_producers.binary_types import ways
-from vsql_producers.relations import Scope, describe
+from vsql_producers.relations import describe
+from vsql_producers.scope import Scope
 from vsql_producers.transactions import Descriptor
 from vsql_shared.changes import Column, TableName
 from vsql_shared.errors import DatabaseError, TransientError

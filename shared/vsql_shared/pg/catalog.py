@@ -137,6 +137,13 @@ def partitions(conn: Connection, table: TableInfo) -> list[TableInfo]:
     return [_info(conn, row) for row in rows]
 
 
+def full_with_generated(conn: Connection, name: TableName) -> bool:
+    """Whether the table, or a partition of it, needs stored generated columns published."""
+    table = describe(conn, name)
+    parts = [] if table is None else [table, *partitions(conn, table)]
+    return any(part.full_with_generated for part in parts)
+
+
 def has_rows(conn: Connection, names: Iterable[TableName]) -> list[TableName]:
     """Those of the tables that are not empty: with their partitions, without the children of a parent."""
     found = []

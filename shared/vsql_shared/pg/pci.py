@@ -1,49 +1,181 @@
-"""Columns an operator marked as holding PCI data: the marks, and what they mean for a table's relatives.
+"""The catalogue of columns with PCI data: marked by an operator, suggested by name and type, or cleared.
 
 A mark follows its column when that is renamed; the name it was made under stays marked, because the WAL may
-still hold it (view vsql_sync.pci_marks).
+still hold it (view vsql_sync.pci_marks). Rules:
+
+* A mark stays. What a name suggests can be cleared, with a reason that is kept; what an operator marked can
+  not.
+* Where PCI columns are excluded, what is suggested and not cleared counts like what is marked.
+* Sensitive authentication data (Kind.AUTHENTICATION), marked or suggested, is never published unless what its
+  name suggests was cleared.
+* Marks and clearings of a partitioned table hold for its partitions, and the other way round.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from vsql_shared.changes import TableName, quote_ident
 from vsql_shared.errors import RefusedError
 from vsql_shared.pg import catalog, oplog, publication_leaves
-from vsql_shared.pg.catalog import TableInfo
-from vsql_shared.pg.connect import Connection
+from vsql_shared.pg.catalog import ColumnInfo, TableInfo
+from vsql_shared.pg.connect import Connection, errors
+from vsql_shared.pg.pci_names import Kind, Suggestion, suggest
 
 
-def mark(conn: Connection, columns: Iterable[tuple[TableName, str]]) -> int:
-    """Mark columns as PCI data; returns how many are newly marked. Inside the caller's transaction."""
-    added = 0
+class Catalogued(NamedTuple):
+    """A column of the catalogue, or one that should be in it."""
+
+    table: TableName
+    column: str
+    kind: Kind
+    state: str
+    """marked, suggested or cleared."""
+    note: str
+    """What it looks like, and why it was cleared."""
+
+
+def mark(
+    conn: Connection, columns: Iterable[tuple[TableName, str]], kind: Kind | None = None
+) -> list[tuple[TableName, str]]:
+    """Mark columns as PCI data; returns those newly marked. Inside the caller's transaction.
+
+    Without `kind` the name decides which it is. Authentication data that was marked as less becomes it.
+    """
+    added = []
     for name, column in columns:
         table = catalog.describe(conn, name)
-        if table is None or column not in table.column_names:
+        known = None if table is None else next((c for c in table.columns if c.name == column), None)
+        if table is None or known is None:
             raise RefusedError(f"there is no column {name}.{quote_ident(column)}", hint="check the spelling")
-        new = conn.execute(
-            "INSERT INTO vsql_sync.pci_columns (table_schema, table_name, column_name) VALUES (%s, %s, %s)"
-            " ON CONFLICT DO NOTHING",
+        chosen = kind or _kind_of(conn, table, known)
+        present = conn.execute(
+            "SELECT kind FROM vsql_sync.pci_columns"
+            " WHERE (table_schema, table_name, column_name) = (%s, %s, %s)",
             (*name, column),
-        ).rowcount
-        if new:
-            oplog.record(conn, "pci.mark", "column", f"{name}.{quote_ident(column)}")
-        added += new
+        ).fetchone()
+        if present is not None and present[0] in (chosen.value, Kind.AUTHENTICATION.value):
+            continue
+        conn.execute(
+            "INSERT INTO vsql_sync.pci_columns (table_schema, table_name, column_name, kind)"
+            " VALUES (%s, %s, %s, %s)"
+            " ON CONFLICT (table_schema, table_name, column_name) DO UPDATE SET kind = excluded.kind",
+            (*name, column, chosen.value),
+        )
+        what = f"{name}.{quote_ident(column)}"
+        oplog.record(conn, "pci.mark", "column", what, new={"kind": chosen.value})
+        added.append((name, column))
     conn.execute("SELECT vsql_sync.anchor_marks()")
     return added
 
 
-def marked(conn: Connection, name: TableName) -> set[str]:
+def _kind_of(conn: Connection, table: TableInfo, column: ColumnInfo) -> Kind:
+    """What a column that is marked without a word is: what its name suggests, unless that was cleared."""
+    found = suggest(column.name, column.type)
+    if found is None or column.name in cleared_anywhere(conn, table):
+        return Kind.CARDHOLDER
+    return found.kind
+
+
+def clear(conn: Connection, name: TableName, column: str, reason: str) -> str:
+    """Say of a column that it is not what its name suggests; returns what that was."""
+    with errors("clearing a column"), conn.transaction():
+        table = catalog.describe(conn, name)
+        known = None if table is None else next((c for c in table.columns if c.name == column), None)
+        what = f"{name}.{quote_ident(column)}"
+        if table is None or known is None:
+            raise RefusedError(f"there is no column {what}", hint="check the spelling")
+        if column in marked_anywhere(conn, table):
+            raise RefusedError(
+                f"column {what} was marked as PCI data by an operator, and a mark stays",
+                hint="only what a name suggests can be cleared; make a view or another column for other data",
+            )
+        found = suggest(column, known.type)
+        if found is None:
+            raise RefusedError(f"nothing is suggested of column {what}: there is nothing to clear")
+        if not reason.strip():
+            raise RefusedError("a reason is needed", hint="it is kept with the column, for whoever asks")
+        conn.execute(
+            "INSERT INTO vsql_sync.pci_cleared (table_schema, table_name, column_name, looks_like, reason)"
+            " VALUES (%s, %s, %s, %s, %s) ON CONFLICT (table_schema, table_name, column_name)"
+            " DO UPDATE SET looks_like = excluded.looks_like, reason = excluded.reason,"
+            " cleared_at = now(), cleared_by = session_user",
+            (*name, column, found.looks_like, reason),
+        )
+        new = {"looks_like": found.looks_like, "kind": found.kind.value, "reason": reason}
+        oplog.record(conn, "pci.clear", "column", what, new=new)
+    return found.looks_like
+
+
+def marked(conn: Connection, name: TableName, kind: Kind | None = None) -> set[str]:
     """Columns of a table that are marked as PCI data, by the mark's name and by the present one."""
     rows = conn.execute(
-        "SELECT column_name FROM vsql_sync.pci_marks WHERE table_schema = %s AND table_name = %s", name
+        "SELECT column_name FROM vsql_sync.pci_marks WHERE table_schema = %s AND table_name = %s"
+        " AND kind = coalesce(%s, kind)",
+        (*name, None if kind is None else kind.value),
     )
     return {row[0] for row in rows}
 
 
-def marked_anywhere(conn: Connection, table: TableInfo) -> set[str]:
+def marked_anywhere(conn: Connection, table: TableInfo, kind: Kind | None = None) -> set[str]:
     """Marks of the table, of the partitioned tables it is a part of, and of its own partitions."""
+    return set().union(*(marked(conn, name, kind) for name in _relatives(conn, table)))
+
+
+def cleared_anywhere(conn: Connection, table: TableInfo) -> set[str]:
+    """Columns of the table, or of a relative, that an operator cleared."""
+    names = _relatives(conn, table)
+    rows = conn.execute("SELECT table_schema, table_name, column_name FROM vsql_sync.pci_cleared").fetchall()
+    return {column for schema, name, column in rows if TableName(schema, name) in names}
+
+
+def suggested(conn: Connection, table: TableInfo) -> dict[str, Suggestion]:
+    """Columns nobody marked or cleared, and what their names and types suggest."""
+    settled = marked_anywhere(conn, table) | cleared_anywhere(conn, table)
+    found = {column.name: suggest(column.name, column.type) for column in table.columns}
+    return {name: one for name, one in found.items() if one is not None and name not in settled}
+
+
+def authentication(conn: Connection, table: TableInfo) -> dict[str, str]:
+    """Columns that are never published, and why."""
+    found = dict.fromkeys(
+        marked_anywhere(conn, table, Kind.AUTHENTICATION), "is marked as sensitive authentication data"
+    )
+    cleared = cleared_anywhere(conn, table)
+    for column in table.columns:
+        one = suggest(column.name, column.type)
+        # Also of one that is marked as less: a mark adds, and clears nothing.
+        if one is not None and one.kind == Kind.AUTHENTICATION and column.name not in cleared:
+            words = f"looks like {one.looks_like}, which is sensitive authentication data"
+            found.setdefault(column.name, words)
+    return found
+
+
+def everything(conn: Connection) -> list[Catalogued]:
+    """The whole catalogue: marks, clearings, and what is suggested of the tables there are."""
+    with errors("reading the PCI columns"):
+        rows = conn.execute(
+            "SELECT table_schema, table_name, column_name, kind FROM vsql_sync.pci_columns"
+        ).fetchall()
+        found = [Catalogued(TableName(s, t), c, Kind(k), "marked", "") for s, t, c, k in rows]
+        rows = conn.execute(
+            "SELECT table_schema, table_name, column_name, looks_like, reason FROM vsql_sync.pci_cleared"
+        ).fetchall()
+        found += [
+            Catalogued(TableName(s, t), c, Kind.CARDHOLDER, "cleared", f"looks like {like}: {reason}")
+            for s, t, c, like, reason in rows
+        ]
+        for name in catalog.user_tables(conn):
+            table = catalog.describe(conn, name)
+            if table is not None:
+                found += [
+                    Catalogued(name, column, one.kind, "suggested", f"looks like {one.looks_like}")
+                    for column, one in suggested(conn, table).items()
+                ]
+    return sorted(found, key=lambda one: (one.table, one.column))
+
+
+def _relatives(conn: Connection, table: TableInfo) -> set[TableName]:
     names = {table.name, *(publication_leaves.ancestors(conn, table.name) if table.is_partition else ())}
-    names |= publication_leaves.family(conn, table.name) if table.kind == "p" else set()
-    return set().union(*(marked(conn, name) for name in names))
+    return names | (publication_leaves.family(conn, table.name) if table.kind == "p" else set())

@@ -1,10 +1,13 @@
-"""What an operator may decide of a publication that streams use: columns let in, partitions settled.
+"""What an operator may decide of a publication that streams use: columns let in or taken out, partitions.
 
 Rules:
 
 * PostgreSQL's publication and our rows change in one transaction; the producer goes on with a new epoch.
 * A column that is let in travels with the changes that are written from then on. Rows written before are not
   sent again: at the target they keep what the column had there.
+* A column that is taken out leaves no more, whenever a row was written: PostgreSQL decodes older WAL under
+  the list of that time, and the producer takes the column out of those rows (projection.py). What was
+  sealed before stays in Kafka and at the targets.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from psycopg import sql
 from vsql_shared.changes import TableName, quote_ident
 from vsql_shared.errors import RefusedError
 from vsql_shared.pg import catalog, nodes, oplog, pci, publications
+from vsql_shared.pg.catalog import TableInfo
 from vsql_shared.pg.connect import Connection, errors
+from vsql_shared.pg.publication_rules import identity_problem, leaf_problem
 from vsql_shared.pg.publications import PublicationInfo, PublishedTable
 
 # Columns that were renamed keep the names they were decided under: the WAL may still have those.
@@ -31,7 +36,9 @@ UPDATE vsql_sync.publication_tables t SET
         SELECT a.attnum FROM unnest(%(present)s::text[]) WITH ORDINALITY u (name, place)
         JOIN pg_catalog.pg_attribute a ON a.attrelid = r.oid AND a.attname = u.name AND NOT a.attisdropped
         ORDER BY u.place) END,
-    added_columns = t.added_columns || %(column)s::text, row_filter = %(where)s, table_oid = r.oid,
+    added_columns = pg_catalog.array_remove(t.added_columns, %(column)s::text) || %(added)s::text[],
+    removed_columns = pg_catalog.array_remove(t.removed_columns, %(column)s::text) || %(removed)s::text[],
+    row_filter = %(where)s, table_oid = r.oid,
     filter_tree = (SELECT f.tree FROM vsql_sync.publication_filters f
         WHERE f.publication = t.publication AND f.table_oid = r.oid)
 FROM vsql_sync.published_tables v, pg_catalog.pg_class r
@@ -57,15 +64,56 @@ def add_column(conn: Connection, name: str, table: TableName, column: str) -> No
         settled = listed is None or (column in listed and column in _added(conn, name, table))
         if settled and column in _sent(conn, name, table):
             raise RefusedError(f"column {table}.{quote_ident(column)} is published already")
-        if before.exclude_pci and column in pci.marked_anywhere(conn, info):
-            raise RefusedError(
-                f"column {table}.{quote_ident(column)} is marked as PCI data, which publication {name}"
-                " excludes",
-                hint="make another publication for it",
-            )
+        _require_allowed(conn, before, info, column)
         if listed is not None:
             listed = tuple(one for one in info.sent_columns if one in {*listed, column})
         _write(conn, before, replace(published, columns=listed), column)
+
+
+def _require_allowed(conn: Connection, publication: PublicationInfo, table: TableInfo, column: str) -> None:
+    """Raise RefusedError for a column the publication, or every one, leaves out."""
+    what = f"column {table.name}.{quote_ident(column)}"
+    forbidden = pci.authentication(conn, table).get(column)
+    clear = f"where it is not: `syncctl publication pci clear {table.name}.{quote_ident(column)} --reason …`"
+    if forbidden is not None:
+        raise RefusedError(f"{what} {forbidden} and is never published", hint=clear)
+    if not publication.exclude_pci:
+        return
+    if column in pci.marked_anywhere(conn, table):
+        raise RefusedError(
+            f"{what} is marked as PCI data, which publication {publication.name} excludes",
+            hint="make another publication for it",
+        )
+    found = pci.suggested(conn, table).get(column)
+    if found is not None:
+        raise RefusedError(
+            f"{what} looks like {found.looks_like}, and publication {publication.name} excludes PCI data",
+            hint=clear,
+        )
+
+
+def remove_column(conn: Connection, name: str, table: TableName, column: str) -> None:
+    """Take a column out, from now on and out of the backlog; also one that never was to be in it."""
+    nodes.local(conn)
+    with errors(f"changing publication {name}"), conn.transaction():
+        before, published = _require(conn, name, table)
+        info = catalog.describe(conn, table)
+        if info is None:
+            raise RefusedError(f"there is no table {table}", hint="check the spelling")
+        sent = info.sent_columns if published.columns is None else published.columns
+        what = f"{table}.{quote_ident(column)}"
+        if column not in sent and column in _removed(conn, name, table):
+            raise RefusedError(f"column {what} is out of publication {name} already")
+        left = tuple(one for one in sent if one != column)
+        problem = leaf_problem(info, left, None) if before.via_leaf else None
+        for part in [info, *catalog.partitions(conn, info)] if info.kind == "p" else [info]:
+            if not before.insert_only:
+                problem = problem or identity_problem(part, left, {column})
+        if not left:
+            problem = f"{table}: no column is left to publish"
+        if problem is not None:
+            raise RefusedError(f"column {what} cannot be taken out: {problem}")
+        _write(conn, before, replace(published, columns=left), column, removed=True)
 
 
 def settle_partition(conn: Connection, name: str, leaf: TableName, root: TableName | None) -> None:
@@ -120,15 +168,31 @@ def _sent(conn: Connection, name: str, table: TableName) -> list[str]:
 
 def _added(conn: Connection, name: str, table: TableName) -> list[str]:
     """Columns that rows in the WAL may lack, as an operator decided."""
+    return _decided(conn, name, table)[0]
+
+
+def _removed(conn: Connection, name: str, table: TableName) -> list[str]:
+    """Columns that rows in the WAL may have and that do not leave."""
+    return _decided(conn, name, table)[1]
+
+
+def _decided(conn: Connection, name: str, table: TableName) -> tuple[list[str], list[str]]:
     row = conn.execute(
-        "SELECT added_columns FROM vsql_sync.publication_tables"
+        "SELECT added_columns, removed_columns FROM vsql_sync.publication_tables"
         " WHERE (publication, table_schema, table_name) = (%s, %s, %s)",
         (name, *table),
     ).fetchone()
-    return [] if row is None else list(row[0])
+    return ([], []) if row is None else (list(row[0]), list(row[1]))
 
 
-def _write(conn: Connection, before: PublicationInfo, changed: PublishedTable, column: str) -> None:
+def _write(
+    conn: Connection,
+    before: PublicationInfo,
+    changed: PublishedTable,
+    column: str,
+    *,
+    removed: bool = False,
+) -> None:
     """Both halves. A table taken out of PostgreSQL's publication, or changed there, is put back by this."""
     tables = tuple(changed if one.name == changed.name else one for one in before.tables)
     conn.execute(
@@ -138,7 +202,9 @@ def _write(conn: Connection, before: PublicationInfo, changed: PublishedTable, c
     )
     present = None if changed.columns is None else list(changed.columns)
     names = {"publication": before.name, "schema": changed.name.schema, "table": changed.name.table}
-    conn.execute(_CHANGED, {**names, "present": present, "where": changed.where, "column": column})
+    marks = {"column": column, "added": [] if removed else [column], "removed": [column] if removed else []}
+    conn.execute(_CHANGED, {**names, **marks, "present": present, "where": changed.where})
     publications.grant_reading(conn, replace(before, tables=tables))
     what = f"{changed.name}.{quote_ident(column)}"
-    oplog.record(conn, "publication.add-column", "publication", before.name, new={"column": what})
+    act = "publication.remove-column" if removed else "publication.add-column"
+    oplog.record(conn, act, "publication", before.name, new={"column": what})

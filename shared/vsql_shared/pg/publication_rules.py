@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vsql_shared.changes import TableName, quote_ident
 from vsql_shared.pg.catalog import TableInfo
@@ -55,6 +55,19 @@ def choose_columns(
     if wanted and not chosen:
         return None, [f"{table.name}: no column is left to publish"]
     return (None if listed is None and chosen == wanted and not closed else chosen), []
+
+
+def authentication_problems(
+    name: TableName, sent: Sequence[str], authentication: Mapping[str, str]
+) -> list[str]:
+    """One line for each column that must not leave; `authentication`: such columns, and why."""
+    return [
+        f"{name}: column {quote_ident(column)} {authentication[column]} and is never published; list the"
+        " other columns or give --exclude-pci (a false match: `syncctl publication pci clear"
+        f" {name}.{quote_ident(column)} --reason …`)"
+        for column in sent
+        if column in authentication
+    ]
 
 
 def leaf_problem(table: TableInfo, columns: Sequence[str] | None, where: str | None) -> str | None:
@@ -136,21 +149,30 @@ def identity_problem(table: TableInfo, columns: Sequence[str] | None, left_out: 
         )
     if left_out.intersection(missing):
         return (
-            f"{table.name}: {names} is marked as PCI data and is part of the key, so it cannot be left out;"
+            f"{table.name}: {names} is PCI data and is part of the key, so it cannot be left out;"
             f" {_remedy(table, columns)}"
         )
     return f"{table.name}: key column {names} must be in the column list; add it"
 
 
+def best_index(table: TableInfo, columns: Sequence[str] | None) -> str | None:
+    """The unique index that can be the replica identity; '' is the primary key's, None: there is none."""
+    fitting = [key for key in table.keys if _fits(table, key.columns, columns)]
+    if any(key.primary for key in fitting):
+        return ""
+    return next((key.name for key in fitting), None)
+
+
 def _remedy(table: TableInfo, columns: Sequence[str] | None) -> str:
     """The best statement at hand."""
-    primary = next((key for key in table.keys if key.primary and _fits(table, key.columns, columns)), None)
-    if primary is not None:
-        return f"ALTER TABLE {table.name} REPLICA IDENTITY DEFAULT (or --insert-only)"
-    for key in table.keys:
-        if not key.primary and _fits(table, key.columns, columns):
-            index = quote_ident(key.name)
-            return f"ALTER TABLE {table.name} REPLICA IDENTITY USING INDEX {index} (or --insert-only)"
+    index = best_index(table, columns)
+    if index == "":
+        return f"ALTER TABLE {table.name} REPLICA IDENTITY DEFAULT (or --set-identity, or --insert-only)"
+    if index is not None:
+        return (
+            f"ALTER TABLE {table.name} REPLICA IDENTITY USING INDEX {quote_ident(index)} (or --set-identity,"
+            " or --insert-only)"
+        )
     full = ", or ALTER TABLE … REPLICA IDENTITY FULL" if columns is None else ""
     return f"ALTER TABLE {table.name} ADD PRIMARY KEY (…){full} (or --insert-only)"
 

@@ -10,7 +10,8 @@ transaction. Rules:
 * A publication with streams does not change: their targets were checked against what it has. What may be
   decided of one all the same is in publication_changes.py.
 * Where PCI columns are excluded, every table has a column list: a column that is added later stays out until
-  an operator lets it in.
+  an operator lets it in. What is suggested and not cleared counts like what is marked (pci.py).
+* Sensitive authentication data is never published, excluded or not.
 * A row filter is kept as PostgreSQL prints it, and a partitioned table travels under its own name, or leaf by
   leaf (docs/operations/publications.md).
 """
@@ -30,6 +31,7 @@ from vsql_shared.pg import (
     oplog,
     pci,
     publication_leaves,
+    replica_identity,
     roles,
     row_filter,
     sequences,
@@ -39,6 +41,7 @@ from vsql_shared.pg.catalog import TableInfo
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.pg.publication_rules import (
     NAME,
+    authentication_problems,
     choose_columns,
     closed_problem,
     filter_problem,
@@ -74,6 +77,8 @@ class PublicationRequest:
     """Carry how far the sequences of published columns have got."""
     more_sequences: tuple[TableName, ...] = ()
     """Sequences that are carried beside those."""
+    set_identity: bool = False
+    """Give tables that need it the best REPLICA IDENTITY their indexes allow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,8 +241,13 @@ def _resolve_one(
     if problem or table is None:
         return None, [problem or f"{spec.name}: there is no such table"]
     closed = request.exclude_pci or spec.exclude_pci
-    secret = pci.marked_anywhere(conn, table) if closed else set()
+    secret = _left_out(conn, table) if closed else set()
+    if request.set_identity and not request.insert_only:
+        table = replica_identity.ensure(conn, table, spec.columns, secret, closed=closed)
     columns, problems = choose_columns(table, spec.columns, secret, closed=closed)
+    if not problems:
+        sent = table.sent_columns if columns is None else columns
+        problems += authentication_problems(table.name, sent, pci.authentication(conn, table))
     by_leaf = request.via_leaf and leaf_problem(table, columns, spec.where)
     problems += [by_leaf] if by_leaf else []
     predicate = None
@@ -251,6 +261,11 @@ def _resolve_one(
         full = closed_problem(table) if closed and not problems else None
         problems += [full] if full else []
     return PublishedTable(table.name, columns, predicate.text if predicate else None), problems
+
+
+def _left_out(conn: Connection, table: TableInfo) -> set[str]:
+    """Where PCI columns are excluded: what is marked, and what is suggested and was not cleared."""
+    return pci.marked_anywhere(conn, table) | set(pci.suggested(conn, table))
 
 
 def _identity_problems(
@@ -331,7 +346,7 @@ def _write(conn: Connection, publication: PublicationInfo, *, exists: bool) -> N
     if (
         conn.info.server_version >= _SENDS_GENERATED
         and not publication.insert_only
-        and any(_full_with_generated(conn, table.name) for table in publication.tables)
+        and any(catalog.full_with_generated(conn, table.name) for table in publication.tables)
     ):
         # Without it PostgreSQL would refuse the source's own UPDATEs of those tables.
         conn.execute(sql.SQL("ALTER PUBLICATION {} SET (publish_generated_columns = stored)").format(name))
@@ -369,12 +384,6 @@ def _table_sql(table: PublishedTable) -> sql.Composed:
     if table.where is not None:
         parts.append(sql.SQL(" WHERE ({})").format(sql.SQL(table.where)))
     return sql.Composed(parts)
-
-
-def _full_with_generated(conn: Connection, name: TableName) -> bool:
-    table = catalog.describe(conn, name)
-    parts = [] if table is None else [table, *catalog.partitions(conn, table)]
-    return any(part.full_with_generated for part in parts)
 
 
 def _as_json(publication: PublicationInfo) -> dict[str, object]:

@@ -65,6 +65,8 @@ WRITES: dict[str, dict[str, str]] = {
         "deks": "INSERT, UPDATE",
         "publication_leaves": "INSERT, UPDATE (root_schema, root_name)",
         "pci_columns": "UPDATE (table_oid, attnum)",
+        "scopes": "INSERT",
+        "scope_seen": "INSERT",
     },
     CONSUMER: _SERVICE
     | {

@@ -1,0 +1,72 @@
+"""Writes down what a stream may carry and what it carried: texts whose SHA-256 the chain signs.
+
+Not here: the scope itself (scope.py), entries of the chain (outlet.py, epoch.py), and reports about both
+(vsql_shared/pg/scope_report.py). Rules:
+
+* A text is in the table before the entry with its hash, and before the records it is about, leave. One that
+  no entry follows says more than was sent, never less.
+* What is seen is read from the descriptor's own bytes, which are sealed and sent: not from the catalog, nor
+  from the publication.
+* Both tables are append-only; a scope an older epoch had is not written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from vsql_producers.scope import Scope, document
+from vsql_producers.transactions import Descriptor
+from vsql_shared.audit.entries import canonical_json
+from vsql_shared.changes import SIGNALS
+from vsql_shared.pg.connect import Connection, errors
+from vsql_shared.wire.pack import decode_relation
+
+SCOPE = "scope"
+"""Key in the detail of `epoch_opened`: SHA-256 of the scope, in hex."""
+DESCRIBED = "described"
+"""Key in the detail of a manifest: SHA-256 of what its batch describes, in hex."""
+
+_NO_TABLES = frozenset(SIGNALS.values())
+
+
+def write_scope(conn: Connection, chain: str, publication: str, scope: Scope) -> str:
+    """Write the scope down; its SHA-256 in hex."""
+    text = document(publication, scope)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    with errors("writing the scope down"):
+        conn.execute(
+            "INSERT INTO vsql_sync.scopes (chain, sha256, scope) SELECT %s, %s, %s WHERE NOT EXISTS"
+            " (SELECT FROM vsql_sync.scopes WHERE (chain, sha256) = (%s, %s))",
+            (chain, digest, text, chain, digest),
+        )
+    return digest
+
+
+def seen(descriptors: Iterable[Descriptor]) -> str:
+    """Canonical JSON of the tables that are described; '' when there is none."""
+    found = []
+    for descriptor in descriptors:
+        if descriptor.name in _NO_TABLES:
+            continue
+        relation = decode_relation(descriptor.encoded)
+        found.append(
+            {
+                "table": str(relation.name),
+                "columns": [column.name for column in relation.columns],
+                "identity": relation.replica_identity,
+            }
+        )
+    return canonical_json({"tables": found}) if found else ""
+
+
+def write_seen(conn: Connection, chain: str, epoch: int, batch: int, text: str) -> str:
+    """Write down what a batch describes; its SHA-256 in hex."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    with errors("writing down what is sent"):
+        conn.execute(
+            "INSERT INTO vsql_sync.scope_seen (chain, epoch, batch, sha256, seen)"
+            " VALUES (%s, %s, %s, %s, %s)",
+            (chain, epoch, batch, digest, text),
+        )
+    return digest
