@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from vsql_producers.scope_record import SCOPE
 from vsql_shared import lsn, names
 from vsql_shared.audit.entries import (
     COPY_FINISHED,
@@ -27,6 +26,7 @@ from vsql_shared.audit.entries import (
     canonical_json,
 )
 from vsql_shared.audit.rows import parse
+from vsql_shared.audit.scope_history import SCOPE
 from vsql_shared.changes import SIGNALS
 from vsql_shared.errors import TransientError
 from vsql_shared.pg.connect import Connection, errors

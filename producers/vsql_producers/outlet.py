@@ -20,11 +20,12 @@ from vsql_producers import seal
 from vsql_producers.batches import Batch, BatchLimits
 from vsql_producers.keys import DataKeys
 from vsql_producers.publish import Publisher
-from vsql_producers.scope_record import DESCRIBED, seen
+from vsql_producers.scope_record import seen
 from vsql_producers.seal import PackLimits, Place, Relations, SealedBatch
 from vsql_shared.audit.chain import ChainWriter, Prepared
 from vsql_shared.audit.entries import OPERATOR_ACTION, REPLICATION_BATCH, canonical_json
 from vsql_shared.audit.merkle import batch_root
+from vsql_shared.audit.scope_history import DESCRIBED
 from vsql_shared.changes import PartitionRoot
 from vsql_shared.config import LimitsSettings
 from vsql_shared.crypto.dek import ALGORITHM

@@ -22,11 +22,6 @@ from vsql_shared.changes import SIGNALS
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.wire.pack import decode_relation
 
-SCOPE = "scope"
-"""Key in the detail of `epoch_opened`: SHA-256 of the scope, in hex."""
-DESCRIBED = "described"
-"""Key in the detail of a manifest: SHA-256 of what its batch describes, in hex."""
-
 _NO_TABLES = frozenset(SIGNALS.values())
 
 

@@ -25,6 +25,7 @@ class NewSource(Protocol):
         kafka: str | None = None,
         conninfo: str | None = None,
         pci_columns: Sequence[tuple[str, str]] = (),
+        exclude_pci: bool = False,
     ) -> SourceNode: ...
 
 
@@ -42,6 +43,7 @@ def new_source(stack: Stack, tmp_path: Path) -> Iterator[NewSource]:
         kafka: str | None = None,
         conninfo: str | None = None,
         pci_columns: Sequence[tuple[str, str]] = (),
+        exclude_pci: bool = False,
     ) -> SourceNode:
         # The first node lies in tmp_path itself; a further one would overwrite its keys.
         folder = tmp_path / f"node-{len(made)}" if made else tmp_path
@@ -56,6 +58,7 @@ def new_source(stack: Stack, tmp_path: Path) -> Iterator[NewSource]:
             kafka=kafka,
             conninfo=conninfo,
             pci_columns=pci_columns,
+            exclude_pci=exclude_pci,
         )
         made.append(node)
         return node

@@ -141,6 +141,7 @@ class SourceNode:
         kafka: str | None = None,
         conninfo: str | None = None,
         pci_columns: Sequence[tuple[str, str]] = (),
+        exclude_pci: bool = False,
     ) -> None:
         self._workers: list[subprocess.Popen[bytes]] = []
         self.folder, self.cluster = folder, stack.new_cluster_name("p")
@@ -163,6 +164,7 @@ class SourceNode:
                 PUBLICATION,
                 tuple(TableSpec(TableName("public", table), None, False) for table in tables),
                 tuple((TableName("public", table), column) for table, column in pci_columns),
+                exclude_pci=exclude_pci,
             )
             publications.create(conn, request)
             conn.execute(

@@ -29,7 +29,7 @@ from vsql_producers.outlet import Outlet, batch_limits
 from vsql_producers.progress import Progress
 from vsql_producers.publish import Acknowledged
 from vsql_producers.scope import ScopeChanged, load_scope
-from vsql_producers.scope_record import SCOPE, write_scope
+from vsql_producers.scope_record import write_scope
 from vsql_producers.sequences import Sequences
 from vsql_producers.snapshot.history import CopyHistory, read_history
 from vsql_producers.snapshot.reader import Snapshot, TableReader, export_snapshot, import_snapshot
@@ -38,6 +38,7 @@ from vsql_producers.transactions import RelationChange, Run
 from vsql_shared import failpoints, lsn, names
 from vsql_shared.audit.chain import ChainWriter, Prepared
 from vsql_shared.audit.entries import COPY_FINISHED, COPY_STARTED, MAX_DETAIL_SIZE, canonical_json
+from vsql_shared.audit.scope_history import SCOPE
 from vsql_shared.audit.store import insert_entries, iterate
 from vsql_shared.changes import SEQUENCES, Transaction
 from vsql_shared.errors import DatabaseError, TransientError

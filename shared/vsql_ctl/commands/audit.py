@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ import click
 
 from vsql_ctl.audit_report import Findings, as_json, as_text, words
 from vsql_ctl.context import Operator, OutputFormat, example, output_option, pass_operator
+from vsql_ctl.files import complete_file
 from vsql_ctl.output import emit, render_table
 from vsql_shared.errors import ChainError, RefusedError, UserError
 
@@ -292,7 +291,7 @@ def export_trail(operator: Operator, form: str, target: Path, since: datetime | 
                 conn, "audit.export", "file", str(target), new={"since": since and since.isoformat()}
             )
         pieces = export(conn, node.cluster, node.name, datetime.now(UTC), since)
-        with _complete_file(target) as file:
+        with complete_file(target) as file:
             count = _write(file, form, pieces)
     click.echo(f"exported {count} entries to {target}", err=True)
 
@@ -312,27 +311,6 @@ def _write(file: TextIO, form: str, pieces: Iterator[tuple[str, dict[str, Any]]]
             file.write(f'\n],\n"end": {text}}}\n')
         count += kind == "entry"
     return count
-
-
-@contextmanager
-def _complete_file(target: Path) -> Iterator[TextIO]:
-    """A file that takes its name only when it is whole and on disk; readable by its owner only."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {target.parent}: {error.strerror}",
-            hint="name a directory this user may write to",
-        ) from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vsql_ctl.commands.publication_scope import pci, remove_column, scope_report
 from vsql_ctl.context import (
     Operator,
     OutputFormat,
@@ -63,6 +64,9 @@ def publication() -> None:
 @click.option(
     "--sequence", "more_sequences", multiple=True, metavar="SEQUENCE", help="Carry this sequence, too."
 )
+@click.option(
+    "--set-identity", is_flag=True, help="Give tables that need it a REPLICA IDENTITY by a unique index."
+)
 @click.option("--via-leaf", is_flag=True, help="Partitioned tables travel leaf by leaf, not as one table.")
 @output_option
 @pass_operator
@@ -78,6 +82,7 @@ def create(
     prefixes: tuple[str, ...],
     sequences: bool,
     more_sequences: tuple[str, ...],
+    set_identity: bool,
     via_leaf: bool,
 ) -> None:
     """Create publication NAME, or change it while no stream uses it.
@@ -98,6 +103,7 @@ def create(
         sequences=sequences,
         more_sequences=tuple(map(parse_table, more_sequences)),
         via_leaf=via_leaf,
+        set_identity=set_identity,
     )
     with open_node(operator) as conn:
         made = publications.create(conn, request)
@@ -174,6 +180,11 @@ def list_(operator: Operator, output: OutputFormat) -> None:
         nodes.local(conn)
         found = publications.everything(conn)
     emit(output, [_as_dict(one) for one in found], lambda: _table(found) if found else "no publications")
+
+
+publication.add_command(remove_column)
+publication.add_command(pci)
+publication.add_command(scope_report)
 
 
 @publication.command("drop", epilog=example("syncctl publication drop analytics"))

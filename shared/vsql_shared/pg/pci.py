@@ -120,12 +120,12 @@ def marked(conn: Connection, name: TableName, kind: Kind | None = None) -> set[s
 
 def marked_anywhere(conn: Connection, table: TableInfo, kind: Kind | None = None) -> set[str]:
     """Marks of the table, of the partitioned tables it is a part of, and of its own partitions."""
-    return set().union(*(marked(conn, name, kind) for name in _relatives(conn, table)))
+    return set().union(*(marked(conn, name, kind) for name in relatives(conn, table)))
 
 
 def cleared_anywhere(conn: Connection, table: TableInfo) -> set[str]:
     """Columns of the table, or of a relative, that an operator cleared."""
-    names = _relatives(conn, table)
+    names = relatives(conn, table)
     rows = conn.execute("SELECT table_schema, table_name, column_name FROM vsql_sync.pci_cleared").fetchall()
     return {column for schema, name, column in rows if TableName(schema, name) in names}
 
@@ -176,6 +176,7 @@ def everything(conn: Connection) -> list[Catalogued]:
     return sorted(found, key=lambda one: (one.table, one.column))
 
 
-def _relatives(conn: Connection, table: TableInfo) -> set[TableName]:
+def relatives(conn: Connection, table: TableInfo) -> set[TableName]:
+    """The table, those it is a partition of, and its own partitions: what is said of one holds for all."""
     names = {table.name, *(publication_leaves.ancestors(conn, table.name) if table.is_partition else ())}
     return names | (publication_leaves.family(conn, table.name) if table.kind == "p" else set())

@@ -1,0 +1,162 @@
+"""Gathers what a scope report says: decisions, catalog, chains, and what was written down of the streams.
+
+Not here: the report (audit/scope_report.py). Rules:
+
+* The streams are this node's live one and all first copies of it that its trail still has, ended ones too.
+* Each chain is verified before anything of it is believed, and read up to the entry that was verified last.
+* A table that was seen on a stream is in the report, published or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from vsql_shared import names
+from vsql_shared.audit.scope_history import StreamHistory
+from vsql_shared.audit.scope_report import ClearedColumn, Facts, PciColumn, Stream, TableFacts
+from vsql_shared.audit.store import iterate
+from vsql_shared.audit.verify import verify_table
+from vsql_shared.changes import TableName
+from vsql_shared.crypto.signing import TrustStore
+from vsql_shared.errors import ChainError, RefusedError
+from vsql_shared.pg import catalog, nodes, pci, publications
+from vsql_shared.pg.catalog import TableInfo
+from vsql_shared.pg.connect import Connection, errors
+from vsql_shared.pg.pci_names import suggest
+
+_IDENTITIES = {"d": "default", "i": "index", "f": "full", "n": "nothing"}
+_CHAINS = """
+SELECT chain FROM vsql_sync.chain_heads WHERE own AND (chain = %(live)s
+    OR (pg_catalog.starts_with(chain, %(live)s || '.copy.') AND chain !~ '\\.ack\\.')) ORDER BY chain
+"""
+
+
+def gather(conn: Connection, publication: str, trust: TrustStore) -> Facts:
+    """Everything about one publication of this node. Raises ChainError where its trail does not verify."""
+    node = nodes.local(conn)
+    info = publications.find(conn, publication)
+    if info is None:
+        raise RefusedError(
+            f"there is no publication {publication} on this node", hint="see `syncctl publication list`"
+        )
+    streams = _streams(conn, names.live_chain(publication, node.name), node.cluster, trust)
+    with errors("reading the publication's tables"):
+        published = {one.name: one for one in publications.carried(conn, info)}
+        seen = {table for stream in streams for table, _ in stream.history.observed}
+        seen |= {table for stream in streams for table in stream.history.unobserved}
+        gone = sorted(seen - {str(name) for name in published})
+        tables = [_table(conn, name, one, streams) for name, one in sorted(published.items())]
+        tables += [_unpublished(conn, text, streams) for text in gone]
+        roles = conn.execute(
+            "SELECT rolname FROM pg_catalog.pg_roles WHERE (rolreplication OR rolsuper) ORDER BY 1"
+        ).fetchall()
+        slots = conn.execute("SELECT slot_name FROM pg_catalog.pg_replication_slots ORDER BY 1").fetchall()
+    return Facts(
+        cluster=node.cluster,
+        node=node.name,
+        publication=publication,
+        exclude_pci=info.exclude_pci,
+        message_prefixes=tuple(info.message_prefixes),
+        tables=tuple(tables),
+        streams=tuple(streams),
+        reader_roles=tuple(str(row[0]) for row in roles),
+        reader_slots=tuple(str(row[0]) for row in slots),
+    )
+
+
+def _streams(conn: Connection, live: str, cluster: str, trust: TrustStore) -> list[Stream]:
+    with errors("reading the chains"):
+        chains = [row[0] for row in conn.execute(_CHAINS, {"live": live})]
+    return [_stream(conn, chain, cluster, trust) for chain in chains]
+
+
+def _stream(conn: Connection, chain: str, cluster: str, trust: TrustStore) -> Stream:
+    report = verify_table(conn, trust, cluster, chain)
+    if report.problems:
+        first = report.problems[0]
+        raise ChainError(
+            f"the trail does not verify: {first.what}",
+            record=f"{first.chain}/{first.sequence}",
+            hint="a report on it would prove nothing; see `syncctl audit verify`",
+        )
+    (verified,) = report.chains
+    with errors("reading what was written down of the stream"):
+        scopes: dict[str, str] = dict(
+            conn.execute("SELECT sha256, scope FROM vsql_sync.scopes WHERE chain = %s", (chain,)).fetchall()
+        )
+        rows = conn.execute(
+            "SELECT epoch, batch, seen FROM vsql_sync.scope_seen WHERE chain = %s", (chain,)
+        ).fetchall()
+    history = StreamHistory(chain, {(epoch, batch): text for epoch, batch, text in rows}, scopes)
+    for stored in iterate(conn, chain):
+        if stored.entry.sequence > verified.sequence:
+            break
+        history.take(stored.entry)
+    history.finish()
+    return Stream(history, verified.entry_hash.hex())
+
+
+def _table(
+    conn: Connection, name: TableName, published: publications.PublishedTable, streams: Sequence[Stream]
+) -> TableFacts:
+    table = catalog.describe(conn, name)
+    if table is None:
+        return _unpublished(conn, str(name), streams)
+    sent = table.sent_columns if published.columns is None else published.columns
+    found, cleared = _pci(conn, table, _seen(str(name), streams))
+    return TableFacts(
+        str(name),
+        table.column_names,
+        tuple(sent),
+        found,
+        cleared,
+        _IDENTITIES.get(table.replica_identity, table.replica_identity),
+        published.where,
+    )
+
+
+def _unpublished(conn: Connection, text: str, streams: Sequence[Stream]) -> TableFacts:
+    """A table that streams carried and that is not published now; it may be gone, or have another name."""
+    seen = _seen(text, streams)
+    for name in catalog.user_tables(conn):
+        table = catalog.describe(conn, name) if str(name) == text else None
+        if table is not None:
+            found, cleared = _pci(conn, table, seen)
+            return TableFacts(text, table.column_names, None, found, cleared)
+    return TableFacts(text, (), None, tuple(_suggested(dict.fromkeys(seen, "text"))), (), "unknown")
+
+
+def _seen(table: str, streams: Sequence[Stream]) -> list[str]:
+    """Columns of a table on any stream, in the order they came."""
+    found = (one for stream in streams for one in stream.history.observed.values() if one.table == table)
+    return list(dict.fromkeys(column for one in found for column in one.columns))
+
+
+def _pci(
+    conn: Connection, table: TableInfo, seen: Sequence[str]
+) -> tuple[tuple[PciColumn, ...], tuple[ClearedColumn, ...]]:
+    """What counts as PCI data of a table's columns and of those it had once; what was cleared of them."""
+    marked, secret = pci.marked_anywhere(conn, table), pci.authentication(conn, table)
+    kin = pci.relatives(conn, table)
+    rows = conn.execute(
+        "SELECT table_schema, table_name, column_name, looks_like, reason, cleared_by, cleared_at"
+        " FROM vsql_sync.pci_cleared ORDER BY 3, 1, 2"
+    ).fetchall()
+    cleared = [ClearedColumn(*row[2:]) for row in rows if TableName(*row[:2]) in kin]
+    types = {column.name: column.type for column in table.columns}
+    former = [column for column in seen if column not in types]
+    settled = {one.column for one in cleared}
+    names = {**types, **dict.fromkeys(former, "text")}
+    found: dict[str, PciColumn] = {}
+    for one in _suggested({name: kind for name, kind in names.items() if name not in settled}):
+        found[one.column] = one
+    for name in names:
+        if name in marked:
+            kind = "authentication" if name in secret else "cardholder"
+            found[name] = PciColumn(name, kind, "marked")
+    return tuple(found[name] for name in names if name in found), tuple(cleared)
+
+
+def _suggested(types: Mapping[str, str]) -> list[PciColumn]:
+    found = ((name, suggest(name, type_name)) for name, type_name in types.items())
+    return [PciColumn(name, one.kind.value, f"looks like {one.looks_like}") for name, one in found if one]

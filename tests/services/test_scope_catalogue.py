@@ -1,0 +1,216 @@
+"""The catalogue of PCI columns, what follows from it, and what is decided while streams run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import NewDatabase
+from vsql_producers import drift
+from vsql_shared.changes import TableName
+from vsql_shared.errors import DatabaseError, RefusedError
+from vsql_shared.pg import migrate, nodes, pci, publication_changes, publications
+from vsql_shared.pg.connect import Connection, connect
+from vsql_shared.pg.pci_names import Kind
+from vsql_shared.pg.publications import PublicationInfo, PublicationRequest
+from vsql_shared.pg.table_spec import parse_column, parse_spec
+
+TABLES = """
+CREATE TABLE public.payments (id bigint PRIMARY KEY, ref int NOT NULL UNIQUE, amount numeric,
+    pan_encrypted bytea, cvv_hash text, cardholder_name text, expiry_encrypted bytea, note text);
+CREATE TABLE public.shops (id int PRIMARY KEY, pin_code text, cid uuid);
+CREATE TABLE public.facts (id int, at int, v text, cvv text, PRIMARY KEY (id, at)) PARTITION BY RANGE (at);
+CREATE TABLE public.facts_1 PARTITION OF public.facts FOR VALUES FROM (0) TO (10);
+"""
+PAYMENTS, SHOPS, FACTS = (TableName("public", name) for name in ("payments", "shops", "facts"))
+
+
+@pytest.fixture(params=[15, 18], ids=["pg15", "pg18"])
+def conn(request: pytest.FixtureRequest, new_database: NewDatabase) -> Iterator[Connection]:
+    """A node with the tables above."""
+    with connect(new_database("scope", request.param), application_name="test") as opened:
+        migrate.install(opened)
+        nodes.register_local(opened, 1, "node-a", "c", None)
+        opened.execute(TABLES)
+        yield opened
+
+
+def _create(
+    conn: Connection, *tables: str, exclude_pci: bool = False, set_identity: bool = False
+) -> PublicationInfo:
+    specs = tuple(map(parse_spec, tables))
+    request = PublicationRequest("pub", specs, exclude_pci=exclude_pci, set_identity=set_identity)
+    return publications.create(conn, request)
+
+
+def _logged(conn: Connection, action: str) -> list[tuple[str, str]]:
+    return conn.execute(
+        "SELECT target_id, coalesce(new_value ->> 'reason', '') FROM vsql_sync.audit_log"
+        " WHERE action = %s ORDER BY id",
+        (action,),
+    ).fetchall()
+
+
+def test_excluding_pci_leaves_out_what_names_suggest_without_a_mark(conn: Connection) -> None:
+    made = _create(conn, "payments(*)", exclude_pci=True)
+    assert made.tables[0].columns == ("id", "ref", "amount", "note")
+
+
+@pytest.mark.parametrize("listed", ["payments(*)", "payments(id, cvv_hash)", "facts", "shops"])
+def test_authentication_data_is_refused_by_its_name_excluded_or_not(conn: Connection, listed: str) -> None:
+    with pytest.raises(RefusedError, match=r"sensitive authentication data and is never published"):
+        _create(conn, listed)
+    assert publications.everything(conn) == []
+
+
+def test_authentication_data_is_refused_by_mark_and_becomes_it_by_a_later_one(conn: Connection) -> None:
+    note = [(PAYMENTS, "note")]
+    assert pci.mark(conn, note) == note
+    assert pci.mark(conn, note, Kind.AUTHENTICATION) == note
+    assert pci.mark(conn, note) == []
+    with pytest.raises(RefusedError, match="note is marked as sensitive authentication data"):
+        _create(conn, "payments(id, note)")
+    assert _create(conn, "payments(id, amount)").tables[0].columns == ("id", "amount")
+    with pytest.raises(RefusedError, match="never published"):
+        publication_changes.add_column(conn, "pub", PAYMENTS, "note")
+
+
+def test_a_false_match_is_cleared_with_a_reason_that_is_kept(conn: Connection) -> None:
+    assert pci.clear(conn, SHOPS, "pin_code", "postal code of India") == "a PIN"
+    assert _create(conn, "shops").tables[0].columns is None
+    assert _logged(conn, "pci.clear") == [("public.shops.pin_code", "postal code of India")]
+
+
+@pytest.mark.parametrize(
+    ("column", "reason", "said"),
+    [
+        ("payments.pan_encrypted", "no", "a mark stays"),
+        ("payments.note", "no", "nothing to clear"),
+        ("payments.cvv_hash", "  ", "a reason is needed"),
+        ("payments.nothing", "no", "there is no column"),
+    ],
+)
+def test_marks_and_what_nobody_suspects_are_not_cleared(
+    conn: Connection, column: str, reason: str, said: str
+) -> None:
+    pci.mark(conn, [parse_column("payments.pan_encrypted")])
+    with pytest.raises(RefusedError, match=said):
+        pci.clear(conn, *parse_column(column), reason)
+    assert _logged(conn, "pci.clear") == []
+
+
+def test_a_mark_as_less_does_not_let_authentication_data_pass(conn: Connection) -> None:
+    conn.execute(
+        "INSERT INTO vsql_sync.pci_columns (table_schema, table_name, column_name)"
+        " VALUES ('public', 'payments', 'cvv_hash')"
+    )
+    with pytest.raises(RefusedError, match="never published"):
+        _create(conn, "payments(id, cvv_hash)")
+
+
+def test_the_catalogue_says_what_is_marked_suggested_and_cleared(conn: Connection) -> None:
+    pci.mark(conn, [parse_column("payments.pan_encrypted")])
+    pci.clear(conn, SHOPS, "pin_code", "postal code")
+    found = {(str(one.table), one.column): (one.kind, one.state) for one in pci.everything(conn)}
+    assert found == {
+        ("public.facts", "cvv"): (Kind.AUTHENTICATION, "suggested"),
+        ("public.payments", "pan_encrypted"): (Kind.CARDHOLDER, "marked"),
+        ("public.payments", "cvv_hash"): (Kind.AUTHENTICATION, "suggested"),
+        ("public.payments", "cardholder_name"): (Kind.CARDHOLDER, "suggested"),
+        ("public.payments", "expiry_encrypted"): (Kind.CARDHOLDER, "suggested"),
+        ("public.shops", "pin_code"): (Kind.CARDHOLDER, "cleared"),
+    }
+
+
+@pytest.mark.parametrize("before", ["FULL", "NOTHING", "USING INDEX payments_ref_key"])
+def test_an_identity_is_set_to_an_index_where_it_is_asked_for(conn: Connection, before: str) -> None:
+    conn.execute(f"ALTER TABLE public.payments REPLICA IDENTITY {before}".encode())
+    with pytest.raises(RefusedError, match="--set-identity"):
+        _create(conn, "payments(id, amount)", exclude_pci=True)
+    _create(conn, "payments(id, amount)", exclude_pci=True, set_identity=True)
+    conn.execute("UPDATE public.payments SET note = 'x'")
+    assert _identity(conn) == "d"
+    assert [target for target, _ in _logged(conn, "table.replica-identity")] == ["public.payments"]
+
+
+def test_an_index_serves_where_the_primary_key_is_left_out(conn: Connection) -> None:
+    _create(conn, "payments(ref, amount)", set_identity=True)
+    assert _identity(conn) == "i"
+    conn.execute("UPDATE public.payments SET note = 'x'")
+
+
+def test_an_identity_nothing_can_serve_is_refused_with_the_reason(conn: Connection) -> None:
+    with pytest.raises(RefusedError, match="key column id must be in the column list"):
+        _create(conn, "payments(amount)", set_identity=True)
+    assert _identity(conn) == "d"
+
+
+def _identity(conn: Connection) -> str:
+    row = conn.execute(
+        "SELECT relreplident::text FROM pg_class WHERE oid = 'public.payments'::regclass"
+    ).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+def test_full_stops_a_stream_that_leaves_columns_out_until_it_is_set_back(conn: Connection) -> None:
+    _create(conn, "payments(id, amount)", "shops(id)", exclude_pci=True)
+    drift.require_none(conn, "pub")
+    conn.execute("ALTER TABLE public.payments REPLICA IDENTITY FULL")
+    with pytest.raises(DatabaseError, match=r"public\.payments: REPLICA IDENTITY FULL sends every column"):
+        drift.require_none(conn, "pub")
+    conn.execute("ALTER TABLE public.payments REPLICA IDENTITY DEFAULT")
+    drift.require_none(conn, "pub")
+
+
+def test_full_of_a_partition_stops_its_tables_stream(conn: Connection) -> None:
+    _create(conn, "facts(id, at, v)")
+    drift.require_none(conn, "pub")
+    conn.execute("ALTER TABLE public.facts_1 REPLICA IDENTITY FULL")
+    with pytest.raises(DatabaseError, match=r"public\.facts_1: REPLICA IDENTITY FULL sends every column"):
+        drift.require_none(conn, "pub")
+
+
+def test_a_column_taken_out_leaves_both_halves_and_can_come_back(conn: Connection) -> None:
+    _create(conn, "payments(id, amount, note)", "shops(id)")
+    publication_changes.remove_column(conn, "pub", PAYMENTS, "note")
+    drift.require_none(conn, "pub")
+    assert _listed(conn) == (["id", "amount"], [], ["note"])
+    with pytest.raises(RefusedError, match="already"):
+        publication_changes.remove_column(conn, "pub", PAYMENTS, "note")
+    publication_changes.add_column(conn, "pub", PAYMENTS, "note")
+    drift.require_none(conn, "pub")
+    assert _listed(conn) == (["id", "amount", "note"], ["note"], [])
+
+
+def test_a_column_taken_out_of_a_whole_table_closes_its_list(conn: Connection) -> None:
+    _create(conn, "shops(id, cid)")
+    pci.clear(conn, SHOPS, "pin_code", "postal code")
+    _create(conn, "shops")
+    publication_changes.remove_column(conn, "pub", SHOPS, "cid")
+    conn.execute("ALTER TABLE public.shops ADD later text")
+    found = publications.find(conn, "pub")
+    assert found is not None
+    assert found.tables[0].columns == ("id", "pin_code")
+    drift.require_none(conn, "pub")
+
+
+@pytest.mark.parametrize(
+    ("column", "said"), [("id", "cannot be taken out: .*key column id"), ("gone", "already")]
+)
+def test_keys_stay_and_a_name_the_wal_has_is_taken_out_once(conn: Connection, column: str, said: str) -> None:
+    _create(conn, "payments(id, amount)")
+    if column == "gone":
+        publication_changes.remove_column(conn, "pub", PAYMENTS, column)
+    with pytest.raises(RefusedError, match=said):
+        publication_changes.remove_column(conn, "pub", PAYMENTS, column)
+
+
+def _listed(conn: Connection) -> tuple[list[str], list[str], list[str]]:
+    row = conn.execute(
+        "SELECT columns, added_columns, removed_columns FROM vsql_sync.published_tables"
+        " WHERE table_name = 'payments'"
+    ).fetchone()
+    assert row is not None
+    return row[0], row[1], row[2]
