@@ -6,16 +6,16 @@ Every record of the data topics is opened, those without a manifest too.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 from tests.services.conftest import NewSource
 from tests.services.producer_node import CHAIN, NODE, PUBLICATION, SourceNode, _keys
 from tests.streams import read_topics
-from vsql_ctl.cli import main
 from vsql_shared.crypto.seal import open_tuples
 from vsql_shared.crypto.signing import PinnedKey, TrustStore, fingerprint
 from vsql_shared.names import data_topic
@@ -31,12 +31,10 @@ MARKER = "MARKER"
 CONFIG = "[limits]\nretry_backoff_max_ms = 500\nstatus_interval_ms = 300\n"
 
 
-def _source(
-    new_source: NewSource, schema: str = TABLE, *, excludes: bool = True, version: int = 18
-) -> SourceNode:
+def _source(new_source: NewSource, *, excludes: bool = True, version: int = 18) -> SourceNode:
     marks = [("cards", "pan")] if excludes else []
     return new_source(
-        schema, ["cards"], config=CONFIG, pci_columns=marks, exclude_pci=excludes, version=version
+        TABLE, ["cards"], config=CONFIG, pci_columns=marks, exclude_pci=excludes, version=version
     )
 
 
@@ -50,10 +48,16 @@ def _says(node: SourceNode, *words: str) -> None:
     node.wait(said, what=f"the stream does not say {words}: {node.state()}")
 
 
+def _run(*words: str) -> subprocess.CompletedProcess[str]:
+    """`syncctl` as a process."""
+    command = [sys.executable, "-m", "vsql_ctl", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
 def _ctl(node: SourceNode, *words: str) -> str:
-    done = CliRunner().invoke(main, ["--config", str(node.config), *words])
-    assert done.exit_code == 0, done.output
-    return done.output
+    done = _run("--config", str(node.config), *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def _sent(node: SourceNode) -> bytes:
@@ -199,17 +203,13 @@ def test_a_report_says_what_was_seen_and_verifies_without_a_database(
     assert report["streams"][0]["rows"] == 1
     assert report["conclusion"].startswith("No column known as PCI data is published, and none was seen")
     key = str(node.folder / "vsql-sync-signing.pub")
-    done = CliRunner().invoke(
-        main,
-        ["publication", "scope-report", "--verify", str(file), "--key", key],
-        env={"HOME": str(tmp_path)},
-    )
-    assert done.exit_code == 0, done.output
-    assert "verifies" in done.output
+    done = _run("publication", "scope-report", "--verify", str(file), "--key", key)
+    assert done.returncode == 0, done.stderr
+    assert "verifies" in done.stdout
     file.write_text(file.read_text().replace('"pan"', '"pin"', 1))
-    done = CliRunner().invoke(main, ["publication", "scope-report", "--verify", str(file), "--key", key])
-    assert done.exit_code == 9
-    assert "it was altered" in done.output
+    done = _run("publication", "scope-report", "--verify", str(file), "--key", key)
+    assert done.returncode == 9
+    assert "it was altered" in done.stderr
 
 
 @pytest.mark.parametrize("table", ["scopes", "scope_seen"])
@@ -232,8 +232,6 @@ def test_what_was_written_down_and_is_changed_or_deleted_is_found(
         f"ALTER TABLE vsql_sync.{table} DISABLE RULE no_update;"
         f"ALTER TABLE vsql_sync.{table} DISABLE RULE no_delete; {act}"
     )
-    done = CliRunner().invoke(
-        main, ["--config", str(node.config), "publication", "scope-report", PUBLICATION]
-    )
-    assert done.exit_code == 9
-    assert f"vsql_sync.{table} does not have that text" in done.output
+    done = _run("--config", str(node.config), "publication", "scope-report", PUBLICATION)
+    assert done.returncode == 9
+    assert f"vsql_sync.{table} does not have that text" in done.stderr
