@@ -89,7 +89,7 @@ class StreamHistory:
         self.epochs += 1
         self._described.clear()
         digest = str(json.loads(entry.detail).get(SCOPE, ""))
-        if digest and _sha256(self.scopes.get(digest)) != digest:
+        if digest and sha256_hex(self.scopes.get(digest)) != digest:
             raise self._lost(entry, f"the scope of epoch {entry.epoch}", "vsql_sync.scopes")
         if not self.scope_changes or self.scope_changes[-1][2] != digest:
             self.scope_changes.append((entry.epoch, entry.sequence, digest))
@@ -120,7 +120,7 @@ class StreamHistory:
             return
         place = (entry.epoch, entry.batch)
         text = self.texts.get(place)
-        if _sha256(text) != digest or text is None:
+        if text is None or sha256_hex(text) != digest:
             raise self._lost(entry, f"what batch {entry.batch} describes", "vsql_sync.scope_seen")
         self._taken.add(place)
         for table, columns in _parse(text):
@@ -139,7 +139,8 @@ class StreamHistory:
         )
 
 
-def _sha256(text: str | None) -> str:
+def sha256_hex(text: str | None) -> str:
+    """What entries have of a text; '' of none."""
     return "" if text is None else hashlib.sha256(text.encode()).hexdigest()
 
 
