@@ -93,6 +93,31 @@ def test_the_difference_is_shown_asked_about_applied_and_then_gone(shop: Shop) -
     assert (again.returncode, again.stdout) == (0, "The database has all that the file asks for.\n")
 
 
+def test_columns_of_a_publication_that_streams_use_follow_the_file(shop: Shop) -> None:
+    assert shop.syncctl("config", "apply", "--yes").returncode == 0
+    with psycopg.connect(shop.conninfo) as conn:
+        conn.execute("ALTER TABLE payments ADD note text")
+        conn.execute(
+            "INSERT INTO vsql_sync.streams (chain, direction, publication, origin)"
+            " VALUES ('analytics.a', 'out', 'analytics', 'a')"
+        )
+    file = shop.folder / "vsql-sync.toml"
+    file.write_text(file.read_text().replace('["id", "amount"]', '["id", "note"]'))
+    done = shop.syncctl("config", "apply", "--yes")
+    assert done.returncode == 0, done.stderr
+    with psycopg.connect(shop.conninfo) as conn:
+        assert conn.execute(
+            "SELECT t.columns, t.added_columns, t.removed_columns, p.attnames::text[]"
+            " FROM vsql_sync.published_tables t JOIN pg_publication_tables p ON p.tablename = t.table_name"
+        ).fetchall() == [(["id", "note"], ["note"], ["amount"], ["id", "note"])]
+    file.write_text(
+        file.read_text().replace('columns = ["id", "note"]', 'columns = ["id"]\nwhere = "id > 5"')
+    )
+    done = shop.syncctl("config", "apply", "--yes")
+    assert done.returncode == 4
+    assert "cannot be changed, but for columns of its tables" in done.stderr
+
+
 def test_what_is_not_built_is_refused_before_the_database_is_asked(shop: Shop) -> None:
     done = shop.syncctl("config", "apply", "--yes", VSQL_SYNC__CRYPTAPLY__ENABLED="true")
     assert done.returncode == 3

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from vsql_shared.changes import TableName
 from vsql_shared.config import PeerSettings, PublicationSettings, Settings
 from vsql_shared.errors import NotBuiltError, RefusedError
-from vsql_shared.pg import nodes, pci, peers, publications
+from vsql_shared.pg import nodes, pci, peers, publication_changes, publication_use, publications
 from vsql_shared.pg.connect import Connection, connect, errors
-from vsql_shared.pg.publications import PublicationRequest
+from vsql_shared.pg.publications import PublicationInfo, PublicationRequest
 from vsql_shared.pg.table_spec import TableSpec, parse_spec, parse_table
 
 
@@ -54,7 +54,7 @@ def apply(conn: Connection, settings: Settings, changes: Sequence[Change]) -> No
             pci.mark(conn, [(name, column)])
         for publication in settings.publications:
             if ("publication", publication.name) in wanted:
-                publications.create(conn, request_of(publication))
+                _bring(conn, request_of(publication))
     for peer in settings.peers:
         change = wanted.get(("peer", peer.node_name))
         if change is not None:
@@ -82,6 +82,17 @@ def request_of(publication: PublicationSettings) -> PublicationRequest:
     )
 
 
+def _bring(conn: Connection, request: PublicationRequest) -> PublicationInfo:
+    """Create or change a publication; of one that streams use, let columns in or take them out."""
+    before = publications.find(conn, request.name)
+    if before is None or publication_use.stream_of(conn, request.name) is None:
+        return publications.create(conn, request)
+    after = publications.asked(conn, request)
+    if before != after:
+        publication_changes.follow(conn, before, after)
+    return after
+
+
 def _marks(settings: Settings) -> Iterator[tuple[TableName, str]]:
     for entry in settings.pci.columns:
         for column in entry.columns:
@@ -97,7 +108,7 @@ def _plan_pci(conn: Connection, settings: Settings) -> Iterator[Change]:
 def _plan_publications(conn: Connection, settings: Settings) -> Iterator[Change]:
     for publication in settings.publications:
         before = publications.find(conn, publication.name)
-        after = publications.create(conn, request_of(publication))
+        after = _bring(conn, request_of(publication))
         if before != after:
             tables = ", ".join(
                 f"{table.name}"

@@ -137,6 +137,11 @@ def suggested(conn: Connection, table: TableInfo) -> dict[str, Suggestion]:
     return {name: one for name, one in found.items() if one is not None and name not in settled}
 
 
+def left_out(conn: Connection, table: TableInfo) -> set[str]:
+    """Where PCI columns are excluded: what is marked, and what is suggested and was not cleared."""
+    return marked_anywhere(conn, table) | set(suggested(conn, table))
+
+
 def authentication(conn: Connection, table: TableInfo) -> dict[str, str]:
     """Columns that are never published, and why."""
     found = dict.fromkeys(

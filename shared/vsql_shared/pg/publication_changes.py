@@ -18,7 +18,7 @@ from psycopg import sql
 
 from vsql_shared.changes import TableName, quote_ident
 from vsql_shared.errors import RefusedError
-from vsql_shared.pg import catalog, nodes, oplog, pci, publications
+from vsql_shared.pg import catalog, nodes, oplog, pci, publication_use, publications
 from vsql_shared.pg.catalog import TableInfo
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.pg.publication_rules import identity_problem, leaf_problem
@@ -68,6 +68,28 @@ def add_column(conn: Connection, name: str, table: TableName, column: str) -> No
         if listed is not None:
             listed = tuple(one for one in info.sent_columns if one in {*listed, column})
         _write(conn, before, replace(published, columns=listed), column)
+
+
+def follow(conn: Connection, before: PublicationInfo, after: PublicationInfo) -> None:
+    """Make a publication that streams use what it is to be, where only columns of its tables differ."""
+    now = {table.name: table for table in before.tables}
+    same = replace(before, tables=(), pci={}) == replace(after, tables=(), pci={})
+    if not same or now.keys() != {table.name for table in after.tables}:
+        publication_use.refuse(conn, before.name, "changed, but for columns of its tables")
+    for table in after.tables:
+        old, new = now[table.name].columns, table.columns
+        if table.where != now[table.name].where or (new is None and old is not None):
+            publication_use.refuse(conn, before.name, "changed, but for columns of its tables")
+        if new is None:
+            continue
+        info = catalog.describe(conn, table.name)
+        sent = old if old is not None else info.sent_columns if info is not None else ()
+        if old is None and set(sent) == set(new):
+            publication_use.refuse(conn, before.name, "closed to columns that are added later")
+        for column in [one for one in new if one not in sent]:
+            add_column(conn, before.name, table.name, column)
+        for column in [one for one in sent if one not in new]:
+            remove_column(conn, before.name, table.name, column)
 
 
 def _require_allowed(conn: Connection, publication: PublicationInfo, table: TableInfo, column: str) -> None:

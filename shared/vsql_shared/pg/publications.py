@@ -31,6 +31,7 @@ from vsql_shared.pg import (
     oplog,
     pci,
     publication_leaves,
+    publication_use,
     replica_identity,
     roles,
     row_filter,
@@ -118,22 +119,12 @@ def create(conn: Connection, request: PublicationRequest) -> PublicationInfo:
     nodes.local(conn)
     with errors(f"creating publication {request.name}"), conn.transaction():
         pci.mark(conn, request.pci_columns)
-        tables = resolve(conn, request)
+        after = asked(conn, request)
         before = find(conn, request.name)
-        excludes = request.exclude_pci or any(spec.exclude_pci for spec in request.tables)
-        after = PublicationInfo(
-            request.name,
-            tuple(tables),
-            excludes,
-            request.insert_only,
-            _pci_of(conn, tables),
-            request.via_leaf,
-            **signals.asked(conn, request),
-        )
         if before == after:
             return after
         if before is not None:
-            _refuse_used(conn, request.name, "changed")
+            publication_use.refuse(conn, request.name, "changed")
         _write(conn, after, exists=before is not None)
         signals.write(conn, after)
         publication_leaves.remember(conn, request.name)
@@ -149,6 +140,20 @@ def create(conn: Connection, request: PublicationRequest) -> PublicationInfo:
     return after
 
 
+def asked(conn: Connection, request: PublicationRequest) -> PublicationInfo:
+    """What a request asks for. Raises RefusedError where it cannot be."""
+    tables = resolve(conn, request)
+    return PublicationInfo(
+        request.name,
+        tuple(tables),
+        request.exclude_pci or any(spec.exclude_pci for spec in request.tables),
+        request.insert_only,
+        _pci_of(conn, tables),
+        request.via_leaf,
+        **signals.asked(conn, request),
+    )
+
+
 def drop(conn: Connection, name: str) -> None:
     """Drop a publication no stream uses."""
     nodes.local(conn)
@@ -158,7 +163,7 @@ def drop(conn: Connection, name: str) -> None:
             raise RefusedError(
                 f"there is no publication {name} on this node", hint="see `syncctl publication list`"
             )
-        _refuse_used(conn, name, "dropped")
+        publication_use.refuse(conn, name, "dropped")
         conn.execute("DELETE FROM vsql_sync.publications WHERE name = %s", (name,))
         conn.execute(sql.SQL("DROP PUBLICATION IF EXISTS {}").format(sql.Identifier(name)))
         oplog.record(conn, "publication.drop", "publication", name, old=_as_json(before))
@@ -241,7 +246,7 @@ def _resolve_one(
     if problem or table is None:
         return None, [problem or f"{spec.name}: there is no such table"]
     closed = request.exclude_pci or spec.exclude_pci
-    secret = _left_out(conn, table) if closed else set()
+    secret = pci.left_out(conn, table) if closed else set()
     if request.set_identity and not request.insert_only:
         table = replica_identity.ensure(conn, table, spec.columns, secret, closed=closed)
     columns, problems = choose_columns(table, spec.columns, secret, closed=closed)
@@ -261,11 +266,6 @@ def _resolve_one(
         full = closed_problem(table) if closed and not problems else None
         problems += [full] if full else []
     return PublishedTable(table.name, columns, predicate.text if predicate else None), problems
-
-
-def _left_out(conn: Connection, table: TableInfo) -> set[str]:
-    """Where PCI columns are excluded: what is marked, and what is suggested and was not cleared."""
-    return pci.marked_anywhere(conn, table) | set(pci.suggested(conn, table))
 
 
 def _identity_problems(
@@ -310,17 +310,6 @@ def _pci_of(conn: Connection, tables: Iterable[PublishedTable]) -> dict[TableNam
             sent = published.columns if published.columns is not None else table.sent_columns
             scope[published.name] = [column for column in sent if column in secret]
     return {name: columns for name, columns in scope.items() if columns}
-
-
-def _refuse_used(conn: Connection, name: str, what: str) -> None:
-    row = conn.execute(
-        "SELECT chain FROM vsql_sync.streams WHERE publication = %s LIMIT 1", (name,)
-    ).fetchone()
-    if row is not None:
-        raise RefusedError(
-            f"publication {name} has stream {row[0]} and cannot be {what}",
-            hint="make another publication for other tables; streams cannot be removed in this version",
-        )
 
 
 def _write(conn: Connection, publication: PublicationInfo, *, exists: bool) -> None:
