@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vsql_shared.audit.entries import canonical_json
 from vsql_shared.changes import Column, TableName, quote_ident
 from vsql_shared.errors import DatabaseError, TransientError
 from vsql_shared.pg import publication_leaves
@@ -138,8 +137,8 @@ def _cleared(conn: Connection, names: Iterable[TableName]) -> dict[TableName, fr
     return found
 
 
-def document(publication: str, scope: Scope) -> str:
-    """The scope as an epoch signs it: canonical JSON of names (docs/operations/scope-report.md)."""
+def document(publication: str, scope: Scope) -> dict[str, Any]:
+    """The scope as an epoch signs it, without its salt (docs/operations/scope-report.md)."""
     tables: list[dict[str, Any]] = [
         {
             "table": str(name),
@@ -151,16 +150,14 @@ def document(publication: str, scope: Scope) -> str:
         }
         for name, columns in sorted(scope.columns.items())
     ]
-    return canonical_json(
-        {
-            "format": FORMAT,
-            "publication": publication,
-            "exclude_pci": scope.excludes_pci,
-            "insert_only": scope.insert_only,
-            "via_leaf": scope.via_leaf,
-            "tables": tables,
-        }
-    )
+    return {
+        "format": FORMAT,
+        "publication": publication,
+        "exclude_pci": scope.excludes_pci,
+        "insert_only": scope.insert_only,
+        "via_leaf": scope.via_leaf,
+        "tables": tables,
+    }
 
 
 def removed_from(scope: Scope, table: TableName, columns: Sequence[Column]) -> frozenset[str]:

@@ -7,17 +7,22 @@ Not here: the scope itself (scope.py), entries of the chain (outlet.py, epoch.py
   no entry follows says more than was sent, never less.
 * What is seen is read from the descriptor's own bytes, which are sealed and sent: not from the catalog, nor
   from the publication.
+* Each text has a random salt: the chain is read by whoever reads the topic, and a bare hash of column names
+  could be guessed.
 * Both tables are append-only; a scope an older epoch had is not written again.
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
+import os
 from collections.abc import Iterable
+from typing import Any
 
 from vsql_producers.scope import Scope, document
 from vsql_producers.transactions import Descriptor
 from vsql_shared.audit.entries import canonical_json
+from vsql_shared.audit.scope_history import sha256_hex
 from vsql_shared.changes import SIGNALS
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.wire.pack import decode_relation
@@ -27,15 +32,33 @@ _NO_TABLES = frozenset(SIGNALS.values())
 
 def write_scope(conn: Connection, chain: str, publication: str, scope: Scope) -> str:
     """Write the scope down; its SHA-256 in hex."""
-    text = document(publication, scope)
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    wanted = document(publication, scope)
     with errors("writing the scope down"):
+        rows = conn.execute(
+            "SELECT sha256, scope FROM vsql_sync.scopes WHERE chain = %s", (chain,)
+        ).fetchall()
+        for digest, text in rows:
+            if sha256_hex(text) == digest and _without_salt(text) == wanted:
+                return str(digest)
+        text = canonical_json({**wanted, "salt": _salt()})
         conn.execute(
-            "INSERT INTO vsql_sync.scopes (chain, sha256, scope) SELECT %s, %s, %s WHERE NOT EXISTS"
-            " (SELECT FROM vsql_sync.scopes WHERE (chain, sha256) = (%s, %s))",
-            (chain, digest, text, chain, digest),
+            "INSERT INTO vsql_sync.scopes (chain, sha256, scope) VALUES (%s, %s, %s)",
+            (chain, sha256_hex(text), text),
         )
-    return digest
+    return sha256_hex(text)
+
+
+def _without_salt(text: str) -> dict[str, Any]:
+    """A scope as it was made; one that somebody put there in another form is none of ours."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return {name: one for name, one in found.items() if name != "salt"} if isinstance(found, dict) else {}
+
+
+def _salt() -> str:
+    return os.urandom(16).hex()
 
 
 def seen(descriptors: Iterable[Descriptor]) -> str:
@@ -52,12 +75,12 @@ def seen(descriptors: Iterable[Descriptor]) -> str:
                 "identity": relation.replica_identity,
             }
         )
-    return canonical_json({"tables": found}) if found else ""
+    return canonical_json({"tables": found, "salt": _salt()}) if found else ""
 
 
 def write_seen(conn: Connection, chain: str, epoch: int, batch: int, text: str) -> str:
     """Write down what a batch describes; its SHA-256 in hex."""
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    digest = sha256_hex(text)
     with errors("writing down what is sent"):
         conn.execute(
             "INSERT INTO vsql_sync.scope_seen (chain, epoch, batch, sha256, seen)"
