@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from vsql_shared.config import Settings
 
 _COLUMN = "TABLE.COLUMN"
+_POLL_SECONDS = 0.2
 
 
 @click.command(
@@ -33,22 +35,37 @@ _COLUMN = "TABLE.COLUMN"
 )
 @click.argument("name")
 @click.argument("column", metavar=_COLUMN)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="Seconds to wait for a running stream.",
+)
 @yes_option
 @pass_operator
-def remove_column(operator: Operator, name: str, column: str, yes: bool) -> None:
+def remove_column(operator: Operator, name: str, column: str, yes: bool, timeout: float) -> None:
     """Take a column out of publication NAME, streams included, also of what waits in the WAL.
 
     What was sent before stays in Kafka for its retention, and at the targets. A running stream goes on
     without the column within seconds, in a new epoch.
     """
-    from vsql_shared.pg import publication_changes
+    from vsql_shared.pg import publication_changes, scope_facts
     from vsql_shared.pg.table_spec import parse_column
 
     table, unwanted = parse_column(column)
     confirm(f"Take column {column} out of publication {name}?", yes=yes)
     with open_node(operator) as conn:
         publication_changes.remove_column(conn, name, table, unwanted)
-    click.echo(f"publication {name} carries {column} no more; what was sent stays where it is", err=True)
+        epoch = None
+        deadline = time.monotonic() + (timeout if scope_facts.is_running(conn, name) else 0)
+        while epoch is None and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            epoch = scope_facts.out_since(conn, name, table, unwanted)
+    since = f"from its epoch {epoch} on" if epoch is not None else "from the next epoch of its stream on"
+    click.echo(
+        f"publication {name} carries {column} no more, {since}; what was sent stays where it is", err=True
+    )
 
 
 @click.group("pci", epilog=example("syncctl publication pci list"))

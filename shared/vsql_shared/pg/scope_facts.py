@@ -9,10 +9,13 @@ Not here: the report (audit/scope_report.py). Rules:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 from vsql_shared import names
-from vsql_shared.audit.scope_history import StreamHistory
+from vsql_shared.audit.entries import EPOCH_OPENED
+from vsql_shared.audit.rows import parse
+from vsql_shared.audit.scope_history import SCOPE, StreamHistory
 from vsql_shared.audit.scope_report import ClearedColumn, Facts, PciColumn, Stream, TableFacts
 from vsql_shared.audit.store import iterate
 from vsql_shared.audit.verify import verify_table
@@ -62,6 +65,38 @@ def gather(conn: Connection, publication: str, trust: TrustStore) -> Facts:
         reader_roles=tuple(str(row[0]) for row in roles),
         reader_slots=tuple(str(row[0]) for row in slots),
     )
+
+
+def out_since(conn: Connection, publication: str, table: TableName, column: str) -> int | None:
+    """The live stream's epoch, where it was opened under a scope that takes the column out; else None."""
+    chain = names.live_chain(publication, nodes.local(conn).name)
+    with errors("looking at the stream's epoch"):
+        row = conn.execute(
+            "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND event_type = %s"
+            " ORDER BY sequence DESC LIMIT 1",
+            (chain, EPOCH_OPENED),
+        ).fetchone()
+        if row is None:
+            return None
+        entry = parse(bytes(row[0])).entry
+        text = conn.execute(
+            "SELECT scope FROM vsql_sync.scopes WHERE (chain, sha256) = (%s, %s)",
+            (chain, json.loads(entry.detail).get(SCOPE, "")),
+        ).fetchone()
+    tables = json.loads(text[0])["tables"] if text is not None else []
+    out = any(one["table"] == str(table) and column in one["removed"] for one in tables)
+    return entry.epoch if out else None
+
+
+def is_running(conn: Connection, publication: str) -> bool:
+    """Whether the live stream's producer is at work."""
+    chain = names.live_chain(publication, nodes.local(conn).name)
+    row = conn.execute(
+        "SELECT state = 'running' AND updated_at > now() - interval '15 seconds' FROM vsql_sync.stream_status"
+        " WHERE chain = %s AND direction = 'out'",
+        (chain,),
+    ).fetchone()
+    return row is not None and bool(row[0])
 
 
 def _streams(conn: Connection, live: str, cluster: str, trust: TrustStore) -> list[Stream]:
