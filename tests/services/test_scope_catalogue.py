@@ -119,7 +119,7 @@ def test_the_catalogue_says_what_is_marked_suggested_and_cleared(conn: Connectio
         ("public.payments", "cvv_hash"): (Kind.AUTHENTICATION, "suggested"),
         ("public.payments", "cardholder_name"): (Kind.CARDHOLDER, "suggested"),
         ("public.payments", "expiry_encrypted"): (Kind.CARDHOLDER, "suggested"),
-        ("public.shops", "pin_code"): (Kind.CARDHOLDER, "cleared"),
+        ("public.shops", "pin_code"): (Kind.AUTHENTICATION, "cleared"),
     }
 
 

@@ -21,7 +21,7 @@ from vsql_shared.errors import RefusedError
 from vsql_shared.pg import catalog, oplog, publication_leaves
 from vsql_shared.pg.catalog import ColumnInfo, TableInfo
 from vsql_shared.pg.connect import Connection, errors
-from vsql_shared.pg.pci_names import Kind, Suggestion, suggest
+from vsql_shared.pg.pci_names import Kind, Suggestion, kind_of, suggest
 
 
 class Catalogued(NamedTuple):
@@ -168,7 +168,7 @@ def everything(conn: Connection) -> list[Catalogued]:
             "SELECT table_schema, table_name, column_name, looks_like, reason FROM vsql_sync.pci_cleared"
         ).fetchall()
         found += [
-            Catalogued(TableName(s, t), c, Kind.CARDHOLDER, "cleared", f"looks like {like}: {reason}")
+            Catalogued(TableName(s, t), c, kind_of(like), "cleared", f"looks like {like}: {reason}")
             for s, t, c, like, reason in rows
         ]
         for name in catalog.user_tables(conn):

@@ -108,6 +108,11 @@ def suggest(column: str, type_name: str) -> Suggestion | None:
     return None if best is None else Suggestion(best.kind, best.looks_like)
 
 
+def kind_of(looks_like: str) -> Kind:
+    """Which kind a suggestion's words stand for."""
+    return next((rule.kind for rule in _RULES if rule.looks_like == looks_like), Kind.CARDHOLDER)
+
+
 def _named(name: str) -> _Rule | None:
     """The first rule one of whose words stands in the name."""
     words = [word.lower() for word in _BREAKS.split(name) if word]

@@ -130,7 +130,7 @@ def remove_column(conn: Connection, name: str, table: TableName, column: str) ->
         problem = leaf_problem(info, left, None) if before.via_leaf else None
         for part in [info, *catalog.partitions(conn, info)] if info.kind == "p" else [info]:
             if not before.insert_only:
-                problem = problem or identity_problem(part, left, {column})
+                problem = problem or identity_problem(part, left, set())
         if not left:
             problem = f"{table}: no column is left to publish"
         if problem is not None:

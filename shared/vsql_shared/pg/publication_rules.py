@@ -152,7 +152,8 @@ def identity_problem(table: TableInfo, columns: Sequence[str] | None, left_out: 
             f"{table.name}: {names} is PCI data and is part of the key, so it cannot be left out;"
             f" {_remedy(table, columns)}"
         )
-    return f"{table.name}: key column {names} must be in the column list; add it"
+    other = f", or {_remedy(table, columns)}" if best_index(table, columns) is not None else ""
+    return f"{table.name}: key column {names} must be in the column list; add it{other}"
 
 
 def best_index(table: TableInfo, columns: Sequence[str] | None) -> str | None:

@@ -29,8 +29,8 @@ from vsql_shared.pg.pci_names import suggest
 
 _IDENTITIES = {"d": "default", "i": "index", "f": "full", "n": "nothing"}
 _CHAINS = """
-SELECT chain FROM vsql_sync.chain_heads WHERE own AND (chain = %(live)s
-    OR (pg_catalog.starts_with(chain, %(live)s || '.copy.') AND chain !~ '\\.ack\\.')) ORDER BY chain
+SELECT chain FROM vsql_sync.chain_heads WHERE own AND (chain = %(live)s::text
+    OR (pg_catalog.starts_with(chain, %(live)s::text || '.copy.') AND chain !~ '\\.ack\\.')) ORDER BY chain
 """
 
 
