@@ -13,6 +13,7 @@ from vsql_shared.errors import DatabaseError, RefusedError
 from vsql_shared.pg import migrate, nodes, pci, publication_changes, publications
 from vsql_shared.pg.connect import Connection, connect
 from vsql_shared.pg.pci_names import Kind
+from vsql_shared.pg.publication_notes import limitations
 from vsql_shared.pg.publications import PublicationInfo, PublicationRequest
 from vsql_shared.pg.table_spec import parse_column, parse_spec
 
@@ -55,6 +56,12 @@ def _logged(conn: Connection, action: str) -> list[tuple[str, str]]:
 def test_excluding_pci_leaves_out_what_names_suggest_without_a_mark(conn: Connection) -> None:
     made = _create(conn, "payments(*)", exclude_pci=True)
     assert made.tables[0].columns == ("id", "ref", "amount", "note")
+    said = limitations(conn, made)
+    assert "public.payments.pan_encrypted looks like a card number and is left out" in said
+    made = _create(conn, "payments(id, pan_encrypted)")
+    assert any(
+        "pan_encrypted looks like a card number and is published" in line for line in limitations(conn, made)
+    )
 
 
 @pytest.mark.parametrize("listed", ["payments(*)", "payments(id, cvv_hash)", "facts", "shops"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vsql_shared.changes import quote_ident
-from vsql_shared.pg import catalog
+from vsql_shared.pg import catalog, pci
 from vsql_shared.pg.catalog import TableInfo
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.pg.publications import PublicationInfo, PublishedTable
@@ -24,6 +24,7 @@ def limitations(conn: Connection, publication: PublicationInfo) -> list[str]:
             if table is not None:
                 found += _of_filter(conn, publication, published, table)
                 found += _of_shape(publication, table)
+                found += _of_suggestions(conn, publication, published, table)
     return found
 
 
@@ -49,6 +50,24 @@ def _of_filter(
                 f" {names}"
                 " anew, or the stream stops there; with REPLICA IDENTITY FULL it need not"
             )
+    return found
+
+
+def _of_suggestions(
+    conn: Connection, publication: PublicationInfo, published: PublishedTable, table: TableInfo
+) -> list[str]:
+    """Columns that look like PCI data and wait for somebody's decision."""
+    sent = table.sent_columns if published.columns is None else published.columns
+    found = []
+    for name, one in pci.suggested(conn, table).items():
+        column = f"{published.name}.{quote_ident(name)}"
+        if name in sent:
+            found.append(
+                f"{column} looks like {one.looks_like} and is published: `syncctl publication pci mark` or"
+                " `clear` it, or give --exclude-pci"
+            )
+        elif publication.exclude_pci:
+            found.append(f"{column} looks like {one.looks_like} and is left out")
     return found
 
 
