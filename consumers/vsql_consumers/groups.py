@@ -21,8 +21,10 @@ from vsql_consumers import quarantine, state
 from vsql_consumers.collected import Decided, Ready
 from vsql_consumers.state import Position, Receipt
 from vsql_consumers.unseal import Descriptor
-from vsql_shared.audit.entries import EPOCH_OPENED
+from vsql_consumers.verify import VerifiedBatch
+from vsql_shared.audit.entries import EPOCH_OPENED, SHREDDED
 from vsql_shared.audit.merkle import EMPTY_ROOT
+from vsql_shared.audit.shredding import Destroyed
 from vsql_shared.changes import OpenedBatch, TableName, Transaction
 from vsql_shared.pg.connect import Connection
 
@@ -117,6 +119,27 @@ class Group:
                     conn, chain, map(quarantine.parse_table, tables), reason
                 )
             )
+
+    def add_shredded(self, ready: Ready, verified: VerifiedBatch, by: Destroyed) -> None:
+        """Take a batch whose data key was destroyed: verified as it lies in Kafka, counted, not opened."""
+        self.move(ready)
+        entry, chain = verified.entry, self.live_chain
+        self.fragments = entry.continues
+        said = {"kek_id": by.kek_id, "sequence": by.sequence, "order": by.order}
+        self.receipts.append(
+            Receipt(
+                entry.sequence, entry.epoch, entry.batch, ready.encoded, verified.merkle_root,
+                {SHREDDED: entry.row_count}, {SHREDDED: said},
+            )
+        )  # fmt: skip
+        if verified.transactions:
+            self.position.commit_time = verified.transactions[-1].commit_time
+        reason = f"sequence {entry.sequence}: the data key was destroyed with {by.kek_id}"
+        self.also.append(
+            lambda conn: quarantine.mark_diverged(
+                conn, chain, map(quarantine.parse_table, entry.tables_affected), reason
+            )
+        )
 
     def add_entry(self, ready: Ready) -> None:
         """Take an entry without a batch. A new epoch sends every descriptor again."""

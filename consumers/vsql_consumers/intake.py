@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from vsql_consumers.collect import Collector
 from vsql_consumers.collected import Awaited, Decisions
 from vsql_consumers.resume import first_offset
+from vsql_consumers.source import read_records
 from vsql_consumers.unseal import Announcements
 from vsql_consumers.verify import record_name
 from vsql_shared import names
@@ -150,6 +151,20 @@ class Intake:
             elif time.monotonic() > deadline:
                 raise TransientError(f"topic {self._keys[0]} cannot be read to its end")
         self.announcements.wanted = ""
+
+    def look_again(self, wanted: str) -> bool:
+        """Look for one key in all of the keys topic; whether an announcement was found that is new here.
+
+        A key may have been announced again far behind, and one that was let go for want of room lies before
+        what is read next.
+        """
+        before, chain = self.announcements.announced(wanted), self._means.stream.chain
+        settings = self._means.settings
+        group = names.group_id(settings.cluster.name, chain, settings.cluster.node_name)
+        for offset, key, value in read_records(settings, f"vsql-sync-keys-{chain}", group, self._keys, 0):
+            if key == wanted.encode() and (*self._keys, offset) not in self._ignored:
+                self.announcements.feed(*self._keys, offset, key, value)
+        return self.announcements.announced(wanted) not in (None, before)
 
     def _hold_keys(self) -> None:
         """Pause the keys topic while more announcements wait than are held."""

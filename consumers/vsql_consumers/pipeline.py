@@ -29,12 +29,14 @@ from vsql_consumers.intake import Intake
 from vsql_consumers.means import Means
 from vsql_consumers.parking import PARKED, DeadLetters, Kept, Opens, parked_parts
 from vsql_consumers.replaying import Replay, sign_replays
+from vsql_consumers.shredded import Keys
 from vsql_consumers.state import Position
 from vsql_consumers.unseal import Descriptor, name_altered, open_batch
-from vsql_consumers.verify import batch_name, verify_batch
+from vsql_consumers.verify import VerifiedBatch, batch_name, verify_batch
 from vsql_consumers.write import ApplyLimits
 from vsql_shared import failpoints, names
-from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry
+from vsql_shared.audit.entries import EPOCH_OPENED, KEY_DESTROYED, REPLICATION_BATCH, AuditEntry
+from vsql_shared.audit.shredding import Destroyed
 from vsql_shared.changes import OpenedBatch, Transaction
 from vsql_shared.errors import (
     DecodeError,
@@ -84,6 +86,7 @@ class Pipeline:
         self._busy_until, self._rested = 0.0, True
         self._offsets_due = 0.0
         self._figures = Figures(means.metrics)
+        self._keys = Keys(means, self.intake, self._figures)
         self._spoilt = False
         """An apply or a commit failed: what the group has left must not be committed without it."""
         self.finished = False
@@ -147,6 +150,8 @@ class Pipeline:
             if entry.event_type == EPOCH_OPENED:
                 self._flush()
                 self._new_epoch(entry)
+            elif entry.event_type == KEY_DESTROYED:
+                self._keys.take(entry)
             self._group.add_entry(ready)
             self.copy.entry(entry, self._group)
             if self.copy.finished:
@@ -154,7 +159,10 @@ class Pipeline:
                 self.finished = True
 
     def _take_batch(self, ready: Ready, entry: AuditEntry) -> None:
-        opened, new, kept = self._open(ready, entry)
+        found = self._open(ready, entry)
+        if found is None:
+            return
+        opened, new, kept = found
         if (opened.continues and not self._group.fragments) or self._redefines(new):
             self._flush()  # what is complete must not depend on how this transaction ends
         self._group.add_batch(ready, opened, new)
@@ -174,6 +182,7 @@ class Pipeline:
 
     def _redefines(self, new: dict[bytes, Descriptor]) -> bool:
         """Whether a table that was described before has another definition."""
+        new = {digest: one for digest, one in new.items() if digest not in self._descriptors}
         known = {one.relation.name for one in self._descriptors.values()} if new else set()
         return any(one.relation.name in known for one in new.values())
 
@@ -203,8 +212,11 @@ class Pipeline:
 
     def _open(
         self, ready: Ready, entry: AuditEntry
-    ) -> tuple[OpenedBatch, dict[bytes, Descriptor], Kept | None]:
-        """Verify, then decrypt; a batch that fails names its record. What is to be parked is kept sealed."""
+    ) -> tuple[OpenedBatch, dict[bytes, Descriptor], Kept | None] | None:
+        """Verify, then decrypt; a batch that fails names its record. What is to be parked is kept sealed.
+
+        None: its key was destroyed on purpose, and the group has it as such.
+        """
         metrics, totals = self._means.metrics, self._means.totals
         size = sum(len(pack.message) for part in ready.parts for pack in part.packs)
         totals.clock.written(ready.audit_offset - 1, entry.event_timestamp)
@@ -215,9 +227,10 @@ class Pipeline:
             kept = self._kept(ready, entry, verified.transactions)
             for part in ready.parts:
                 part.packs.clear()  # with a row of 255 MB twice in memory, a third time is too much
-            if not self.intake.announcements.knows(entry.dek_id):
-                self.intake.read_keys(entry.dek_id)
-            key = self._figures.open_key(self.intake.announcements, entry, self._means.provider)
+            key = self._keys.of(entry, self.position)
+            if isinstance(key, Destroyed):
+                self._pass_over_shredded(ready, verified, key)
+                return None
             with metrics.timed(Stage.OPEN, rows=entry.row_count, size=size):
                 opened, new = open_batch(verified, key, self._descriptors, ready.entry_hash)
         except VerificationError as error:
@@ -228,6 +241,15 @@ class Pipeline:
         metrics.verified(Verdict.ACCEPTED)
         totals.bytes += size
         return opened, new, kept
+
+    def _pass_over_shredded(self, ready: Ready, verified: VerifiedBatch, by: Destroyed) -> None:
+        """Nobody can open it any more: said in its receipt with the number of its changes."""
+        entry = verified.entry
+        _log.warning("shredded", extra={"sequence": entry.sequence, "rows": entry.row_count})
+        if entry.continues and not self._group.fragments:
+            self._flush()
+        self._means.metrics.verified(Verdict.ACCEPTED)
+        self._group.add_shredded(ready, verified, by)
 
     def _kept(self, ready: Ready, entry: AuditEntry, transactions: Sequence[Transaction]) -> Kept | None:
         parked = {one for one, decided in self._decided.items() if decided.verdict == PARKED}

@@ -4,28 +4,35 @@ Not here: whether the records are those that were signed (verify.py). Pure but f
 given. Rules:
 
 * A key counts when its announcement is signed by the chain's origin and says this cluster, chain and
-  dek_id; two announcements of one dek_id must be byte-equal.
+  dek_id. Announced again under another KEK version it differs in its wrapping only, and the later one counts.
 * Every record opens, or nothing of the batch is given on; the error names the Kafka record.
 * A descriptor's plaintext must hash to what its pack names and describe the pack's table; a tuple's
   descriptor must have come before it, in this batch or an earlier one.
 * Pieces join in source order, table by table, and end within the batch.
 * No plaintext, key or column value is in any error.
-* Keys are used in the order they are announced. So announcements before the one in use are dropped, those
-  that come after it are held up to a limit, and the keys topic waits; while a key is wanted that is not
-  among them, the oldest make room.
+* Keys are used in the order they are made. So announcements of keys older than the one in use are dropped,
+  those of later ones are held up to a limit, and the keys topic waits; while a key is wanted that is not
+  among them, the oldest make room. What is missing then is looked for in all of the topic (intake.py).
+* A key that was destroyed on purpose (shredded.py) leaves memory at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from vsql_consumers.verify import Part, VerifiedBatch, batch_name, record_name
 from vsql_shared.audit.dsse import SignedDocument, verify_document
 from vsql_shared.changes import Op, OpenedBatch, Relation, TableName
-from vsql_shared.crypto.announce import MEDIA_TYPE, KeyAnnouncement, KeyRing, decode_announcement, signed_at
+from vsql_shared.crypto.announce import (
+    MEDIA_TYPE,
+    KeyAnnouncement,
+    KeyRing,
+    decode_announcement,
+    same_key,
+    signed_at,
+)
 from vsql_shared.crypto.seal import open_tuples
 from vsql_shared.errors import DecodeError, KeyEndedError, RecordError, SignatureError, UnsealError
 from vsql_shared.wire.pack import (
@@ -85,9 +92,9 @@ class Announcements:
         2. Only documents of our chain concern us; what cannot be read might, and is refused.
         3. Those of an epoch that is over concern nobody any more, and their signers may be revoked since.
         4. Signed by the origin; cluster, chain and origin as expected; filed under its own dek_id.
-        5. Never a second content under one dek_id.
+        5. Never a second key under one dek_id; another wrapping of the same one takes the former's place.
         """
-        self.next_offset = offset + 1
+        self.next_offset = max(self.next_offset, offset + 1)
         if value is None:
             return
         where = record_name(topic, partition, offset)
@@ -119,7 +126,7 @@ class Announcements:
             )
         if key != found.dek_id.encode():
             raise RecordError(f"announcement of {found.dek_id} is filed under another key", record=where)
-        if self._known.get(found.dek_id, found) != found:
+        if not same_key(self._known.get(found.dek_id, found), found):
             raise RecordError(f"a second, different announcement of {found.dek_id}", record=where)
 
     def has_opened(self, dek_id: str) -> bool:
@@ -130,8 +137,21 @@ class Announcements:
         """Whether the key was announced; if not, the keys topic has to be read on."""
         return dek_id in self._known
 
+    def announced(self, dek_id: str) -> KeyAnnouncement | None:
+        """The announcement that counts now."""
+        return self._known.get(dek_id)
+
+    def destroy(self, dek_ids: Iterable[str]) -> None:
+        """Forget keys that were destroyed on purpose, opened or not."""
+        for dek_id in dek_ids:
+            self._known.pop(dek_id, None)
+            self._ring.drop(dek_id)
+
     def open(self, entry: AuditEntry, provider: KekProvider) -> OpeningKey:
-        """The key of a manifest. Raises UnsealError (not announced), KeyUnavailableError (KMS, KEK)."""
+        """The key of a manifest. Raises UnsealError (not announced), KeyUnavailableError (KMS, KEK).
+
+        The manifest's kek_id is the version that wrapped the key when it sealed: a later one may by now.
+        """
         found = self._known.get(entry.dek_id)
         if found is None:
             raise UnsealError(
@@ -139,12 +159,8 @@ class Announcements:
                 record=batch_name(entry),
                 hint="the announcement was deleted or altered, or is of another chain",
             )
-        if found.kek_id != entry.kek_id:
-            raise UnsealError(
-                f"data key {entry.dek_id} is wrapped by {found.kek_id!r}, the manifest says {entry.kek_id!r}",
-                record=batch_name(entry),
-            )
-        for name in list(takewhile(lambda name: name != entry.dek_id, self._known)):
+        made = (found.epoch, found.created_at)
+        for name in [name for name, one in self._known.items() if (one.epoch, one.created_at) < made]:
             del self._known[name]
         return self._ring.open(found, provider)
 

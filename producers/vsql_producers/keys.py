@@ -4,22 +4,27 @@ Not here: nonces and limits themselves (crypto/dek.py) and wrapping (kms/). Rule
 
 * An announcement is acknowledged by Kafka before the key seals anything.
 * A key belongs to this process and one epoch of it: a new epoch makes a new key.
-* Rotated: at the end of its life (per-session: the epoch's; per-batch: each batch), by command, and by force
-  when the next batch would pass its limits.
-* vsql_sync.deks says which keys were announced, and how much they sealed.
+* Rotated: at the end of its life (per-session: the epoch's; per-batch: each batch; hourly and daily: with the
+  first batch after that time), by command, and by force when the next batch would pass its limits.
+* vsql_sync.deks says which keys were announced, and how much they sealed; vsql_sync.dek_wrappings under which
+  KEK versions they ever lay. Both are written before the key seals.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Protocol
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
+from vsql_producers.rewrapping import Live, live_keys
 from vsql_shared import names
 from vsql_shared.audit.dsse import KEY_ANNOUNCEMENT, sign_document
 from vsql_shared.audit.rows import timestamp
-from vsql_shared.crypto.announce import announce, encode_announcement
+from vsql_shared.crypto.announce import KeyAnnouncement, announce, encode_announcement, rewrap, wrap_again
 from vsql_shared.crypto.dek import ALGORITHM, KeyLimits, SealingKey
-from vsql_shared.errors import KeyUnavailableError, TransientError
+from vsql_shared.errors import KeyUnavailableError, TransientError, UnsealError
 from vsql_shared.observe.metrics import RotationReason, StreamMetrics
 from vsql_shared.pg.connect import Connection, errors
 
@@ -30,6 +35,27 @@ if TYPE_CHECKING:
     from vsql_shared.kms.base import KekProvider
 
 _log = logging.getLogger(__name__)
+
+# Seconds a key of these policies seals for at most, and what its end is called.
+_LIVES: dict[str, tuple[float, RotationReason]] = {"hourly": (3_600.0, "hour"), "daily": (86_400.0, "day")}
+
+
+def ended(rotation: str, age: float) -> RotationReason | None:
+    """Why a key `age` seconds old seals nothing more, by [encryption.dek] rotation; None: it may go on."""
+    seconds, reason = _LIVES.get(rotation, (float("inf"), "session"))
+    return reason if age >= seconds else None
+
+
+class KekRotation(NamedTuple):
+    """What came of putting a new KEK version to use."""
+
+    kek_id: str
+    rewrapped: tuple[str, ...]
+    """Data keys that were announced anew."""
+    left: tuple[str, ...]
+    """Data keys that stay under an older version: their data is not applied everywhere yet."""
+    problem: str
+    """Why; '' when none was left."""
 
 
 class PublishNow(Protocol):
@@ -52,16 +78,19 @@ class DataKeys:
         publish: PublishNow,
         metrics: StreamMetrics,
         worker: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._place = settings, place
         self._provider, self._signer = provider, signer
         self._conn, self._publish = conn, publish
         self._metrics = metrics
         self._worker = worker
+        self._clock, self._born = clock, 0.0
         self._key: SealingKey | None = None
         self._saved = (0, 0)
         self._due: RotationReason | None = "session"
-        self.kek_id = self._kms = ""
+        self.kek_id = ""
 
     @property
     def current(self) -> SealingKey | None:
@@ -75,6 +104,8 @@ class DataKeys:
     def key_for(self, tuples: int, nbytes: int) -> SealingKey:
         """The key that seals the next batch; a new one where the present one must not."""
         key = self._key
+        if key is not None and (reason := ended(self._settings.dek.rotation, self._clock() - self._born)):
+            self.rotate(reason)
         if key is not None and not key.room_for(tuples, nbytes):
             self.rotate("limit")
         if key is None or self._due is not None:
@@ -95,45 +126,94 @@ class DataKeys:
         try:
             self._announce(key)
             self._retire()
-            self._note(key)
         except BaseException:
             # Nobody keeps it: not even `forget` would find it.
             key.wipe()
             raise
-        self._key, self._saved, self._due = key, (0, 0), None
+        self._key, self._saved, self._due, self._born = key, (0, 0), None, self._clock()
         self._metrics.dek_rotated(reason)
         _log.info("new data key", extra={"dek_id": key.dek_id, "kek_id": self.kek_id, "reason": reason})
         return key
 
     def _announce(self, key: SealingKey) -> None:
         place = self._place
-        try:
-            said = announce(key, place.cluster, place.chain, place.origin, place.epoch, self._provider)
-        except (KeyUnavailableError, TransientError):
-            self._metrics.kms_called("wrap", ok=False)
-            raise
-        self._metrics.kms_called("wrap", ok=True)
-        document = sign_document(self._signer, KEY_ANNOUNCEMENT, encode_announcement(said))
-        self._publish(names.keys_topic(place.cluster), 0, key.dek_id.encode(), document)
-        self.kek_id, self._kms = said.kek_id, said.kms_provider
+        said = self._asking(
+            "wrap",
+            lambda: announce(key, place.cluster, place.chain, place.origin, place.epoch, self._provider),
+        )
+        self._tell(said)
+        self.kek_id = said.kek_id
 
-    def _note(self, key: SealingKey) -> None:
-        place = self._place
-        with errors("noting the data key"):
+    def _asking(self, act: Literal["wrap", "unwrap"], ask: Callable[[], KeyAnnouncement]) -> KeyAnnouncement:
+        """Ask the KMS, and count that."""
+        try:
+            said = ask()
+        except (KeyUnavailableError, TransientError):
+            self._metrics.kms_called(act, ok=False)
+            raise
+        self._metrics.kms_called(act, ok=True)
+        return said
+
+    def _tell(self, said: KeyAnnouncement) -> None:
+        """Note the wrapping, then announce it: whoever destroys keys must know of every wrapping there is."""
+        document = sign_document(self._signer, KEY_ANNOUNCEMENT, encode_announcement(said))
+        self._note(said, document)
+        self._publish(names.keys_topic(said.cluster), 0, said.dek_id.encode(), document)
+
+    def _note(self, said: KeyAnnouncement, document: bytes) -> None:
+        with errors("noting the data key"), self._conn.transaction():
             self._conn.execute(
                 "INSERT INTO vsql_sync.deks"
-                " (dek_id, chain, epoch, kms_provider, kek_id, algorithm, created_at)"
-                " VALUES (%s, %s, %s, %s, %s, %s, %s)",
+                " (dek_id, chain, epoch, kms_provider, kek_id, algorithm, created_at, announcement)"
+                " VALUES (%s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT (dek_id) DO UPDATE SET"
+                " (kms_provider, kek_id, announcement)"
+                " = (excluded.kms_provider, excluded.kek_id, excluded.announcement)",
                 (
-                    key.dek_id,
-                    place.chain,
-                    place.epoch,
-                    self._kms,
-                    self.kek_id,
+                    said.dek_id,
+                    said.chain,
+                    said.epoch,
+                    said.kms_provider,
+                    said.kek_id,
                     ALGORITHM,
-                    timestamp(key.created_at),
+                    timestamp(said.created_at),
+                    document,
                 ),
             )
+            self._conn.execute(
+                "INSERT INTO vsql_sync.dek_wrappings (dek_id, kms_provider, kek_id) VALUES (%s, %s, %s)"
+                " ON CONFLICT DO NOTHING",
+                (said.dek_id, said.kms_provider, said.kek_id),
+            )
+
+    def rotate_kek(self) -> KekRotation:
+        """Put the KEK's newest version to use, without a pause of the stream.
+
+        1. The next batch has a new data key, wrapped by the newest version.
+        2. Data keys whose data is not applied everywhere are wrapped anew and announced again: the one in use
+           from memory, former ones by the KMS. Where this identity may not unwrap, they are left, and named.
+        """
+        newest = self._provider.kek_id
+        self.rotate("command")
+        rewrapped: list[str] = []
+        left: list[str] = []
+        problem = ""
+        for live in live_keys(self._conn, self._place.chain, self._place.epoch, newest):
+            try:
+                said = self._asking("unwrap", partial(self._wrapped_anew, live))
+            except (KeyUnavailableError, UnsealError) as error:
+                left.append(live.dek_id)
+                problem = problem or str(error)
+                continue
+            self._tell(said)
+            rewrapped.append(said.dek_id)
+        _log.info("KEK rotated", extra={"kek_id": newest, "rewrapped": len(rewrapped), "left": len(left)})
+        return KekRotation(newest, tuple(rewrapped), tuple(left), problem)
+
+    def _wrapped_anew(self, live: Live) -> KeyAnnouncement:
+        key = self._key
+        if key is not None and key.dek_id == live.dek_id:
+            return wrap_again(live.announcement, key.secret, self._provider)
+        return rewrap(live.announcement, self._provider)
 
     def save_usage(self) -> None:
         """Write how much the key has sealed, where that changed."""

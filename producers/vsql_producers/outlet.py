@@ -6,6 +6,7 @@ come from and what happens after the acknowledgement (progress.py). Rules:
 * Batch numbers follow the chain's head and grow by one; they are given out when a batch is sealed.
 * A topic is created before the first pack for it.
 * An operator's act stands in the chain, too, in the order it was obeyed in.
+* A data key's batches hold every descriptor they name: what destroys a key takes no other key's rows with it.
 * Manifests cover the positions of the source without a hole: each begins where the one before ended.
 """
 
@@ -80,8 +81,13 @@ class Outlet:
     def send(self, batch: Batch) -> None:
         """Seal a batch and queue its packs."""
         began = time.perf_counter()
+        former, before = self.keys.current, self._relations.copy()
         parts = seal.arrange(batch, self._relations, self._limits.plaintext)
         key = self.keys.key_for(*seal.needs(parts))
+        if key is not former and before.sent:
+            before.sent.clear()
+            self._relations = before
+            parts = seal.arrange(batch, self._relations, self._limits.plaintext)
         sealed = seal.seal(batch, parts, self._number + 1, key, self._place, self._limits)
         sealed = sealed._replace(kek_id=self.keys.kek_id)
         self._number += 1
@@ -97,9 +103,13 @@ class Outlet:
 
     def act(self, detail: Mapping[str, object]) -> int:
         """Put an operator's act into the chain, behind the manifests made so far; its sequence there."""
+        return self.say(OPERATOR_ACTION, detail)
+
+    def say(self, event_type: str, detail: Mapping[str, object]) -> int:
+        """The same with an entry of another kind, without a batch."""
         at = self._position
         prepared = self._writer.prepare(
-            event_type=OPERATOR_ACTION,
+            event_type=event_type,
             target_node_id=self._target,
             batch_lsn_start=at,
             batch_lsn_end=at,

@@ -4,7 +4,7 @@ Not here: keys' lives (keys.py), the manifest's signature (audit/), sending (pub
 
 * Every record has an index of its own in the batch, in the order of the source over all tables; descriptors
   and pieces take one, too.
-* A descriptor is sealed as the first record that names its hash, in every epoch.
+* A descriptor is sealed as the first record that names its hash, in every epoch and under every data key.
 * A plaintext that is too large for one message is cut into pieces; all but the last say so.
 * Hot: lists in, lists out. A frame becomes clear fields and plaintext by slicing; nothing is parsed.
 """
@@ -100,11 +100,17 @@ class SealedBatch(NamedTuple):
 
 
 class Relations:
-    """Which descriptor each relation id follows now, and which descriptors this epoch has sent."""
+    """Which descriptor each relation id follows now, and which were sent under the present data key."""
 
     def __init__(self) -> None:
         self.current: dict[bytes, Descriptor] = {}
         self.sent: set[bytes] = set()
+
+    def copy(self) -> Relations:
+        """As it stands now."""
+        found = Relations()
+        found.current, found.sent = dict(self.current), set(self.sent)
+        return found
 
 
 class _Arranger:

@@ -23,6 +23,7 @@ from typing import Protocol
 import psycopg
 from confluent_kafka import KafkaException
 
+from vsql_producers import key_orders
 from vsql_producers import stream as streams
 from vsql_producers.context import Context, open_consumer
 from vsql_producers.control import Control
@@ -235,6 +236,11 @@ class Worker:
             return  # obeyed; its entry is under way
         if command.verb == "rotate-dek":
             message = "the next batch is sealed under a new data key"
+        elif command.verb in key_orders.VERBS:
+            done, message = key_orders.obey(conn, command, pipeline.outlet, self._chain)
+            if not done:
+                control.answer(command, ok=False, message=message)
+                return
         elif command.verb in ("pause", "resume"):
             message = f"the stream is {control.desired}"
         elif command.verb == "retry":

@@ -187,8 +187,6 @@ def test_the_shortest_configuration_is_built() -> None:
 
 
 NOT_BUILT = {
-    "hourly": ('[encryption.dek]\nrotation = "hourly"', "encryption.dek.rotation"),
-    "daily": ('[encryption.dek]\nrotation = "daily"', "encryption.dek.rotation"),
     "strategy": ('[conflict]\ndefault_strategy = "manual"', "conflict.default_strategy"),
     "policy": ('[conflict]\npci_write_policy = "forward"', "conflict.pci_write_policy"),
     "cryptaply": ("[cryptaply]\nenabled = true", "cryptaply.enabled"),

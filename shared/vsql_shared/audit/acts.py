@@ -39,6 +39,7 @@ ORDERS = (
     "stream.park-transaction",
     "stream.replay-transaction",
     "key.rotate-dek",
+    "key.rotate-kek",
 )
 """Actions of the operators' log that a worker obeys; the others are done when their line is written."""
 

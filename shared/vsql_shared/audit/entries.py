@@ -40,6 +40,7 @@ BATCH_SKIPPED: Final = "batch_skipped"
 BATCH_COVERED: Final = "batch_covered"
 OPERATOR_ACTION: Final = "operator_action"
 KEY_ROTATED: Final = "key_rotated"
+KEY_DESTROYED: Final = "key_destroyed"
 TRANSACTION_REPLAYED: Final = "transaction_replayed"
 EVENT_TYPES = frozenset(
     {
@@ -53,6 +54,7 @@ EVENT_TYPES = frozenset(
         BATCH_COVERED,
         OPERATOR_ACTION,
         KEY_ROTATED,
+        KEY_DESTROYED,
         TRANSACTION_REPLAYED,
     }
 )
@@ -64,7 +66,10 @@ BATCH_EVENTS = frozenset({REPLICATION_BATCH, BATCH_APPLIED, BATCH_SKIPPED, BATCH
 COVERED: Final = "covered"
 """Verdict on changes that came with the first copy; their records were not read."""
 
-VERDICTS = ("applied", COVERED, "displaced", "lost", "missing", "parked", "shredded", "skipped")
+SHREDDED: Final = "shredded"
+"""Verdict on changes whose data key was destroyed on purpose; their records were not opened."""
+
+VERDICTS = ("applied", COVERED, "displaced", "lost", "missing", "parked", SHREDDED, "skipped")
 
 MAX_DETAIL_SIZE = 64 << 10
 """Bytes of `detail`."""

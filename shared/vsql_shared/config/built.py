@@ -13,8 +13,6 @@ from vsql_shared.config.governance import AuditSettings, ConflictSettings
 from vsql_shared.config.settings import Settings
 from vsql_shared.errors import NotBuiltError
 
-_BUILT_ROTATIONS = ("per-session", "per-batch")
-
 
 def not_built(settings: Settings) -> list[str]:
     """One line per key that asks for something this version does not have, naming key and value."""
@@ -32,9 +30,6 @@ def require_built(settings: Settings) -> None:
 
 def _missing(settings: Settings) -> Iterator[tuple[str, str]]:
     """(key = value, what to write instead)."""
-    dek = settings.encryption.dek
-    if dek.rotation not in _BUILT_ROTATIONS:
-        yield f'encryption.dek.rotation = "{dek.rotation}"', 'use "per-session" or "per-batch"'
     yield from _missing_many_writers(settings)
     yield from _missing_control(settings)
 

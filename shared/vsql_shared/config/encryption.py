@@ -76,6 +76,8 @@ class KmsSettings(Section):
     """Name of the key-encryption key, as the provider writes it."""
     uri: Annotated[str, Field(min_length=1, max_length=2048)] | None = None
     """Provider and key in one line instead, such as "aws-kms://alias/payments-kek"; see keys.md."""
+    custodian: Annotated[str, Field(max_length=200)] = ""
+    """Who answers for the key: a person or a role. `syncctl key inventory` shows it."""
     timeout: Annotated[Duration, Field(ge=timedelta(milliseconds=100), le=timedelta(minutes=2))] = timedelta(
         seconds=10
     )

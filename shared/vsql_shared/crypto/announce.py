@@ -5,6 +5,8 @@ Not here: the signature around an announcement (audit/ documents) and Kafka. Rul
 * An announcement is the Avro record of schemas/avro/key_announcement.avsc in its one canonical encoding;
   other encodings of the same content are refused, so that equal keys have equal bytes.
 * Its commitment must be that of the unwrapped key, or nothing is opened (OpeningKey checks).
+* A key may be announced again when another KEK version wraps it: then only its wrapping differs (`same_key`),
+  and the later announcement counts.
 * The ring holds a bounded number of keys for a bounded time, so that a destroyed KEK version stops
   opening old data soon, and memory holds few keys.
 """
@@ -15,7 +17,7 @@ import io
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import fastavro
@@ -125,15 +127,55 @@ def unwrap(announcement: KeyAnnouncement, provider: KekProvider) -> OpeningKey:
         raise KeyUnavailableError(
             f"data key {a.dek_id} is for {a.algorithm}, this node knows {ALGORITHM}", hint="upgrade this node"
         )
+    _require_provider(a, provider)
+    context = key_context(a.cluster, a.chain, a.dek_id)
+    secret = provider.unwrap(a.wrapped_dek, a.wrap_algorithm, context, a.kek_id)
+    return OpeningKey(secret, a.cluster, a.chain, a.dek_id, a.commitment)
+
+
+def _require_provider(a: KeyAnnouncement, provider: KekProvider) -> None:
     if a.kms_provider != provider.name:
         raise KeyUnavailableError(
             f"data key {a.dek_id} was wrapped by KMS provider {a.kms_provider!r},"
             f" this node uses {provider.name!r}",
             hint="set [encryption.kms] to the KMS both nodes share",
         )
+
+
+def wrap_again(announcement: KeyAnnouncement, secret: bytes, provider: KekProvider) -> KeyAnnouncement:
+    """The same key under the KEK's newest version. Raises KeyUnavailableError, UnsealError.
+
+    The commitment is held against the secret first: a wrong key announced anew would be lost.
+    """
+    a = announcement
+    OpeningKey(secret, a.cluster, a.chain, a.dek_id, a.commitment).wipe()
+    wrapped = provider.wrap(secret, key_context(a.cluster, a.chain, a.dek_id))
+    return replace(
+        a,
+        kms_provider=provider.name,
+        kek_id=wrapped.kek_id,
+        wrap_algorithm=wrapped.algorithm,
+        wrapped_dek=wrapped.data,
+    )
+
+
+def rewrap(announcement: KeyAnnouncement, provider: KekProvider) -> KeyAnnouncement:
+    """The same for a key that only the KMS can open. Raises KeyUnavailableError, UnsealError."""
+    a = announcement
+    _require_provider(a, provider)
     context = key_context(a.cluster, a.chain, a.dek_id)
-    secret = provider.unwrap(a.wrapped_dek, a.wrap_algorithm, context, a.kek_id)
-    return OpeningKey(secret, a.cluster, a.chain, a.dek_id, a.commitment)
+    return wrap_again(a, provider.unwrap(a.wrapped_dek, a.wrap_algorithm, context, a.kek_id), provider)
+
+
+def same_key(one: KeyAnnouncement, other: KeyAnnouncement) -> bool:
+    """Whether two announcements are of one key and differ in its wrapping at most."""
+    return one == replace(
+        other,
+        kms_provider=one.kms_provider,
+        kek_id=one.kek_id,
+        wrap_algorithm=one.wrap_algorithm,
+        wrapped_dek=one.wrapped_dek,
+    )
 
 
 class KeyRing:
@@ -187,6 +229,12 @@ class KeyRing:
             found = unwrap(announcement, provider)
             self.add(found)
         return found
+
+    def drop(self, dek_id: str) -> None:
+        """Wipe one key: it was destroyed on purpose."""
+        found = self._keys.pop(dek_id, None)
+        if found is not None:
+            found[0].wipe()
 
     def clear(self) -> None:
         """Wipe every key."""

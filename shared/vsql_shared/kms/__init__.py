@@ -101,6 +101,30 @@ def generate_token_kek(settings: KmsSettings) -> str:
     return f"{settings.kek_id}/{generate_kek(*_token(settings))}"
 
 
+def destroy_version(settings: KmsSettings, kek_id: str) -> None:
+    """Destroy one version of the KEK, at once and for good, where we can: in a token, or in a file.
+
+    A service's versions are destroyed by who administers it: they have the right to, and nodes have not.
+    Raises KeyUnavailableError.
+    """
+    if settings.provider == "file" and settings.file.path is not None:
+        from vsql_shared.kms.file import destroy_version as in_file
+
+        return in_file(settings.file.path, kek_id)
+    if settings.provider != "pkcs11":
+        raise KeyUnavailableError(
+            f'versions of a KEK in "{settings.provider}" are destroyed with its own tools',
+            hint="do it there, then repeat this with --elsewhere",
+        )
+    with _needs("pkcs11", extra="pkcs11"):
+        from vsql_shared.kms.pkcs11 import destroy_version as in_token
+
+    name, _, version = kek_id.rpartition("/")
+    if name != settings.kek_id:
+        raise KeyUnavailableError(f"{kek_id} is no version of {settings.kek_id}")
+    return in_token(*_token(settings), version)
+
+
 @contextmanager
 def _needs(*libraries: str, extra: str) -> Iterator[None]:
     """A missing client library as an error that names the extra to install."""

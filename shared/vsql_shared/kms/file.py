@@ -10,7 +10,7 @@ Rules:
 
 * Mode 0600, never overwritten by `generate_kek_file`; `rotate_kek_file` adds a version and replaces the
   file atomically. The highest version wraps, all of them unwrap.
-* A version whose line is removed is destroyed: what it wrapped cannot be opened again.
+* A version whose line is removed (`destroy_version`) is destroyed: what it wrapped cannot be opened again.
 * AES-256-GCM with a random 96-bit nonce and the key's context as additional authenticated data. RFC 5649
   wrappings (an HSM's, of an exported KEK) are unwrapped too.
 """
@@ -53,10 +53,29 @@ def rotate_kek_file(path: Path) -> str:
     kek_id, keys = _parse(path, _read(path))
     version = max(keys) + 1
     keys[version] = secrets.token_bytes(KEK_SIZE)
+    _replace(path, _render(kek_id, keys))
+    return f"{kek_id}/{version}"
+
+
+def destroy_version(path: Path, kek_id: str) -> None:
+    """Remove a version's line; one that is not there is gone already. Copies of the file are not our doing.
+
+    Raises KeyUnavailableError for the version that wraps: producers would have none.
+    """
+    name, keys = _parse(path, _read(path))
+    if kek_id == f"{name}/{max(keys)}":
+        raise KeyUnavailableError(f"{kek_id} is the version that wraps", hint="make the next one first")
+    left = {version: key for version, key in keys.items() if f"{name}/{version}" != kek_id}
+    if left != keys:
+        _replace(path, _render(name, left))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Put a new content in the file's place, in one step."""
     try:
         handle, temporary = tempfile.mkstemp(prefix=path.name, dir=path.parent)  # 0600 by itself
         with os.fdopen(handle, "wb") as file:
-            file.write(_render(kek_id, keys))
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).replace(path)
@@ -64,7 +83,6 @@ def rotate_kek_file(path: Path) -> str:
         raise KeyUnavailableError(
             f"cannot rewrite KEK file {path}: {error.strerror}", hint="check who may write to its directory"
         ) from error
-    return f"{kek_id}/{version}"
 
 
 def _render(kek_id: str, keys: dict[int, bytes]) -> bytes:

@@ -202,6 +202,30 @@ def generate_kek(module: Path, token_label: str, key_label: str, pin: SecretStr 
     return key_id.hex()
 
 
+def destroy_version(
+    module: Path, token_label: str, key_label: str, pin: SecretStr | None, version: str
+) -> None:
+    """Destroy the key with this CKA_ID (hex) in the token; one that is not there is gone already.
+
+    Raises KeyUnavailableError for the version that wraps: producers would have none.
+    """
+    with _translated(f"destroying KEK {key_label!r} version {version}"):
+        session = _open_session(module, token_label, pin, rw=True)
+        try:
+            keys = _find_versions(session, key_label)
+            for number, key in keys.items():
+                if (key.id.hex() or "00") != version:
+                    continue
+                if number == max(keys):
+                    raise KeyUnavailableError(
+                        f"version {version} of {key_label!r} is the one that wraps",
+                        hint="make the next one first",
+                    )
+                key.destroy()
+        finally:
+            session.close()
+
+
 class Pkcs11Kek:
     """A KEK in a token. The session is opened at construction, so a wrong setting shows at start."""
 

@@ -63,6 +63,7 @@ WRITES: dict[str, dict[str, str]] = {
     | {
         "stream_targets": "INSERT, UPDATE",
         "deks": "INSERT, UPDATE",
+        "dek_wrappings": "INSERT",
         "publication_leaves": "INSERT, UPDATE (root_schema, root_name)",
         "pci_columns": "UPDATE (table_oid, attnum)",
     },
