@@ -210,7 +210,7 @@ def test_inventory_lists_every_key_with_its_strength_and_the_keks_that_are_gone(
         ("dek-old", "retired", 12, 256),
     ]
     assert [(k["kek_id"], k["strength_bits"], k["state"]) for k in found["keks"]] == [
-        ("vsql-sync-kek/1", 256, "wraps"),
+        ("vsql-sync-kek/1", 256, "active"),
         ("vsql-sync-kek/0", None, "not found"),
     ]
     signing = [(s["node_name"], s["fingerprint"], s["strength_bits"]) for s in found["signing_keys"]]

@@ -85,7 +85,7 @@ def test_what_a_seals_b_opens_across_a_rotation_of_the_kek(
         assert (listed["kek_problem"], listed["kek_warnings"]) == ("", [])
         states = {(one["kek_id"], one["state"]) for one in listed["keks"]}
         assert {kek_id for kek_id, _ in states} == {kek_id for _, kek_id in keks}
-        assert sorted(state for _, state in states) == ["unwraps", "wraps"]
+        assert sorted(state for _, state in states) == ["active", "retiring"]
         pair.stop()
     finally:
         pair.end()

@@ -56,12 +56,18 @@ Row = tuple[str, int, bytes]
 
 
 @cache
-def kek() -> FileKek:
-    """A KEK in a file of this test process."""
+def kek_file() -> Path:
+    """A KEK file of this test process."""
     folder = Path(tempfile.mkdtemp(prefix="vsql-sync-kek-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     generate_kek_file(folder / "kek", "test-kek")
-    return FileKek(folder / "kek", "test-kek")
+    return folder / "kek"
+
+
+@cache
+def kek() -> FileKek:
+    """The KEK in it."""
+    return FileKek(kek_file(), "test-kek")
 
 
 @dataclass

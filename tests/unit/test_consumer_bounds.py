@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.unit.sealed_chain import AUDIT, CHAIN, CLUSTER, KEYS, ORIGIN, SealedChain, kek, read, rows
+from tests.unit.sealed_chain import (
+    AUDIT,
+    CHAIN,
+    CLUSTER,
+    KEYS,
+    ORIGIN,
+    SealedChain,
+    kek,
+    kek_file,
+    read,
+    rows,
+)
 from vsql_consumers.clock import WINDOW_US, ClockOffset
 from vsql_consumers.collect import Collector
 from vsql_consumers.collected import Ready
@@ -13,10 +26,13 @@ from vsql_consumers.state import Position
 from vsql_consumers.unseal import Announcements
 from vsql_shared import names
 from vsql_shared.audit.chain import ChainReader
+from vsql_shared.audit.dsse import sign_document
 from vsql_shared.audit.entries import AuditEntry
-from vsql_shared.crypto.announce import KeyRing
+from vsql_shared.crypto.announce import MEDIA_TYPE, KeyRing, encode_announcement, rewrap
 from vsql_shared.crypto.signing import PinnedKey, TrustStore
-from vsql_shared.errors import RecordError, SignatureError
+from vsql_shared.errors import KeyUnavailableError, RecordError, SignatureError
+from vsql_shared.kms.base import KekProvider
+from vsql_shared.kms.file import FileKek, destroy_version, rotate_kek_file
 
 SECOND = 1_000_000
 
@@ -92,6 +108,65 @@ def test_a_restart_in_the_middle_of_an_epoch_of_many_keys_finds_the_one_it_needs
         held.feed(*KEYS, offset, key, value)
         assert len(held) <= 10
     assert held.knows(last.dek_id)
+
+
+def _announced_under(chain: SealedChain, provider: KekProvider) -> bytes:
+    """The chain's present key, wrapped anew."""
+    again = rewrap(chain.announcement, provider)
+    return sign_document(chain.signer, MEDIA_TYPE, encode_announcement(again))
+
+
+def _two_versions(folder: Path) -> tuple[FileKek, FileKek]:
+    """A KEK file with the chain's version and a later one, and one that holds the later one only."""
+    path = folder / "kek"
+    path.write_bytes(kek_file().read_bytes())
+    path.chmod(0o600)
+    rotate_kek_file(path)
+    newest = folder / "newest"
+    newest.write_bytes(path.read_bytes())
+    newest.chmod(0o600)
+    destroy_version(newest, "test-kek/1")
+    return FileKek(path, "test-kek"), FileKek(newest, "test-kek")
+
+
+def test_a_key_announced_again_opens_without_the_kek_version_it_was_sealed_under(tmp_path: Path) -> None:
+    both, newest = _two_versions(tmp_path)
+    chain = SealedChain()
+    entry = chain.batch(rows("t", 1)).entry
+    held = _announcements(chain, 10)
+    held.feed(*KEYS, 0, *chain.log[KEYS][0])
+    with pytest.raises(KeyUnavailableError, match="does not hold test-kek/1"):
+        held.open(entry, newest)
+    held.feed(*KEYS, 1, entry.dek_id.encode(), _announced_under(chain, both))
+    assert held.open(entry, newest).dek_id == entry.dek_id
+
+
+def test_a_key_announced_again_behind_later_ones_does_not_make_those_forgotten(tmp_path: Path) -> None:
+    both, newest = _two_versions(tmp_path)
+    chain = SealedChain()
+    first = chain.batch(rows("t", 1)).entry
+    again = _announced_under(chain, both)
+    chain.new_key()
+    second = chain.batch(rows("t", 2)).entry
+    held = _announcements(chain, 10)
+    # As compaction leaves it: the first key's former announcement is gone.
+    held.feed(*KEYS, 1, *chain.log[KEYS][-1])
+    held.feed(*KEYS, 2, first.dek_id.encode(), again)
+    assert held.open(first, newest).dek_id == first.dek_id
+    assert held.open(second, both).dek_id == second.dek_id
+
+
+def test_a_key_that_was_destroyed_is_neither_held_nor_opened_any_more() -> None:
+    chain = SealedChain()
+    entry = chain.batch(rows("t", 1)).entry
+    held = _announcements(chain, 10)
+    held.feed(*KEYS, 0, *chain.log[KEYS][0])
+    key = held.open(entry, kek())
+    held.destroy([entry.dek_id, "dek-of-another-chain"])
+    assert not held.knows(entry.dek_id)
+    assert not held.has_opened(entry.dek_id)
+    with pytest.raises(KeyUnavailableError, match="was wiped"):
+        _ = key.cipher
 
 
 def test_an_announcement_by_a_key_that_was_revoked_since_does_not_stop_the_stream() -> None:
