@@ -28,9 +28,9 @@ from vsql_shared.audit.chain import ChainReader
 from vsql_shared.changes import OpenedBatch
 from vsql_shared.config import check_files, load_settings
 from vsql_shared.crypto.announce import KeyRing
-from vsql_shared.crypto.signing import PinnedKey, TrustStore, load_signer
+from vsql_shared.crypto.signing import PinnedKey, TrustStore
 from vsql_shared.errors import RefusedError, TransientError, VsqlSyncError
-from vsql_shared.kms import open_provider
+from vsql_shared.kms import open_provider, open_signer
 from vsql_shared.observe.logging import setup
 from vsql_shared.observe.process import harden
 from vsql_shared.pg import signers
@@ -163,11 +163,10 @@ def _read(source: Source, places: list[tuple[str, int, int]]) -> None:
 
 def _own_key(settings: Settings) -> list[PinnedKey]:
     """This node's own key, for its outgoing streams."""
-    path, node = settings.audit.signing_key_path, settings.cluster.node_name
-    if path is None:
+    signer = open_signer(settings)
+    if signer is None:
         return []
-    signer = load_signer(path, node, strict=settings.is_prod)
-    return [PinnedKey(node, signer.public_key, signer.fingerprint, revoked=False)]
+    return [PinnedKey(signer.node, signer.public_key, signer.fingerprint, revoked=False)]
 
 
 def _stream(conn: Connection, chain: str) -> tuple[str, int, bool]:

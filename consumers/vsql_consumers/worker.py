@@ -39,7 +39,7 @@ from vsql_consumers.source import Source, read_chain
 from vsql_consumers.state import Stream
 from vsql_shared import failpoints, names
 from vsql_shared.audit.store import ensure_partitions
-from vsql_shared.crypto.signing import Signer, TrustStore, load_signer
+from vsql_shared.crypto.signing import Signer, TrustStore
 from vsql_shared.errors import (
     DivergedError,
     EnvironmentFault,
@@ -50,7 +50,7 @@ from vsql_shared.errors import (
 )
 from vsql_shared.kafka.clients import from_exception, make_admin, make_producer
 from vsql_shared.kafka.topics import ensure_topic
-from vsql_shared.kms import open_provider
+from vsql_shared.kms import open_provider, open_signer
 from vsql_shared.pg import acts, signers
 from vsql_shared.pg.connect import Connection, translate
 from vsql_shared.service.stopping import set_on_signals
@@ -91,9 +91,7 @@ class Worker:
 
     def run(self) -> int:
         """Attempt after attempt."""
-        path = self._settings.audit.signing_key_path
-        if path is not None:
-            self._signer = load_signer(path, self._settings.cluster.node_name, strict=self._settings.is_prod)
+        self._signer = open_signer(self._settings)
         while not self.stop.is_set():
             try:
                 if self._attempt():

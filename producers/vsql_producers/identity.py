@@ -6,16 +6,14 @@ Not here: trust in other nodes (targets.py).
 from __future__ import annotations
 
 from vsql_shared.config import Settings
-from vsql_shared.crypto.signing import PinnedKey, Signer, TrustStore, load_signer
+from vsql_shared.crypto.signing import PinnedKey, Signer, TrustStore
+from vsql_shared.kms import open_signer
 from vsql_shared.pg.connect import Connection, errors
 
 
 def own_signer(settings: Settings) -> Signer | None:
     """The node's signing key; None in dev mode without one."""
-    path = settings.audit.signing_key_path
-    if path is None:
-        return None
-    return load_signer(path, settings.cluster.node_name, strict=settings.is_prod)
+    return open_signer(settings)
 
 
 def own_trust(conn: Connection, node: str, signer: Signer | None) -> TrustStore:

@@ -375,7 +375,7 @@ def test_the_registry_opens_every_provider_the_configuration_knows(tmp_path: Pat
     assert set(PROVIDERS) == set(get_args(KmsProvider))
     with pytest.raises(ConfigError, match=r"encryption\.kms\.file\.path is not set"):
         open_provider(KmsSettings())
-    with pytest.raises(ConfigError, match="does not say where the KEK is"):
+    with pytest.raises(ConfigError, match="does not say where the key is"):
         generate_token_kek(KmsSettings())
     with pytest.raises(KeyUnavailableError, match="cannot read"):
         open_provider(KmsSettings(file=FileKmsSettings(path=tmp_path / "none")))

@@ -179,7 +179,7 @@ def _other_order(case: Case) -> None:
     case.details = other.make_details()
 
 
-FORGERIES: dict[str, tuple[Callable[[Case], None], type[Exception]]] = {
+FORGERIES: dict[str, tuple[Callable[[Case], object], type[Exception]]] = {
     "who ordered approves, too": (_approve(ALICE), SignatureError),
     "who ordered approves with a second key": (_same_person_twice, SignatureError),
     "somebody who is not enrolled approves": (_approve(MALLORY), SignatureError),
@@ -209,7 +209,7 @@ FORGERIES: dict[str, tuple[Callable[[Case], None], type[Exception]]] = {
 
 @pytest.mark.parametrize(("forge", "error"), FORGERIES.values(), ids=FORGERIES.keys())
 def test_a_proof_that_was_tampered_with_is_refused(
-    forge: Callable[[Case], None], error: type[Exception]
+    forge: Callable[[Case], object], error: type[Exception]
 ) -> None:
     case = Case()
     forge(case)

@@ -19,6 +19,7 @@ from vsql_ctl.output import emit, render_pairs
 from vsql_shared.errors import ConfigError, KeyUnavailableError, UserError
 
 if TYPE_CHECKING:
+    from vsql_shared.config import Settings
     from vsql_shared.config.encryption import KmsSettings
 
 
@@ -42,6 +43,7 @@ for _command in (
         "syncctl key generate --output /etc/vsql-sync/",
         "syncctl key generate --kek ./dev.kek",
         "syncctl key generate --kek-pkcs11",
+        "syncctl key generate --signing-pkcs11",
     ),
 )
 @click.option(
@@ -63,6 +65,9 @@ for _command in (
 )
 @click.option("--rotate", is_flag=True, help="Add a new version to an existing --kek FILE.")
 @click.option("--kek-pkcs11", is_flag=True, help="Make a KEK, or its next version, in the configured token.")
+@click.option(
+    "--signing-pkcs11", is_flag=True, help="Make the signing key audit.signing_key_label in the token."
+)
 @pass_operator
 def generate(
     operator: Operator,
@@ -71,6 +76,7 @@ def generate(
     kek_id: str | None,
     rotate: bool,
     kek_pkcs11: bool,
+    signing_pkcs11: bool,
 ) -> None:
     """Make keys. Nothing that exists is overwritten.
 
@@ -79,8 +85,9 @@ def generate(
     """
     if (rotate or kek_id) and kek_file is None:
         raise UserError("--rotate and --kek-id belong to --kek FILE", hint="name the file too")
-    if directory is None and kek_file is None and not kek_pkcs11:
-        raise UserError("nothing to make", hint="give --output DIR, --kek FILE or --kek-pkcs11")
+    if directory is None and kek_file is None and not kek_pkcs11 and not signing_pkcs11:
+        hint = "give --output DIR, --kek FILE, --kek-pkcs11 or --signing-pkcs11"
+        raise UserError("nothing to make", hint=hint)
     made: dict[str, object] = {}
     if directory is not None:
         made |= _make_signing_key(directory)
@@ -88,6 +95,8 @@ def generate(
         made |= _make_kek_file(operator, kek_file, kek_id, rotate=rotate)
     if kek_pkcs11:
         made |= _make_kek_in_token(operator.settings.encryption.kms)
+    if signing_pkcs11:
+        made |= _make_signing_key_in_token(operator.settings)
     click.echo(render_pairs(made))
 
 
@@ -102,6 +111,17 @@ def _make_signing_key(directory: Path) -> dict[str, object]:
         "public key": public,
         "fingerprint": fingerprint(load_public_key(public)),
     }
+
+
+def _make_signing_key_in_token(settings: Settings) -> dict[str, object]:
+    from vsql_shared.crypto.signing import fingerprint
+    from vsql_shared.kms import generate_token_signer
+
+    label = settings.audit.signing_key_label
+    if label is None:
+        raise ConfigError("audit.signing_key_label is not set", hint="it names the key in the token")
+    public = generate_token_signer(settings.encryption.kms, label)
+    return {"signing key": f"{label!r} in the token", "fingerprint": fingerprint(public)}
 
 
 def _make_kek_file(operator: Operator, path: Path, kek_id: str | None, *, rotate: bool) -> dict[str, object]:
@@ -147,30 +167,39 @@ def _make_kek_in_token(kms: KmsSettings) -> dict[str, object]:
 @pass_operator
 def show_public(operator: Operator, path: Path | None, output: OutputFormat) -> None:
     """Show the public signing key and its fingerprint, to compare by another channel."""
-    if path is None:
-        path = operator.settings.audit.signing_key_path
-    if path is None:
-        raise ConfigError("audit.signing_key_path is not set", hint="set it, or give --key FILE")
-    raw, pem = _public_half(path)
-    from vsql_shared.crypto.signing import fingerprint
+    from vsql_shared.crypto.signing import fingerprint, public_pem
 
-    found = {"file": path, "algorithm": "Ed25519", "fingerprint": fingerprint(raw), "public_key": pem}
+    where: Path | str | None = path or operator.settings.audit.signing_key_path
+    if path is None and operator.settings.audit.signing_key_label is not None:
+        raw, where = _public_in_token(operator.settings), "in the token"
+    elif where is None:
+        raise ConfigError("audit.signing_key_path is not set", hint="set it, or give --key FILE")
+    else:
+        raw = _public_half(Path(where))
+    pem = public_pem(raw)
+    found = {"file": where, "algorithm": "Ed25519", "fingerprint": fingerprint(raw), "public_key": pem}
     emit(
         output,
         found,
         lambda: (
-            render_pairs({"file": path, "algorithm": "Ed25519", "fingerprint": found["fingerprint"]})
+            render_pairs({"file": where, "algorithm": "Ed25519", "fingerprint": found["fingerprint"]})
             + f"\n{pem.rstrip()}"
         ),
     )
 
 
-def _public_half(path: Path) -> tuple[bytes, str]:
-    """Raw key and PEM of a private or public key file; the private half goes nowhere."""
-    from vsql_shared.crypto.signing import load_public_key, load_signer, public_pem
+def _public_in_token(settings: Settings) -> bytes:
+    from vsql_shared.kms import open_signer
+
+    signer = open_signer(settings)
+    return b"" if signer is None else signer.public_key
+
+
+def _public_half(path: Path) -> bytes:
+    """Raw key of a private or public key file; the private half goes nowhere."""
+    from vsql_shared.crypto.signing import load_public_key, load_signer
 
     try:
-        raw = load_public_key(path)
+        return load_public_key(path)
     except KeyUnavailableError:
-        raw = load_signer(path, "", strict=False).public_key
-    return raw, public_pem(raw)
+        return load_signer(path, "", strict=False).public_key

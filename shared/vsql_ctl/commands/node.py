@@ -76,7 +76,7 @@ def init(
 
     settings = settings_or_none(operator)
     name, number, in_cluster = _identity(settings, node_id, node_name, cluster)
-    key = _public_key(settings, name)
+    key = _public_key(settings)
     logins = _logins() if create_logins else None
     with open_node(operator, connection) as conn:
         warnings = checks.require(conn)
@@ -181,13 +181,12 @@ def _identity(
     return name, node_id, cluster
 
 
-def _public_key(settings: Settings | None, name: str) -> bytes | None:
+def _public_key(settings: Settings | None) -> bytes | None:
     """The public half of the configured signing key."""
-    from vsql_shared.crypto.signing import load_signer
+    from vsql_shared.kms import open_signer
 
-    if settings is None or settings.audit.signing_key_path is None:
-        return None
-    return load_signer(settings.audit.signing_key_path, name, strict=settings.is_prod).public_key
+    signer = None if settings is None else open_signer(settings)
+    return None if signer is None else signer.public_key
 
 
 def _logins() -> dict[str, SecretStr]:

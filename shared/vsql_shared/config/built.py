@@ -81,7 +81,7 @@ def advice(settings: Settings) -> list[str]:
 def _unwise(settings: Settings) -> Iterator[tuple[str, str]]:
     if not settings.is_prod:
         yield 'server.mode = "dev"', "for trials only; nothing insists on TLS or signatures"
-        if settings.audit.signing_key_path is None:
+        if not settings.audit.signs:
             yield "audit.signing_key_path", "no signing key: entries of the chain are not signed"
         return
     kafka = settings.kafka

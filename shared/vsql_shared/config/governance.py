@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from vsql_shared.config.section import Section
 from vsql_shared.config.values import (
@@ -51,11 +51,24 @@ class AuditSettings(Section):
     signature_algorithm: Annotated[str, AfterValidator(_signature)] = "ed25519"
     """Always ed25519."""
     signing_key_path: ConfigPath | None = None
-    """Ed25519 private key of this node; required in prod, readable by this user only."""
+    """Ed25519 private key of this node, readable by this user only; prod needs it, or signing_key_label."""
+    signing_key_label: Annotated[str, Field(min_length=1)] | None = None
+    """Instead: label of the Ed25519 key in the token of [encryption.kms.pkcs11], which signs inside it."""
     audit_table: Identifier = "vsql_sync_audit"
     """Table of the entries, in schema vsql_sync."""
     leaf_retention: Annotated[Duration, Field(ge=timedelta(0), le=timedelta(days=366))] = timedelta(days=7)
     """How long each side keeps the leaf hashes (32 bytes a tuple) by which a divergent tuple is found."""
+
+    @model_validator(mode="after")
+    def _one_key(self) -> AuditSettings:
+        if self.signing_key_path is not None and self.signing_key_label is not None:
+            raise refusal("signing_key_path and signing_key_label: a node has one signing key")
+        return self
+
+    @property
+    def signs(self) -> bool:
+        """Whether a signing key is configured."""
+        return self.signing_key_path is not None or self.signing_key_label is not None
 
 
 class CrdtColumn(Section):

@@ -135,7 +135,7 @@ def _prod_problems(settings: Settings) -> Iterator[Finding]:
         yield ("server", "tls", "cert_path"), f"missing; {_PROD} {_DEV_WAY}"
     if settings.server.tls.key_path is None:
         yield ("server", "tls", "key_path"), f"missing; {_PROD} {_DEV_WAY}"
-    if settings.audit.signing_key_path is None:
+    if not settings.audit.signs:
         yield (
             ("audit", "signing_key_path"),
             f"missing; {_PROD}: make a key with `syncctl key generate` {_DEV_WAY}",

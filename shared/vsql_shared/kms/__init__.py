@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     from pydantic import SecretStr
 
+    from vsql_shared.config import Settings
     from vsql_shared.config.encryption import KmsSettings
+    from vsql_shared.crypto.signing import Signer
 
 
 def _file(settings: KmsSettings, strict: bool) -> KekProvider:
@@ -101,6 +103,32 @@ def generate_token_kek(settings: KmsSettings) -> str:
     return f"{settings.kek_id}/{generate_kek(*_token(settings))}"
 
 
+def open_signer(settings: Settings) -> Signer | None:
+    """This node's signing key, in a file or in a token; None where none is configured.
+
+    Raises KeyUnavailableError.
+    """
+    audit, node = settings.audit, settings.cluster.node_name
+    if audit.signing_key_label is not None:
+        with _needs("pkcs11", extra="pkcs11"):
+            from vsql_shared.kms.pkcs11_signing import TokenSigner
+
+        return TokenSigner(*_token(settings.encryption.kms, audit.signing_key_label), node)
+    if audit.signing_key_path is None:
+        return None
+    from vsql_shared.crypto.signing import load_signer
+
+    return load_signer(audit.signing_key_path, node, strict=settings.is_prod)
+
+
+def generate_token_signer(settings: KmsSettings, label: str) -> bytes:
+    """Make a signing key in the token of [encryption.kms.pkcs11]; returns the raw public key."""
+    with _needs("pkcs11", extra="pkcs11"):
+        from vsql_shared.kms.pkcs11_signing import generate_signing_key
+
+    return generate_signing_key(*_token(settings, label))
+
+
 def destroy_version(settings: KmsSettings, kek_id: str) -> None:
     """Destroy one version of the KEK, at once and for good, where we can: in a token, or in a file.
 
@@ -140,15 +168,15 @@ def _needs(*libraries: str, extra: str) -> Iterator[None]:
         ) from error
 
 
-def _token(settings: KmsSettings) -> tuple[Path, str, str, SecretStr | None]:
-    """Where the KEK is: module, token, key label and PIN."""
-    token = settings.pkcs11
-    if token.module is None or token.token_label is None or token.key_label is None:
+def _token(settings: KmsSettings, label: str | None = None) -> tuple[Path, str, str, SecretStr | None]:
+    """Where a key is: module, token, key label (the KEK's, if none is given) and PIN."""
+    token, label = settings.pkcs11, label or settings.pkcs11.key_label
+    if token.module is None or token.token_label is None or label is None:
         raise ConfigError(
-            "[encryption.kms.pkcs11] does not say where the KEK is",
+            "[encryption.kms.pkcs11] does not say where the key is",
             hint="set module, token_label, key_label and a PIN source",
         )
-    return token.module, token.token_label, token.key_label, token.read_pin()
+    return token.module, token.token_label, label, token.read_pin()
 
 
 PROVIDERS: dict[str, Callable[[KmsSettings, bool], KekProvider]] = {

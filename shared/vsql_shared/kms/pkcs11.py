@@ -41,7 +41,7 @@ _T = TypeVar("_T")
 _refused: set[tuple[str, str, bytes]] = set()
 _HASH_KEY = secrets.token_bytes(32)
 # What a lost session, a removed token or a restarted HSM looks like.
-_LOST = (
+LOST = (
     p11.SessionHandleInvalid,
     p11.SessionClosed,
     p11.DeviceRemoved,
@@ -58,7 +58,7 @@ _NO_GCM = (p11.MechanismInvalid, p11.MechanismParamInvalid, p11.FunctionNotSuppo
 
 
 @contextmanager
-def _translated(what: str, hint: str = _ASK_THE_HSM) -> Iterator[None]:
+def translated(what: str, hint: str = _ASK_THE_HSM) -> Iterator[None]:
     """Any other refusal of the token as KeyUnavailableError; PKCS#11 errors are names, they carry no data."""
     try:
         yield
@@ -69,8 +69,8 @@ def _translated(what: str, hint: str = _ASK_THE_HSM) -> Iterator[None]:
         ) from error
 
 
-def _open_session(module: Path, token_label: str, pin: SecretStr | None, *, rw: bool) -> Session:
-    """A logged-in session. Raises KeyUnavailableError, or one of _LOST."""
+def open_session(module: Path, token_label: str, pin: SecretStr | None, *, rw: bool) -> Session:
+    """A logged-in session. Raises KeyUnavailableError, or one of LOST."""
     token = _find_token(module, token_label)
     where = f"token {token_label!r} of {module}"
     word = pin.get_secret_value() if pin else ""
@@ -176,8 +176,8 @@ def generate_kek(module: Path, token_label: str, key_label: str, pin: SecretStr 
 
     It cannot be extracted, and can encrypt, decrypt, wrap and unwrap.
     """
-    with _translated(f"making KEK {key_label!r}"):
-        session = _open_session(module, token_label, pin, rw=True)
+    with translated(f"making KEK {key_label!r}"):
+        session = open_session(module, token_label, pin, rw=True)
         try:
             version = max(_find_versions(session, key_label), default=0) + 1
             key_id = version.to_bytes(max(2, (version.bit_length() + 7) // 8), "big")
@@ -209,8 +209,8 @@ def destroy_version(
 
     Raises KeyUnavailableError for the version that wraps: producers would have none.
     """
-    with _translated(f"destroying KEK {key_label!r} version {version}"):
-        session = _open_session(module, token_label, pin, rw=True)
+    with translated(f"destroying KEK {key_label!r} version {version}"):
+        session = open_session(module, token_label, pin, rw=True)
         try:
             keys = _find_versions(session, key_label)
             for number, key in keys.items():
@@ -351,12 +351,12 @@ class Pkcs11Kek:
     def _run(self, what: str, operation: Callable[[Session], _T], hint: str = _ASK_THE_HSM) -> _T:
         """Do `operation` in a live session, opening a new one where it was lost."""
         for attempt in range(self._attempts):
-            with _translated(what, hint):
+            with translated(what, hint):
                 try:
                     if self._session is None:
-                        self._session = _open_session(self._module, self._token_label, self._pin, rw=False)
+                        self._session = open_session(self._module, self._token_label, self._pin, rw=False)
                     return operation(self._session)
-                except _LOST:
+                except LOST:
                     self.close()
                     if attempt + 1 == self._attempts:
                         raise

@@ -58,11 +58,9 @@ def service_main(role: Role, package: str, run_worker: RunWorker, argv: list[str
 
 def _check_keys(settings: Settings) -> None:
     """Say now what would end every worker: a key that cannot be read, a KEK that is not there."""
-    from vsql_shared.crypto.signing import load_signer
-    from vsql_shared.kms import open_provider
+    from vsql_shared.kms import open_provider, open_signer
 
-    if settings.audit.signing_key_path is not None:
-        load_signer(settings.audit.signing_key_path, settings.cluster.node_name, strict=settings.is_prod)
+    open_signer(settings)
     try:
         open_provider(settings.encryption.kms, strict=settings.is_prod).close()
     except TransientError as error:

@@ -77,9 +77,7 @@ class Supervisor:
         try:
             while not self._stop.is_set():
                 self._last_seen = time.monotonic()
-                if self._settings.audit.signing_key_path is None and self._last_seen - warned > (
-                    _UNSIGNED_WARNING_SECONDS
-                ):
+                if not self._settings.audit.signs and self._last_seen - warned > (_UNSIGNED_WARNING_SECONDS):
                     warned = self._last_seen
                     _log.warning("dev mode without a signing key: audit entries are NOT signed")
                 for chain in self._turn():
