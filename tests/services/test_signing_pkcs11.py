@@ -76,6 +76,8 @@ def test_a_label_that_is_taken_is_not_overwritten(token: SoftToken, label: str) 
     assert signer_of(token, label).public_key == public
 
 
+# The library's own search object complains when it is dropped after the session went away.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_session_that_was_lost_is_opened_again(token: SoftToken, label: str) -> None:
     public = generate_signing_key(token.module, token.label, label, token.pin)
     signer = signer_of(token, label)
