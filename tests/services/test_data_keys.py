@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_each_policy_ends_a_key_when_it_says_and_no_earlier(
             now = 1_000.0 + later
             used.append(keys.key_for(1, 10).dek_id)
         keys.close()
-    assert [one != two for one, two in zip(used, used[1:], strict=False)] == changes
+    assert [one != two for one, two in pairwise(used)] == changes
     states = dict(node.query("SELECT dek_id, state FROM vsql_sync.deks"))
     assert states == dict.fromkeys(used, "retired")
     wrapped = node.query("SELECT dek_id, kek_id FROM vsql_sync.dek_wrappings")
