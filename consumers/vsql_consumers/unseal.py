@@ -103,19 +103,32 @@ class Announcements:
             said = decode_announcement(document.payload)
             if said.chain != self._chain or said.epoch < self._first_epoch:
                 return
-            payload = verify_document(self._trust, self._origin, document, MEDIA_TYPE, signed_at)
-            found = decode_announcement(payload)
+            found = self._verified(document, said)
         except DecodeError as error:
             raise RecordError(f"not a key announcement: {error.message}", record=where) from error
-        except KeyEndedError:
-            return  # what the key sealed is refused by its manifest; a new epoch has new keys
         except SignatureError as error:
             error.record = where
             raise
+        if found is None:
+            return
         self._check(found, key, where)
         self._known[found.dek_id] = found
         while len(self._known) > self._held and self.wanted:
             del self._known[next(iter(self._known))]
+
+    def _verified(self, document: SignedDocument, said: KeyAnnouncement) -> KeyAnnouncement | None:
+        """Step 4; None where its signer has ended, and nothing depends on it. Raises SignatureError.
+
+        Entries a revoked key is trusted for need their data keys, too. Their tuples are fixed by the signed
+        roots: a thief's announcement can keep them from opening, as any garbage here can, and nothing more.
+        It takes no other announcement's place.
+        """
+        try:
+            payload = verify_document(self._trust, self._origin, document, MEDIA_TYPE, signed_at)
+            return decode_announcement(payload)
+        except KeyEndedError:  # its signature holds; whether what the key sealed counts, the manifest says
+            counts = self._trust.known_up_to(self._origin, document.signer, self._chain) > 0
+            return said if counts and said.dek_id not in self._known else None
 
     def _check(self, found: KeyAnnouncement, key: bytes | None, where: str) -> None:
         if (found.cluster, found.origin) != (self._cluster, self._origin):

@@ -108,6 +108,43 @@ def test_what_a_key_signs_after_its_end_is_refused(pairs: Pairs, act: str) -> No
 
 
 @pytest.mark.timeout(240)
+def test_what_was_signed_before_a_revoked_key_stopped_is_taken_when_its_node_tells_the_last_entry(
+    pairs: Pairs,
+) -> None:
+    pair = _in_step(pairs)
+    old = pair.a.fingerprint()
+    revoke = ("key", "revoke", "--fingerprint", old, "--reason", "laptop stolen", "--yes")
+    pair.b.ctl(*revoke)
+    time.sleep(1.5)
+    pair.a.execute("INSERT INTO t VALUES (2, 'signed before its node knew')")
+    _refusal(pair)
+    pair.a.stop("producer")
+    words = pair.a.ctl(*revoke).stdout.split()
+    at = len(words) - 1 - words[::-1].index(pair.chain)
+    sequence, entry_hash = words[at + 1], words[at + 2]
+    pair.a.new_key()
+    _pin_again(pair)
+    pair.a.start("producer")
+    pair.a.execute("INSERT INTO t VALUES (3, 'signed by the second key')")
+    _until(lambda: pair.heads()[0] > int(sequence) + 1, "the producer does not go on")
+    trust = ("key", "trust", "--fingerprint", old, "--chain", pair.chain, "--reason", "told", "--yes")
+    for told, problem in (
+        ((sequence, "00" * 32), "not the one you were told"),
+        ((str(int(sequence) + 1_000), entry_hash), "before entry"),
+        ((str(int(sequence) + 1), entry_hash), "not the one you were told"),
+    ):
+        done = pair.b.ctl(*trust, "--sequence", told[0], "--hash", told[1], check=False)
+        assert done.returncode != 0
+        assert problem in done.stderr
+    pair.b.ctl(*trust, "--sequence", sequence, "--hash", entry_hash)
+    pair.b.ctl("stream", "retry", "--chain", pair.chain, "--reason", "the last entry was told")
+    pair.wait_in_step()
+    assert pair.differences() == []
+    _both_verify(pair)
+    pair.stop()
+
+
+@pytest.mark.timeout(240)
 def test_a_stream_goes_on_with_a_new_key_after_the_old_one_was_revoked(pairs: Pairs) -> None:
     pair = _in_step(pairs)
     old = pair.a.fingerprint()

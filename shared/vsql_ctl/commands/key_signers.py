@@ -1,4 +1,4 @@
-"""`syncctl key retire` and `revoke`: the end of a node's signing key, as this node sees it.
+"""`syncctl key retire`, `revoke`, `trust`: the end of a node's signing key, as this node sees it.
 
 Not here: what a signature is worth afterwards (crypto/signing.py, pg/signers.py).
 """
@@ -9,7 +9,9 @@ import click
 
 from vsql_ctl.context import Operator, confirm, example, pass_operator, yes_option
 from vsql_ctl.output import render_table
+from vsql_shared.errors import UserError
 
+_HASH_SIZE = 32
 _FINGERPRINT = click.option(
     "--fingerprint", required=True, metavar="SHA256:…", help="The key, as `syncctl key inventory` shows it."
 )
@@ -48,9 +50,65 @@ def revoke(operator: Operator, fingerprint: str, reason: str, yes: bool) -> None
     confirm(f"Revoke signing key {fingerprint} on this node? Its streams stop here.", yes=yes)
     with open_node(operator) as conn:
         seen = signers.revoke(conn, fingerprint, reason)
+        own = signers.own_heads(conn, fingerprint)
     rows = [(chain, sequence) for chain, sequence in sorted(seen.items())]
     click.echo(f"key {fingerprint} is revoked; entries that stay valid:")
     click.echo(render_table(("chain", "up to sequence"), rows))
+    if own:
+        click.echo("the last entries of this node, for its peers' `syncctl key trust`:")
+        click.echo(render_table(("chain", "sequence", "hash"), own))
 
 
-COMMANDS = (retire, revoke)
+@click.command(
+    "trust",
+    epilog=example(
+        "syncctl key trust --fingerprint SHA256:… --chain pub.node-a --sequence 17 --hash 9f86… --reason IR-7"
+    ),
+)
+@_FINGERPRINT
+@click.option("--chain", required=True, help="The node's chain, as it told you.")
+@click.option("--sequence", required=True, type=click.IntRange(min=1), help="Its last genuine entry.")
+@click.option("--hash", "told", required=True, metavar="HEX", help="That entry's hash, from the node itself.")
+@_REASON
+@yes_option
+@pass_operator
+def trust(
+    operator: Operator, fingerprint: str, chain: str, sequence: int, told: str, reason: str, yes: bool
+) -> None:
+    """Trust a revoked key for what its node signed before it stopped, and this node had not seen by then.
+
+    The node's operator reads number and hash to you, by another channel than Kafka, as `syncctl key revoke`
+    shows them there. What lies in Kafka must lead to exactly that entry. Then `syncctl stream retry`.
+    """
+    from vsql_ctl.session import open_node
+    from vsql_shared.audit.history import read_topic
+    from vsql_shared.audit.told import ToldHead
+    from vsql_shared.kafka.clients import make_consumer
+    from vsql_shared.names import audit_topic
+    from vsql_shared.pg import signers
+
+    settings, cluster = operator.settings, operator.settings.cluster.name
+    confirm(f"Trust revoked key {fingerprint} up to entry {sequence} of {chain}?", yes=yes)
+    with open_node(operator) as conn:
+        told_head = ToldHead(cluster, chain, signers.load(conn), fingerprint, sequence, _hash(told))
+        consumer = make_consumer(settings, "syncctl", "vsql-sync.key-trust")
+        try:
+            read_topic(consumer, audit_topic(cluster), told_head)
+        finally:
+            consumer.close()
+        told_head.require()
+        node = signers.trust_up_to(conn, fingerprint, chain, sequence, reason)
+    click.echo(f"key {fingerprint} of node {node} is trusted up to entry {sequence} of {chain}")
+
+
+def _hash(text: str) -> bytes:
+    try:
+        found = bytes.fromhex(text)
+    except ValueError:
+        found = b""
+    if len(found) != _HASH_SIZE:
+        raise UserError(f"--hash {text[:80]!r} is not 64 hexadecimal digits")
+    return found
+
+
+COMMANDS = (retire, revoke, trust)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from vsql_shared.audit.chain import Accepted, ChainReader, writer_of
 from vsql_shared.audit.dsse import SignedDocument
@@ -88,7 +88,15 @@ class KafkaHistory:
         self._problems.setdefault(chain, Problem(chain, sequence, None, what))
 
 
-def read_topic(consumer: Consumer, topic: str, history: KafkaHistory) -> None:
+class Fed(Protocol):
+    """What takes documents."""
+
+    def feed(self, encoded: bytes, where: str) -> None:
+        """Take the next document of a partition."""
+        ...
+
+
+def read_topic(consumer: Consumer, topic: str, history: Fed) -> None:
     """Feed every record the topic has now, partition by partition in order; tombstones are passed over."""
     from confluent_kafka import OFFSET_BEGINNING, KafkaException, TopicPartition
 

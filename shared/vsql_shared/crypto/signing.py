@@ -243,6 +243,11 @@ class TrustStore:
                 hint="find out who has that key",
             )
 
+    def known_up_to(self, node: str, signer: str, chain: str) -> int:
+        """Of a revoked key: the last entry of a chain it still counts for; 0: none, or it is not revoked."""
+        pin = self._pins.get((node, signer))
+        return pin.trusted_to.get(chain, 0) if pin is not None and pin.revoked else 0
+
     def _check_unsigned(self, node: str) -> None:
         if any(pin.node == node for pin in self._pins.values()):
             raise SignatureError(f"node {node} has a pinned key and this document is unsigned")

@@ -99,6 +99,45 @@ def revoke(conn: Connection, fingerprint: str, reason: str) -> dict[str, int]:
     return seen
 
 
+def own_heads(conn: Connection, fingerprint: str) -> list[tuple[str, int, str]]:
+    """(chain, sequence, hash) of the last entry this node knows of each chain of the key's node.
+
+    Of the node itself: what its peers must be told when a key of it is revoked.
+    """
+    with errors("reading the heads of chains"):
+        owner = conn.execute(
+            "SELECT node_name FROM vsql_sync.signers WHERE fingerprint = %s", (fingerprint,)
+        ).fetchone()
+        rows = conn.execute(
+            "SELECT chain, sequence, entry_hash FROM vsql_sync.chain_heads WHERE own ORDER BY chain"
+        ).fetchall()
+    return [
+        (chain, sequence, bytes(entry_hash).hex())
+        for chain, sequence, entry_hash in rows
+        if owner is not None and _is_of(chain, owner[0])
+    ]
+
+
+def trust_up_to(conn: Connection, fingerprint: str, chain: str, sequence: int, reason: str) -> str:
+    """Trust a revoked key for more entries of a chain; its owner. Whoever calls has verified them."""
+    if not reason.strip():
+        raise UserError("trusting a revoked key further needs a reason", hint='--reason "…"')
+    with errors("trusting a revoked key further"), conn.transaction():
+        row = conn.execute(
+            "UPDATE vsql_sync.signers SET trusted_to = trusted_to || jsonb_build_object(%(chain)s::text,"
+            " greatest(%(to)s, coalesce((trusted_to ->> %(chain)s)::bigint, 0)))"
+            " WHERE fingerprint = %(print)s AND revoked_at IS NOT NULL RETURNING node_name",
+            {"chain": chain, "to": sequence, "print": fingerprint},
+        ).fetchone()
+        if row is None:
+            raise RefusedError(f"no key {fingerprint} was revoked here", hint="see `syncctl key inventory`")
+        if not _is_of(chain, row[0]):
+            raise RefusedError(f"chain {chain} is not one of node {row[0]}")
+        new = {"fingerprint": fingerprint, "chain": chain, "sequence": sequence, "reason": reason.strip()}
+        oplog.record(conn, "signer.trust", "node", row[0], new=new)
+    return str(row[0])
+
+
 def _is_of(chain: str, node: str) -> bool:
     try:
         return writer_of(chain) == node
