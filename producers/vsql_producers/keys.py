@@ -235,7 +235,8 @@ class DataKeys:
         self.save_usage()
         with errors("retiring the data key"):
             self._conn.execute(
-                "UPDATE vsql_sync.deks SET state = 'retired', retired_at = now() WHERE dek_id = %s",
+                "UPDATE vsql_sync.deks SET state = 'retired', retired_at = now()"
+                " WHERE dek_id = %s AND state <> 'destroyed'",
                 (self._key.dek_id,),
             )
         self._key.wipe()
@@ -257,6 +258,6 @@ class DataKeys:
         with errors("retiring data keys of ended epochs"):
             conn.execute(
                 "UPDATE vsql_sync.deks SET state = 'retired', retired_at = now()"
-                " WHERE chain = %s AND epoch < %s AND state <> 'retired'",
+                " WHERE chain = %s AND epoch < %s AND state NOT IN ('retired', 'destroyed')",
                 (chain, epoch),
             )

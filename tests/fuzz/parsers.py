@@ -29,6 +29,7 @@ from vsql_producers.transactions import Descriptor, Messages, Transactions
 from vsql_shared.audit.dsse import AUDIT_ENTRY, SignedDocument, document_hash, sign_document
 from vsql_shared.audit.entries import AuditEntry, canonical_json, peek_chain, signed_place
 from vsql_shared.audit.rows import StoredDocument, columns_of
+from vsql_shared.audit.shredding import Covered, ShredOrder, keys_hash
 from vsql_shared.changes import MESSAGES, Column, Op, Relation, TableName, Transaction
 from vsql_shared.crypto.announce import MEDIA_TYPE, decode_announcement, encode_announcement, unwrap
 from vsql_shared.crypto.dek import KeyLimits, SealingKey
@@ -365,6 +366,28 @@ def _announcements() -> list[bytes]:
     return [SignedDocument.decode(value).payload for _, value in _chain().log[sealed_chain.KEYS] if value]
 
 
+def _shred_order(data: bytes) -> None:
+    order = ShredOrder.decode(data)
+    assert order.encode() == data
+
+
+def _shred_orders() -> list[bytes]:
+    covers = {sealed_chain.CHAIN: Covered(deks=2, tuples=7, unapplied_batches=1)}
+    order = ShredOrder(
+        cluster="c",
+        node="node-a",
+        kms_provider="file",
+        kek_id="k/1",
+        operator="alice",
+        reason="r",
+        requested_at=1,
+        not_before=2,
+        deks_sha256=keys_hash([(sealed_chain.CHAIN, "dek-1")]),
+        covers=covers,
+    )
+    return [order.encode()]
+
+
 # The same behind the consumer's own way in. The first byte says which record is replaced.
 
 
@@ -425,6 +448,7 @@ PARSERS: dict[str, Parser] = {
     "document": Parser(_document, _documents),
     "entry": Parser(_entry, _entries),
     "announcement": Parser(_announcement, _announcements),
+    "shred-order": Parser(_shred_order, _shred_orders),
     "consumer": Parser(_consumer, _consumer_seeds),
     "signed": Parser(_signed, _signed_seeds),
 }
