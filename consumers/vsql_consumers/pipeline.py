@@ -248,7 +248,7 @@ class Pipeline:
         _log.warning("shredded", extra={"sequence": entry.sequence, "rows": entry.row_count})
         if entry.continues and not self._group.fragments:
             self._flush()
-        self._means.metrics.verified(Verdict.ACCEPTED)
+        self._means.metrics.verified(Verdict.SHREDDED)
         self._group.add_shredded(ready, verified, by)
 
     def _kept(self, ready: Ready, entry: AuditEntry, transactions: Sequence[Transaction]) -> Kept | None:

@@ -264,23 +264,26 @@ def destroy(
     """Carry out an approved order whose time has come. This cannot be undone.
 
     The KEK version is destroyed in the token or file; with a key service, its administrator does that, and
-    --elsewhere says so. Then each stream's chain names, signed, the data keys that are gone with it.
+    --elsewhere says so. Then each stream's chain names, signed, the data keys that are gone with it. Given
+    again, it has those chains say so that have not.
     """
     from vsql_ctl.session import open_node
     from vsql_shared.kms import destroy_version
     from vsql_shared.pg import commands, shredding
 
     with open_node(operator) as conn:
-        row, _, found = shredding.require_due(conn, number)
-        confirm(
-            f"Destroy {row.kek_id} for good, and {len(found.deks)} data keys of {len(found.covers)} streams?",
-            yes=yes,
-        )
-        _require_retiring(operator, row.kek_id)
-        if not elsewhere:
-            destroy_version(operator.settings.encryption.kms, row.kek_id)
-        _require_gone(operator, row.kek_id)
-        asked = shredding.record_destroyed(conn, number)
+        row = shredding.load(conn, number)
+        if row.state == "destroyed":
+            asked = shredding.tell_again(conn, number)
+        else:
+            row, _, found = shredding.require_due(conn, number)
+            question = f"Destroy {row.kek_id} for good, and {len(found.deks)} data keys with it?"
+            confirm(question, yes=yes)
+            _require_retiring(operator, row.kek_id)
+            if not elsewhere:
+                destroy_version(operator.settings.encryption.kms, row.kek_id)
+            _require_gone(operator, row.kek_id)
+            asked = shredding.record_destroyed(conn, number)
         answers = [one for number in asked for one in commands.wait(conn, number, 1, timeout)]
     said = [{"stream": one.chain, "done": one.ok, "message": one.message} for one in answers]
     emit(

@@ -316,12 +316,26 @@ def record_destroyed(conn: Connection, number: int) -> list[int]:
             " retired_at = coalesce(retired_at, now()) WHERE dek_id = ANY(%s)",
             (number, [dek_id for _, dek_id in found.deks]),
         )
-        line = oplog.record(conn, "key.destroy", "kek", row.kek_id, new={"order": number})
-        args, unfinished = {"order": number, "audit_log": line}, _unfinished(conn)
-        return [
-            commands.request(conn, "producer", "key-destroyed", args, "", chain)
-            for chain in sorted({_teller(of, unfinished) for of, _ in found.deks} & unfinished)
-        ]
+        return _have_told(conn, number, row.kek_id, found.deks)
+
+
+def tell_again(conn: Connection, number: int) -> list[int]:
+    """Have the chains say it once more, where keys of a carried-out order stand in none; the commands' ids."""
+    done = require_destroyed(conn, number)
+    _, named = entries(conn, done)
+    if named >= len(done.deks):
+        raise RefusedError(f"order {number} was carried out, and its chains say so")
+    with errors("noting destroyed keys"), conn.transaction():
+        return _have_told(conn, number, done.order.kek_id, done.deks)
+
+
+def _have_told(conn: Connection, number: int, kek_id: str, deks: tuple[tuple[str, str], ...]) -> list[int]:
+    line = oplog.record(conn, "key.destroy", "kek", kek_id, new={"order": number})
+    args, unfinished = {"order": number, "audit_log": line}, _unfinished(conn)
+    return [
+        commands.request(conn, "producer", "key-destroyed", args, "", chain)
+        for chain in sorted({_teller(of, unfinished) for of, _ in deks} & unfinished)
+    ]
 
 
 def _unfinished(conn: Connection) -> set[str]:
