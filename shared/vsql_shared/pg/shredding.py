@@ -320,7 +320,7 @@ def record_destroyed(conn: Connection, number: int) -> list[int]:
 
 
 def tell_again(conn: Connection, number: int) -> list[int]:
-    """Have the chains say it once more, where keys of a carried-out order stand in none; the commands' ids."""
+    """Have the chains say it once more, where they do not name all keys; the commands' ids."""
     done = require_destroyed(conn, number)
     _, named = entries(conn, done)
     if named >= len(done.deks):
