@@ -16,12 +16,21 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from vsql_consumers.resume import first_offset
 from vsql_consumers.source import read_chain
+from vsql_consumers.verify import record_name
 from vsql_shared import names
 from vsql_shared.audit.chain import Accepted, ChainReader
 from vsql_shared.audit.entries import KEY_DESTROYED
 from vsql_shared.audit.shredding import Destroyed, destroyed
-from vsql_shared.errors import DecodeError, KeyUnavailableError, RecordError, UnsealError, VerificationError
+from vsql_shared.errors import (
+    ChainError,
+    DecodeError,
+    KeyUnavailableError,
+    RecordError,
+    UnsealError,
+    VerificationError,
+)
 
 if TYPE_CHECKING:
     from vsql_consumers.figures import Figures
@@ -83,15 +92,17 @@ class Keys:
         cluster, node = settings.cluster.name, settings.cluster.node_name
         reader = ChainReader(cluster, chain, means.stream.origin, means.trust, position.head)
         group, client = names.group_id(cluster, chain, node), f"vsql-sync-ahead-{chain}"
-        for offset, document in read_chain(
-            settings, client, group, self._intake.audit, chain, position.audit_offset
-        ):
+        audit = self._intake.audit
+        begin = first_offset(means, audit, position.head, position.audit_offset)
+        for offset, document in read_chain(settings, client, group, audit, chain, begin):
             try:
-                found = reader.accept(document, f"{self._intake.audit[0]}/{self._intake.audit[1]}/{offset}")
+                found = reader.accept(document, record_name(*audit, offset))
                 if isinstance(found, Accepted) and found.entry.event_type == KEY_DESTROYED:
                     self._note(destroyed(found.entry))
-            except (VerificationError, DecodeError):
+            except ChainError:
                 return  # what is wrong there is said when its turn comes
+            except (VerificationError, DecodeError):
+                continue  # not the origin's, and shows nothing
 
     def _note(self, found: Destroyed) -> None:
         self._destroyed.update(dict.fromkeys(found.deks, found))
