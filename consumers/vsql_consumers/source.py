@@ -114,6 +114,8 @@ class Source:
         gone = [place for place in places if self._assigned.pop(place, None) is not None]
         if gone:
             left = [TopicPartition(*place) for place in gone]
+            # A pause would outlive the assignment, and hold when the partition is read again.
+            self._call("resume partitions", lambda: self._consumer.resume(left))
             self._call("stop reading partitions", lambda: self._consumer.incremental_unassign(left))
 
     def go_on(self, topic: str, number: int, offset: int) -> None:
