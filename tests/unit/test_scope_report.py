@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.stack.state import REPOSITORY
@@ -278,6 +278,7 @@ def test_every_alteration_is_found() -> None:
     assert found > 100
 
 
+@settings(deadline=None)  # a whole report is made, signed and verified each time
 @given(st.randoms(use_true_random=False))
 def test_the_order_of_members_and_indentation_mean_nothing(random: Any) -> None:
     def shuffled(value: Any) -> Any:
