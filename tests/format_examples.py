@@ -17,15 +17,20 @@ from typing import Any, NamedTuple
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tests.audit_history import START, A, B, ack_fields, incarnation
+from vsql_producers.joining import opening_detail
+from vsql_producers.scope import Scope, document
+from vsql_producers.scope_record import seen
+from vsql_producers.transactions import Descriptor
 from vsql_shared.audit import tree
 from vsql_shared.audit.chain import EMPTY_HEAD, ChainWriter, Prepared
 from vsql_shared.audit.checkpoint import Checkpoint, Log, cosigner_key
 from vsql_shared.audit.dsse import AUDIT_ENTRY, KEY_ANNOUNCEMENT, SignedDocument, pae, sign_document
-from vsql_shared.audit.entries import REPLICATION_BATCH
+from vsql_shared.audit.entries import REPLICATION_BATCH, canonical_json
 from vsql_shared.audit.export import FORMAT, VERSION, readable
 from vsql_shared.audit.merkle import batch_root, root
 from vsql_shared.audit.notes import SignedNote
 from vsql_shared.audit.proofs import ConsistencyProof, InclusionProof
+from vsql_shared.audit.scope_history import DESCRIBED, sha256_hex
 from vsql_shared.changes import Column, PartitionRoot, Relation, TableName, Transaction
 from vsql_shared.crypto.announce import KeyAnnouncement, encode_announcement
 from vsql_shared.crypto.dek import ALGORITHM, KeyLimits, SealingKey, key_context
@@ -48,6 +53,7 @@ KEK = bytes(range(32))
 DEK = bytes(range(32, 64))
 DEK_ID = "dek-" + bytes(range(64, 80)).hex()
 TABLE = TableName("public", "orders")
+SALT = bytes(range(96, 112)).hex()
 _WIDE = 48
 
 
@@ -119,6 +125,18 @@ def announcement(key: SealingKey) -> bytes:
     )
 
 
+def scope_text() -> str:
+    """What the epoch says its publication may carry."""
+    scope = Scope({TABLE: None}, {}, {})
+    return canonical_json({**document("orders", scope), "salt": SALT})
+
+
+def described_text(descriptor: bytes) -> str:
+    """What the batch is the first one to describe."""
+    made = seen([Descriptor(TABLE, descriptor, relation_hash(descriptor))])
+    return canonical_json({**json.loads(made), "salt": SALT})
+
+
 def _fixed(number: int) -> dict[str, Any]:
     return {"event_id": number.to_bytes(16, "big"), "event_timestamp": START + number}
 
@@ -134,13 +152,15 @@ def _open(writer: ChainWriter, number: int, **more: str) -> Prepared:
 def chain(sealed: Batch) -> tuple[Prepared, Prepared]:
     """The source's chain: its epoch and the manifest of the batch."""
     writer = ChainWriter(A, CLUSTER, CHAIN, EMPTY_HEAD, incarnation(1))
-    opened = _open(writer, 1)
+    scope = sha256_hex(scope_text())
+    opened = _open(writer, 1, detail=opening_detail(["node-b"], scope))
     sub = root(sealed.leaves)
     part = PartitionRoot(data_topic(CLUSTER, CHAIN, *TABLE), 0, 0, 0, 1, 2, sub)
     manifest = writer.next(
         event_type=REPLICATION_BATCH, batch=1, batch_lsn_start=0x16B3700, batch_lsn_end=0x16B3780,
         tables_affected=("public.orders",), row_count=1, record_count=2, partitions=(part,),
         merkle_root=batch_root([sub]), dek_id=DEK_ID, kek_id="example-kek/1", algorithm=ALGORITHM,
+        detail=canonical_json({DESCRIBED: sha256_hex(described_text(sealed.descriptor))}),
         **_fixed(2),
     )  # fmt: skip
     return opened, manifest
@@ -225,6 +245,8 @@ def examples() -> dict[str, bytes | str]:
         "sub-root": root(sealed.leaves),
         "batch-root": manifest.entry.merkle_root,
         "plaintext": b"N" + _tuple_data("42", "hello"),
+        "scope": scope_text() + "\n",
+        "described": described_text(sealed.descriptor) + "\n",
         "entry-1-document": opened.encoded,
         "entry-1-hash": opened.entry_hash,
         "entry-2": manifest.entry.encode(),

@@ -151,6 +151,9 @@ def test_a_stranger_verifies_the_documents_and_the_links_of_the_chain() -> None:
         ("epoch_opened", 1, 1),
         ("replication_batch", 2, 1),
     ]
+    for entry, name in ((first, "scope"), (second, "described")):
+        assert json.loads(entry["detail"])[name] == sha(text(name).rstrip("\n").encode()).hex()
+    assert json.loads(first["detail"])["targets"] == ["node-b"]
     message = raw("entry-2-pae")
     assert message.endswith(raw("entry-2"))
     Ed25519PublicKey.from_public_bytes(raw("public-key")).verify(raw("signature"), message)
