@@ -266,6 +266,7 @@ class SharesWork:
                     self._flush()
         self._flush()
         self._intake.look_for_lost()
+        self._intake.look_for_silence()
         self._rest(came)
 
     def _next(self) -> Ready | None:

@@ -132,6 +132,7 @@ class Pipeline:
             raise refused
         self._cosign()
         self.intake.look_for_lost()
+        self.intake.look_for_silence()
         self.intake.tell_strays()
         self._rest(came)
 
