@@ -279,6 +279,7 @@ def destroy(
             row, _, found = shredding.require_due(conn, number)
             question = f"Destroy {row.kek_id} for good, and {len(found.deks)} data keys with it?"
             confirm(question, yes=yes)
+            _require_same_provider(operator, row)
             _require_retiring(operator, row.kek_id)
             if not elsewhere:
                 destroy_version(operator.settings.encryption.kms, row.kek_id)
@@ -305,15 +306,25 @@ def destroy(
         raise RefusedError("a stream does not say so in its chain", hint="the table says why")
 
 
+def _require_same_provider(operator: Operator, row: Row) -> None:
+    """Refuse where we would ask another KMS than the order is about: it has none of that one's keys."""
+    used = operator.settings.encryption.kms.provider
+    if used != row.kms_provider:
+        raise RefusedError(
+            f"{row.kek_id} is in the KMS of provider {row.kms_provider}, this configuration is for {used}",
+            hint="give --config with [encryption.kms] of the KEK's own provider",
+        )
+
+
 def _require_gone(operator: Operator, kek_id: str) -> None:
     from vsql_shared.kms import open_provider
 
     settings = operator.settings
     provider = open_provider(settings.encryption.kms, strict=settings.server.mode == "prod")
     try:
-        if any(one.kek_id == kek_id for one in provider.versions()):
+        if provider.remains(kek_id):
             raise RefusedError(
-                f"the KMS still lists {kek_id}",
+                f"the KMS still has {kek_id}, or can restore it",
                 hint="one that is only scheduled or disabled there can come back: wait until it is gone",
             )
     finally:
