@@ -115,7 +115,7 @@ def _age(since: Any) -> int | None:
 def _deks(
     conn: Connection, settings: Settings, orders: Sequence[dict[str, Any]], limit: int
 ) -> list[dict[str, Any]]:
-    from vsql_shared.pg import shredding
+    from vsql_shared.pg import coverage
 
     rest = "deks ORDER BY state NOT IN ('active', 'retiring'), created_at DESC, dek_id"
     rows = _rows(conn, _DEK_COLUMNS, f"{rest} LIMIT %s", limit) if limit else _rows(conn, _DEK_COLUMNS, rest)
@@ -124,7 +124,7 @@ def _deks(
         dek_id
         for one in orders
         if one["state"] == "scheduled"
-        for _, dek_id in shredding.coverage(conn, one["kms_provider"], one["kek_id"]).deks
+        for _, dek_id in coverage.of(conn, one["kms_provider"], one["kek_id"]).deks
     }
     dek = settings.encryption.dek
     for row in rows:
