@@ -230,6 +230,12 @@ def test_clocks_of_two_machines_that_differ_a_little_do_not_spoil_a_proof() -> N
         case.verify()
 
 
+def test_an_order_that_covers_nothing_is_no_proof_that_anything_was_destroyed() -> None:
+    case = Case([])  # two people wanted it; whether it was done, or cancelled, nobody signed
+    with pytest.raises(RecordError, match="no entry says"):
+        case.verify()
+
+
 def test_keys_in_a_proof_are_not_believed_the_verifier_has_their_own() -> None:
     proof = Case().proof()
     with pytest.raises(SignatureError, match="is not pinned for node alice"):

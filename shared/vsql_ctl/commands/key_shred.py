@@ -356,6 +356,8 @@ def proof(operator: Operator, number: int, out: Path) -> None:
     with open_node(operator) as conn:
         done = shredding.require_destroyed(conn, number)
         entries, named = shredding.entries(conn, done)
+    if not done.deks:
+        raise RefusedError(f"order {number} covers no data key: no chain says anything of it, to be proven")
     if named < len(done.deks):
         raise TransientError(
             f"{len(done.deks) - named} of {len(done.deks)} data keys stand in no chain yet",

@@ -85,7 +85,9 @@ def verify_proof(proof: bytes, operators: Sequence[PinnedKey], node_keys: Sequen
     counts = {chain: sum(of == chain for of, _ in deks) for chain, _ in deks}
     if counts != {chain: one.deks for chain, one in order.covers.items() if one.deks}:
         raise RecordError("the order's own count of data keys is not that of its chains")
-    at = max((one.destroyed_at for _, one in found), default=order.not_before)
+    if not found:
+        raise RecordError("no entry says that it was destroyed: the order covers no data key")
+    at = max(one.destroyed_at for _, one in found)
     places = tuple((entry.chain, entry.sequence) for entry, _ in found)
     return Proven(order, approver, at, deks, places)
 
