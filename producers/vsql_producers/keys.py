@@ -7,7 +7,8 @@ Not here: nonces and limits themselves (crypto/dek.py) and wrapping (kms/). Rule
 * Rotated: at the end of its life (per-session: the epoch's; per-batch: each batch; hourly and daily: with the
   first batch after that time), by command, and by force when the next batch would pass its limits.
 * vsql_sync.deks says which keys were announced, and how much they sealed; vsql_sync.dek_wrappings under which
-  KEK versions they ever lay. Both are written before the key seals.
+  KEK versions they ever lay. Both are written before the key seals. What an order destroyed meanwhile, key or
+  version, is not announced.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from vsql_producers.rewrapping import Live, live_keys
-from vsql_shared import names
+from vsql_shared import failpoints, names
 from vsql_shared.audit.dsse import KEY_ANNOUNCEMENT, sign_document
 from vsql_shared.audit.rows import timestamp
 from vsql_shared.crypto.announce import KeyAnnouncement, announce, encode_announcement, rewrap, wrap_again
 from vsql_shared.crypto.dek import ALGORITHM, KeyLimits, SealingKey
 from vsql_shared.errors import KeyUnavailableError, TransientError, UnsealError
 from vsql_shared.observe.metrics import RotationReason, StreamMetrics
+from vsql_shared.pg import coverage
 from vsql_shared.pg.connect import Connection, errors
 
 if TYPE_CHECKING:
@@ -154,20 +156,31 @@ class DataKeys:
         self._metrics.kms_called(act, ok=True)
         return said
 
-    def _tell(self, said: KeyAnnouncement) -> None:
-        """Note the wrapping, then announce it: whoever destroys keys must know of every wrapping there is."""
+    def _tell(self, said: KeyAnnouncement, *, anew: bool = False) -> None:
+        """Note the wrapping, then announce it: whoever destroys keys must know of every wrapping there is.
+
+        `anew`: of a known key. Which announcement was its last is written when Kafka has it: after a crash or
+        a failure before that, the command that is given again finds the key under its former version.
+        """
         document = sign_document(self._signer, KEY_ANNOUNCEMENT, encode_announcement(said))
         self._note(said, document)
+        if anew:
+            failpoints.hit("producer.wrapping-noted")
         self._publish(names.keys_topic(said.cluster), 0, said.dek_id.encode(), document)
+        if anew:
+            with errors("noting an announcement"):
+                self._conn.execute(
+                    "UPDATE vsql_sync.deks SET kms_provider = %s, kek_id = %s, announcement = %s"
+                    " WHERE dek_id = %s",
+                    (said.kms_provider, said.kek_id, document, said.dek_id),
+                )
 
     def _note(self, said: KeyAnnouncement, document: bytes) -> None:
         with errors("noting the data key"), self._conn.transaction():
             self._conn.execute(
                 "INSERT INTO vsql_sync.deks"
                 " (dek_id, chain, epoch, kms_provider, kek_id, algorithm, created_at, announcement)"
-                " VALUES (%s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT (dek_id) DO UPDATE SET"
-                " (kms_provider, kek_id, announcement)"
-                " = (excluded.kms_provider, excluded.kek_id, excluded.announcement)",
+                " VALUES (%s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
                 (
                     said.dek_id,
                     said.chain,
@@ -184,6 +197,7 @@ class DataKeys:
                 " ON CONFLICT DO NOTHING",
                 (said.dek_id, said.kms_provider, said.kek_id),
             )
+            coverage.require_alive(self._conn, said.dek_id, said.kms_provider, said.kek_id)
 
     def rotate_kek(self) -> KekRotation:
         """Put the KEK's newest version to use, without a pause of the stream.
@@ -200,11 +214,11 @@ class DataKeys:
         for live in live_keys(self._conn, self._place.chain, self._place.epoch, newest):
             try:
                 said = self._asking("unwrap", partial(self._wrapped_anew, live))
+                self._tell(said, anew=True)
             except (KeyUnavailableError, UnsealError) as error:
                 left.append(live.dek_id)
                 problem = problem or str(error)
                 continue
-            self._tell(said)
             rewrapped.append(said.dek_id)
         _log.info("KEK rotated", extra={"kek_id": newest, "rewrapped": len(rewrapped), "left": len(left)})
         return KekRotation(newest, tuple(rewrapped), tuple(left), problem)

@@ -43,8 +43,13 @@ LIVE = (
 ACTS = ("consumer.act-signed", "consumer.act-obeyed")
 COPY = ("copy.started", "copy.recorded")
 JOIN = ("consumer.before-join-commit", "consumer.after-join-commit")
-ELSEWHERE = ("consumer.before-replay-commit", "consumer.after-replay-commit", "producer.position-noted")
-"""Reached in tests/services: in test_apply_decisions.py and test_producer_slots.py."""
+ELSEWHERE = (
+    "consumer.before-replay-commit",
+    "consumer.after-replay-commit",
+    "producer.position-noted",
+    "producer.wrapping-noted",
+)
+"""Reached in tests/services: in test_apply_decisions.py, test_producer_slots.py and test_shred_orders.py."""
 TABLE = "CREATE TABLE t (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, v text)"
 CONFIG = "[limits]\nbatch_linger_ms = 1\nretry_backoff_max_ms = 1000\ncommand_poll_ms = 100\n"
 

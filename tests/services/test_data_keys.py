@@ -28,8 +28,13 @@ TABLE = "CREATE TABLE t (id bigint PRIMARY KEY, note text)"
 
 
 @contextmanager
-def data_keys(node: SourceNode, epoch: int, clock: Callable[[], float]) -> Iterator[DataKeys]:
-    """The keys of an epoch, as the pipeline has them; `clock` says how time goes."""
+def data_keys(
+    node: SourceNode, epoch: int, clock: Callable[[], float], meanwhile: Callable[[], object] = lambda: None
+) -> Iterator[DataKeys]:
+    """The keys of an epoch, as the pipeline has them; `clock` says how time goes.
+
+    `meanwhile` is what somebody else does whenever an announcement is under way.
+    """
     settings = node.settings
     ensure_topic(make_admin(settings), names.keys_topic(node.cluster), "keys", settings)
     publisher = Publisher(make_producer(settings, "keys"), names.audit_topic(node.cluster), 0, lambda: None)
@@ -37,10 +42,22 @@ def data_keys(node: SourceNode, epoch: int, clock: Callable[[], float]) -> Itera
     with connect(node.conninfo, application_name="test") as conn:
         place = Place(node.cluster, CHAIN, NODE, epoch)
         metrics = StreamMetrics(CHAIN, NODE)
+
+        def publish(topic: str, partition: int, key: bytes, value: bytes) -> int:
+            meanwhile()
+            return publisher.publish_now(topic, partition, key, value)
+
         yield DataKeys(
-            settings.encryption, place, provider, open_signer(settings), conn, publisher.publish_now,
-            metrics, 1, clock=clock,
-        )  # fmt: skip
+            settings.encryption,
+            place,
+            provider,
+            open_signer(settings),
+            conn,
+            publish,
+            metrics,
+            1,
+            clock=clock,
+        )
     publisher.close()
 
 

@@ -86,6 +86,12 @@ def test_an_alias_that_moves_is_a_rotation_and_older_keys_go_on_unwrapping(
     assert kek.versions() == [(first, 256, False), (second, 256, True)]
     kms.disable_key(KeyId=key_id(first))
     assert kek.versions() == [(second, 256, True)]
+    # It does not unwrap now; that is not the end of it.
+    assert kek.remains(first)
+    kms.schedule_key_deletion(KeyId=key_id(first), PendingWindowInDays=7)
+    assert kek.remains(first)
+    nobody = f"{second.rpartition('/')[0]}/00000000-0000-4000-8000-000000000000"
+    assert not kek.remains(nobody)
 
 
 def test_a_wrapping_of_another_key_does_not_open_under_this_one(moto: str, kms: Any, alias: str) -> None:

@@ -86,7 +86,10 @@ def test_destroying_a_version_shreds_what_it_wrapped(vault: VaultServer, key: st
     vault.ask(
         "POST", f"transit/keys/{key}/config", {"min_decryption_version": 2, "min_encryption_version": 2}
     )
+    assert [version.kek_id for version in kek.versions()] == [f"transit/{key}/2"]
+    assert kek.remains(old.kek_id)  # archived: the minimum can be lowered again
     vault.ask("POST", f"transit/keys/{key}/trim", {"min_available_version": 2})
+    assert not kek.remains(old.kek_id)
     with pytest.raises(
         KeyUnavailableError, match=f"unwrapping a data key under transit/{key}/1: Vault answers"
     ):

@@ -280,6 +280,11 @@ def test_a_key_is_not_destroyed_by_one_person_nor_before_its_time_nor_while_it_w
     assert "there is an order" in refused(pair.a, *again)
     wraps = ("key", "shred", *alice, "--kek", "payments/0002", "--reason", "too early")
     assert "is the version that wraps" in refused(pair.a, *wraps)
+    unheard = ("key", "shred", *alice, "--kek", "payments/0009", "--reason", "a slip of the pen")
+    assert "nobody knows a KEK version payments/0009" in refused(pair.a, *unheard)
+    shown = pair.a.ctl("key", "approve", "1", "--to-sign", str(pair.folder / "order.bin")).stdout
+    assert "payments/0001" in shown
+    assert "retention is over" in shown
     pair.a.ctl("key", "approve", "1", *bob)
     assert "may be carried out from" in refused(pair.a, "key", "destroy", "1", "--yes")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ from vsql_shared.audit.entries import KEY_DESTROYED, OPERATOR_ACTION, AuditEntry
 from vsql_shared.audit.shred_proof import Proven, verify_proof, write_proof
 from vsql_shared.audit.shredding import (
     KEYS_PER_ENTRY,
+    ORDER_TYPE,
     Covered,
     ShredOrder,
     destroyed,
@@ -217,6 +219,23 @@ def test_a_proof_that_was_tampered_with_is_refused(
         case.verify()
 
 
+def test_clocks_of_two_machines_that_differ_a_little_do_not_spoil_a_proof() -> None:
+    case = Case()
+    case.at = time.time_ns() // 1000 + 60_000_000  # the database's clock is a minute ahead of the producer's
+    case.details = case.make_details()
+    assert case.verify().destroyed_at == case.at
+    case.at += 600_000_000
+    case.details = case.make_details()
+    with pytest.raises(RecordError, match="do not follow each other"):
+        case.verify()
+
+
+def test_an_order_that_covers_nothing_is_no_proof_that_anything_was_destroyed() -> None:
+    case = Case([])  # two people wanted it; whether it was done, or cancelled, nobody signed
+    with pytest.raises(RecordError, match="no entry says"):
+        case.verify()
+
+
 def test_keys_in_a_proof_are_not_believed_the_verifier_has_their_own() -> None:
     proof = Case().proof()
     with pytest.raises(SignatureError, match="is not pinned for node alice"):
@@ -265,6 +284,15 @@ def test_an_order_with_fields_of_another_kind_is_refused(change: dict[str, Any])
     said = json.loads(an_order().encode()) | change
     with pytest.raises(DecodeError):
         ShredOrder.decode(canonical_json(said).encode())
+
+
+def test_an_order_with_half_a_character_is_refused_with_our_own_error() -> None:
+    half = an_order(reason="xx").encode().replace(b'"xx"', b'"\\ud800"')
+    assert half != an_order(reason="xx").encode()
+    with pytest.raises(DecodeError, match="canonical"):
+        ShredOrder.decode(half)
+    with pytest.raises(DecodeError, match="canonical"):
+        open_order(sign_document(ALICE, ORDER_TYPE, half), PEOPLE)
 
 
 def test_an_order_comes_back_from_its_bytes_and_only_from_those() -> None:

@@ -71,8 +71,20 @@ def test_a_chain_signed_by_a_key_nobody_pinned_is_refused_whatever_it_ends_with(
     _, pin = a_chain()
     other = SealedChain(seed=9)
     other.batch(rows("t", 1))
+    told = told_of(other, pin, other.head.sequence, other.head.entry_hash)
+    read(told, other)
     with pytest.raises(SignatureError, match="is not pinned"):
-        read(told_of(other, pin, other.head.sequence, other.head.entry_hash), other)
+        told.require()
+
+
+def test_what_somebody_else_wrote_into_the_chain_s_place_keeps_nobody_from_the_told_entry() -> None:
+    chain, pin = a_chain()
+    other = SealedChain(seed=9)
+    other.batch(rows("t", 1))
+    told = told_of(chain, pin, chain.head.sequence, chain.head.entry_hash)
+    read(told, other)  # the same chain by its words, by a key that is not the node's
+    read(told, chain)
+    told.require()
 
 
 def test_a_chain_with_a_hole_proves_nothing() -> None:

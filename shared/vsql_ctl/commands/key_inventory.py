@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from vsql_shared.pg.connect import Connection
 
 ACTIVE, RETIRING, RETIRED = "active", "retiring", "retired"
-SCHEDULED, DESTROYED, NOT_FOUND = "scheduled for destruction", "destroyed", "not found"
+SCHEDULED, DESTROYED = "scheduled for destruction", "destroyed"
+NOT_FOUND, UNKNOWN = "not found", "unknown"
 
 _DEK_COLUMNS = (
     "dek_id", "chain", "epoch", "kms_provider", "kek_id", "algorithm", "state", "tuples", "bytes",
@@ -81,7 +82,7 @@ def inventory(operator: Operator, output: OutputFormat, limit: int) -> None:
                 "bytes": settings.encryption.dek.max_bytes,
                 "rotation": settings.encryption.dek.rotation,
             },
-            "keks": _keks(conn, settings.encryption.kms, versions, orders),
+            "keks": _keks(conn, settings.encryption.kms, None if problem else versions, orders),
             "kek_problem": problem,
             "kek_warnings": [text for text in map(weakness, versions) if text]
             + _still_there(settings.encryption.kms.provider, versions, orders),
@@ -115,7 +116,7 @@ def _age(since: Any) -> int | None:
 def _deks(
     conn: Connection, settings: Settings, orders: Sequence[dict[str, Any]], limit: int
 ) -> list[dict[str, Any]]:
-    from vsql_shared.pg import shredding
+    from vsql_shared.pg import coverage
 
     rest = "deks ORDER BY state NOT IN ('active', 'retiring'), created_at DESC, dek_id"
     rows = _rows(conn, _DEK_COLUMNS, f"{rest} LIMIT %s", limit) if limit else _rows(conn, _DEK_COLUMNS, rest)
@@ -124,7 +125,7 @@ def _deks(
         dek_id
         for one in orders
         if one["state"] == "scheduled"
-        for _, dek_id in shredding.coverage(conn, one["kms_provider"], one["kek_id"]).deks
+        for _, dek_id in coverage.of(conn, one["kms_provider"], one["kek_id"]).deks
     }
     dek = settings.encryption.dek
     for row in rows:
@@ -161,12 +162,18 @@ def _kek_versions(kms: KmsSettings, *, strict: bool) -> tuple[list[KekVersion], 
 
 
 def _keks(
-    conn: Connection, kms: KmsSettings, versions: Sequence[KekVersion], orders: Sequence[dict[str, Any]]
+    conn: Connection,
+    kms: KmsSettings,
+    versions: Sequence[KekVersion] | None,
+    orders: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """The KMS's versions, and those that wrapped a key here and are not there (destroyed, or elsewhere)."""
+    """The KMS's versions, and those that wrapped a key here and are not there (destroyed, or elsewhere).
+
+    `versions`: None where the KMS did not answer.
+    """
     used = {(row[0], row[1]): row[2:] for row in conn.execute(_WRAPPED)}
     ordered = {(o["kms_provider"], o["kek_id"]): o["state"] for o in orders if o["state"] != "cancelled"}
-    present = {(kms.provider, version.kek_id): version for version in versions}
+    present = {(kms.provider, version.kek_id): version for version in versions or ()}
     rows = []
     for name in [*present, *sorted({*used, *ordered} - present.keys())]:
         version, (deks, since, last) = present.get(name), used.get(name, (0, None, None))
@@ -176,7 +183,9 @@ def _keks(
                 "kek_id": name[1],
                 "algorithm": _wrapped_with(conn, *name),
                 "strength_bits": None if version is None else version.strength_bits,
-                "state": _kek_state(version, ordered.get(name)),
+                "state": kek_state(
+                    version, ordered.get(name), asked=versions is not None and name[0] == kms.provider
+                ),
                 "deks": deks,
                 "in_use_since": since,
                 "last_wrapped_at": last,
@@ -187,13 +196,14 @@ def _keks(
     return rows
 
 
-def _kek_state(version: KekVersion | None, ordered: str | None) -> str:
+def kek_state(version: KekVersion | None, ordered: str | None, *, asked: bool) -> str:
+    """A version's state; `asked`: its KMS has said which ones it has."""
     if ordered == "destroyed":
         return DESTROYED
     if ordered == "scheduled":
         return SCHEDULED
     if version is None:
-        return NOT_FOUND
+        return NOT_FOUND if asked else UNKNOWN
     return ACTIVE if version.active else RETIRING
 
 

@@ -102,7 +102,7 @@ def shred(  # noqa: PLR0917 - one parameter an option, as click gives them
     """
     from vsql_ctl.session import open_node
     from vsql_shared.crypto.signing import load_signer
-    from vsql_shared.pg import shredding
+    from vsql_shared.pg import coverage, shredding
 
     with open_node(operator) as conn:
         if number is not None:
@@ -111,8 +111,10 @@ def shred(  # noqa: PLR0917 - one parameter an option, as click gives them
             if kek_id is None or name is None or path is None:
                 raise UserError("an order needs --kek, --operator and --key", hint="or --cancel ORDER")
             kms = operator.settings.encryption.kms
-            _require_retiring(operator, kek_id)
-            found = shredding.coverage(conn, kms.provider, kek_id)
+            listed = _require_retiring(operator, kek_id)
+            found = coverage.of(conn, kms.provider, kek_id)
+            if not (found.deks or found.survive or kek_id in listed):
+                raise RefusedError(f"nobody knows a KEK version {kek_id}", hint="see `syncctl key inventory`")
             unapplied = sum(one.unapplied_batches for one in found.covers.values())
             confirm(
                 f"Order that {kek_id} is destroyed? {len(found.deks)} data keys are lost with it,"
@@ -136,29 +138,37 @@ def _duration(text: str) -> timedelta:
     return found
 
 
-def _require_retiring(operator: Operator, kek_id: str) -> None:
-    """Refuse the version that wraps; one that is not in the KMS any more may be ordered: it is gone."""
+def _require_retiring(operator: Operator, kek_id: str) -> set[str]:
+    """Refuse the version that wraps; one that is not in the KMS any more may be ordered. What the KMS has."""
     from vsql_shared.kms import open_provider
 
     settings = operator.settings
     provider = open_provider(settings.encryption.kms, strict=settings.server.mode == "prod")
     try:
-        if any(one.active and one.kek_id == kek_id for one in provider.versions()):
+        versions = provider.versions()
+        if any(one.active and one.kek_id == kek_id for one in versions):
             raise RefusedError(
                 f"{kek_id} is the version that wraps",
                 hint="make the next version, then `syncctl key rotate-kek`",
             )
+        return {one.kek_id for one in versions}
     finally:
         provider.close()
 
 
 def _show(output: OutputFormat, row: Row) -> None:
+    shown = _said(row)
+    emit(output, shown, lambda: render_pairs(shown))
+
+
+def _said(row: Row) -> dict[str, Any]:
+    """What the order's signed bytes say."""
     from vsql_shared.audit.dsse import SignedDocument, document_hash
     from vsql_shared.audit.rows import timestamp
     from vsql_shared.audit.shredding import ShredOrder
 
     order = ShredOrder.decode(SignedDocument.decode(row.document).payload)
-    shown: dict[str, Any] = {
+    return {
         "order": row.id,
         "state": {"scheduled": "scheduled for destruction"}.get(row.state, row.state),
         "kek": order.kek_id,
@@ -170,7 +180,6 @@ def _show(output: OutputFormat, row: Row) -> None:
         "unapplied_batches": sum(one.unapplied_batches for one in order.covers.values()),
         "sha256": document_hash(row.document).hex(),
     }
-    emit(output, shown, lambda: render_pairs(shown))
 
 
 @click.command(
@@ -210,13 +219,16 @@ def approve(
     from vsql_shared.pg import shredding
 
     with open_node(operator) as conn:
-        row = shredding.load(conn, number)
+        row = shredding.to_be_approved(conn, number)
         if to_sign is not None:
             to_sign.write_bytes(to_approve(row.document))
-            click.echo(f"wrote {to_sign}")
+            _show(output, row)
+            click.echo(f"wrote {to_sign}", err=True)
             return
         if name is None or (path is None) == (signature is None):
             raise UserError("an approval needs --operator, and --key or --signature")
+        if not yes:
+            click.echo(render_pairs(_said(row)), err=True)
         confirm(f"Approve that {row.kek_id} is destroyed?", yes=yes)
         if path is not None:
             signer = load_signer(path, name, strict=True)
@@ -279,6 +291,7 @@ def destroy(
             row, _, found = shredding.require_due(conn, number)
             question = f"Destroy {row.kek_id} for good, and {len(found.deks)} data keys with it?"
             confirm(question, yes=yes)
+            _require_same_provider(operator, row)
             _require_retiring(operator, row.kek_id)
             if not elsewhere:
                 destroy_version(operator.settings.encryption.kms, row.kek_id)
@@ -305,15 +318,25 @@ def destroy(
         raise RefusedError("a stream does not say so in its chain", hint="the table says why")
 
 
+def _require_same_provider(operator: Operator, row: Row) -> None:
+    """Refuse where we would ask another KMS than the order is about: it has none of that one's keys."""
+    used = operator.settings.encryption.kms.provider
+    if used != row.kms_provider:
+        raise RefusedError(
+            f"{row.kek_id} is in the KMS of provider {row.kms_provider}, this configuration is for {used}",
+            hint="give --config with [encryption.kms] of the KEK's own provider",
+        )
+
+
 def _require_gone(operator: Operator, kek_id: str) -> None:
     from vsql_shared.kms import open_provider
 
     settings = operator.settings
     provider = open_provider(settings.encryption.kms, strict=settings.server.mode == "prod")
     try:
-        if any(one.kek_id == kek_id for one in provider.versions()):
+        if provider.remains(kek_id):
             raise RefusedError(
-                f"the KMS still lists {kek_id}",
+                f"the KMS still has {kek_id}, or can restore it",
                 hint="one that is only scheduled or disabled there can come back: wait until it is gone",
             )
     finally:
@@ -333,6 +356,8 @@ def proof(operator: Operator, number: int, out: Path) -> None:
     with open_node(operator) as conn:
         done = shredding.require_destroyed(conn, number)
         entries, named = shredding.entries(conn, done)
+    if not done.deks:
+        raise RefusedError(f"order {number} covers no data key: no chain says anything of it, to be proven")
     if named < len(done.deks):
         raise TransientError(
             f"{len(done.deks) - named} of {len(done.deks)} data keys stand in no chain yet",

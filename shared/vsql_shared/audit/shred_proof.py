@@ -11,6 +11,7 @@ Verifying, with keys the verifier has from elsewhere, never from the file:
 3. Each entry is the node's, in its cluster, and names this order (entries of another order).
 4. All entries together name exactly the data keys the order covers (a key left out, or slipped in).
 5. Nothing happened before its time (an order carried out before it was due, an entry before the act).
+   Order and act have the database's time, entries their producer's: these may differ by some minutes.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from vsql_shared.errors import DecodeError, RecordError
 
 TYPE = "vsql-sync/shred-proof/v1"
 MAX_SIZE = 256 << 20
+_CLOCKS = 300_000_000
+"""µs by which two machines' clocks may differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,9 @@ def verify_proof(proof: bytes, operators: Sequence[PinnedKey], node_keys: Sequen
     counts = {chain: sum(of == chain for of, _ in deks) for chain, _ in deks}
     if counts != {chain: one.deks for chain, one in order.covers.items() if one.deks}:
         raise RecordError("the order's own count of data keys is not that of its chains")
-    at = max((one.destroyed_at for _, one in found), default=order.not_before)
+    if not found:
+        raise RecordError("no entry says that it was destroyed: the order covers no data key")
+    at = max(one.destroyed_at for _, one in found)
     places = tuple((entry.chain, entry.sequence) for entry, _ in found)
     return Proven(order, approver, at, deks, places)
 
@@ -98,7 +103,8 @@ def _entry(
     said = destroyed(entry)
     if said.order != document_hash(document).hex() or said.kek_id != order.kek_id:
         raise RecordError("an entry says that another order was carried out", record=where)
-    if not order.requested_at <= order.not_before <= said.destroyed_at <= entry.event_timestamp:
+    at = said.destroyed_at
+    if not order.requested_at <= order.not_before <= at <= entry.event_timestamp + _CLOCKS:
         raise RecordError("the times of order, destruction and entry do not follow each other", record=where)
     return entry, said
 

@@ -18,7 +18,7 @@ from vsql_shared.audit.chain import Accepted, ChainReader, writer_of
 from vsql_shared.audit.dsse import SignedDocument
 from vsql_shared.audit.entries import peek_chain
 from vsql_shared.crypto.signing import PinnedKey, TrustStore
-from vsql_shared.errors import ChainError, DecodeError
+from vsql_shared.errors import ChainError, DecodeError, SignatureError
 
 
 class ToldHead:
@@ -43,9 +43,13 @@ class ToldHead:
         self._reader = ChainReader(cluster, chain, writer_of(chain), TrustStore(trusted))
         self._sequence, self._told = sequence, told
         self._reached = False
+        self._refused: SignatureError | None = None
 
     def feed(self, encoded: bytes, where: str) -> None:
-        """Take the next document of a partition. Raises ChainError, SignatureError."""
+        """Take the next document of a partition. Raises ChainError.
+
+        What is not the node's is passed over: anybody who may write to the topic can put it there.
+        """
         if self._reached:
             return
         try:
@@ -53,7 +57,11 @@ class ToldHead:
                 return
         except DecodeError:
             return  # no entry of any chain; whether it stops the stream is for the stream to say
-        found = self._reader.accept(encoded, where)
+        try:
+            found = self._reader.accept(encoded, where)
+        except SignatureError as error:
+            self._refused = self._refused or error
+            return
         if not isinstance(found, Accepted) or found.entry.sequence < self._sequence:
             return
         if found.entry_hash != self._told:
@@ -66,9 +74,9 @@ class ToldHead:
         self._reached = True
 
     def require(self) -> None:
-        """Raise ChainError unless the entry was found."""
+        """Raise ChainError unless the entry was found, SignatureError where something was passed over."""
         if not self._reached:
-            raise ChainError(
+            raise self._refused or ChainError(
                 f"chain {self._reader.chain} ends at entry {self._reader.head.sequence} in Kafka,"
                 f" before entry {self._sequence}"
             )

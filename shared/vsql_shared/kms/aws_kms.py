@@ -193,6 +193,16 @@ class AwsKek:
             KekVersion(current, AES_256_BITS, active=True),
         ]
 
+    def remains(self, kek_id: str) -> bool:
+        """Whether AWS still knows the key: one that is disabled or pending deletion can come back."""
+        try:
+            self._client.describe_key(KeyId=local_arn(kek_id, self._region))
+        except self._client.exceptions.NotFoundException:
+            return False
+        except (boto.BotoCoreError, boto.ClientError) as error:
+            raise aws_error(error, f"looking up key {kek_id}") from error
+        return True
+
     def wrap(self, secret: bytes, context: bytes) -> Wrapped:
         """Encrypt a data key at AWS, under the key the alias points at now."""
         with _translated("wrapping a data key"):

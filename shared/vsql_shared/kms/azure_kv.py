@@ -40,6 +40,7 @@ _DOMAINS = frozenset({
     "vault.usgovcloudapi.net", "managedhsm.usgovcloudapi.net",
 })  # fmt: skip
 _KEK_ID = re.compile(r"([A-Za-z0-9-]{3,127})(?:\.([a-z.]+))?/keys/([A-Za-z0-9-]{1,127})")
+_NOT_FOUND = 404
 _VERSION = re.compile(r"[0-9A-Za-z]{1,64}")
 _MAX_PAGES = 100  # of 25 versions each
 _ALTERED = "the wrapping was altered, or made under another KEK; a deleted version is lost"
@@ -108,6 +109,11 @@ def key_request(place: Place, version: str = "") -> Request:  # no version is th
 def versions_request(place: Place) -> Request:
     """Ask for the first page of versions."""
     return Request("GET", f"https://{place.host}/keys/{place.key}/versions?{API}")
+
+
+def deleted_request(place: Place) -> Request:
+    """Ask for a key that was deleted and can be recovered."""
+    return Request("GET", f"https://{place.host}/deletedkeys/{place.key}?{API}")
 
 
 def wrap_request(place: Place, version: str, algorithm: str, secret: bytes) -> Request:
@@ -236,6 +242,16 @@ class AzureKek:
             names += page
         keys = [self._key(name) for name in names]
         return [KekVersion(self._id_of(k.version), k.strength_bits, k.version == newest) for k in keys]
+
+    def remains(self, kek_id: str) -> bool:
+        """Whether its key is there, or deleted and not purged; a single version cannot be deleted."""
+        place, version = announced_place(kek_id, self._place.host)
+        what = f"looking up {kek_id}"
+        for request in (key_request(place, version), deleted_request(place)):
+            answer = self._https.send(request, {"Authorization": f"Bearer {self._token()}"})
+            if answer.status != _NOT_FOUND:
+                return self._https.read(what, answer, lambda _: True, _GRANT, _GRANT)
+        return False
 
     def wrap(self, secret: bytes, context: bytes) -> Wrapped:  # noqa: ARG002  # no algorithm takes it
         """Encrypt a data key at Azure, under the newest version."""

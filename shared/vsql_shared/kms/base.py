@@ -79,6 +79,13 @@ class KekProvider(Protocol):
         """Every version that can unwrap, the wrapping one included."""
         ...
 
+    def remains(self, kek_id: str) -> bool:
+        """Whether a version is there in any state, or can come back: disabled and scheduled ones are there.
+
+        Raises KeyUnavailableError when this provider cannot say so: it is no version of this KEK.
+        """
+        ...
+
     def wrap(self, secret: bytes, context: bytes) -> Wrapped:
         """Encrypt a data key under the newest KEK."""
         ...
@@ -109,6 +116,14 @@ def rsa_strength(modulus_bits: int) -> int:
             return strength
     raise KeyUnavailableError(
         f"an RSA key of {modulus_bits} bits protects nothing any more", hint="use RSA-3072, better AES-256"
+    )
+
+
+def foreign(kek_id: str, name: str) -> KeyUnavailableError:
+    """A version of another KEK than the configured one: whether it is gone cannot be seen here."""
+    return KeyUnavailableError(
+        f"{kek_id} is no version of {name}, which [encryption.kms] names",
+        hint="do this with a configuration that names the KEK's own provider and name",
     )
 
 

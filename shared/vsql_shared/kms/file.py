@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap
 
 from vsql_shared.crypto.signing import write_new_file
 from vsql_shared.errors import KeyUnavailableError
-from vsql_shared.kms.base import AES_GCM, AES_KWP, KekVersion, Wrapped
+from vsql_shared.kms.base import AES_GCM, AES_KWP, KekVersion, Wrapped, foreign
 from vsql_shared.private_files import read_private
 
 MAGIC = "vsql-sync-kek-file"
@@ -60,9 +60,11 @@ def rotate_kek_file(path: Path) -> str:
 def destroy_version(path: Path, kek_id: str) -> None:
     """Remove a version's line; one that is not there is gone already. Copies of the file are not our doing.
 
-    Raises KeyUnavailableError for the version that wraps: producers would have none.
+    Raises KeyUnavailableError for the version that wraps (producers would have none) and for another KEK's.
     """
     name, keys = _parse(path, _read(path))
+    if kek_id.rpartition("/")[0] != name:
+        raise foreign(kek_id, name)
     if kek_id == f"{name}/{max(keys)}":
         raise KeyUnavailableError(f"{kek_id} is the version that wraps", hint="make the next one first")
     left = {version: key for version, key in keys.items() if f"{name}/{version}" != kek_id}
@@ -180,6 +182,13 @@ class FileKek:
         self._refresh()
         newest = max(self._keys)
         return [KekVersion(f"{self._id}/{v}", self.strength_bits, v == newest) for v in sorted(self._keys)]
+
+    def remains(self, kek_id: str) -> bool:
+        """Whether the file has its line; of copies of the file nobody knows."""
+        self._refresh()
+        if kek_id.rpartition("/")[0] != self._id:
+            raise foreign(kek_id, self._id)
+        return self._version(kek_id) in self._keys
 
     def wrap(self, secret: bytes, context: bytes) -> Wrapped:
         """AES-256-GCM under the newest version."""

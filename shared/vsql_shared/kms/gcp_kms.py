@@ -24,7 +24,7 @@ import google.auth.exceptions
 import google.auth.transport.requests
 
 from vsql_shared.errors import ConfigError, DecodeError, KeyUnavailableError, TransientError
-from vsql_shared.kms.base import AES_256_BITS, KekVersion, Retries, Wrapped
+from vsql_shared.kms.base import AES_256_BITS, KekVersion, Retries, Wrapped, foreign
 from vsql_shared.kms.https import Https, Request
 
 _T = TypeVar("_T")
@@ -168,6 +168,14 @@ def parse_versions(body: dict[str, Any]) -> tuple[list[str], str]:
     return [str(name) for name in names], token
 
 
+def parse_state(body: dict[str, Any]) -> str:
+    """A version's state. Raises DecodeError."""
+    state = body.get("state")
+    if not isinstance(state, str):
+        raise DecodeError("the service's answer names no state of the version")
+    return state
+
+
 def own_version(key: str, name: str) -> str:
     """The same, if it is a version of the key. Raises KeyUnavailableError.
 
@@ -222,6 +230,14 @@ class GcpKek:
             if not token:
                 break
         return [KekVersion(name, AES_256_BITS, name == primary) for name in sorted(names, key=version_number)]
+
+    def remains(self, kek_id: str) -> bool:
+        """Whether its material is there: one whose destruction is scheduled can be restored."""
+        found = _VERSION.fullmatch(kek_id)
+        if found is None or found[1] != self._key:
+            raise foreign(kek_id, self._key)
+        request = Request("GET", f"{ADDRESS}/v1/{kek_id}")
+        return self._ask(f"looking up {kek_id}", request, _GRANT, parse_state) != "DESTROYED"
 
     def wrap(self, secret: bytes, context: bytes) -> Wrapped:
         """Encrypt a data key at Google, under the primary version."""

@@ -27,7 +27,7 @@ from pkcs11.types import DecryptMixin, EncryptMixin, SecretKey, Session, Token, 
 from pydantic import SecretStr
 
 from vsql_shared.errors import KeyUnavailableError
-from vsql_shared.kms.base import AES_GCM, AES_KWP, KekVersion, Wrapped
+from vsql_shared.kms.base import AES_GCM, AES_KWP, KekVersion, Wrapped, foreign
 
 KEK_BITS = 256
 NONCE_SIZE = 12
@@ -269,6 +269,12 @@ class Pkcs11Kek:
             return [KekVersion(self._id_of(keys[n]), KEK_BITS, n == newest) for n in sorted(keys)]
 
         return self._run("listing KEKs", look)
+
+    def remains(self, kek_id: str) -> bool:
+        """Whether the token has it: what is destroyed there does not come back."""
+        if kek_id.rpartition("/")[0] != self._name:
+            raise foreign(kek_id, self._name)
+        return kek_id in [one.kek_id for one in self.versions()]
 
     def wrap(self, secret: bytes, context: bytes) -> Wrapped:
         """Encrypt a data key inside the token, under the newest version."""

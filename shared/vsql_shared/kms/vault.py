@@ -23,7 +23,7 @@ from urllib.parse import quote
 from pydantic import SecretStr
 
 from vsql_shared.errors import ConfigError, DecodeError, KeyUnavailableError
-from vsql_shared.kms.base import KekVersion, Wrapped, rsa_strength
+from vsql_shared.kms.base import KekVersion, Wrapped, foreign, rsa_strength
 from vsql_shared.kms.https import Answer, Https, Request, refusal_text
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -111,6 +111,15 @@ def parse_key(body: dict[str, Any]) -> VaultKey:
     return VaultKey(kind, strength, versions)
 
 
+def parse_least_available(body: dict[str, Any]) -> int:
+    """The oldest version whose material the server has: those before were trimmed. Raises DecodeError."""
+    data = body.get("data")
+    least = data.get("min_available_version", 0) if isinstance(data, dict) else None
+    if type(least) is not int:
+        raise DecodeError("the server's answer does not say which versions are available")
+    return least
+
+
 def _is_version(text: object) -> bool:
     return isinstance(text, str) and re.fullmatch(r"[0-9]{1,9}", text) is not None
 
@@ -180,6 +189,15 @@ class VaultKek:
             KekVersion(self._id_of(number), key.strength_bits, number == key.versions[-1])
             for number in key.versions
         ]
+
+    def remains(self, kek_id: str) -> bool:
+        """Whether it was not trimmed: one below min_decryption_version is archived and can come back."""
+        name, _, version = kek_id.rpartition("/")
+        ours = f"{self._mount}/{self._key}"
+        if name != ours or not _is_version(version):
+            raise foreign(kek_id, ours)
+        request = key_request(self._address, self._mount, self._key)
+        return int(version) >= self._ask(f"looking up {ours}", request, _GRANT, parse_least_available)
 
     def wrap(self, secret: bytes, context: bytes) -> Wrapped:
         """Encrypt a data key at the server, under the newest version."""

@@ -6,14 +6,14 @@ Rules:
 * requested → scheduled → destroyed, or cancelled before that. Scheduled and destroyed are two things: until
   its time has come, a second person's approval takes nothing away.
 * Signatures are verified again whenever an order is used, not only when it is made: a row is no proof.
-* An order covers the data keys of this node that no other KEK version wraps. What it covers is looked at
-  again before it is carried out; if that has changed, it is not.
+* An order covers the data keys of this node that no other KEK version wraps (coverage.py). What it covers is
+  looked at again before it is carried out; if that has changed, it is not.
 * The version that wraps, and one that a key in use lies under, are never destroyed.
+* What time it is, the database says.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -22,7 +22,6 @@ from vsql_shared.audit.dsse import document_hash
 from vsql_shared.audit.entries import KEY_DESTROYED
 from vsql_shared.audit.rows import microseconds, parse, timestamp
 from vsql_shared.audit.shredding import (
-    Covered,
     ShredOrder,
     destroyed,
     keys_hash,
@@ -33,7 +32,7 @@ from vsql_shared.audit.shredding import (
 from vsql_shared.crypto.signing import PinnedKey, Signer, fingerprint
 from vsql_shared.errors import RefusedError, UserError
 from vsql_shared.names import live_chain_of
-from vsql_shared.pg import commands, nodes, oplog
+from vsql_shared.pg import commands, coverage, nodes, oplog
 from vsql_shared.pg.connect import Connection, errors
 
 
@@ -51,19 +50,6 @@ class Row:
     not_before: int
     ended_at: int
     """µs since 1970; 0: not ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class Coverage:
-    """What destroying a KEK version would take away."""
-
-    deks: tuple[tuple[str, str], ...]
-    """(chain, dek_id)"""
-    covers: dict[str, Covered]
-    in_use: tuple[str, ...]
-    """Data keys that seal now."""
-    survive: int
-    """Data keys it wrapped that another version wraps, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,47 +116,6 @@ def end_operator(conn: Connection, operator: str, reason: str) -> str:
     return str(row[0])
 
 
-_ONLY_HERE = """
-SELECT d.chain, d.dek_id, d.tuples, d.state,
-    EXISTS (SELECT FROM vsql_sync.dek_wrappings w WHERE w.dek_id = d.dek_id
-            AND (w.kms_provider, w.kek_id) <> (%(provider)s, %(kek)s)
-            AND NOT EXISTS (SELECT FROM vsql_sync.shred_orders o WHERE o.state = 'destroyed'
-                            AND (o.kms_provider, o.kek_id) = (w.kms_provider, w.kek_id))) AS elsewhere
-FROM vsql_sync.deks d
-WHERE d.state <> 'destroyed' AND EXISTS (
-    SELECT FROM vsql_sync.dek_wrappings w
-    WHERE w.dek_id = d.dek_id AND (w.kms_provider, w.kek_id) = (%(provider)s, %(kek)s))
-ORDER BY d.chain, d.dek_id
-"""
-_UNAPPLIED = """
-SELECT a.chain, count(*) FROM vsql_sync.vsql_sync_audit a
-WHERE a.event_type = 'replication_batch' AND a.dek_id = ANY(%s) AND EXISTS (
-    SELECT FROM vsql_sync.stream_targets t
-    WHERE t.chain = a.chain AND t.target <> '*' AND t.acked_sequence < a.sequence)
-GROUP BY a.chain
-"""
-
-
-def coverage(conn: Connection, provider: str, kek_id: str) -> Coverage:
-    """What destroying this version would take away now."""
-    with errors("looking at what a KEK version wraps"):
-        rows = conn.execute(_ONLY_HERE.encode(), {"provider": provider, "kek": kek_id}).fetchall()
-        gone = [(chain, dek_id, tuples) for chain, dek_id, tuples, _, elsewhere in rows if not elsewhere]
-        names = [dek_id for _, dek_id, _ in gone]
-        unapplied: dict[str, int] = dict(conn.execute(_UNAPPLIED.encode(), (names,)).fetchall())
-    covers = {
-        of: Covered(
-            deks=sum(chain == of for chain, _, _ in gone),
-            tuples=sum(tuples for chain, _, tuples in gone if chain == of),
-            unapplied_batches=unapplied.get(of, 0),
-        )
-        for of in dict.fromkeys(chain for chain, _, _ in gone)
-    }
-    in_use = tuple(dek_id for _, dek_id, _, state, elsewhere in rows if state == "active" and not elsewhere)
-    survive = sum(1 for row in rows if row[4])
-    return Coverage(tuple((chain, dek_id) for chain, dek_id, _ in gone), covers, in_use, survive)
-
-
 def request(
     conn: Connection, signer: Signer, provider: str, kek_id: str, reason: str, after: timedelta
 ) -> Row:
@@ -178,13 +123,9 @@ def request(
     if not reason.strip():
         raise UserError("destroying a key needs a reason", hint='--reason "…"; it is kept in the order')
     here = nodes.local(conn)
-    found = coverage(conn, provider, kek_id)
-    if found.in_use:
-        raise RefusedError(
-            f"{len(found.in_use)} data keys under {kek_id} are in use",
-            hint="make the KEK's next version, then `syncctl key rotate-kek` puts it to use",
-        )
-    now = time.time_ns() // 1000
+    found = coverage.of(conn, provider, kek_id)
+    coverage.require_unneeded(found, kek_id)
+    now = _now(conn)
     order = ShredOrder(
         cluster=here.cluster,
         node=here.name,
@@ -214,6 +155,12 @@ def request(
     return load(conn, int(row[0]))
 
 
+def _now(conn: Connection) -> int:
+    """The database's time, µs since 1970: that of the machine the command runs on is its owner's."""
+    with errors("asking what time it is"):
+        return microseconds(conn.execute("SELECT pg_catalog.clock_timestamp()").fetchall()[0][0])
+
+
 def load(conn: Connection, number: int) -> Row:
     """An order by its number. Raises RefusedError."""
     found = [row for row in everything(conn) if row.id == number]
@@ -236,14 +183,22 @@ def everything(conn: Connection) -> list[Row]:
     ]  # fmt: skip
 
 
-def approve(conn: Connection, number: int, approver: str, approval: bytes) -> Row:
-    """Take a second person's signature; the key is then scheduled for destruction."""
+def to_be_approved(conn: Connection, number: int) -> Row:
+    """An order whose signed bytes say what its row says: nobody approves what they were not shown."""
     row = load(conn, number)
     if row.state != "requested":
         raise RefusedError(f"order {number} is {row.state}: there is nothing to approve")
+    _ours(conn, row, open_order(row.document, operators(conn, present=True)))
+    return row
+
+
+def approve(conn: Connection, number: int, approver: str, approval: bytes) -> Row:
+    """Take a second person's signature; the key is then scheduled for destruction."""
+    row = to_be_approved(conn, number)
     name = verify_approval(row.document, approver, approval, operators(conn, present=True))
-    _move(conn, row, "scheduled", {"approver": approver, "approval": approval})
-    oplog.record(conn, "key.approve", "kek", row.kek_id, new={"order": number, "operator": name})
+    with errors("approving an order"), conn.transaction():
+        _move(conn, row, "scheduled", {"approver": approver, "approval": approval})
+        oplog.record(conn, "key.approve", "kek", row.kek_id, new={"order": number, "operator": name})
     return load(conn, number)
 
 
@@ -254,8 +209,10 @@ def cancel(conn: Connection, number: int, reason: str) -> Row:
     row = load(conn, number)
     if row.state not in ("requested", "scheduled"):
         raise RefusedError(f"order {number} is {row.state}: it cannot be cancelled")
-    _move(conn, row, "cancelled", {"reason": reason.strip()})
-    oplog.record(conn, "key.cancel-shred", "kek", row.kek_id, new={"order": number, "reason": reason.strip()})
+    said = {"order": number, "reason": reason.strip()}
+    with errors("cancelling an order"), conn.transaction():
+        _move(conn, row, "cancelled", {"reason": reason.strip()})
+        oplog.record(conn, "key.cancel-shred", "kek", row.kek_id, new=said)
     return load(conn, number)
 
 
@@ -265,7 +222,7 @@ def _move(conn: Connection, row: Row, state: str, values: dict[str, Any]) -> Non
             "UPDATE vsql_sync.shred_orders SET state = %(to)s,"
             " approver = coalesce(%(approver)s, approver), approval = coalesce(%(approval)s, approval),"
             " approved_at = CASE WHEN %(to)s = 'scheduled' THEN now() ELSE approved_at END,"
-            " ended_at = CASE WHEN %(to)s IN ('destroyed', 'cancelled') THEN now() END,"
+            " ended_at = CASE WHEN %(to)s IN ('destroyed', 'cancelled') THEN clock_timestamp() END,"
             " ended_reason = %(reason)s WHERE id = %(id)s AND state = %(from)s",
             {"approver": None, "approval": None, "reason": None}
             | values
@@ -275,19 +232,20 @@ def _move(conn: Connection, row: Row, state: str, values: dict[str, Any]) -> Non
         raise RefusedError(f"order {row.id} was changed by somebody else meanwhile", hint="look at it again")
 
 
-def require_due(conn: Connection, number: int) -> tuple[Row, ShredOrder, Coverage]:
+def require_due(conn: Connection, number: int) -> tuple[Row, ShredOrder, coverage.Coverage]:
     """An order that may be carried out now. Raises RefusedError, SignatureError."""
     row = load(conn, number)
     if row.state != "scheduled":
         hint = "another operator approves it: `syncctl key approve`" if row.state == "requested" else ""
         raise RefusedError(f"order {number} is {row.state}, not scheduled", hint=hint)
     order = _verified(conn, row, operators(conn, present=True))
-    if time.time_ns() // 1000 < order.not_before:
+    if _now(conn) < order.not_before:
         raise RefusedError(
             f"order {number} may be carried out from {timestamp(order.not_before):%Y-%m-%d %H:%M:%S} UTC on"
         )
-    found = coverage(conn, row.kms_provider, row.kek_id)
-    if found.in_use or keys_hash(found.deks) != order.deks_sha256:
+    found = coverage.of(conn, row.kms_provider, row.kek_id)
+    coverage.require_unneeded(found, row.kek_id)
+    if keys_hash(found.deks) != order.deks_sha256:
         raise RefusedError(
             f"order {number} covers other data keys than {row.kek_id} wraps alone now",
             hint="cancel it with `syncctl key shred --cancel`, and order anew",
@@ -298,7 +256,11 @@ def require_due(conn: Connection, number: int) -> tuple[Row, ShredOrder, Coverag
 def _verified(conn: Connection, row: Row, keys: list[PinnedKey]) -> ShredOrder:
     """What the order's signed bytes say: the row's other columns are nobody's word."""
     verify_approval(row.document, row.approver, row.approval, keys)
-    order, here = open_order(row.document, keys), nodes.local(conn)
+    return _ours(conn, row, open_order(row.document, keys))
+
+
+def _ours(conn: Connection, row: Row, order: ShredOrder) -> ShredOrder:
+    here = nodes.local(conn)
     if (order.cluster, order.node) != (here.cluster, here.name):
         raise RefusedError(f"order {row.id} is one of node {order.node} in cluster {order.cluster}")
     if (order.kms_provider, order.kek_id) != (row.kms_provider, row.kek_id):
@@ -308,8 +270,9 @@ def _verified(conn: Connection, row: Row, keys: list[PinnedKey]) -> ShredOrder:
 
 def record_destroyed(conn: Connection, number: int) -> list[int]:
     """The KMS has destroyed it: mark what is gone, and have the chains say so; the commands' ids."""
-    row, _, found = require_due(conn, number)
     with errors("noting destroyed keys"), conn.transaction():
+        conn.execute("LOCK TABLE vsql_sync.dek_wrappings IN SHARE MODE")  # require_alive
+        row, _, found = require_due(conn, number)
         _move(conn, row, "destroyed", {})
         conn.execute(
             "UPDATE vsql_sync.deks SET state = 'destroyed', destroyed_by = %s,"
@@ -331,26 +294,26 @@ def tell_again(conn: Connection, number: int) -> list[int]:
 
 def _have_told(conn: Connection, number: int, kek_id: str, deks: tuple[tuple[str, str], ...]) -> list[int]:
     line = oplog.record(conn, "key.destroy", "kek", kek_id, new={"order": number})
-    args, unfinished = {"order": number, "audit_log": line}, _unfinished(conn)
+    args, unfinished = {"order": number, "audit_log": line}, coverage.unfinished(conn)
     return [
         commands.request(conn, "producer", "key-destroyed", args, "", chain)
         for chain in sorted({_teller(of, unfinished) for of, _ in deks} & unfinished)
     ]
 
 
-def _unfinished(conn: Connection) -> set[str]:
-    rows = conn.execute("SELECT chain FROM vsql_sync.streams WHERE direction = 'out' AND state <> 'FINISHED'")
-    return {row[0] for row in rows}
-
-
 def _teller(chain: str, unfinished: set[str]) -> str:
-    """The chain that names a chain's keys: itself, or the live one where a first copy is over."""
-    return chain if chain in unfinished else live_chain_of(chain)
+    """The chain that names a chain's keys: itself, a first copy's live one, or any that is still written.
+
+    A stream that was ended has no targets, but the proof needs an entry for every key.
+    """
+    live = live_chain_of(chain)
+    others = sorted(unfinished, key=lambda one: (one != live_chain_of(one), one))
+    return next((one for one in (chain, live, *others) if one in unfinished), live)
 
 
 def told_by(conn: Connection, chain: str, deks: tuple[tuple[str, str], ...]) -> dict[str, list[str]]:
     """Of these keys, those that `chain` names: by the chain they sealed."""
-    unfinished = _unfinished(conn)
+    unfinished = coverage.unfinished(conn)
     found: dict[str, list[str]] = {}
     for of, dek_id in deks:
         if _teller(of, unfinished) == chain:
