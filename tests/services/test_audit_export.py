@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from tests.audit_example import run_example
 from tests.audit_history import CHAIN, CLUSTER, A, B, acknowledged, ordinary, signer, trust
 from tests.conftest import NewDatabase
-from tests.services.test_audit_cli import run_example
 from tests.services.test_audit_proofs import Logs
 from tests.services.test_audit_trail import TABLE, as_attacker, store
 from vsql_shared.audit import tree
@@ -53,7 +53,7 @@ def test_one_signature_proves_every_exported_entry_to_the_documented_program(
 ) -> None:
     path = export(logs, "--proofs", *arguments)
     assert len(json.loads(path.read_text())["entries"]) == count
-    done = run_example(path, A.fingerprint)
+    done = run_example(path, A)
     said = f"{CHAIN}: verified up to 11\n{CHAIN}: in a checkpoint of 11 entries\n"
     assert (done.returncode, done.stdout) == (0, said), done.stderr
     end = json.loads(path.read_text())["end"]["chains"][CHAIN]
@@ -101,7 +101,7 @@ def test_an_export_whose_signature_is_of_something_else_does_not_verify(logs: Lo
     whole = json.loads(path.read_text())
     FORGERIES[case](whole)
     path.write_text(json.dumps(whole))
-    assert run_example(path, A.fingerprint).returncode != 0
+    assert run_example(path, A).returncode != 0
 
 
 def test_nothing_is_signed_of_a_trail_that_does_not_verify_and_the_rest_is_still_exported(logs: Logs) -> None:
