@@ -140,6 +140,7 @@ class Pipeline:
 
     def _take(self, ready: Ready) -> None:
         """One entry of the chain."""
+        self._cosigner.hold(ready.head)
         entry = ready.entry
         if entry is None or (ready.skipped and entry.batch):
             self._skip(ready, entry)
@@ -364,8 +365,7 @@ class Pipeline:
     def _cosign(self) -> None:
         """Between transactions, when it is time: what is cosigned is committed."""
         if not self._group.fragments:
-            ack_chain = names.ack_chain(self._chain, self._means.stream.target)
-            self._cosigner.look(self._means.control, ack_chain, self.position.head)
+            self._cosigner.look(self.position.head)
 
     def _rest(self, came: int) -> None:
         """After a while without records: tidy up, once."""
