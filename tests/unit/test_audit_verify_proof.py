@@ -75,6 +75,7 @@ def auditor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Auditor:
 def test_an_entry_is_proven_to_be_in_the_checkpoint_the_auditor_keeps(auditor: Auditor) -> None:
     code, found, err = auditor.verify(inclusion(HISTORY, 3), checkpoint(HISTORY, SIZE))
     assert (code, found["sequence"], found["prefix"]) == (0, 3, SIZE), err
+    assert (found["signed_by"], found["keys"]) == ("node-a", [A.fingerprint])
 
 
 def test_an_entry_of_another_history_than_the_kept_checkpoints_is_a_split_view(auditor: Auditor) -> None:

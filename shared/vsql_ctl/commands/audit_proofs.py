@@ -342,9 +342,11 @@ def _found(opened: Opened, keys: _Keys, before: Checkpoint | None = None) -> dic
     `before`: a checkpoint the one of the file must be the same as, if there is no proof between both.
     """
     from vsql_shared.audit.checkpoint import cosigner_key
+    from vsql_shared.crypto.signing import fingerprint
 
     head = opened.checkpoint
     opened.require_writer()
+    writers = [one.key for one in opened.signatures if one.at is None]
     signed = {one.key.name: one.at for one in opened.signatures if one.at is not None}
     cosigned = []
     for node, key in keys.cosigners.items():
@@ -358,6 +360,7 @@ def _found(opened: Opened, keys: _Keys, before: Checkpoint | None = None) -> dic
         "size": head.size,
         "root": head.root.hex(),
         "signed_by": head.log.writer,
+        "keys": [fingerprint(one.public_key) for one in writers],
         "cosigned": cosigned,
     } | ({} if before is None else _same(before, head))
 
