@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from vsql_consumers import state
-from vsql_consumers.cosign import Cosigner
+from vsql_consumers.cosign import Cosigner, load_last
 from vsql_consumers.quarantine import is_skipped
 from vsql_consumers.session import server_position
 from vsql_consumers.state import Receipt
@@ -102,8 +102,10 @@ class Acknowledger:
         self.entries = self.bytes = 0
 
     def cosigner(self, every: timedelta) -> Cosigner:
-        """Who cosigns the heads of the stream's chain in this one."""
-        return Cosigner(self, self._signer, Log(self._place.cluster, self._place.chain), every)
+        """Who cosigns the heads of the stream's chain in this one; once it was started."""
+        place = self._place
+        last = load_last(self._conn, place.ack_chain)
+        return Cosigner(self, self._signer, Log(place.cluster, place.chain), every, last)
 
     def start(self, read_own: ReadOwn, from_offset: int) -> None:
         """Bring Kafka level with the table; acknowledge receipts a crash left behind.

@@ -180,6 +180,7 @@ class Pipeline:
 
     def _take(self, ready: Ready) -> None:
         """One entry of the chain."""
+        self._cosigner.hold(ready.head)
         entry = ready.entry
         if self._members is not None:
             if not is_alone(ready):
@@ -479,8 +480,7 @@ class Pipeline:
     def _cosign(self) -> None:
         """Between transactions, when it is time: what is cosigned is committed."""
         if not self._group.fragments:
-            ack_chain = names.ack_chain(self._chain, self._means.stream.target)
-            self._cosigner.look(self._means.control, ack_chain, self.position.head)
+            self._cosigner.look(self.position.head)
 
     def _rest(self, came: int) -> None:
         """After a while without records: tidy up, once."""

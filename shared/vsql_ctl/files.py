@@ -28,6 +28,10 @@ def complete_file(target: Path) -> Iterator[TextIO]:
             file.flush()
             os.fsync(file.fileno())
         Path(name).replace(target)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a full disk is no defect of ours
+            raise UserError(
+                f"cannot write {target}: {error.strerror}", hint="nothing of it is kept; make room"
+            ) from error
         raise

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import stat
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]  # no stubs say so
 
+from tests.audit_example import run_example
 from tests.audit_history import ACKS, CHAIN, CLUSTER, A, B, History, acknowledged, ordinary
 from tests.conftest import NewDatabase
 from tests.services.test_audit_trail import TABLE, as_attacker, store
@@ -359,29 +357,14 @@ def test_time_that_is_none_is_refused(replicated: Pair) -> None:
     assert (code, "is no time" in err) == (2, True)
 
 
-def worked_example() -> str:
-    text = (ROOT / "docs" / "operations" / "audit.md").read_text()
-    [program] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert isinstance(program, str)
-    return program
-
-
-def run_example(file: Path, *fingerprints: str) -> subprocess.CompletedProcess[str]:
-    program = file.with_name("verify.py")
-    program.write_text(worked_example())
-    return subprocess.run(
-        [sys.executable, str(program), str(file), *fingerprints], capture_output=True, text=True, check=False
-    )
-
-
 def test_export_is_verified_by_the_documented_program_alone(replicated: Pair, tmp_path: Path) -> None:
     target = tmp_path / "report.json"
     code, _, err = replicated.syncctl("node-a", "audit", "export", "--output", str(target))
     assert (code, "exported 11 entries" in err) == (0, True)
     assert stat.S_IMODE(target.stat().st_mode) == 0o600
-    done = run_example(target, A.fingerprint)
+    done = run_example(target, A)
     assert (done.returncode, done.stdout) == (0, f"{CHAIN}: verified up to 11\n"), done.stderr
-    assert run_example(target, B.fingerprint).returncode != 0
+    assert run_example(target, B).returncode != 0
     logged = replicated.conns["node-a"].execute(
         "SELECT target_id FROM vsql_sync.audit_log WHERE action = 'audit.export'"
     )
@@ -404,7 +387,7 @@ def test_altered_export_does_not_verify(replicated: Pair, tmp_path: Path, case: 
     export = json.loads(target.read_text())
     FORGERIES[case](export)
     target.write_text(json.dumps(export))
-    assert run_example(target, A.fingerprint).returncode != 0
+    assert run_example(target, A).returncode != 0
 
 
 def test_jsonl_export_holds_the_same(replicated: Pair, tmp_path: Path) -> None:

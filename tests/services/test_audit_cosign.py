@@ -12,10 +12,14 @@ import pytest
 from tests.nodes import Node, TwoNodes
 from tests.stack import Stack
 from tests.waiting import until
+from vsql_shared.audit.chain import ChainWriter, new_incarnation
 from vsql_shared.audit.checkpoint import Checkpoint, Log, open_checkpoint
+from vsql_shared.audit.entries import CHECKPOINT_COSIGNED, canonical_json
 from vsql_shared.audit.heads import own_head, remembered_checkpoint
 from vsql_shared.audit.rows import parse
-from vsql_shared.crypto.signing import load_public_key
+from vsql_shared.audit.store import insert_entries, load_head
+from vsql_shared.crypto.signing import load_public_key, load_signer
+from vsql_shared.names import ack_chain
 from vsql_shared.pg.connect import connect
 
 _until = partial(until, timeout=60)
@@ -86,3 +90,35 @@ def test_a_target_cosigns_what_it_has_applied_and_both_sides_agree(pair: TwoNode
     keys = ("--key", str(public(pair.a)), "--cosigner", f"node-b={public(pair.b)}")
     found = pair.a.ctl_json("audit", "verify-proof", str(both), *keys)
     assert (found["chain"], [one["node"] for one in found["cosigned"]]) == (pair.chain, ["node-b"])
+
+
+def cosign_another_history(pair: TwoNodes, size: int) -> None:
+    """B's chain says that B has cosigned a head of this size, as if its database had been set back since."""
+    signer = load_signer(public(pair.b).with_suffix(".key"), "node-b")
+    chain = ack_chain(pair.chain, "node-b")
+    note = Checkpoint(Log(pair.cluster, pair.chain), size, bytes(32)).sign(signer, 9).encode()
+    with connect(pair.b.conninfo, application_name="test") as conn:
+        writer = ChainWriter(signer, pair.cluster, chain, load_head(conn, chain), new_incarnation())
+        opened = writer.open_epoch(lsn=1, system_identifier="1", timeline=1, source_node_id="node-a")
+        writer.commit(opened.entry_hash)
+        detail = canonical_json({"note": note})
+        said = writer.next(event_type=CHECKPOINT_COSIGNED, batch_lsn_start=1, batch_lsn_end=1, detail=detail)
+        insert_entries(conn, [(one.encoded, None) for one in (opened, said)])
+
+
+def test_a_target_that_was_set_back_does_not_cosign_another_history(pair: TwoNodes) -> None:
+    write_and_wait(pair, 0)
+    pair.b.stop("consumer")
+    size = pair.heads()[0] + 1
+    cosign_another_history(pair, size)
+    before = len(cosigned(pair))
+    pair.b.start("consumer")
+    pair.a.execute("INSERT INTO t VALUES (1, 'x')")
+    refused = (
+        "SELECT detail->'refused'->>'error' FROM vsql_sync.stream_status"
+        " WHERE chain = %s AND state = 'refused'"
+    )
+    _until(lambda: "split view" in str(pair.b.query(refused, pair.chain)))
+    assert pair.heads() == (size, size - 1)
+    assert pair.b.query("SELECT id FROM t") == [(0,)]
+    assert len(cosigned(pair)) == before

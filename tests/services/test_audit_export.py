@@ -6,20 +6,24 @@ import base64
 import csv
 import json
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.audit_history import CHAIN, CLUSTER, A, B, acknowledged, ordinary, signer
+from tests.audit_example import run_example
+from tests.audit_history import CHAIN, CLUSTER, A, B, acknowledged, ordinary, signer, trust
 from tests.conftest import NewDatabase
-from tests.services.test_audit_cli import run_example
 from tests.services.test_audit_proofs import Logs
 from tests.services.test_audit_trail import TABLE, as_attacker, store
 from vsql_shared.audit import tree
 from vsql_shared.audit.checkpoint import Checkpoint, Log
+from vsql_shared.audit.export import export as write_pieces
 from vsql_shared.audit.export import readable
+from vsql_shared.audit.links import Linked, require_signed
 from vsql_shared.audit.rows import timestamp
+from vsql_shared.errors import ChainError, SignatureError
 
 HISTORY = ordinary()
 
@@ -49,7 +53,7 @@ def test_one_signature_proves_every_exported_entry_to_the_documented_program(
 ) -> None:
     path = export(logs, "--proofs", *arguments)
     assert len(json.loads(path.read_text())["entries"]) == count
-    done = run_example(path, A.fingerprint)
+    done = run_example(path, A)
     said = f"{CHAIN}: verified up to 11\n{CHAIN}: in a checkpoint of 11 entries\n"
     assert (done.returncode, done.stdout) == (0, said), done.stderr
     end = json.loads(path.read_text())["end"]["chains"][CHAIN]
@@ -97,7 +101,7 @@ def test_an_export_whose_signature_is_of_something_else_does_not_verify(logs: Lo
     whole = json.loads(path.read_text())
     FORGERIES[case](whole)
     path.write_text(json.dumps(whole))
-    assert run_example(path, A.fingerprint).returncode != 0
+    assert run_example(path, A).returncode != 0
 
 
 def test_nothing_is_signed_of_a_trail_that_does_not_verify_and_the_rest_is_still_exported(logs: Logs) -> None:
@@ -109,6 +113,39 @@ def test_nothing_is_signed_of_a_trail_that_does_not_verify_and_the_rest_is_still
     logs.signing = False
     code, _, err = logs.syncctl("node-a", "audit", "export", "--proofs", "--output", str(path))
     assert (code, "audit.signing_key_path is not set" in err) == (3, True)
+
+
+CHANGED: dict[str, str] = {
+    "an entry altered": f"UPDATE {TABLE} SET document = set_byte(document, 200, get_byte(document, 200) # 1)"
+    " WHERE sequence = 3",
+    "an entry for another": f"UPDATE {TABLE} SET document ="
+    f" (SELECT document FROM {TABLE} WHERE sequence = 4) WHERE sequence = 3",
+    "one place taken twice": f"UPDATE {TABLE} SET sequence = 3 WHERE sequence = 4",
+    "the last entry altered": f"UPDATE {TABLE} SET document ="
+    " set_byte(document, length(document) - 1, get_byte(document, length(document) - 1) # 1)"
+    " WHERE sequence = 11",
+}
+
+
+@pytest.mark.parametrize("since", [None, SINCE])
+@pytest.mark.parametrize("case", CHANGED)
+def test_what_is_altered_between_verifying_and_exporting_is_not_signed(
+    logs: Logs, case: str, since: str | None
+) -> None:
+    """The export reads in a snapshot of its own: what `sign` was given before does not count."""
+    given = []
+
+    def sign(log: Log, linked: Linked) -> str:
+        require_signed(linked, log, trust(A))
+        given.append(log)
+        return ""
+
+    conn = logs.conns["node-a"]
+    moment = None if since is None else datetime.fromisoformat(since)
+    as_attacker(conn, CHANGED[case])
+    with pytest.raises((ChainError, SignatureError)):
+        list(write_pieces(conn, CLUSTER, "node-a", datetime.now(UTC), moment, sign))
+    assert given == []
 
 
 def test_from_a_time_on_no_chain_has_a_hole_though_a_clock_went_back(logs: Logs) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests.audit_history import CHAIN, CLUSTER, A, B, History, ordinary, signer, trust
 from vsql_shared.audit.checkpoint import Log
 from vsql_shared.audit.dsse import AUDIT_ENTRY, KEY_ANNOUNCEMENT, SignedDocument, sign_document
-from vsql_shared.audit.links import follow, require_signed
+from vsql_shared.audit.links import follow, link, require_signed
 from vsql_shared.errors import ChainError, DecodeError, SignatureError
 
 LOG = Log(CLUSTER, CHAIN)
@@ -24,6 +24,16 @@ def test_every_prefix_is_held_by_its_own_last_signature(size: int) -> None:
     assert (linked.size, linked.last) == (size, DOCUMENTS[size - 1])
     if size == len(DOCUMENTS):
         assert linked.tree == HISTORY.head.tree
+
+
+@pytest.mark.parametrize("size", range(len(DOCUMENTS)))
+def test_a_chain_goes_on_from_what_was_followed(size: int) -> None:
+    linked = link(follow(DOCUMENTS[:size], LOG), DOCUMENTS[size], LOG)
+    assert linked == follow(DOCUMENTS[: size + 1], LOG)
+    for other in range(len(DOCUMENTS)):
+        if other != size + 1:
+            with pytest.raises(ChainError):
+                link(linked, DOCUMENTS[other], LOG)
 
 
 def test_a_chain_without_entries_has_the_empty_tree() -> None:

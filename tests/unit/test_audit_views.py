@@ -56,6 +56,31 @@ def test_a_split_is_named_at_its_first_entry(at: int, behind: int) -> None:
             assert history.entries[first - 1].entry_hash.hex() in found.what
 
 
+def interleaved(first: str) -> History:
+    """Batches and entries without one in turn: manifests at even sequences, or at odd ones."""
+    history = History()
+    history.open()
+    if first == "note":
+        history.note()
+    for _ in range(5):
+        history.batch()
+        history.note()
+    return history
+
+
+def test_two_histories_whose_manifests_share_no_sequence_are_a_split_too() -> None:
+    one, two = interleaved("batch"), interleaved("note")
+    manifests = [{made.entry.sequence for made in each.entries if made.entry.batch} for each in (one, two)]
+    assert not manifests[0] & manifests[1]
+    for ours, theirs in ((one, two), (two, one)):
+        found = compare_views(CHAIN, OURS, seen(ours), THEIRS, seen(theirs, "node-c"))
+        assert found is not None
+        assert "split view" in found.what
+        assert compare_views(CHAIN, OURS, seen(ours), THEIRS, seen(ours, "node-c", 4)) is None
+        # One of both has but one batch, and it stands elsewhere than the other's.
+        assert compare_views(CHAIN, OURS, seen(ours), THEIRS, seen(theirs, "node-c", 8, 9)) is not None
+
+
 def test_batches_skipped_unread_name_no_history() -> None:
     one, two = split(4)
     acks = seen(two, "node-c", 1, 3)

@@ -19,7 +19,8 @@ from vsql_ctl.trail import moment, node_database, trusted_keys
 from vsql_shared.errors import ChainError, UserError
 
 if TYPE_CHECKING:
-    from vsql_shared.audit.checkpoint import Checkpoint
+    from vsql_shared.audit.checkpoint import Log
+    from vsql_shared.audit.links import Linked
     from vsql_shared.config import Settings
     from vsql_shared.pg.connect import Connection
 
@@ -80,19 +81,32 @@ def export_trail(operator: Operator, form: str, target: Path, since: datetime | 
     click.echo(f"exported {count} entries to {target}", err=True)
 
 
-def _sign(conn: Connection, settings: Settings) -> Callable[[Checkpoint], str]:
-    """Makes this node's checkpoints; nothing is signed where the trail does not verify."""
+def _sign(conn: Connection, settings: Settings) -> Callable[[Log, Linked], str]:
+    """Makes this node's checkpoints; nothing is signed where the trail does not verify.
+
+    The export reads in a snapshot of its own, perhaps hours later: it holds the links once more, and the last
+    signature is verified of what is signed.
+    """
+    from vsql_shared.audit.checkpoint import Checkpoint
+    from vsql_shared.audit.links import require_signed
+    from vsql_shared.audit.tree import root_of
     from vsql_shared.audit.verify import verify_table
 
-    signer = signing_key(conn, settings)
-    found = verify_table(conn, trusted_keys(conn, settings), settings.cluster.name).problems
+    signer, trust = signing_key(conn, settings), trusted_keys(conn, settings)
+    found = verify_table(conn, trust, settings.cluster.name).problems
     if found:
         raise ChainError(
             f"chain {found[0].chain} does not verify: {found[0].what}",
             record=f"{found[0].chain}/{found[0].sequence}",
             hint="nothing is signed; export without --proofs, `syncctl audit verify` says more",
         )
-    return lambda head: head.sign(signer, int(time.time())).encode()
+
+    def sign(log: Log, linked: Linked) -> str:
+        require_signed(linked, log, trust)
+        head = Checkpoint(log, linked.size, root_of(linked.tree))
+        return head.sign(signer, int(time.time())).encode()
+
+    return sign
 
 
 def _write(file: TextIO, form: str, pieces: Pieces) -> int:

@@ -255,8 +255,8 @@ def verify_proof(
 ) -> None:
     """Verify a checkpoint or a proof off-line: no configuration, no database, only public keys.
 
-    FILE is a checkpoint, a proof of an entry (`prove`), or of a prefix (`prove-prefix`, with --old). Two
-    checkpoints of one size: FILE and --old. Ends with 9 when it does not verify.
+    FILE is a checkpoint, a proof of an entry (`prove`), or of a prefix (`prove-prefix`, with --old). Where
+    there is no proof between both, --old must be the same head. Ends with 9 when it does not verify.
     """
     known = _Keys(keys, dict(map(_cosigner, cosigners)))
     before = None if old is None else known.open(_read(old)).checkpoint
@@ -307,14 +307,13 @@ def _verify_file(encoded: str, keys: _Keys, before: Checkpoint | None) -> dict[s
         text = proof.checkpoint
         entry, opened = proof.verify(keys.trust(text), keys.known(text))
         shown = {"sequence": entry.entry.sequence, "event_type": entry.entry.event_type}
-        return _found(opened, keys) | shown | {"entry": readable(entry.entry)}
+        return _found(opened, keys, before) | shown | {"entry": readable(entry.entry)}
     if encoded.startswith(CONSISTENCY_MARK):
         if before is None:
             raise UserError("a proof of a prefix needs the earlier checkpoint", hint="give it with --old")
         later = ConsistencyProof.decode(encoded)
         return _found(later.verify(before, keys.known(later.checkpoint)), keys) | {"prefix": before.size}
-    opened = keys.open(encoded)
-    return _found(opened, keys) | ({} if before is None else _same(before, opened.checkpoint))
+    return _found(keys.open(encoded), keys, before)
 
 
 def _same(before: Checkpoint, head: Checkpoint) -> dict[str, Any]:
@@ -338,12 +337,17 @@ def _writer(encoded: str) -> str:
     return Checkpoint.parse(SignedNote.decode(encoded).text).log.writer
 
 
-def _found(opened: Opened, keys: _Keys) -> dict[str, Any]:
-    """What was verified. Raises SignatureError where one who must have signed has not."""
+def _found(opened: Opened, keys: _Keys, before: Checkpoint | None = None) -> dict[str, Any]:
+    """What was verified. Raises SignatureError where one who must have signed has not.
+
+    `before`: a checkpoint the one of the file must be the same as, if there is no proof between both.
+    """
     from vsql_shared.audit.checkpoint import cosigner_key
+    from vsql_shared.crypto.signing import fingerprint
 
     head = opened.checkpoint
     opened.require_writer()
+    writers = [one.key for one in opened.signatures if one.at is None]
     signed = {one.key.name: one.at for one in opened.signatures if one.at is not None}
     cosigned = []
     for node, key in keys.cosigners.items():
@@ -357,8 +361,9 @@ def _found(opened: Opened, keys: _Keys) -> dict[str, Any]:
         "size": head.size,
         "root": head.root.hex(),
         "signed_by": head.log.writer,
+        "keys": [fingerprint(one.public_key) for one in writers],
         "cosigned": cosigned,
-    }
+    } | ({} if before is None else _same(before, head))
 
 
 @click.command(

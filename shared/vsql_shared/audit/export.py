@@ -9,7 +9,8 @@ The format is documented, with a program that verifies it, in docs/operations/au
 * A document that cannot be parsed is exported too, with the reason: an export hides nothing.
 * From a time on: from the first entry of that time on in each chain, so that no chain has a hole.
 * With a signature: each chain's end has the tree of the entries before the first one, and the checkpoint in
-  which that tree and the exported entries end. So one signature proves all of them, cut ends included.
+  which that tree and the exported entries end. So one signature proves all of them, cut ends included. They
+  are held by their links as they are read (links.py): what was verified before may have changed since.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from importlib import resources
 from itertools import islice
 from typing import Any
 
-from vsql_shared.audit.checkpoint import Checkpoint, Log
+from vsql_shared.audit.checkpoint import Log
 from vsql_shared.audit.dsse import document_hash
 from vsql_shared.audit.entries import AuditEntry
-from vsql_shared.audit.heads import entry_hashes
+from vsql_shared.audit.heads import read_documents
+from vsql_shared.audit.links import Linked, follow, link
 from vsql_shared.audit.rows import parse
-from vsql_shared.audit.tree import Tree, grow, root_of, tree_of
 from vsql_shared.errors import DecodeError
 from vsql_shared.pg.connect import Connection, errors
 
@@ -45,12 +46,12 @@ def export(
     node: str,
     now: datetime,
     since: datetime | None = None,
-    sign: Callable[[Checkpoint], str] | None = None,
+    sign: Callable[[Log, Linked], str] | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ('header', …), then ('entry', …) by chain and sequence, then ('end', …), from one snapshot.
 
-    `sign` makes the checkpoints of this node's chains. `conn` must be in autocommit mode and outside of a
-    transaction.
+    `sign` holds a chain's last signature and makes its checkpoint; with it, raises ChainError where an entry
+    does not follow the one before. `conn` must be in autocommit mode and outside of a transaction.
     """
     with errors("reading the audit trail"), conn.transaction():
         conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
@@ -68,31 +69,31 @@ def export(
             },
         )
         chains: dict[str, dict[str, Any]] = {}
-        trees: dict[str, Tree] = {}
+        linked: dict[str, Linked] = {}
         count = 0
-        for item in _entries(conn, since):
+        for item, document in _entries(conn, since):
             count += 1
             end = chains.setdefault(item["chain"], {"entries": 0, "first_sequence": item["sequence"]})
             end["entries"] += 1
             end |= {"last_sequence": item["sequence"], "last_hash": item["hash"]}
             if sign is not None:
-                _follow(conn, trees, end, item)
+                _link(conn, Log(cluster, item["chain"]), linked, end, document)
             yield "entry", item
         if sign is not None:
             for chain, end in chains.items():
-                head = Checkpoint(Log(cluster, chain), end["last_sequence"], root_of(trees[chain]))
-                end["checkpoint"] = sign(head)
+                end["checkpoint"] = sign(Log(cluster, chain), linked[chain])
         yield "end", {"entries": count, "chains": chains}
 
 
-def _follow(conn: Connection, trees: dict[str, Tree], end: dict[str, Any], item: dict[str, Any]) -> None:
-    """Grow a chain's tree by an exported entry; at the first one, by those before it."""
-    chain, sequence = item["chain"], item["sequence"]
-    if chain not in trees:
-        with closing(entry_hashes(conn, chain)) as hashes:
-            trees[chain] = tree_of(islice(hashes, sequence - 1))[0]
-        end["before"] = [one.hex() for one in trees[chain]]
-    trees[chain] = grow(trees[chain], sequence - 1, bytes.fromhex(item["hash"]))
+def _link(
+    conn: Connection, log: Log, linked: dict[str, Linked], end: dict[str, Any], document: bytes
+) -> None:
+    """Take a chain's next document; before the first one, those that are not exported."""
+    if log.chain not in linked:
+        with closing(read_documents(conn, log.chain)) as documents:
+            linked[log.chain] = follow(islice(documents, max(0, end["first_sequence"] - 1)), log)
+        end["before"] = [one.hex() for one in linked[log.chain].tree]
+    linked[log.chain] = link(linked[log.chain], document, log)
 
 
 def _keys(conn: Connection) -> list[dict[str, Any]]:
@@ -114,7 +115,8 @@ def _schema(name: str) -> Any:
     return json.loads(resources.files("vsql_schemas").joinpath(f"avro/{name}.avsc").read_text("utf-8"))
 
 
-def _entries(conn: Connection, since: datetime | None) -> Iterator[dict[str, Any]]:
+def _entries(conn: Connection, since: datetime | None) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Each entry for the file, and its signed document."""
     with conn.cursor(name="vsql_sync_export") as cursor:
         cursor.itersize = PAGE
         cursor.execute(
@@ -137,7 +139,7 @@ def _entries(conn: Connection, since: datetime | None) -> Iterator[dict[str, Any
                 item["entry"] = readable(parse(encoded).entry)
             except DecodeError as error:
                 item |= {"entry": None, "error": error.message}
-            yield item
+            yield item, encoded
 
 
 def entry_names() -> list[str]:

@@ -42,12 +42,13 @@ _HINT = "`syncctl audit list` shows the chains and entries there are"
 
 def entry_hashes(conn: Connection, chain: str) -> Generator[bytes]:
     """The hash of each entry of an own chain, from the first one on; the caller holds a transaction."""
-    with closing(_documents(conn, chain)) as documents:
+    with closing(read_documents(conn, chain)) as documents:
         for document in documents:
             yield document_hash(document)
 
 
-def _documents(conn: Connection, chain: str) -> Generator[bytes]:
+def read_documents(conn: Connection, chain: str) -> Generator[bytes]:
+    """Each signed document of an own chain, from the first one on; the caller holds a transaction."""
     with conn.cursor(name="vsql_sync_documents") as cursor:
         cursor.itersize = PAGE
         cursor.execute(
@@ -71,7 +72,11 @@ def own_checkpoint(conn: Connection, trust: TrustStore, log: Log, size: int | No
 
 def _held(conn: Connection, trust: TrustStore, log: Log, size: int | None) -> Checkpoint:
     """The head at a size, or at the end where there are not so many entries."""
-    with errors("reading the audit trail"), conn.transaction(), closing(_documents(conn, log.chain)) as found:
+    with (
+        errors("reading the audit trail"),
+        conn.transaction(),
+        closing(read_documents(conn, log.chain)) as found,
+    ):
         linked = follow(islice(found, size), log)
     if linked.size:
         require_signed(linked, log, trust)

@@ -33,27 +33,33 @@ if TYPE_CHECKING:
 
 
 class Linked(NamedTuple):
-    """A chain's tree, its size, and its last document, not verified yet."""
+    """A chain up to some document: its tree, its size, and that document, not verified yet, with its hash."""
 
-    tree: Tree
-    size: int
-    last: bytes
+    tree: Tree = ()
+    size: int = 0
+    last: bytes = b""
+    last_hash: bytes = ZERO_HASH
 
 
 def follow(documents: Iterable[bytes], log: Log) -> Linked:
     """Walk a chain from its first document, each linked to the one before. Raises ChainError."""
-    tree: Tree = ()
-    size, previous, last = 0, ZERO_HASH, b""
-    for last in documents:  # the last one is what is verified
-        entry = _entry(last, f"{log.chain}/{size + 1}")
-        found = (entry["cluster"], entry["chain"], entry["sequence"])
-        if found != (log.cluster, log.chain, size + 1):
-            raise _broken(log, size + 1, f"there stands entry {found[2]} of chain {found[1]} of {found[0]}")
-        if entry["prev_event_hash"] != previous:
-            raise _broken(log, size + 1, "it does not follow the entry before it: one of both was altered")
-        previous = document_hash(last)
-        tree, size = grow(tree, size, previous), size + 1
-    return Linked(tree, size, last)
+    linked = Linked()
+    for document in documents:
+        linked = link(linked, document, log)
+    return linked
+
+
+def link(linked: Linked, document: bytes, log: Log) -> Linked:
+    """The chain with its next document. Raises ChainError where that is not the next one."""
+    size = linked.size + 1
+    entry = _entry(document, f"{log.chain}/{size}")
+    found = (entry["cluster"], entry["chain"], entry["sequence"])
+    if found != (log.cluster, log.chain, size):
+        raise _broken(log, size, f"there stands entry {found[2]} of chain {found[1]} of {found[0]}")
+    if entry["prev_event_hash"] != linked.last_hash:
+        raise _broken(log, size, "it does not follow the entry before it: one of both was altered")
+    last_hash = document_hash(document)
+    return Linked(grow(linked.tree, linked.size, last_hash), size, document, last_hash)
 
 
 def require_signed(linked: Linked, log: Log, trust: TrustStore) -> None:

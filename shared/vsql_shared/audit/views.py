@@ -5,7 +5,8 @@ do that first, because this module believes the entries it is given). Rules:
 
 * An acknowledgement names its manifest's hash, and each entry has the hash of the one before: two targets
   that acknowledge one manifest have seen one history up to it.
-* Where they name different ones for one sequence, the two acknowledgements prove the split, each signed.
+* In one history a batch stands at one sequence, and later batches at later ones. Where two acknowledgements
+  say otherwise, or name different manifests for one sequence, they prove the split, each signed.
 * Heads a target has cosigned (`checkpoint_cosigned`) are held against the source's own entries, in one pass.
 """
 
@@ -64,27 +65,43 @@ def compare_views(
     left, right = _named(ours), _named(theirs)
     one, two = next(left, None), next(right, None)
     while one is not None and two is not None:
-        if one[0] == two[0] and one[1] != two[1]:
+        behind = _order(one.sequence, two.sequence)
+        # Without the batches, entries put between the manifests of one history would keep both from meeting.
+        if behind != _order(one.batch, two.batch) or (not behind and one.named != two.named):
             what = (
-                f"split view: the source showed two histories: {own} acknowledges entry {one[0]} with hash "
-                f"{one[1].hex()}, {other} with {two[1].hex()}; keep both acknowledgements, they prove it"
+                f"split view: the source showed two histories: {own} acknowledges {one}, {other} {two}; "
+                "keep both acknowledgements, they prove it"
             )
-            return Problem(stream, one[0], None, what)
+            return Problem(stream, one.sequence, None, what)
         # The one that is behind goes on; both where they agree.
-        behind = one[0] - two[0]
         one = next(left, None) if behind <= 0 else one
         two = next(right, None) if behind >= 0 else two
     return None
 
 
-def _named(acks: Iterable[StoredDocument]) -> Iterator[tuple[int, bytes]]:
+class _Named(NamedTuple):
+    """A manifest as an acknowledgement names it."""
+
+    sequence: int
+    batch: int
+    named: bytes
+
+    def __str__(self) -> str:
+        return f"batch {self.batch} as entry {self.sequence} with hash {self.named.hex()}"
+
+
+def _order(one: int, other: int) -> int:
+    return (one > other) - (one < other)
+
+
+def _named(acks: Iterable[StoredDocument]) -> Iterator[_Named]:
     """The manifests acknowledgements name, each once and in order; batches skipped unread name none."""
     last = 0
     for stored in acks:
-        sequence, named = stored.entry.ref_sequence, stored.entry.ref_hash
-        if sequence > last and named != ZERO_HASH:
-            last = sequence
-            yield sequence, named
+        entry = stored.entry
+        if entry.ref_sequence > last and entry.ref_hash != ZERO_HASH:
+            last = entry.ref_sequence
+            yield _Named(last, entry.batch, entry.ref_hash)
 
 
 def compare_cosigned(

@@ -57,7 +57,8 @@ class AuditSettings(Section):
     audit_table: Identifier = "vsql_sync_audit"
     """Table of the entries, in schema vsql_sync."""
     leaf_retention: Annotated[Duration, Field(ge=timedelta(0), le=timedelta(days=366))] = timedelta(days=7)
-    """How long each side keeps the leaf hashes (32 bytes a tuple) by which a divergent tuple is found."""
+    """How long each side keeps the leaf hashes (32 bytes a tuple) by which a divergent tuple is found.
+    No effect yet."""
 
     checkpoint_every: Annotated[Duration, Field(ge=timedelta(seconds=1), le=timedelta(days=366))] = timedelta(
         hours=1

@@ -1,0 +1,49 @@
+"""Files the commands on the trail write: whole or not at all, and their owner's alone."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from vsql_ctl.trail import complete_file
+from vsql_shared.errors import UserError
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file of this process grows beyond `size` bytes, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_file_that_cannot_be_written_whole_is_not_there_and_the_former_one_stays(tmp_path: Path) -> None:
+    target = tmp_path / "report.json"
+    target.write_text("the former one")
+    said = r"cannot write .*report\.json: "
+    with largest_file(8192), pytest.raises(UserError, match=said), complete_file(target) as file:
+        file.write("x" * 100_000)
+    assert target.read_text() == "the former one"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_is_the_owners_alone_and_an_error_inside_leaves_none(tmp_path: Path) -> None:
+    target = tmp_path / "report.json"
+    with pytest.raises(UnicodeEncodeError), complete_file(target) as file:
+        file.write("half \ud800")
+    assert list(tmp_path.iterdir()) == []
+    with complete_file(target) as file:
+        file.write("whole")
+    assert (target.read_text(), target.stat().st_mode & 0o777) == ("whole", 0o600)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot write to"), complete_file(tmp_path / "none" / "report.json"):
+        pass
