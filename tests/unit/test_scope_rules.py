@@ -66,12 +66,28 @@ def test_what_was_taken_out_is_taken_out_of_rows_unless_it_identifies_them() -> 
     scope = SCOPE._replace(removed={CARDS: frozenset(("note", "holder"))}, leaves={LEAF: CARDS})
     columns = _columns("id", "holder", "note")
     # `holder` was let in again since.
-    assert removed_from(scope, CARDS, columns) == {"note"}
-    assert removed_from(scope, LEAF, columns) == {"note"}
+    assert removed_from(scope, CARDS, "d", columns) == {"note"}
+    assert removed_from(scope, LEAF, "d", columns) == {"note"}
     with pytest.raises(DatabaseError, match="rows written before are identified by it"):
-        removed_from(scope, CARDS, _columns("id", "holder", "note", keys=("note",)))
-    # REPLICA IDENTITY FULL names every column.
-    assert removed_from(scope, CARDS, _columns("id", "note", keys=("id", "note"))) == {"note"}
+        removed_from(scope, CARDS, "d", _columns("id", "holder", "note", keys=("note",)))
+    # REPLICA IDENTITY FULL names every column, and so does a key of all that are published.
+    every = _columns("id", "note", keys=("id", "note"))
+    assert removed_from(scope, CARDS, "f", every) == {"note"}
+    with pytest.raises(DatabaseError, match="rows written before are identified by it"):
+        removed_from(scope, CARDS, "d", every)
+
+
+def test_a_column_that_was_left_out_does_not_pass_under_the_name_a_listed_one_has_now() -> None:
+    """`pan` was taken out, and dropped; `holder` was renamed to `pan`. The backlog has both."""
+    scope = Scope({CARDS: frozenset(("id", "pan"))}, {}, {}, renamed={CARDS: {"holder": "pan"}})
+    old, new = _columns("id", "holder", "pan"), _columns("id", "pan")
+    with pytest.raises(DatabaseError, match="sends column pan, which the publication leaves out"):
+        _describe(scope, old)
+    taken_out = scope._replace(removed={CARDS: frozenset(("pan",))})
+    assert removed_from(taken_out, CARDS, "d", old) == {"pan"}
+    assert _describe(taken_out, tuple(c for c in old if c.name != "pan")).name == CARDS
+    assert removed_from(taken_out, CARDS, "d", new) == frozenset()
+    assert _describe(taken_out, new).name == CARDS
 
 
 def _frame(message: bytes, lsn: int = 0) -> bytes:

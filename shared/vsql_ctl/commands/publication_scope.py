@@ -56,7 +56,8 @@ def remove_column(operator: Operator, name: str, column: str, yes: bool, timeout
     table, unwanted = parse_column(column)
     confirm(f"Take column {column} out of publication {name}?", yes=yes)
     with open_node(operator) as conn:
-        publication_changes.remove_column(conn, name, table, unwanted)
+        if not publication_changes.remove_column(conn, name, table, unwanted):
+            click.echo(f"note: table {table} has no such column now; rows in the WAL may have it", err=True)
         epoch = None
         deadline = time.monotonic() + (timeout if scope_facts.is_running(conn, name) else 0)
         while epoch is None and time.monotonic() < deadline:
