@@ -18,7 +18,7 @@ from vsql_ctl.context import (
     pass_operator,
     yes_option,
 )
-from vsql_ctl.output import emit, render_pairs, render_table
+from vsql_ctl.output import emit, printable, render_pairs, render_table
 from vsql_ctl.session import open_node
 from vsql_shared.errors import RefusedError, UserError
 
@@ -249,8 +249,13 @@ def _verified(source: Path, key_file: Path) -> str:
         "publication": f"{report['publication']} of node {report['node']}, cluster {report['cluster']}",
         "generated": report["generated_at"],
     }
-    parts = [render_pairs(pairs), _tables(report), f"\n{report['conclusion']}", "\nIt does not claim:"]
-    return "\n".join([*parts, *(f"  - {line}" for line in report["not_claimed"])])
+    parts = [
+        render_pairs(pairs),
+        _tables(report),
+        f"\n{printable(report['conclusion'])}",
+        "\nIt does not claim:",
+    ]
+    return "\n".join([*parts, *(f"  - {printable(line)}" for line in report["not_claimed"])])
 
 
 def _tables(report: dict[str, Any]) -> str:
