@@ -160,6 +160,19 @@ def test_an_index_serves_where_the_primary_key_is_left_out(conn: Connection) -> 
     conn.execute("UPDATE public.payments SET note = 'x'")
 
 
+@pytest.mark.parametrize("theirs", ["payments(ref, amount)", "payments WHERE (ref > 5)"])
+def test_an_identity_another_publication_cannot_use_is_not_set(conn: Connection, theirs: str) -> None:
+    """PostgreSQL would refuse the table's UPDATE and DELETE."""
+    conn.execute("ALTER TABLE public.payments DROP cvv_hash")
+    conn.execute("ALTER TABLE public.payments REPLICA IDENTITY USING INDEX payments_ref_key")
+    _create(conn, theirs)
+    other = (parse_spec("payments(id, amount)"),)
+    with pytest.raises(RefusedError, match="publication pub has it, too"):
+        publications.create(conn, PublicationRequest("other", other, set_identity=True))
+    conn.execute("UPDATE public.payments SET note = 'x'")
+    assert _identity(conn) == "i"
+
+
 def test_an_identity_nothing_can_serve_is_refused_with_the_reason(conn: Connection) -> None:
     with pytest.raises(RefusedError, match="key column id must be in the column list"):
         _create(conn, "payments(amount)", set_identity=True)

@@ -248,7 +248,7 @@ def _resolve_one(
     closed = request.exclude_pci or spec.exclude_pci
     secret = pci.left_out(conn, table) if closed else set()
     if request.set_identity and not request.insert_only:
-        table = replica_identity.ensure(conn, table, spec.columns, secret, closed=closed)
+        table = replica_identity.ensure(conn, request.name, table, spec.columns, secret, closed=closed)
     columns, problems = choose_columns(table, spec.columns, secret, closed=closed)
     if not problems:
         sent = table.sent_columns if columns is None else columns
