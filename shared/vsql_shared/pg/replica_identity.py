@@ -1,9 +1,11 @@
 """Gives a table the REPLICA IDENTITY its publication needs, where an operator asked for it.
 
-Not here: what a publication needs (publication_rules.py). Rules: the primary key before another unique index,
-never FULL; a table that has what it needs is left alone, and so is one no index of which would do. An identity
-belongs to the table and not to a publication: one that another publication could not use is not set, because
-PostgreSQL would refuse the table's UPDATE and DELETE from then on.
+Not here: what a publication needs (publication_rules.py). Rules:
+
+* The primary key before another unique index, never FULL.
+* A table that has what it needs is left alone, and so is one no index of which would do.
+* An identity is the table's, not the publication's: one that another publication could not use is not set,
+  because PostgreSQL would refuse the table's UPDATE and DELETE from then on.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from vsql_shared.pg import catalog, oplog, publication_leaves
 from vsql_shared.pg.catalog import TableInfo
 from vsql_shared.pg.connect import Connection
 from vsql_shared.pg.publication_rules import best_index, choose_columns, closed_problem, identity_problem
-
 
 # With a row filter, the identity must hold its columns, too: which those are is not asked.
 _OTHERS = """
