@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +16,8 @@ from vsql_producers.scope_record import seen
 from vsql_producers.transactions import Descriptor, Transactions
 from vsql_shared.changes import MESSAGES, Column, TableName
 from vsql_shared.errors import DatabaseError, DecodeError
+from vsql_shared.pg.catalog import ColumnInfo, TableInfo, UniqueKey
+from vsql_shared.pg.publication_rules import identity_problem
 from vsql_shared.wire.pack import decode_relation
 
 CARDS, LEAF = TableName("public", "cards"), TableName("public", "cards_1")
@@ -88,6 +91,21 @@ def test_a_column_that_was_left_out_does_not_pass_under_the_name_a_listed_one_ha
     assert _describe(taken_out, tuple(c for c in old if c.name != "pan")).name == CARDS
     assert removed_from(taken_out, CARDS, "d", new) == frozenset()
     assert _describe(taken_out, new).name == CARDS
+
+
+def test_full_and_a_list_of_columns_do_not_go_together() -> None:
+    """PostgreSQL refuses UPDATE and DELETE of such a table, be it a list of all its columns."""
+    columns = tuple(
+        ColumnInfo(name, "text", True, False, False, virtual=False, may_be_sent=True) for name in ("id", "v")
+    )
+    keys = (UniqueKey("cards_pkey", True, False, ("id",)),)
+    table = TableInfo(CARDS, 1, "r", "p", "f", False, False, columns, keys)
+    found = identity_problem(table, ("id", "v"), set())
+    assert found is not None
+    assert "REPLICA IDENTITY FULL needs every column published, later ones too" in found
+    assert "REPLICA IDENTITY DEFAULT" in found
+    assert identity_problem(table, None, set()) is None
+    assert identity_problem(replace(table, replica_identity="d"), ("id", "v"), set()) is None
 
 
 def _frame(message: bytes, lsn: int = 0) -> bytes:

@@ -44,7 +44,6 @@ from vsql_shared.pg.publication_rules import (
     NAME,
     authentication_problems,
     choose_columns,
-    closed_problem,
     filter_problem,
     identity_problem,
     leaf_problem,
@@ -263,8 +262,6 @@ def _resolve_one(
             problems.append(error.message)
     if not problems and not request.insert_only:
         problems += _identity_problems(conn, request, table, columns, secret, predicate)
-        full = closed_problem(table) if closed and not problems else None
-        problems += [full] if full else []
     return PublishedTable(table.name, columns, predicate.text if predicate else None), problems
 
 

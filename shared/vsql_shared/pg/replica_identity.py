@@ -18,7 +18,7 @@ from vsql_shared.errors import RefusedError
 from vsql_shared.pg import catalog, oplog, publication_leaves
 from vsql_shared.pg.catalog import TableInfo
 from vsql_shared.pg.connect import Connection
-from vsql_shared.pg.publication_rules import best_index, choose_columns, closed_problem, identity_problem
+from vsql_shared.pg.publication_rules import best_index, choose_columns, identity_problem
 
 # With a row filter, the identity must hold its columns, too: which those are is not asked.
 _OTHERS = """
@@ -41,7 +41,7 @@ def ensure(
     secret = set(left_out)
     for part in [table, *catalog.partitions(conn, table)] if table.kind == "p" else [table]:
         columns, problems = choose_columns(part, listed, secret, closed=closed)
-        wanted = identity_problem(part, columns, secret) or (closed_problem(part) if closed else None)
+        wanted = identity_problem(part, columns, secret)
         index = best_index(part, columns)
         if not problems and wanted is not None and index is not None:
             _require_harmless(conn, publication, part, index)
