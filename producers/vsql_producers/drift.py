@@ -20,7 +20,7 @@ from vsql_shared.changes import TableName, quote_ident
 from vsql_shared.errors import DatabaseError
 from vsql_shared.pg import catalog, publication_leaves
 from vsql_shared.pg.connect import Connection, errors
-from vsql_shared.pg.publication_rules import closed_problem, identity_problem, root_identity_problem
+from vsql_shared.pg.publication_rules import identity_problem, root_identity_problem
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ AND c.relreplident NOT IN ('f', r.relreplident) ORDER BY 1, 2, 3, 4
 """
 
 _FULL = """
-SELECT t.columns, p.exclude_pci, n.nspname, c.relname
+SELECT t.columns, n.nspname, c.relname
 FROM vsql_sync.published_tables t JOIN vsql_sync.publications p ON p.name = t.publication
 CROSS JOIN LATERAL (SELECT pg_catalog.to_regclass(
     pg_catalog.format('%%I.%%I', t.table_schema, t.table_name))::oid AS oid) r
@@ -68,7 +68,7 @@ CROSS JOIN LATERAL (SELECT r.oid UNION SELECT relid::oid FROM pg_catalog.pg_part
     WHERE isleaf) l
 JOIN pg_catalog.pg_class c ON c.oid = l.oid AND c.relreplident = 'f'
 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-WHERE p.name = %s AND t.columns IS NOT NULL AND NOT p.insert_only ORDER BY 3, 4
+WHERE p.name = %s AND t.columns IS NOT NULL AND NOT p.insert_only ORDER BY 2, 3
 """
 
 
@@ -107,11 +107,11 @@ def require_none(conn: Connection, publication: str) -> None:
 def require_no_full(conn: Connection, publication: str) -> None:
     """Raise DatabaseError for a table with REPLICA IDENTITY FULL of which columns are left out."""
     with errors("looking at replica identities"):
-        for columns, excludes, *name in conn.execute(_FULL, (publication,)).fetchall():
+        for columns, *name in conn.execute(_FULL, (publication,)).fetchall():
             table = catalog.describe(conn, TableName(*name))
             if table is None:
                 continue
-            problem = identity_problem(table, columns, set()) or (closed_problem(table) if excludes else None)
+            problem = identity_problem(table, columns, set())
             if problem is not None:
                 raise DatabaseError(
                     problem,

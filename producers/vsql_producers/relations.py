@@ -102,7 +102,7 @@ class Describer:
             return known[3]
         past = self._past_names(name, columns)
         try:
-            removed = removed_from(self._scope, name, columns)
+            removed = removed_from(self._scope, name, message.replica_identity, columns)
             kept = tuple(column for column in columns if column.name not in removed)
             descriptor = describe(
                 name, message.replica_identity, kept, self._scope, self._random(16), made_by, past

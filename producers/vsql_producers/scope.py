@@ -164,13 +164,16 @@ def document(publication: str, scope: Scope) -> dict[str, Any]:
     }
 
 
-def removed_from(scope: Scope, table: TableName, columns: Sequence[Column]) -> frozenset[str]:
-    """Those of a relation message's columns that an operator took out. Raises DatabaseError for a key."""
+def removed_from(scope: Scope, table: TableName, identity: str, columns: Sequence[Column]) -> frozenset[str]:
+    """Those of a relation message's columns that an operator took out. Raises DatabaseError for a key.
+
+    `identity` is the message's replica identity: under FULL ('f') every column is a key.
+    """
     owner = scope.leaves.get(table) or table
-    listed = scope.columns.get(owner)
-    gone = scope.removed.get(owner, frozenset()) - (listed or frozenset())
+    listed = (scope.columns.get(owner) or frozenset()) - _namesakes(scope, owner, [c.name for c in columns])
+    gone = scope.removed.get(owner, frozenset()) - listed
     keys = sorted(column.name for column in columns if column.key and column.name in gone)
-    if keys and not all(column.key for column in columns):
+    if keys and identity != "f":
         column = quote_ident(keys[0])
         raise DatabaseError(
             f"table {table}: column {column} was taken out of the publication, and rows written before are"
@@ -204,6 +207,15 @@ def require_no_authentication_data(scope: Scope, table: TableName, columns: Sequ
 def _renamed(before: Sequence[str], now: Sequence[str], present: Sequence[str]) -> dict[str, str]:
     """Old names; one that another column bears by now is that one's: it may be the one that is left out."""
     return {old: new for old, new in zip(before, now, strict=True) if old != new and old not in present}
+
+
+def _namesakes(scope: Scope, owner: TableName, columns: Sequence[str]) -> frozenset[str]:
+    """Columns of the WAL that bear the present name of a listed one, which comes under its former name.
+
+    They are others: dropped or renamed since, and left out, perhaps, under the very name.
+    """
+    renamed = scope.renamed.get(owner, {})
+    return frozenset(renamed[column] for column in columns if column in renamed).intersection(columns)
 
 
 def read_marks(conn: Connection) -> frozenset[tuple[str, str, str]]:
@@ -240,7 +252,7 @@ def pci_in(
     # The WAL from before a rename has the old name.
     renamed = scope.renamed.get(owner, {})
     present = {renamed.get(column, column) for column in columns}
-    extra = set() if listed is None else present - listed
+    extra = set() if listed is None else (present - listed) | _namesakes(scope, owner, columns)
     for name in {table, owner}:
         extra |= scope.forbidden.get(name, frozenset()).intersection(columns)
     if extra:

@@ -118,6 +118,26 @@ def test_columns_of_a_publication_that_streams_use_follow_the_file(shop: Shop) -
     assert "cannot be changed, but for columns of its tables" in done.stderr
 
 
+def test_a_column_an_operator_took_out_is_not_put_back_by_the_file(shop: Shop) -> None:
+    file = shop.folder / "vsql-sync.toml"
+    file.write_text(file.read_text().replace('columns = ["id", "amount"]\n', ""))
+    assert shop.syncctl("config", "apply", "--yes").returncode == 0
+    with psycopg.connect(shop.conninfo) as conn:
+        conn.execute(
+            "INSERT INTO vsql_sync.streams (chain, direction, publication, origin)"
+            " VALUES ('analytics.a', 'out', 'analytics', 'a')"
+        )
+    done = shop.syncctl("publication", "remove-column", "analytics", "payments.amuont", "--yes")
+    assert "note: table public.payments has no such column now" in done.stderr
+    done = shop.syncctl("publication", "remove-column", "analytics", "payments.amount", "--yes")
+    assert (done.returncode, "note:" in done.stderr) == (0, False)
+    done = shop.syncctl("config", "apply", "--yes")
+    assert done.returncode == 4
+    assert "public.payments.amount was taken out of publication analytics" in done.stderr
+    with psycopg.connect(shop.conninfo) as conn:
+        assert conn.execute("SELECT attnames::text[] FROM pg_publication_tables").fetchall() == [(["id"],)]
+
+
 def test_what_is_not_built_is_refused_before_the_database_is_asked(shop: Shop) -> None:
     done = shop.syncctl("config", "apply", "--yes", VSQL_SYNC__CRYPTAPLY__ENABLED="true")
     assert done.returncode == 3

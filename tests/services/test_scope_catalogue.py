@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import secrets
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from tests.conftest import NewDatabase
 from vsql_producers import drift
+from vsql_producers.scope import load_scope
 from vsql_shared.changes import TableName
+from vsql_shared.crypto.signing import TrustStore
 from vsql_shared.errors import DatabaseError, RefusedError
-from vsql_shared.pg import migrate, nodes, pci, publication_changes, publications
+from vsql_shared.pg import migrate, nodes, pci, publication_changes, publications, scope_facts
 from vsql_shared.pg.connect import Connection, connect
 from vsql_shared.pg.pci_names import Kind
 from vsql_shared.pg.publication_notes import limitations
@@ -89,6 +96,13 @@ def test_a_false_match_is_cleared_with_a_reason_that_is_kept(conn: Connection) -
     assert _logged(conn, "pci.clear") == [("public.shops.pin_code", "postal code of India")]
 
 
+def test_a_false_match_that_was_renamed_is_cleared_by_the_name_the_wal_has(conn: Connection) -> None:
+    conn.execute("ALTER TABLE public.shops RENAME pin_code TO postal")
+    assert pci.clear(conn, SHOPS, "pin_code", "postal code of India") == "a PIN"
+    _create(conn, "shops")
+    assert load_scope(conn, "pub").cleared == {SHOPS: {"pin_code"}}
+
+
 @pytest.mark.parametrize(
     ("column", "reason", "said"),
     [
@@ -145,6 +159,19 @@ def test_an_index_serves_where_the_primary_key_is_left_out(conn: Connection) -> 
     _create(conn, "payments(ref, amount)", set_identity=True)
     assert _identity(conn) == "i"
     conn.execute("UPDATE public.payments SET note = 'x'")
+
+
+@pytest.mark.parametrize("theirs", ["payments(ref, amount)", "payments WHERE (ref > 5)"])
+def test_an_identity_another_publication_cannot_use_is_not_set(conn: Connection, theirs: str) -> None:
+    """PostgreSQL would refuse the table's UPDATE and DELETE."""
+    conn.execute("ALTER TABLE public.payments DROP cvv_hash")
+    conn.execute("ALTER TABLE public.payments REPLICA IDENTITY USING INDEX payments_ref_key")
+    _create(conn, theirs)
+    other = (parse_spec("payments(id, amount)"),)
+    with pytest.raises(RefusedError, match="publication pub has it, too"):
+        publications.create(conn, PublicationRequest("other", other, set_identity=True))
+    conn.execute("UPDATE public.payments SET note = 'x'")
+    assert _identity(conn) == "i"
 
 
 def test_an_identity_nothing_can_serve_is_refused_with_the_reason(conn: Connection) -> None:
@@ -212,6 +239,48 @@ def test_keys_stay_and_a_name_the_wal_has_is_taken_out_once(conn: Connection, co
         publication_changes.remove_column(conn, "pub", PAYMENTS, column)
     with pytest.raises(RefusedError, match=said):
         publication_changes.remove_column(conn, "pub", PAYMENTS, column)
+
+
+def test_two_decisions_at_once_do_not_undo_each_other(conn: Connection) -> None:
+    """The later one waits, and reads what the earlier one left."""
+    _create(conn, "payments(id, amount, note)")
+    dsn = make_conninfo(conn.info.dsn, password=conn.info.password or None)
+    waiting = "SELECT EXISTS (SELECT FROM pg_locks WHERE pid = %s AND NOT granted)"
+    with connect(dsn, application_name="test") as other, ThreadPoolExecutor(1) as pool:
+        with conn.transaction():
+            publication_changes.remove_column(conn, "pub", PAYMENTS, "note")
+            later = pool.submit(publication_changes.add_column, other, "pub", PAYMENTS, "ref")
+            deadline = time.monotonic() + 20
+            while conn.execute(waiting, (other.info.backend_pid,)).fetchone() != (True,):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        later.result(20)
+    assert _listed(conn) == (["id", "ref", "amount"], ["ref"], ["note"])
+    drift.require_none(conn, "pub")
+
+
+def test_full_and_a_list_do_not_go_together_even_where_it_lists_all_columns(conn: Connection) -> None:
+    conn.execute("CREATE TABLE public.log (id int, v text); ALTER TABLE public.log REPLICA IDENTITY FULL")
+    with pytest.raises(RefusedError, match=r"public\.log: REPLICA IDENTITY FULL needs every column"):
+        _create(conn, "log(id, v)")
+    assert _create(conn, "log").tables[0].columns is None
+    conn.execute("UPDATE public.log SET v = 'x'")
+    conn.execute("CREATE PUBLICATION of_another_hand FOR TABLE public.log (id, v)")
+    with pytest.raises(psycopg.Error, match="cannot update table"):
+        conn.execute("UPDATE public.log SET v = 'x'")
+
+
+def test_readers_are_those_too_who_may_become_one(conn: Connection) -> None:
+    _create(conn, "payments(id, amount)")
+    reader, member = (f"scope_{secrets.token_hex(4)}" for _ in range(2))
+    conn.execute(
+        f"CREATE ROLE {reader} REPLICATION; CREATE ROLE {member}; GRANT {reader} TO {member}".encode()
+    )
+    try:
+        roles = scope_facts.gather(conn, "pub", TrustStore([], allow_unsigned=True)).reader_roles
+    finally:
+        conn.execute(f"DROP ROLE {reader}, {member}".encode())
+    assert {reader, member} <= set(roles)
 
 
 def _listed(conn: Connection) -> tuple[list[str], list[str], list[str]]:

@@ -68,12 +68,12 @@ def _ctl(node: SourceNode, *words: str) -> str:
     return done.stdout
 
 
-def _sent(node: SourceNode) -> bytes:
+def _sent(node: SourceNode, chain: str = CHAIN) -> bytes:
     """The plaintext of every record of the table's topic, whoever may read it."""
     records = read_topics(node.kafka, node.cluster)
     trust = TrustStore([PinnedKey(NODE, node.public_key, fingerprint(node.public_key), revoked=False)])
-    keys = _keys(node, records, CHAIN, trust)
-    topic = data_topic(node.cluster, CHAIN, "public", "cards")
+    keys = _keys(node, records, chain, trust)
+    topic = data_topic(node.cluster, chain, "public", "cards")
     out = []
     for record in records:
         if record.topic == topic and record.value is not None:
@@ -134,6 +134,72 @@ def test_a_scope_narrowed_under_a_running_stream_holds_from_its_next_epoch(new_s
     scopes = _report(node)["streams"][0]["scopes"]
     assert [one["epoch"] for one in scopes] == [epoch, epoch + 1]
     assert len({one["sha256"] for one in scopes}) == 2
+
+
+def _copied(node: SourceNode, chain: str) -> bool:
+    query = "SELECT FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND event_type = 'copy_finished'"
+    return bool(node.query(query, chain))
+
+
+def test_a_scope_narrowed_during_a_first_copy_holds_for_the_tables_it_has_not_read(
+    new_source: NewSource,
+) -> None:
+    """The copy's snapshot, and its list of columns, may be hours old when a table's turn comes."""
+    node = _source(new_source, excludes=False)
+    chain = node.add_copy()
+    desired = "UPDATE vsql_sync.streams SET desired = '{}' WHERE kind = 'copy'"
+    node.execute(desired.format("paused"))
+    live, copy = node.start(), node.start(chain, log="copy")
+    started = "SELECT FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND event_type = 'copy_started'"
+    node.wait(lambda: bool(node.query(started, chain)), what=node.log("copy"))
+    _ctl(node, "publication", "remove-column", PUBLICATION, "cards.pan", "--yes")
+    node.execute(desired.format("running"))
+    node.wait(lambda: _copied(node, chain), what=node.log("copy"))
+    node.stop(copy)
+    node.stop(live)
+    sent = _sent(node, chain)
+    assert b"before" in sent
+    assert MARKER.encode() not in sent
+    (table,) = _report(node)["tables"]
+    assert [(one["stream"], one["columns"]) for one in table["observed"]] == [
+        (chain, ["id", "holder", "note"])
+    ]
+
+
+def test_authentication_data_known_by_its_type_stops_a_first_copy_that_reads_it_as_text(
+    new_source: NewSource,
+) -> None:
+    node = _source(new_source, excludes=False)
+    node.execute("CREATE DOMAIN cvv AS text; ALTER TABLE cards ADD v cvv[], DROP pan")
+    node.execute(f"INSERT INTO cards VALUES (1, 'a', 'n', '{{{MARKER}}}')")
+    chain = node.add_copy()
+    live, copy = node.start(), node.start(chain, log="copy")
+    node.wait(lambda: "column v would leave" in node.log("copy") or _copied(node, chain))
+    _ctl(node, "publication", "remove-column", PUBLICATION, "cards.v", "--yes")
+    node.wait(lambda: _copied(node, chain), what=node.log("copy"))
+    node.stop(copy)
+    node.stop(live)
+    assert MARKER.encode() not in _sent(node, chain)
+
+
+def test_what_a_stream_carried_as_pci_data_is_reported_when_its_mark_went_with_it(
+    new_source: NewSource,
+) -> None:
+    node = _source(new_source, excludes=False)
+    _ctl(node, "publication", "pci", "mark", "cards.note", "--yes")
+    worker = node.start()
+    node.wait(lambda: node.state()[0] == "running")
+    node.execute("ALTER TABLE cards RENAME note TO info; ALTER TABLE cards DROP pan")
+    node.execute("INSERT INTO cards VALUES (1, 'a', 'n')")
+    node.wait_confirmed()
+    node.stop(worker)
+    for act in ("ALTER TABLE cards DROP info", "DROP TABLE cards"):
+        node.execute(act)
+        report = _report(node)
+        (table,) = report["tables"]
+        assert table["observed_pci_columns"] == ["info"], act
+        assert table["subscriber_can_contain_pci"] is True
+        assert report["conclusion"].startswith("Columns known as PCI data are published, or were seen")
 
 
 def test_a_new_column_stays_out_and_one_with_authentication_data_stops_any_stream(

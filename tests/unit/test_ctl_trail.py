@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vsql_ctl.trail import complete_file
+from vsql_ctl.files import complete_file
 from vsql_shared.errors import UserError
 
 

@@ -13,6 +13,8 @@ AUTHENTICATION = [
     ("cid", "bigint"),
     ("securityCode", "text"), ("track1", "text"), ("track_2", "bytea"), ("track_data", "jsonb"),
     ("magStripe", "bytea"), ("pin", "character(4)"), ("PINBlock", "text"), ("card_pin", "text"),
+    ("cvv1", "text"), ("pin2", "text"), ("cvn", "text"), ("CVVcode", "text"), ("cardcvv", "text"),
+    ("pinhash", "text"), ("trk2_enc", "bytea"), ("cvv", "real"), ("cvc", "double precision"),
     ("pin_block_enc", "bytea"), ("v", "public.cvv"), ("x", '"Shop"."CVV"'), ("x", "box.pin_block"),
 ]  # fmt: skip
 CARDHOLDER = [
@@ -20,6 +22,9 @@ CARDHOLDER = [
     ("ccNumber", "text"),
     ("credit_card", "text"), ("cardholder_name", "text"), ("card_holder", "text"), ("name_on_card", "text"),
     ("expiry_encrypted", "bytea"), ("exp_month", "smallint"), ("expiration_date", "date"),
+    ("pan2", "text"), ("card_number3", "text"), ("card_number_2", "text"), ("ccn", "text"),
+    ("PANnumber", "text"), ("creditcardno", "text"), ("cc_owner", "text"), ("valid_thru", "text"),
+    ("exp_yy", "smallint"), ("pan", "double precision"),
     ("service_code", "integer"), ("card", "character(16)"), ("cc", "character varying(19)"),
     ("v", "card_number"), ("v", "public.primary_account_number"), ("pans", "text[]"),
 ]  # fmt: skip

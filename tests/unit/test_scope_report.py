@@ -72,7 +72,12 @@ def _opened(sequence: int, epoch: int, scope: str | None = SCOPE) -> AuditEntry:
 
 
 def _batch(
-    sequence: int, epoch: int, number: int, described: str = "", table: str = "public.payments"
+    sequence: int,
+    epoch: int,
+    number: int,
+    described: str = "",
+    table: str = "public.payments",
+    pci: tuple[str, ...] = (),
 ) -> AuditEntry:
     part = PartitionRoot("c.t", 0, 0, 0, 1, 2, bytes(32))
     return _entry(
@@ -83,6 +88,8 @@ def _batch(
         batch_lsn_start=0x1000 * number,
         batch_lsn_end=0x1000 * (number + 1),
         tables_affected=(table,),
+        contains_pci=bool(pci),
+        pci_columns=pci,
         row_count=2,
         record_count=2,
         partitions=(part,),
@@ -176,6 +183,11 @@ HISTORIES: dict[str, tuple[Callable[[], StreamHistory | None], str, bool]] = {
         "or were seen on a stream: public.payments.pan_encrypted",
         True,
     ),
+    "nothing in what was written down and perhaps sent": (
+        lambda: _history(_opened(1, 1), texts={(1, 1): _seen("id")}),
+        "no batch has a manifest yet, so that records of it may have left or not",
+        False,
+    ),
     "not observed": (
         lambda: _history(_opened(1, 1, None), _batch(2, 1, 1), _batch(3, 1, 2)),
         "2 batches were sent by a version that wrote down nothing",
@@ -198,6 +210,33 @@ def test_what_was_seen_decides_and_not_only_what_is_published(case: str) -> None
     report = _report(make())
     assert said in report["conclusion"]
     assert report["tables"][0]["subscriber_can_contain_pci"] is possible
+
+
+def test_a_batch_that_describes_a_table_anew_may_hold_rows_under_the_former_description() -> None:
+    first, second = _seen("id", "code"), _seen("id")
+    texts = {(1, 1): first, (1, 3): second}
+    history = _history(
+        _opened(1, 1), _batch(2, 1, 1, first), _batch(3, 1, 2), _batch(4, 1, 3, second), _batch(5, 1, 4),
+        texts=texts,
+    )  # fmt: skip
+    found = {one.columns: (one.lsn_from, one.lsn_to) for one in history.observed.values()}
+    assert found == {("id", "code"): (0x1000, 0x4000), ("id",): (0x3000, 0x5000)}
+
+
+def test_what_manifests_name_as_pci_data_is_known_without_a_mark() -> None:
+    text = _seen("id", "code")
+    history = _history(
+        _opened(1, 1), _batch(2, 1, 1, text, pci=("public.payments.code",)), texts={(1, 1): text}
+    )
+    assert history.pci_columns == {"public.payments.code"}
+
+
+def test_epochs_that_signed_no_scope_are_not_said_to_have_signed_one() -> None:
+    text = _seen("id")
+    old = _history(_opened(1, 1, None), _opened(2, 2), _batch(3, 2, 1, text), texts={(2, 1): text})
+    for history, but in ((old, True), (_quiet(), False)):
+        first = _report(history)["how_checked"][0]
+        assert ("but for those under a scope of `sha256` null" in first) is but
 
 
 def test_it_draws_no_conclusion_about_anybodys_scope() -> None:

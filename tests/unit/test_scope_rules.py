@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -16,6 +17,8 @@ from vsql_producers.spread import Spread
 from vsql_producers.transactions import Descriptor, Transactions
 from vsql_shared.changes import MESSAGES, Column, TableName
 from vsql_shared.errors import DatabaseError, DecodeError
+from vsql_shared.pg.catalog import ColumnInfo, TableInfo, UniqueKey
+from vsql_shared.pg.publication_rules import identity_problem
 from vsql_shared.wire.pack import decode_relation
 
 CARDS, LEAF = TableName("public", "cards"), TableName("public", "cards_1")
@@ -67,12 +70,43 @@ def test_what_was_taken_out_is_taken_out_of_rows_unless_it_identifies_them() -> 
     scope = SCOPE._replace(removed={CARDS: frozenset(("note", "holder"))}, leaves={LEAF: CARDS})
     columns = _columns("id", "holder", "note")
     # `holder` was let in again since.
-    assert removed_from(scope, CARDS, columns) == {"note"}
-    assert removed_from(scope, LEAF, columns) == {"note"}
+    assert removed_from(scope, CARDS, "d", columns) == {"note"}
+    assert removed_from(scope, LEAF, "d", columns) == {"note"}
     with pytest.raises(DatabaseError, match="rows written before are identified by it"):
-        removed_from(scope, CARDS, _columns("id", "holder", "note", keys=("note",)))
-    # REPLICA IDENTITY FULL names every column.
-    assert removed_from(scope, CARDS, _columns("id", "note", keys=("id", "note"))) == {"note"}
+        removed_from(scope, CARDS, "d", _columns("id", "holder", "note", keys=("note",)))
+    # REPLICA IDENTITY FULL names every column, and so does a key of all that are published.
+    every = _columns("id", "note", keys=("id", "note"))
+    assert removed_from(scope, CARDS, "f", every) == {"note"}
+    with pytest.raises(DatabaseError, match="rows written before are identified by it"):
+        removed_from(scope, CARDS, "d", every)
+
+
+def test_a_column_that_was_left_out_does_not_pass_under_the_name_a_listed_one_has_now() -> None:
+    """`pan` was taken out, and dropped; `holder` was renamed to `pan`. The backlog has both."""
+    scope = Scope({CARDS: frozenset(("id", "pan"))}, {}, {}, renamed={CARDS: {"holder": "pan"}})
+    old, new = _columns("id", "holder", "pan"), _columns("id", "pan")
+    with pytest.raises(DatabaseError, match="sends column pan, which the publication leaves out"):
+        _describe(scope, old)
+    taken_out = scope._replace(removed={CARDS: frozenset(("pan",))})
+    assert removed_from(taken_out, CARDS, "d", old) == {"pan"}
+    assert _describe(taken_out, tuple(c for c in old if c.name != "pan")).name == CARDS
+    assert removed_from(taken_out, CARDS, "d", new) == frozenset()
+    assert _describe(taken_out, new).name == CARDS
+
+
+def test_full_and_a_list_of_columns_do_not_go_together() -> None:
+    """PostgreSQL refuses UPDATE and DELETE of such a table, be it a list of all its columns."""
+    columns = tuple(
+        ColumnInfo(name, "text", True, False, False, virtual=False, may_be_sent=True) for name in ("id", "v")
+    )
+    keys = (UniqueKey("cards_pkey", True, False, ("id",)),)
+    table = TableInfo(CARDS, 1, "r", "p", "f", False, False, columns, keys)
+    found = identity_problem(table, ("id", "v"), set())
+    assert found is not None
+    assert "REPLICA IDENTITY FULL needs every column published, later ones too" in found
+    assert "REPLICA IDENTITY DEFAULT" in found
+    assert identity_problem(table, None, set()) is None
+    assert identity_problem(replace(table, replica_identity="d"), ("id", "v"), set()) is None
 
 
 def test_rows_are_spread_by_the_key_as_it_is_left_once_columns_are_taken_out() -> None:

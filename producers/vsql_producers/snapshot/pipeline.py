@@ -9,6 +9,8 @@ Rules:
 * Each table is one sequence of fragments under the snapshot's position S (xid 0, commit position S); its last
   batch does not continue. An empty table sends nothing and is named in `copy_started` and `copy_finished`.
 * Interrupted, it goes on in a new epoch with a new snapshot; complete tables keep theirs (history.py).
+* The scope is looked at before each table, and while one is read: what an operator takes out is read no more,
+  hours after the snapshot as well. Another scope is another epoch, with another snapshot.
 * When every target batch is acknowledged, the copy's topics are deleted.
 """
 
@@ -28,7 +30,7 @@ from vsql_producers.level import read_or_level
 from vsql_producers.outlet import Outlet, batch_limits
 from vsql_producers.progress import Progress
 from vsql_producers.publish import Acknowledged
-from vsql_producers.scope import ScopeChanged, load_scope
+from vsql_producers.scope import ScopeChanged, document, load_scope
 from vsql_producers.scope_record import write_scope
 from vsql_producers.sequences import Sequences
 from vsql_producers.snapshot.history import CopyHistory, read_history
@@ -49,6 +51,8 @@ from vsql_shared.pg.connect import Connection, connect, errors
 _READ_BYTES = 1 << 20
 _SHORT = 0.005
 _LONG = 0.1
+# What an operator decides about columns holds after so many seconds at most, as in the live stream.
+_SCOPE_SECONDS = 5.0
 # What stands beside a table's name in an entry's detail, at most: numbers of 19 digits, escaped quotes.
 _TABLE_DETAIL_BYTES = 80
 
@@ -71,6 +75,7 @@ class CopyPipeline:
         self._sequences: Sequences | None = None
         self._copied = 0
         self._expected = 0
+        self._next_scope = 0.0
         self.epoch = self.sequence = 0
         self.done = False
 
@@ -206,6 +211,8 @@ class CopyPipeline:
     def turn(self, *, reading: bool = True) -> None:
         """Read and send a little; when all is sent, wait for the acknowledgements."""
         _, outlet = self._require_open()
+        if not self._history.finished and time.monotonic() >= self._next_scope:
+            self._require_same_scope()
         if reading and not self._ready:
             self._read()
             self._look_at_sequences()
@@ -220,11 +227,19 @@ class CopyPipeline:
         if resting and not outlet.publisher.inflight and not self._acknowledged:
             self._end()
 
+    def _require_same_scope(self) -> None:
+        """What the epoch signed, and no more: partitions may come while a copy runs."""
+        self._next_scope = time.monotonic() + _SCOPE_SECONDS
+        conn, publication = self._context.conn, self._context.stream.publication
+        if document(publication, load_scope(conn, publication)) != document(publication, self._scope):
+            raise ScopeChanged("what the copy may carry was changed", hint="it goes on with it by itself")
+
     def _read(self) -> None:
         """The next chunk of the present table, or of the next one."""
         if self._reader is None:
             if not self._tables:
                 return
+            self._require_same_scope()
             self._table = table = self._tables.popleft()
             self._reader = TableReader(
                 self._reading,

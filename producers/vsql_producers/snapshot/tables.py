@@ -11,14 +11,14 @@ snapshot. So a table's shape is noted as the snapshot has it, and compared when 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from psycopg import sql
 
 from vsql_producers.binary_types import ways
 from vsql_producers.relations import describe
-from vsql_producers.scope import Scope
+from vsql_producers.scope import Scope, require_no_authentication_data
 from vsql_producers.transactions import Descriptor
 from vsql_shared.changes import Column, TableName
 from vsql_shared.errors import DatabaseError, TransientError
@@ -84,7 +84,10 @@ def tables_to_copy(conn: Connection, publication: str, scope: Scope, salts: list
                 f"table {name}: the row filter of PostgreSQL's publication is not what was decided",
                 hint="set it back with ALTER PUBLICATION … SET TABLE",
             )
-        described, select = _columns(conn, name, oid, columns)
+        described, select, types = _columns(conn, name, oid, columns)
+        require_no_authentication_data(
+            scope, name, [replace(c, type_name=t) for c, t in zip(described, types, strict=True)]
+        )
         selected = tuple(column.name for column in described)
         info = catalog.describe(conn, name)
         if info is None:
@@ -135,8 +138,8 @@ def count_tables(conn: Connection, publication: str) -> int:
 
 def _columns(
     conn: Connection, name: TableName, oid: int, published: list[str]
-) -> tuple[list[Column], list[sql.Composable]]:
-    """Columns as they are described, and as they are selected."""
+) -> tuple[list[Column], list[sql.Composable], list[str]]:
+    """Columns as they are described, and as they are selected; their true types."""
     with errors(f"reading the columns of {name}"):
         rows = conn.execute(_COLUMNS, (oid, published)).fetchall()
     as_text = ways(conn, [int(row[1]) for row in rows]).copied_as_text
@@ -149,7 +152,7 @@ def _columns(
         else:
             columns.append(Column(column, False, type_oid, typmod, type_name))
             select.append(sql.Identifier(column))
-    return columns, select
+    return columns, select, [str(row[3]) for row in rows]
 
 
 def _command(

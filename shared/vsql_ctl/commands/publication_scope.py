@@ -18,7 +18,7 @@ from vsql_ctl.context import (
     pass_operator,
     yes_option,
 )
-from vsql_ctl.output import emit, render_pairs, render_table
+from vsql_ctl.output import emit, printable, render_pairs, render_table
 from vsql_ctl.session import open_node
 from vsql_shared.errors import RefusedError, UserError
 
@@ -56,7 +56,8 @@ def remove_column(operator: Operator, name: str, column: str, yes: bool, timeout
     table, unwanted = parse_column(column)
     confirm(f"Take column {column} out of publication {name}?", yes=yes)
     with open_node(operator) as conn:
-        publication_changes.remove_column(conn, name, table, unwanted)
+        if not publication_changes.remove_column(conn, name, table, unwanted):
+            click.echo(f"note: table {table} has no such column now; rows in the WAL may have it", err=True)
         epoch = None
         deadline = time.monotonic() + (timeout if scope_facts.is_running(conn, name) else 0)
         while epoch is None and time.monotonic() < deadline:
@@ -251,8 +252,13 @@ def _verified(source: Path, key_file: Path) -> str:
         "publication": f"{report['publication']} of node {report['node']}, cluster {report['cluster']}",
         "generated": report["generated_at"],
     }
-    parts = [render_pairs(pairs), _tables(report), f"\n{report['conclusion']}", "\nIt does not claim:"]
-    return "\n".join([*parts, *(f"  - {line}" for line in report["not_claimed"])])
+    parts = [
+        render_pairs(pairs),
+        _tables(report),
+        f"\n{printable(report['conclusion'])}",
+        "\nIt does not claim:",
+    ]
+    return "\n".join([*parts, *(f"  - {printable(line)}" for line in report["not_claimed"])])
 
 
 def _tables(report: dict[str, Any]) -> str:

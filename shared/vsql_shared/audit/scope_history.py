@@ -16,7 +16,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry
 from vsql_shared.changes import SIGNALS
@@ -62,14 +61,10 @@ class StreamHistory:
     unobserved: dict[str, int] = field(default_factory=dict)
     """Table → batches with rows of it that nobody observed."""
     observed: dict[tuple[str, tuple[str, ...]], Observed] = field(default_factory=dict)
+    pci_columns: set[str] = field(default_factory=set)
+    """What manifests named as PCI data: marks may be gone with their table or column."""
     _described: dict[str, Observed] = field(default_factory=dict)
     _taken: set[tuple[int, int]] = field(default_factory=set)
-
-    @property
-    def scope(self) -> dict[str, Any] | None:
-        """The scope of the last epoch; None when its version did not sign one."""
-        digest = self.scope_changes[-1][2] if self.scope_changes else ""
-        return json.loads(self.scopes[digest]) if digest else None
 
     def take(self, entry: AuditEntry) -> None:
         """The next verified entry. Raises ChainError for a text that is not what was signed."""
@@ -101,17 +96,16 @@ class StreamHistory:
         self.lsn_from = min(self.lsn_from, start) if self.batches else start
         self.lsn_to = max(self.lsn_to, end)
         self.batches, self.rows = self.batches + 1, self.rows + entry.row_count
-        for one in self._new(entry):
-            self._extend(one, entry.batch_lsn_start, end)
-            self._described[one.table] = one
+        self.pci_columns.update(entry.pci_columns)
+        # Its first rows may be under a description that it replaces.
         for table in entry.tables_affected:
-            if table in _NO_TABLES:
-                continue
-            known = self._described.get(table)
-            if known is None:
-                self.unobserved[table] = self.unobserved.get(table, 0) + 1
-            else:
-                self._extend(known, entry.batch_lsn_start, end)
+            if (known := self._described.get(table)) is not None:
+                self._extend(known, start, end)
+        for one in self._new(entry):
+            self._extend(one, start, end)
+            self._described[one.table] = one
+        for table in set(entry.tables_affected) - _NO_TABLES - self._described.keys():
+            self.unobserved[table] = self.unobserved.get(table, 0) + 1
 
     def _new(self, entry: AuditEntry) -> Iterator[Observed]:
         """What a batch describes for the first time in its epoch."""

@@ -54,9 +54,14 @@ HOW_CHECKED = (
         " before, end), and every text against its SHA-256."
     ),
     (
-        "Columns count as PCI data that an operator marked, and those whose names or types suggest it"
-        " unless an operator cleared them; those are listed with the reason that was given."
+        "Columns count as PCI data that an operator marked or a signed manifest names as such, and those"
+        " whose names or types suggest it unless an operator cleared them; those are listed with the"
+        " reason that was given."
     ),
+)
+_SIGNED_EPOCHS = (
+    "Every epoch of a stream, but for those under a scope of `sha256` null (opened by a version that signed"
+    " none),"
 )
 NOT_CLAIMED = (
     (
@@ -144,7 +149,9 @@ class Facts:
 def build(facts: Facts, generated_at: str) -> dict[str, Any]:
     """The report, not signed yet. `generated_at` in ISO 8601."""
     tables = [_table(facts, table) for table in facts.tables]
-    not_claimed = list(NOT_CLAIMED)
+    how, not_claimed = list(HOW_CHECKED), list(NOT_CLAIMED)
+    if any(not digest for stream in facts.streams for *_, digest in stream.history.scope_changes):
+        how[0] = how[0].replace("Every epoch of a stream", _SIGNED_EPOCHS, 1)
     if facts.message_prefixes:
         names = ", ".join(facts.message_prefixes)
         not_claimed.append(f"What is in logical messages: those of prefix {names} leave, unread.")
@@ -160,7 +167,7 @@ def build(facts: Facts, generated_at: str) -> dict[str, Any]:
         "tables": tables,
         "streams": [_stream(stream) for stream in facts.streams],
         "readers": {"roles": list(facts.reader_roles), "slots": list(facts.reader_slots)},
-        "how_checked": list(HOW_CHECKED),
+        "how_checked": how,
         "not_claimed": not_claimed,
         "conclusion": _conclusion(facts, tables),
     }
@@ -249,6 +256,11 @@ def _conclusion(facts: Facts, tables: Sequence[dict[str, Any]]) -> str:
         return (
             f"No column known as PCI data is published, and none was seen; but {missed} batches were sent by"
             " a version that wrote down nothing of what it saw."
+        )
+    if not sent and any(stream.history.observed for stream in facts.streams):
+        return (
+            "No column known as PCI data is published, and none was seen in what was written down; no batch"
+            " has a manifest yet, so that records of it may have left or not."
         )
     if not sent:
         return "No column known as PCI data is published; nothing has been sent yet, and so nothing observed."

@@ -79,19 +79,22 @@ def _kind_of(conn: Connection, table: TableInfo, column: ColumnInfo) -> Kind:
 
 
 def clear(conn: Connection, name: TableName, column: str, reason: str) -> str:
-    """Say of a column that it is not what its name suggests; returns what that was."""
+    """Say of a column that it is not what its name suggests; returns what that was.
+
+    Also of one that only the WAL has by that name: it was renamed or dropped before its rows were read.
+    """
     with errors("clearing a column"), conn.transaction():
         table = catalog.describe(conn, name)
         known = None if table is None else next((c for c in table.columns if c.name == column), None)
         what = f"{name}.{quote_ident(column)}"
-        if table is None or known is None:
+        found = suggest(column, known.type if known else "text")
+        if table is None or (known is None and found is None):
             raise RefusedError(f"there is no column {what}", hint="check the spelling")
         if column in marked_anywhere(conn, table):
             raise RefusedError(
                 f"column {what} was marked as PCI data by an operator, and a mark stays",
                 hint="only what a name suggests can be cleared; make a view or another column for other data",
             )
-        found = suggest(column, known.type)
         if found is None:
             raise RefusedError(f"nothing is suggested of column {what}: there is nothing to clear")
         if not reason.strip():

@@ -5,6 +5,7 @@ and what follows from either (pci.py). Rules:
 
 * A name is taken apart at everything that is no letter or digit, and where lower case turns to upper:
   `cardNumber`, `CARD_NUMBER` and `card-number` are one. The name of a user's type counts like the column's.
+* Digits behind a word mean nothing: `pan2`, `cvv1` and `card_number3` are what they are without.
 * Whole words only: `span`, `expansion` and `spinning` are nobody's. A type that cannot hold the value (a card
   number in a boolean) suggests nothing.
 * Sensitive authentication data wins: `card_pin` is a PIN before it is a card's.
@@ -44,19 +45,22 @@ _AUTHENTICATION = (
     _Rule(
         Kind.AUTHENTICATION,
         "a card verification code",
-        ("cvv", "cvv2", "cvc", "cvc2", "cid", "cav", "cav2", "csc", "icvv", "dcvv", "securitycode",
-         "cardverificationcode", "cardverificationvalue", "verificationvalue"),
+        ("cvv", "cvvs", "cvc", "cid", "cav", "csc", "cvn", "icvv", "dcvv", "securitycode",
+         "cardverificationcode", "cardverificationvalue", "cardverificationnumber", "verificationvalue",
+         "cvvcode", "cvvnumber", "cvvhash", "cvccode", "cardcvv", "cardcvc", "cardcsc"),
     ),
     _Rule(
         Kind.AUTHENTICATION,
         "track data",
         ("track1", "track2", "track3", "trackdata", "trackone", "tracktwo", "magstripe", "magneticstripe",
-         "magstripedata", "fulltrack", "track1data", "track2data", "trackequivalent"),
+         "magstripedata", "fulltrack", "track1data", "track2data", "trackequivalent", "trk1", "trk2", "trk3",
+         "swipedata"),
     ),
     _Rule(
         Kind.AUTHENTICATION,
         "a PIN",
-        ("pin", "pinblock", "pvv", "pinverificationvalue", "pinoffset", "cardpin", "pincode"),
+        ("pin", "pinblock", "pvv", "pinverificationvalue", "pinoffset", "cardpin", "pincode", "pinhash",
+         "pinnumber", "atmpin"),
     ),
 )  # fmt: skip
 _CARDHOLDER = (
@@ -64,19 +68,22 @@ _CARDHOLDER = (
         Kind.CARDHOLDER,
         "a card number",
         ("pan", "pans", "dpan", "fpan", "primaryaccountnumber", "cardnumber", "cardno", "cardnum", "cardnr",
-         "ccnumber", "ccnum", "ccno", "creditcard", "creditcardnumber", "debitcard", "debitcardnumber",
-         "paymentcardnumber", "maskedpan"),
+         "cardnumbers", "ccnumber", "ccnum", "ccno", "ccn", "creditcard", "creditcardnumber", "creditcardno",
+         "creditcardnum", "debitcard", "debitcardnumber", "debitcardno", "paymentcardnumber", "maskedpan",
+         "cardpan", "pannumber", "panno", "panhash"),
     ),
     _Rule(
         Kind.CARDHOLDER,
         "a cardholder's name",
-        ("cardholder", "cardholdername", "nameoncard", "cardname", "ccname", "cardowner"),
+        ("cardholder", "cardholdername", "nameoncard", "cardname", "ccname", "cardowner", "ccowner",
+         "ccholder"),
     ),
     _Rule(
         Kind.CARDHOLDER,
         "a card's expiry date",
         ("expiry", "expirydate", "expirymonth", "expiryyear", "expdate", "expmonth", "expyear", "cardexp",
-         "cardexpiry", "cardexpiration", "expirationdate", "expirationmonth", "expirationyear", "ccexp"),
+         "cardexpiry", "cardexpiration", "expirationdate", "expirationmonth", "expirationyear", "ccexp",
+         "expmm", "expyy", "expyyyy", "validthru", "goodthru"),
     ),
     _Rule(Kind.CARDHOLDER, "a card's service code", ("servicecode",)),
 )  # fmt: skip
@@ -89,7 +96,7 @@ _BREAKS = re.compile(r"[^A-Za-z0-9]+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a
 # These hold a moment, a flag or an id, and neither digits of a card nor a name.
 _CANNOT_HOLD = re.compile(
     r"(boolean|uuid|timestamp|timestamptz|time|timetz|interval|point|line|box|path|polygon|circle|inet|cidr"
-    r"|macaddr8?|tsvector|tsquery|\w*range|oid|xid8?|cid|tid|pg_lsn|reg\w+|double precision|real|money)"
+    r"|macaddr8?|tsvector|tsquery|\w*range|oid|xid8?|cid|tid|pg_lsn|reg\w+)"
     r"(\b|\()"
 )
 _CARD_TEXT = re.compile(r"(character|character varying|char|varchar|bpchar)\((1[2-9])\)$")
@@ -121,6 +128,7 @@ def _named(name: str) -> _Rule | None:
         for size in range(1, _LONGEST + 1)
         for at in range(len(words) - size + 1)
     }
+    runs |= {run.rstrip("0123456789") for run in runs}
     rules = [_WORDS[run] for run in runs if run in _WORDS]
     return min(rules, key=_RULES.index, default=None)
 

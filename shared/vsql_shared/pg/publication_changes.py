@@ -3,6 +3,9 @@
 Rules:
 
 * PostgreSQL's publication and our rows change in one transaction; the producer goes on with a new epoch.
+* One decision after the other: each locks the publication before it reads it, or the later one would write
+  back what the earlier took out.
+* What an operator took out no file puts back: `add-column` does, for that one column.
 * A column that is let in travels with the changes that are written from then on. Rows written before are not
   sent again: at the target they keep what the column had there.
 * A column that is taken out leaves no more, whenever a row was written: PostgreSQL decodes older WAL under
@@ -86,7 +89,15 @@ def follow(conn: Connection, before: PublicationInfo, after: PublicationInfo) ->
         sent = old if old is not None else info.sent_columns if info is not None else ()
         if old is None and set(sent) == set(new):
             publication_use.refuse(conn, before.name, "closed to columns that are added later")
+        out = _removed(conn, before.name, table.name)
         for column in [one for one in new if one not in sent]:
+            if column in out:
+                what = f"{table.name}.{quote_ident(column)}"
+                raise RefusedError(
+                    f"column {what} was taken out of publication {before.name}, the file would put it back",
+                    hint="list the table's other columns there, or let it in: `syncctl publication add-column"
+                    f" {before.name} {what}`",
+                )
             add_column(conn, before.name, table.name, column)
         for column in [one for one in sent if one not in new]:
             remove_column(conn, before.name, table.name, column)
@@ -114,8 +125,11 @@ def _require_allowed(conn: Connection, publication: PublicationInfo, table: Tabl
         )
 
 
-def remove_column(conn: Connection, name: str, table: TableName, column: str) -> None:
-    """Take a column out, from now on and out of the backlog; also one that never was to be in it."""
+def remove_column(conn: Connection, name: str, table: TableName, column: str) -> bool:
+    """Take a column out, from now on and out of the backlog; also one that never was to be in it.
+
+    False where the table has no column of that name now: only rows of the backlog can have it.
+    """
     nodes.local(conn)
     with errors(f"changing publication {name}"), conn.transaction():
         before, published = _require(conn, name, table)
@@ -136,6 +150,7 @@ def remove_column(conn: Connection, name: str, table: TableName, column: str) ->
         if problem is not None:
             raise RefusedError(f"column {what} cannot be taken out: {problem}")
         _write(conn, before, replace(published, columns=left), column, removed=True)
+    return column in info.column_names
 
 
 def settle_partition(conn: Connection, name: str, leaf: TableName, root: TableName | None) -> None:
@@ -170,6 +185,7 @@ def _require(conn: Connection, name: str, table: TableName) -> tuple[Publication
 
 
 def _find(conn: Connection, name: str) -> PublicationInfo:
+    conn.execute("SELECT FROM vsql_sync.publications WHERE name = %s FOR UPDATE", (name,))
     publication = publications.find(conn, name)
     if publication is None:
         raise RefusedError(

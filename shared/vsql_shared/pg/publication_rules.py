@@ -81,16 +81,6 @@ def leaf_problem(table: TableInfo, columns: Sequence[str] | None, where: str | N
     )
 
 
-def closed_problem(table: TableInfo) -> str | None:
-    """Columns added later must stay out, and FULL needs them sent: the source's own UPDATEs would fail."""
-    if table.replica_identity != "f":
-        return None
-    return (
-        f"{table.name}: PCI columns are excluded, and REPLICA IDENTITY FULL needs every column published,"
-        f" later ones too; {_remedy(table, ())}"
-    )
-
-
 def root_identity_problem(root: TableInfo, leaf: TableInfo) -> str | None:
     """Changes of a leaf travel under the root's identity: what the leaf writes down must hold it."""
     if root.identity is None:
@@ -134,6 +124,11 @@ def identity_problem(table: TableInfo, columns: Sequence[str] | None, left_out: 
         )
     sent = table.sent_columns if columns is None else columns
     missing = [column for column in identity if column not in sent]
+    if not missing and table.replica_identity == "f" and columns is not None:
+        return (
+            f"{table.name}: REPLICA IDENTITY FULL needs every column published, later ones too: PostgreSQL"
+            f" refuses UPDATE and DELETE where columns are listed, be it all; {_remedy(table, columns)}"
+        )
     if not missing:
         return None
     names = ", ".join(map(quote_ident, missing))

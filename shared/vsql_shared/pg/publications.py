@@ -45,7 +45,6 @@ from vsql_shared.pg.publication_rules import (
     NAME,
     authentication_problems,
     choose_columns,
-    closed_problem,
     filter_problem,
     identity_problem,
     leaf_problem,
@@ -265,7 +264,7 @@ def _resolve_one(
     closed = request.exclude_pci or spec.exclude_pci
     secret = pci.left_out(conn, table) if closed else set()
     if request.set_identity and not request.insert_only:
-        table = replica_identity.ensure(conn, table, spec.columns, secret, closed=closed)
+        table = replica_identity.ensure(conn, request.name, table, spec.columns, secret, closed=closed)
     columns, problems = choose_columns(table, spec.columns, secret, closed=closed)
     if not problems:
         sent = table.sent_columns if columns is None else columns
@@ -280,8 +279,6 @@ def _resolve_one(
             problems.append(error.message)
     if not problems and not request.insert_only:
         problems += _identity_problems(conn, request, table, columns, secret, predicate)
-        full = closed_problem(table) if closed and not problems else None
-        problems += [full] if full else []
     if request.apply_mode == PARTITIONED and not problems:
         by_leaf_only = request.via_leaf and table.kind == "p"
         for part in catalog.partitions(conn, table) if by_leaf_only else [table]:

@@ -5,6 +5,7 @@ Not here: the report (audit/scope_report.py). Rules:
 * The streams are this node's live one and all first copies of it that its trail still has, ended ones too.
 * Each chain is verified before anything of it is believed, and read up to the entry that was verified last.
 * A table that was seen on a stream is in the report, published or not.
+* What a signed manifest named as PCI data counts as such, whatever became of mark, column or table.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from vsql_shared.audit.scope_history import SCOPE, StreamHistory
 from vsql_shared.audit.scope_report import ClearedColumn, Facts, PciColumn, Stream, TableFacts
 from vsql_shared.audit.store import iterate
 from vsql_shared.audit.verify import verify_table
-from vsql_shared.changes import TableName
+from vsql_shared.changes import TableName, quote_ident
 from vsql_shared.crypto.signing import TrustStore
 from vsql_shared.errors import ChainError, RefusedError
 from vsql_shared.pg import catalog, nodes, pci, publications
 from vsql_shared.pg.catalog import TableInfo
 from vsql_shared.pg.connect import Connection, errors
-from vsql_shared.pg.pci_names import suggest
+from vsql_shared.pg.pci_names import Kind, suggest
+from vsql_shared.pg.table_spec import parse_table
 
 _IDENTITIES = {"d": "default", "i": "index", "f": "full", "n": "nothing"}
 _CHAINS = """
@@ -49,9 +51,11 @@ def gather(conn: Connection, publication: str, trust: TrustStore) -> Facts:
         seen |= {table for stream in streams for table in stream.history.unobserved}
         gone = sorted(seen - {str(name) for name in published})
         tables = [_table(conn, name, one, streams) for name, one in sorted(published.items())]
-        tables += [_unpublished(conn, text, streams) for text in gone]
+        tables += [_unpublished(conn, parse_table(text), streams) for text in gone]
         roles = conn.execute(
-            "SELECT rolname FROM pg_catalog.pg_roles WHERE (rolreplication OR rolsuper) ORDER BY 1"
+            "SELECT rolname FROM pg_catalog.pg_roles r WHERE EXISTS (SELECT FROM pg_catalog.pg_roles p"
+            " WHERE (p.rolreplication OR p.rolsuper) AND pg_catalog.pg_has_role(r.oid, p.oid, 'MEMBER'))"
+            " ORDER BY 1"
         ).fetchall()
         slots = conn.execute("SELECT slot_name FROM pg_catalog.pg_replication_slots ORDER BY 1").fetchall()
     return Facts(
@@ -136,9 +140,9 @@ def _table(
 ) -> TableFacts:
     table = catalog.describe(conn, name)
     if table is None:
-        return _unpublished(conn, str(name), streams)
+        return _unpublished(conn, name, streams)
     sent = table.sent_columns if published.columns is None else published.columns
-    found, cleared = _pci(conn, table, _seen(str(name), streams))
+    found, cleared = _pci(conn, name, table, streams)
     return TableFacts(
         str(name),
         table.column_names,
@@ -150,15 +154,13 @@ def _table(
     )
 
 
-def _unpublished(conn: Connection, text: str, streams: Sequence[Stream]) -> TableFacts:
+def _unpublished(conn: Connection, name: TableName, streams: Sequence[Stream]) -> TableFacts:
     """A table that streams carried and that is not published now; it may be gone, or have another name."""
-    seen = _seen(text, streams)
-    for name in catalog.user_tables(conn):
-        table = catalog.describe(conn, name) if str(name) == text else None
-        if table is not None:
-            found, cleared = _pci(conn, table, seen)
-            return TableFacts(text, table.column_names, None, found, cleared)
-    return TableFacts(text, (), None, tuple(_suggested(dict.fromkeys(seen, "text"))), (), "unknown")
+    table = catalog.describe(conn, name)
+    found, cleared = _pci(conn, name, table, streams)
+    if table is None:
+        return TableFacts(str(name), (), None, found, cleared, "unknown")
+    return TableFacts(str(name), table.column_names, None, found, cleared)
 
 
 def _seen(table: str, streams: Sequence[Stream]) -> list[str]:
@@ -168,28 +170,36 @@ def _seen(table: str, streams: Sequence[Stream]) -> list[str]:
 
 
 def _pci(
-    conn: Connection, table: TableInfo, seen: Sequence[str]
+    conn: Connection, name: TableName, table: TableInfo | None, streams: Sequence[Stream]
 ) -> tuple[tuple[PciColumn, ...], tuple[ClearedColumn, ...]]:
     """What counts as PCI data of a table's columns and of those it had once; what was cleared of them."""
-    marked, secret = pci.marked_anywhere(conn, table), pci.authentication(conn, table)
-    kin = pci.relatives(conn, table)
+    if table is None:
+        kin, marked = {name}, pci.marked(conn, name)
+        secret = pci.marked(conn, name, Kind.AUTHENTICATION)
+    else:
+        kin, marked = pci.relatives(conn, table), pci.marked_anywhere(conn, table)
+        secret = set(pci.authentication(conn, table))
     rows = conn.execute(
         "SELECT table_schema, table_name, column_name, looks_like, reason, cleared_by, cleared_at"
         " FROM vsql_sync.pci_cleared ORDER BY 3, 1, 2"
     ).fetchall()
     cleared = [ClearedColumn(*row[2:]) for row in rows if TableName(*row[:2]) in kin]
-    types = {column.name: column.type for column in table.columns}
-    former = [column for column in seen if column not in types]
+    types = {} if table is None else {column.name: column.type for column in table.columns}
+    former = [column for column in _seen(str(name), streams) if column not in types]
     settled = {one.column for one in cleared}
     names = {**types, **dict.fromkeys(former, "text")}
-    found: dict[str, PciColumn] = {}
-    for one in _suggested({name: kind for name, kind in names.items() if name not in settled}):
-        found[one.column] = one
-    for name in names:
-        if name in marked:
-            kind = "authentication" if name in secret else "cardholder"
-            found[name] = PciColumn(name, kind, "marked")
-    return tuple(found[name] for name in names if name in found), tuple(cleared)
+    found = {
+        one.column: one
+        for one in _suggested({column: kind for column, kind in names.items() if column not in settled})
+    }
+    told = {one for stream in streams for one in stream.history.pci_columns}
+    for column in names:
+        kind = "authentication" if column in secret else "cardholder"
+        if column in marked:
+            found[column] = PciColumn(column, kind, "marked")
+        elif f"{name}.{quote_ident(column)}" in told:
+            found.setdefault(column, PciColumn(column, kind, "named in a manifest"))
+    return tuple(found[column] for column in names if column in found), tuple(cleared)
 
 
 def _suggested(types: Mapping[str, str]) -> list[PciColumn]:
