@@ -112,7 +112,7 @@ def test_full_and_a_list_of_columns_do_not_go_together() -> None:
 def test_rows_are_spread_by_the_key_as_it_is_left_once_columns_are_taken_out() -> None:
     scope = SCOPE._replace(removed={CARDS: frozenset(("note",))}, by_row=frozenset((CARDS,)))
     older, newer = _columns("note", "id", "holder"), _columns("id", "holder")
-    gone = removed_from(scope, CARDS, older)
+    gone = removed_from(scope, CARDS, "d", older)
     described = _describe(scope, tuple(column for column in older if column.name not in gone))
     assert described.key == _describe(scope, newer).key == (0,)
     before = _row(b"N", b"4711", b"k", b"h")
