@@ -109,6 +109,11 @@ class Source:
             self._call("read new partitions", lambda: self._consumer.incremental_assign(new))
         return absent
 
+    def assign_all(self, places: Iterable[tuple[str, int, int]], *, hint: str = "") -> None:
+        """The same where none may be missing. Raises TransientError for a topic that is not there."""
+        for topic, _, _ in self.assign(places):
+            raise TransientError(f"topic {topic} is not there", hint=hint)
+
     def go_on(self, topic: str, number: int, offset: int) -> None:
         """Read a partition on from another offset: Kafka no longer has the one that was due."""
         place = TopicPartition(topic, number, offset)
