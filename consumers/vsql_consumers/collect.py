@@ -69,7 +69,7 @@ class Collector:
     ) -> None:
         """`choose`: which parts of a batch are collected; None: all."""
         self._reader, self._trust = reader, trust
-        self._audit, self._audit_next = audit, audit_offset
+        self._audit, self.audit_next = audit, audit_offset
         self._limit = buffer_bytes
         self._decisions = decisions or Decisions()
         self._choose = choose
@@ -97,13 +97,13 @@ class Collector:
 
     def read_chain_from(self, offset: int) -> None:
         """Take the chain's entries from another offset on than the stored one: the topic was cut."""
-        self._audit_next = offset
+        self.audit_next = offset
 
     def feed(self, topic: str, partition: int, offset: int, value: bytes | None) -> None:
         """Take the next record of a partition; a record that was delivered before is passed over."""
         if (topic, partition) == self._audit:
-            if offset >= self._audit_next:
-                self._audit_next = offset + 1
+            if offset >= self.audit_next:
+                self.audit_next = offset + 1
                 self._feed_entry(offset, value)
             return
         place = self._partitions.get((topic, partition))
@@ -118,6 +118,8 @@ class Collector:
 
     def delivered(self, topic: str, partition: int, next_offset: int) -> None:
         """Note that nothing more comes below `next_offset` (the end of the partition was reached)."""
+        if (topic, partition) == self._audit:
+            self.audit_next = max(self.audit_next, next_offset)
         place = self._partitions.get((topic, partition))
         if place is not None:
             place.next = max(place.next, next_offset)

@@ -77,7 +77,7 @@ class Intake:
         self._assign_at = 0.0
         self._awaited: list[Awaited] = []
         self._awaited_since = 0.0
-        self._audit_read, self._silent = position.audit_offset, 0.0
+        self._silent = 0.0
         self._orphans_told = self._voids_told = 0
 
     def passed(self, position: Position) -> dict[tuple[str, int], int]:
@@ -88,9 +88,7 @@ class Intake:
         """Assign the partitions, read the keys topic. Raises DivergedError: entries were lost unread."""
         begin = first_offset(self._means, self.audit, self.collector.read_head, self._begins_at)
         self.collector.read_chain_from(begin)
-        self._audit_read = begin
-        for topic, _, _ in self._means.source.assign([(*self._keys, -1), (*self.audit, begin)]):
-            raise TransientError(f"topic {topic} is not there", hint="it is tried again")
+        self._means.source.assign_all([(*self._keys, -1), (*self.audit, begin)], hint="it is tried again")
         self._assign_wanted()
         self.read_keys()
 
@@ -123,14 +121,12 @@ class Intake:
             else:
                 if (topic, partition) == self.audit:
                     means.totals.clock.arrived(offset, time.time_ns() // 1000)
-                    self._audit_read = offset + 1
                 collector.feed(topic, partition, offset, value)
         for topic, partition, offset, _, _ in polled.ends:
             if (topic, partition) == self._keys:
                 self._keys_next = offset
             elif (topic, partition) == self.audit:
                 means.totals.clock.ended(offset)
-                self._audit_read = offset
             collector.delivered(topic, partition, offset)
         for topic, partition, _, _, _ in polled.lost:
             self._lost(topic, partition)
@@ -218,10 +214,10 @@ class Intake:
         if self.collector.audit_paused or self._silent < SILENT_SECONDS:
             return
         self._silent = 0.0
-        end = self._means.source.ends(*self.audit)[1]
-        if end != self._audit_read:
+        end, read = self._means.source.ends(*self.audit)[1], self.collector.audit_next
+        if end != read:
             raise TransientError(
-                f"{self.audit[0]}/{self.audit[1]} was read up to offset {self._audit_read}, it ends at {end},"
+                f"{self.audit[0]}/{self.audit[1]} was read up to offset {read}, it ends at {end},"
                 f" and nothing came for {SILENT_SECONDS:g} s",
                 hint="its place is looked for anew",
             )

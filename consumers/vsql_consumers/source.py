@@ -109,6 +109,11 @@ class Source:
             self._call("read new partitions", lambda: self._consumer.incremental_assign(new))
         return absent
 
+    def assign_all(self, places: Iterable[tuple[str, int, int]], *, hint: str = "") -> None:
+        """The same where none may be missing. Raises TransientError for a topic that is not there."""
+        for topic, _, _ in self.assign(places):
+            raise TransientError(f"topic {topic} is not there", hint=hint)
+
     def drop(self, places: Iterable[Place]) -> None:
         """Read these partitions no more."""
         gone = [place for place in places if self._assigned.pop(place, None) is not None]

@@ -115,7 +115,7 @@ class Tail:
         try:
             source.assign([(*keys, -1)])
             self._pump(source, collector, announced, until=source.ends(*keys)[1])
-            _read(source, [(*audit, at.audit_offset), *collector.wanted()])
+            source.assign_all([(*audit, at.audit_offset), *collector.wanted()])
             while True:
                 self._pump(source, collector, announced)
                 while (ready := collector.next_ready()) is not None:
@@ -148,17 +148,12 @@ class Tail:
                     collector.feed(record.topic, record.partition, record.offset, record.value)
             for end in polled.ends:
                 collector.delivered(end.topic, end.partition, end.offset)
-            _read(source, collector.wanted())
+            source.assign_all(collector.wanted())
             flow = collector.flow()
             source.pause(flow.pause)
             source.resume(flow.resume)
             if until is None or announced.next_offset >= until:
                 return
-
-
-def _read(source: Source, places: list[tuple[str, int, int]]) -> None:
-    for topic, _, _ in source.assign(places):
-        raise TransientError(f"topic {topic} is not there")
 
 
 def _own_key(settings: Settings) -> list[PinnedKey]:

@@ -4,6 +4,8 @@ A broker that lost the end of the audit partition (a topic made anew, a disk res
 table that knows more than Kafka. The slot has forgotten what those manifests cover, so they are worth
 publishing again, if everything they promise is still there. Procedure:
 
+0. If the chain's end is there after all, at another place or behind a gap, it is taken as it is: what is
+   missing before it cannot be published behind it, and the table has it.
 1. Kafka's part of the chain must be a beginning of the table's; else two histories exist, and nobody may
    choose.
 2. Every missing document must extend it, signed. Every record of every missing manifest is read at its
@@ -30,9 +32,10 @@ from vsql_producers.publish import Publisher
 from vsql_shared import names
 from vsql_shared.audit import merkle
 from vsql_shared.audit.chain import ChainHead, ChainReader, Prepared
+from vsql_shared.audit.dsse import document_hash
 from vsql_shared.audit.entries import AuditEntry
 from vsql_shared.audit.rows import StoredDocument
-from vsql_shared.audit.store import iterate, move_offset, recall_head
+from vsql_shared.audit.store import has_document, insert_entries, iterate, move_offset, recall_head
 from vsql_shared.changes import PartitionRoot
 from vsql_shared.errors import DecodeError, DivergedError, TransientError, VsqlSyncError
 from vsql_shared.kafka.clients import from_exception, is_unknown_topic, kafka_error
@@ -74,6 +77,8 @@ def _publish_missing(
     if known is None:
         raise lost
     head = known[0]
+    if _find_end(conn, writing, consumer, tick, head):
+        return
     there = kafka_head(writing, consumer, tick)
     # 1. Linked hashes: equal at the last common entry is equal up to it.
     _require_beginning(conn, writing, there, head, lost)
@@ -90,6 +95,34 @@ def _publish_missing(
         "entries Kafka had lost were published again",
         extra={"first": first, "last": head.sequence, "chain": writing.chain},
     )
+
+
+def _find_end(
+    conn: Connection, writing: Writing, consumer: Consumer, tick: Tick, head: ChainHead
+) -> bool:
+    """Note where the table's last entry lies now, and take what follows it.
+
+    A topic made anew while this stream was running may begin with an entry that was under way.
+    """
+    reader = ChainReader(writing.cluster, writing.chain, writing.node, writing.trust, head)
+    tail = AuditTail(consumer, writing.topic, writing.partition, None, tick)
+    place, after = -1, list[tuple[bytes, int | None]]()
+    for at, value in tail.read_below(tail.bounds()[1]):
+        if document_hash(value) == head.entry_hash:
+            place = at
+        elif has_document(conn, writing.chain, value):
+            continue
+        elif accept(reader, value, f"{writing.topic}/{writing.partition}/{at}") is not None:
+            after.append((value, at))
+    if place < 0 and not after:
+        return False
+    move_offset(conn, writing.chain, head.entry_hash, place)
+    insert_entries(conn, after)
+    _log.warning(
+        "the chain's end was found again; of what Kafka lost before it, the audit table is the only copy",
+        extra={"chain": writing.chain, "sequence": reader.head.sequence},
+    )
+    return True
 
 
 def kafka_head(writing: Writing, consumer: Consumer, tick: Tick) -> ChainHead:

@@ -67,6 +67,54 @@ def test_a_lost_end_of_the_chain_is_published_again_byte_by_byte(new_source: New
     assert "published again" not in node.log("third")
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["known to the table", "under way in the crash"])
+def test_an_end_of_the_chain_that_stands_alone_in_a_topic_made_anew_is_taken(
+    new_source: NewSource, known: bool
+) -> None:
+    """The topic went while the stream ran, and what it sent next began the new one."""
+    node, before = source(new_source)
+    heads = node.query("SELECT * FROM vsql_sync.chain_heads")
+    send(node, 1000)
+    topic = names.audit_topic(node.cluster)
+    entries = [r for r in node.records() if r.topic == topic]
+    if not known:
+        _forget_after(node, len(before), heads)
+    make_shorter(node, topic, entries[len(before) :])
+    assert "was found again" in send(node, 1001)
+    assert "was found again" not in send(node, 1002)
+    there = [r.value for r in node.records() if r.topic == topic]
+    assert there[: len(entries) - len(before)] == [r.value for r in entries[len(before) :]]
+    stored = node.query("SELECT document FROM vsql_sync.vsql_sync_audit ORDER BY sequence")
+    assert [bytes(one) for (one,) in stored] == [*(r.value for r in before), *there]
+
+
+def send(node: SourceNode, key: int) -> str:
+    """Run the stream until it has sent one row more; its log."""
+    worker = node.start(log=str(key))
+    node.execute(f"INSERT INTO t VALUES ({key}, 'after')")
+    node.wait_confirmed()
+    node.stop(worker)
+    return node.log(str(key))
+
+
+def _forget_after(node: SourceNode, sequence: int, heads: list[tuple[object, ...]]) -> None:
+    """As a crash between Kafka's answer and the commit leaves the tables, for those who may not delete."""
+    ((table,),) = node.query(
+        "SELECT DISTINCT tableoid::regclass::text FROM vsql_sync.vsql_sync_audit WHERE sequence > %s",
+        sequence,
+    )
+    node.execute(
+        f"ALTER TABLE {table} DISABLE RULE no_delete; DELETE FROM {table} WHERE sequence > {sequence};"
+        f" ALTER TABLE {table} ENABLE ALWAYS RULE no_delete;"
+        " ALTER TABLE vsql_sync.chain_heads DISABLE TRIGGER ALL; DELETE FROM vsql_sync.chain_heads"
+    )
+    for head in heads:
+        node.query(
+            f"INSERT INTO vsql_sync.chain_heads VALUES ({', '.join(['%s'] * len(head))}) RETURNING 1", *head
+        )
+    node.execute("ALTER TABLE vsql_sync.chain_heads ENABLE TRIGGER ALL")
+
+
 def lose_topic(node: SourceNode) -> str:
     topic = f"{node.cluster}.pub.node-a.public.u"
     admin = AdminClient({"bootstrap.servers": node.kafka})

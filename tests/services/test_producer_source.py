@@ -36,18 +36,24 @@ def _sent(node: SourceNode, first: int, last: int) -> None:
     node.stop(worker)
 
 
+def _set_back(new_source: NewSource, stack: Stack, last: int) -> SourceNode:
+    """A source that has sent rows up to `last`, restored from when it had sent 10."""
+    server = stack.own_postgres(18)
+    node = new_source(TABLE, ["t"], conninfo=server.conninfo("postgres"))
+    _sent(node, 1, 10)
+    _backup(server)
+    _sent(node, 11, last)
+    _restore(server)
+    return node
+
+
 @pytest.mark.parametrize("more", [0, 5000], ids=["at once", "after its WAL went past the old end"])
 @pytest.mark.timeout(180)
 def test_rule_6_a_source_restored_from_an_older_state_is_diverged(
     new_source: NewSource, stack: Stack, more: int
 ) -> None:
-    server = stack.own_postgres(18)
-    node = new_source(TABLE, ["t"], conninfo=server.conninfo("postgres"))
-    _sent(node, 1, 10)
-    _backup(server)
-    _sent(node, 11, 200)
+    node = _set_back(new_source, stack, 200)
     entries = len(node.read().manifests)
-    _restore(server)
     if more:
         node.execute(f"INSERT INTO t SELECT g, repeat('y', 200) FROM generate_series(1000, {1000 + more}) g")
     node.start()
@@ -62,12 +68,7 @@ def test_rule_6_a_restored_source_is_diverged_although_only_others_wal_goes_past
     new_source: NewSource, stack: Stack
 ) -> None:
     """Confirmed, that WAL would put the slot beyond the chain's end, and a restart would see nothing."""
-    server = stack.own_postgres(18)
-    node = new_source(TABLE, ["t"], conninfo=server.conninfo("postgres"))
-    _sent(node, 1, 10)
-    _backup(server)
-    _sent(node, 11, 12)
-    _restore(server)
+    node = _set_back(new_source, stack, 12)
     node.execute("INSERT INTO t VALUES (1000, 'at a position that the chain has already')")
     node.execute("SELECT pg_logical_emit_message(false, 'noise', repeat('x', 1000000))")
     node.start()

@@ -34,7 +34,7 @@ from vsql_shared.audit.rows import (
     timestamp,
 )
 from vsql_shared.audit.tree import Tree, decode_tree, encode_tree
-from vsql_shared.errors import ChainError, TransientError
+from vsql_shared.errors import ChainError, DecodeError, TransientError
 from vsql_shared.pg.connect import Connection, errors
 
 PAGE = 500
@@ -250,6 +250,20 @@ def iterate(conn: Connection, chain: str, from_sequence: int = 1) -> Iterator[St
         if len(rows) < PAGE:
             return
         at = rows[-1][2] + 1
+
+
+def has_document(conn: Connection, chain: str, encoded: bytes) -> bool:
+    """Whether the table has this very document of a chain. What is no entry it cannot have."""
+    try:
+        sequence = parse(encoded, None).entry.sequence
+    except DecodeError:
+        return False
+    with errors("reading the audit trail"):
+        row = conn.execute(
+            "SELECT 1 FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND sequence = %s AND document = %s",
+            (chain, sequence, encoded),
+        ).fetchone()
+    return row is not None
 
 
 def ensure_partitions(conn: Connection) -> None:
