@@ -236,9 +236,11 @@ class Describer:
             for c, type_name in zip(message.columns, type_names, strict=True)
         )
         made_by = generated.definitions(self._conn, name)
+        self._look_at_order(name)
         known = self._known.get(message.relation_id)
         if known is not None and known[:3] == (message, columns, made_by):
-            return known[3]
+            # Its hash and its bytes stay; that its rows need the order of the source is said by each batch.
+            return known[3] if self._is_spread(name) else known[3]._replace(key=())
         past = self._past_names(name, columns)
         try:
             descriptor = describe(
@@ -252,6 +254,21 @@ class Describer:
             raise
         self._known[message.relation_id] = (message, columns, made_by, descriptor)
         return descriptor
+
+    def _is_spread(self, name: TableName) -> bool:
+        return name in (self._scope.by_row or ())
+
+    def _look_at_order(self, name: TableName) -> None:
+        """Note when rows of a table that is described (again) may not be spread: not until the next start.
+
+        PostgreSQL describes it anew before the first change under another definition, or beside a new index.
+        """
+        by_row = self._scope.by_row
+        if by_row is not None and name in by_row and name not in row_order.fit(self._conn, [name]):
+            _log.warning(
+                "rows of %s need the order of the source by now: batches with them are applied alone", name
+            )
+            self._scope = self._scope._replace(by_row=by_row - {name})
 
     def _past_names(self, name: TableName, columns: Sequence[Column]) -> frozenset[str]:
         """Of a table with PCI marks, columns that have another name by now, or are gone: one may be marked.
@@ -360,5 +377,10 @@ def describe(
     pci = pci_in(scope, name, [column.name for column in columns], past)
     encoded = encode_relation(Relation(name, replica_identity, columns, salt, made_by))
     key = tuple(at for at, column in enumerate(columns) if column.key)
-    by_row = name in (scope.by_row or ()) and replica_identity in "di"
+    # The catalog may be ahead of the WAL: both have to say that equal keys have equal bytes.
+    by_row = (
+        name in (scope.by_row or ())
+        and replica_identity in "di"
+        and all(columns[at].type_oid in row_order.PLAIN_TYPES for at in key)
+    )
     return Descriptor(name, encoded, relation_hash(encoded), pci, key if by_row else ())

@@ -21,7 +21,8 @@ from vsql_shared.pg.catalog import TableInfo
 from vsql_shared.pg.connect import Connection
 
 # bool, bytea, "char", name, int8, int2, int4, text, oid, varchar, date, timestamp, timestamptz, uuid
-_PLAIN_TYPES = frozenset({16, 17, 18, 19, 20, 21, 23, 25, 26, 1043, 1082, 1114, 1184, 2950})
+PLAIN_TYPES = frozenset({16, 17, 18, 19, 20, 21, 23, 25, 26, 1043, 1082, 1114, 1184, 2950})
+"""Types of which equal values have equal bytes."""
 
 _COLUMNS = """
 SELECT a.attname, pg_catalog.format_type(a.atttypid, NULL), a.atttypid::bigint,
@@ -85,7 +86,7 @@ def _leaves(conn: Connection, table: TableInfo) -> list[TableInfo]:
 
 def _type_problems(conn: Connection, table: TableInfo, identity: tuple[str, ...]) -> Iterator[str]:
     for name, type_name, oid, deterministic in conn.execute(_COLUMNS, (table.oid, list(identity))):
-        if oid not in _PLAIN_TYPES or not deterministic:
+        if oid not in PLAIN_TYPES or not deterministic:
             what = type_name if deterministic else f"{type_name} with a nondeterministic collation"
             yield (
                 f"{table.name}: key column {quote_ident(name)} is {what}, of which equal values may differ in"
