@@ -21,6 +21,7 @@ from typing import Any
 
 from vsql_consumers import state
 from vsql_consumers.collected import Decided
+from vsql_consumers.members import PartReceipt, skipped
 from vsql_consumers.state import Receipt
 from vsql_consumers.target import read_versions
 from vsql_consumers.window import in_words
@@ -102,11 +103,13 @@ def watch(conn: Connection, place: RowPlace | None) -> Callable[[], bool]:
     return altered
 
 
-def receipt_of_skipped(entry: AuditEntry, encoded: bytes) -> Receipt:
-    """The receipt of a batch that was passed over: nothing was computed, so its root is the empty tree's."""
-    return Receipt(
-        entry.sequence, entry.epoch, entry.batch, encoded, EMPTY_ROOT, {"skipped": entry.row_count}
-    )
+def receipt_of_skipped(entry: AuditEntry, encoded: bytes, found: Sequence[PartReceipt] = ()) -> Receipt:
+    """The receipt of a batch that was passed over: no root of all was computed, so it is the empty tree's.
+
+    `found`: what members had applied of it before.
+    """
+    verdicts, detail = skipped(entry, found)
+    return Receipt(entry.sequence, entry.epoch, entry.batch, encoded, EMPTY_ROOT, verdicts, detail)
 
 
 def is_skipped(receipt: Receipt) -> bool:
