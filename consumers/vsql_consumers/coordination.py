@@ -37,8 +37,11 @@ MOST_WAITING = 1_000
 _LOOK_AT, _ASSIGN_SECONDS = 200, 0.3
 
 
-def require_fit(conn: Connection, described: Iterable[Descriptor]) -> None:
-    """Raise DatabaseError where a table here binds rows to each other that members apply in any order."""
+def require_fit(conn: Connection, chain: str, described: Iterable[Descriptor]) -> None:
+    """Raise DatabaseError where a table here binds rows to each other that members apply in any order.
+
+    Its shares are nobody's then: members wait, too.
+    """
     problems: list[str] = []
     with errors("looking whether the tables may be applied by several"):
         for one in described:
@@ -47,6 +50,8 @@ def require_fit(conn: Connection, described: Iterable[Descriptor]) -> None:
             if table is not None and one.relation.replica_identity in "di":
                 problems += row_order.target_problems(conn, key, table)
     if problems:
+        with errors("taking the shares back"):
+            shares.give(conn, chain, dict.fromkeys(shares.load(conn, chain)))
         lines = "; ".join(sorted(set(problems)))
         raise DatabaseError(f"the stream cannot be applied partitioned: {lines}")
 

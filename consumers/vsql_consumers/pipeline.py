@@ -88,7 +88,7 @@ class Pipeline:
         self._others_described = False
         """Members have applied something since their descriptors were read."""
         if stream.apply_mode == "partitioned":
-            require_fit(means.control, self._descriptors.values())
+            require_fit(means.control, stream.chain, self._descriptors.values())
             self._members = Coordination(means.control, stream.chain)
         choose = None if self._members is None else self._members.choose
         begin = self.position if choose is None else replace(self.position, offsets={})

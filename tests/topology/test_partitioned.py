@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -395,6 +396,27 @@ def test_what_a_member_lacks_is_said_by_the_stream_which_goes_on_when_it_is_ther
     )
     until(lambda: pair.b.query(said), 30, tell=lambda: pair.b.tail("consumer"))
     pair.b.execute("ALTER TABLE hidden RENAME TO t")
+    pair.wait_in_step(timeout=60)
+    assert pair.differences() == []
+
+
+@pytest.mark.timeout(120)
+def test_where_the_target_binds_rows_members_wait_as_the_stream_does(pairs: Pairs) -> None:
+    pair = make(pairs, VSQL_SYNC__LIMITS__RETRY_BACKOFF_MAX_MS="500")
+    pair.create(["t(*)", "u(*)"], publication_args=PARTITIONED)
+    pair.start()
+    pair.wait_in_step()
+    pair.a.execute("INSERT INTO t SELECT n, 1, n FROM generate_series(1, 100) n")
+    pair.wait_in_step()
+    pair.b.stop("consumer")
+    pair.b.execute("CREATE UNIQUE INDEX one ON t (v)")
+    pair.b.start("consumer")
+    until(lambda: "one binds rows" in pair.b.tail("consumer", 200), tell=lambda: pair.b.tail("consumer"))
+    pair.a.execute("UPDATE t SET version = 2")
+    until(lambda: pair.heads()[0] > pair.heads()[1])
+    time.sleep(2)
+    assert pair.b.query("SELECT count(*) FROM t WHERE version = 2") == [(0,)]
+    pair.b.execute("DROP INDEX one")
     pair.wait_in_step(timeout=60)
     assert pair.differences() == []
 
