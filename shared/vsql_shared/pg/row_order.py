@@ -30,12 +30,14 @@ SELECT a.attname, pg_catalog.format_type(a.atttypid, NULL), a.atttypid::bigint,
 FROM pg_catalog.pg_attribute a LEFT JOIN pg_catalog.pg_collation c ON c.oid = a.attcollation
 WHERE a.attrelid = %s AND a.attname = ANY (%s)
 """
-# Unique and exclusion constraints and indexes, with their plain columns.
+# Unique and exclusion constraints and indexes, with their plain columns; one that is compared by another
+# collation, which takes different values for equal, does not count.
 _BINDING = """
 SELECT x.relname, i.indisexclusion,
     ARRAY(SELECT a.attname::text FROM pg_catalog.unnest(i.indkey::int2[]) WITH ORDINALITY k (attnum, place)
           JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
-          WHERE k.place <= i.indnkeyatts)
+          LEFT JOIN pg_catalog.pg_collation c ON c.oid = (i.indcollation::oid[])[k.place - 1]
+          WHERE k.place <= i.indnkeyatts AND coalesce(c.collisdeterministic, true))
 FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class x ON x.oid = i.indexrelid
 WHERE i.indrelid = %s AND (i.indisunique OR i.indisexclusion) ORDER BY x.relname
 """
