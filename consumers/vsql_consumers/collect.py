@@ -80,7 +80,7 @@ class Collector:
         self._epoch, self._batch = reader.head.epoch, reader.head.batch
         self._last_of_epoch: dict[int, int] = {}
         self._refused: VerificationError | None = None
-        self._audit_paused = False
+        self.audit_paused = False
         self._over = False
         self.buffered = self.orphans = self.voids = self.ignored = 0
 
@@ -166,10 +166,10 @@ class Collector:
             if pause != place.paused:
                 place.paused = pause
                 (flow.pause if pause else flow.resume).append(place.key)
-        most = MAX_ENTRIES_AHEAD // 2 if self._audit_paused else MAX_ENTRIES_AHEAD
+        most = MAX_ENTRIES_AHEAD // 2 if self.audit_paused else MAX_ENTRIES_AHEAD
         pause = len(self._entries) >= most or self._refused is not None
-        if pause != self._audit_paused:
-            self._audit_paused = pause
+        if pause != self.audit_paused:
+            self.audit_paused = pause
             (flow.pause if pause else flow.resume).append(self._audit)
         return flow
 

@@ -32,6 +32,8 @@ LOST_AFTER_SECONDS = 5.0
 """How long a batch may lack records before Kafka is asked whether it still has them."""
 ASSIGN_AGAIN_SECONDS = 1.0
 """Between looks for a data topic that is not there (yet)."""
+SILENT_SECONDS = 20.0
+"""How long Kafka may bring nothing before it is asked whether there is more of the audit partition."""
 READ_KEYS_SECONDS = 30.0
 """How long the keys topic may bring nothing while it is read to its end."""
 
@@ -74,6 +76,7 @@ class Intake:
         self._assign_at = 0.0
         self._awaited: list[Awaited] = []
         self._awaited_since = 0.0
+        self._audit_read, self._silent = position.audit_offset, 0.0
         self._orphans_told = self._voids_told = 0
 
     def passed(self, position: Position) -> dict[tuple[str, int], int]:
@@ -84,6 +87,7 @@ class Intake:
         """Assign the partitions, read the keys topic. Raises DivergedError: entries were lost unread."""
         begin = first_offset(self._means, self.audit, self.collector.read_head, self._begins_at)
         self.collector.read_chain_from(begin)
+        self._audit_read = begin
         for topic, _, _ in self._means.source.assign([(*self._keys, -1), (*self.audit, begin)]):
             raise TransientError(f"topic {topic} is not there", hint="it is tried again")
         self._assign_wanted()
@@ -107,8 +111,9 @@ class Intake:
 
     def pump(self, seconds: float = POLL_SECONDS) -> int:
         """Take what Kafka has, waiting for it so long at most; returns how many records came."""
-        means, collector = self._means, self.collector
+        means, collector, began = self._means, self.collector, time.monotonic()
         polled = means.source.poll(seconds)
+        self._silent = 0.0 if polled.records or polled.ends else self._silent + time.monotonic() - began
         for topic, partition, offset, key, value in polled.records:
             if (topic, partition) == self._keys:
                 self._keys_next = offset + 1
@@ -117,12 +122,14 @@ class Intake:
             else:
                 if (topic, partition) == self.audit:
                     means.totals.clock.arrived(offset, time.time_ns() // 1000)
+                    self._audit_read = offset + 1
                 collector.feed(topic, partition, offset, value)
         for topic, partition, offset, _, _ in polled.ends:
             if (topic, partition) == self._keys:
                 self._keys_next = offset
             elif (topic, partition) == self.audit:
                 means.totals.clock.ended(offset)
+                self._audit_read = offset
             collector.delivered(topic, partition, offset)
         for topic, partition, _, _, _ in polled.lost:
             self._lost(topic, partition)
@@ -187,6 +194,22 @@ class Intake:
             ends = self._means.source.ends_of([(place.topic, place.partition) for place in awaited])
             for (topic, partition), bounds in ends.items():
                 self.collector.check_log(topic, partition, *bounds)
+
+    def look_for_silence(self) -> None:
+        """Raise TransientError where the audit partition brings nothing although there is something.
+
+        A partition that went and came back may stay unread for good: its reader waits for the one it knew.
+        """
+        if self.collector.audit_paused or self._silent < SILENT_SECONDS:
+            return
+        self._silent = 0.0
+        end = self._means.source.ends(*self.audit)[1]
+        if end != self._audit_read:
+            raise TransientError(
+                f"{self.audit[0]}/{self.audit[1]} was read up to offset {self._audit_read}, it ends at {end},"
+                f" and nothing came for {SILENT_SECONDS:g} s",
+                hint="its place is looked for anew",
+            )
 
     def tell_strays(self) -> None:
         """Count orphans and void entries since the last call."""

@@ -267,6 +267,7 @@ class SharesWork:
                     self._flush()
         self._flush()
         self._intake.look_for_lost()
+        self._intake.look_for_silence()
         self._rest(came)
 
     def _refuse(self, error: VerificationError) -> NoReturn:

@@ -125,6 +125,7 @@ class Pipeline:
         if refused is not None:
             raise refused
         self.intake.look_for_lost()
+        self.intake.look_for_silence()
         self.intake.tell_strays()
         self._rest(came)
 

@@ -23,7 +23,7 @@ from vsql_consumers import state
 from vsql_consumers.collected import Decided
 from vsql_consumers.members import PartReceipt, skipped
 from vsql_consumers.state import Receipt
-from vsql_consumers.target import read_versions
+from vsql_consumers.target import read_rules, read_versions
 from vsql_consumers.window import in_words
 from vsql_shared import lsn
 from vsql_shared.audit.entries import AuditEntry
@@ -89,16 +89,25 @@ def _row_detail(place: RowPlace | None) -> dict[str, object]:
 
 
 def watch(conn: Connection, place: RowPlace | None) -> Callable[[], bool]:
-    """Whether the table that refused a row has another definition since; asked at most once a second."""
-    due = 0.0
+    """Whether the table that refused a row has another definition since; asked at most once a second.
+
+    Of its types and partitions: since this call.
+    """
+    if place is None or (table := place.table) is None:
+        return lambda: False
+    due = time.monotonic() + _WATCH_SECONDS
+    with errors("looking at a table's definition"):
+        rules = read_rules(conn, table)
+        if place.version and read_versions(conn, [table]).get(table) != place.version:
+            return lambda: True
 
     def altered() -> bool:
         nonlocal due
-        if place is None or place.table is None or not place.version or time.monotonic() < due:
+        if time.monotonic() < due:
             return False
         due = time.monotonic() + _WATCH_SECONDS
         with errors("looking at a table's definition"):
-            return read_versions(conn, [place.table]).get(place.table) != place.version
+            return read_rules(conn, table) != rules
 
     return altered
 

@@ -92,29 +92,33 @@ class TargetTable:
     generated: tuple[tuple[str, bytes], ...] = ()
 
 
-# Everything a description depends on, and what decides whether a row fits: partitions, and the labels and
-# checks of types, of the types inside them too. A change of any of these rows makes a new xmin.
+# Everything a description depends on. A change of any of these rows makes a new xmin.
 _VERSION = """concat_ws(' ', c.oid, c.xmin,
     (SELECT string_agg(a.xmin::text, ',' ORDER BY a.attnum) FROM pg_attribute a
       WHERE a.attrelid = c.oid AND a.attnum > 0),
     (SELECT string_agg(i.indexrelid || ':' || i.xmin::text, ',' ORDER BY i.indexrelid) FROM pg_index i
       WHERE i.indrelid = c.oid),
     (SELECT string_agg(g.oid || ':' || g.xmin::text, ',' ORDER BY g.oid) FROM pg_trigger g
-      WHERE g.tgrelid = c.oid),
-    (SELECT string_agg(p.inhrelid || ':' || p.xmin::text, ',' ORDER BY p.inhrelid) FROM pg_inherits p
-      WHERE p.inhparent = c.oid),
-    (WITH RECURSIVE types (oid) AS (
-        SELECT a.atttypid FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0
-        UNION SELECT unnest(ARRAY[t.typelem, t.typbasetype]) FROM types JOIN pg_type t USING (oid))
-     SELECT string_agg(r.oid || ':' || r.xmin::text, ',' ORDER BY r.oid) FROM types JOIN (
-        SELECT enumtypid, oid, xmin FROM pg_enum
-        UNION ALL SELECT contypid, oid, xmin FROM pg_constraint
-        UNION ALL SELECT oid, oid, xmin FROM pg_type WHERE typtype = 'd') AS r (type, oid, xmin)
-        ON r.type = types.oid))"""
+      WHERE g.tgrelid = c.oid))"""
 
 _VERSIONS = f"""
 SELECT n.nspname, c.relname, {_VERSION} FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE (n.nspname::text, c.relname::text) IN (SELECT * FROM unnest(%s::text[], %s::text[]))"""
+
+# What else decides whether a row fits: partitions, and the labels and checks of types and the types in them.
+_RULES = f"""
+WITH RECURSIVE types (oid) AS (
+    SELECT a.atttypid FROM pg_attribute a WHERE a.attrelid = to_regclass(%(table)s) AND a.attnum > 0
+    UNION SELECT inner_oid FROM types JOIN pg_type t USING (oid)
+    CROSS JOIN LATERAL (VALUES (t.typelem), (t.typbasetype)) AS inside (inner_oid) WHERE inner_oid <> 0)
+SELECT {_VERSION}, ARRAY (SELECT (p.inhrelid, p.xmin)::text FROM pg_inherits p
+                        WHERE p.inhparent = c.oid ORDER BY p.inhrelid)::text,
+       ARRAY (SELECT (r.oid, r.xmin)::text FROM types JOIN (
+                  SELECT enumtypid, oid, xmin FROM pg_enum
+                  UNION ALL SELECT contypid, oid, xmin FROM pg_constraint
+                  UNION ALL SELECT oid, oid, xmin FROM pg_type) AS r (type, oid, xmin)
+              ON r.type = types.oid ORDER BY r.oid)::text
+  FROM pg_class c WHERE c.oid = to_regclass(%(table)s)"""
 
 _TABLE = f"""
 SELECT c.oid::bigint, c.relkind::text, pg_is_other_temp_schema(n.oid) OR n.oid = pg_my_temp_schema(),
@@ -215,6 +219,15 @@ def read_versions(conn: Connection, names: Sequence[TableName]) -> dict[TableNam
     schemas, tables = [n.schema for n in names], [n.table for n in names]
     rows = conn.execute(_VERSIONS.encode(), (schemas, tables))
     return {TableName(schema, table): version for schema, table, version in rows}
+
+
+def read_rules(conn: Connection, name: TableName) -> tuple[str, ...]:
+    """Version of everything that decides whether a row fits a table; empty where that is missing.
+
+    Too much to be read with every batch.
+    """
+    row = conn.execute(_RULES.encode(), {"table": str(name)}).fetchone()
+    return row or ()
 
 
 def read_table(conn: Connection, name: TableName) -> TargetTable:

@@ -288,6 +288,7 @@ class Worker:
     def _refuse(self, conn: Connection, stream: Stream, control: Control, refusal: Refusal) -> None:
         """Say what was refused, signed and in the status; stay until an operator decides."""
         self._report.refusal = refusal
+        altered = watch(conn, refusal.place)
         stands = {"sequence": state.load_position(conn, self._chain).head.sequence}
         _log.error(refusal.state, extra={"record": refusal.record, "sequence": refusal.sequence})
         with ExitStack() as closing:
@@ -297,7 +298,6 @@ class Worker:
             # Those that had us try again: this is what came of it.
             tried = [wish for wish in control.poll(now=True) if wish.id in self._obeyed]
             self._answer(acknowledger, control, tried, f"tried again, and {refusal.state}: {refusal.error}")
-        altered = watch(conn, refusal.place)
         while not self.stop.is_set() and not altered():
             wishes = control.poll()
             if any(wish.verb == "retry" for wish in wishes):

@@ -191,7 +191,7 @@ def test_an_audit_topic_made_anew_is_filled_again_by_the_producer_and_the_consum
             pair.b.ctl("stream", "retry", "--chain", pair.chain, "--reason", "published again")
         return _applied(pair) == 2
 
-    until(in_step, 90, lambda: f"{pair.a.tail('producer')}\n{pair.b.tail('consumer')}")
+    until(in_step, 180, lambda: f"{pair.a.tail('producer')}\n{pair.b.tail('consumer')}")
     _whole(pair)
     _acknowledged(pair)
     assert pair.a.query("SELECT mismatch FROM vsql_sync.stream_targets WHERE target = 'node-b'") == [(None,)]

@@ -180,7 +180,7 @@ def test_rows_of_as_many_columns_as_there_may_be_are_written_changed_and_deleted
     numbers = ", ".join(f"g + {n}" for n in range(count))
     commit(
         pair,
-        f"INSERT INTO {table} SELECT {numbers} FROM generate_series(1, 20) g",
+        f"INSERT INTO {table} SELECT {numbers} FROM generate_series(1, 12) g",
         f"UPDATE {table} SET c1 = NULL WHERE c0::int > 10; UPDATE {table} SET {some} WHERE c0::int % 5 = 0",
         f"UPDATE {table} SET c0 = (c0::int + 100) WHERE c0::int < 4; DELETE FROM {table} WHERE c0::int = 8",
     )
@@ -190,7 +190,7 @@ def test_rows_of_as_many_columns_as_there_may_be_are_written_changed_and_deleted
         f"INSERT INTO {table} (c0, c{count - 1}) VALUES (9, 7), (8, 8);"
         f"UPDATE {table} SET c2 = c0 WHERE c0::int < 15",
     )
-    assert len(same(pair, table)) == 20
+    assert len(same(pair, table)) == 12
 
 
 @pytest.mark.timeout(300)
