@@ -24,6 +24,9 @@ UNFIT = {
     "a float in the key": ("CREATE TABLE t (a int, b float8, PRIMARY KEY (a, b))", "key column b is double"),
     "an array": ("CREATE TABLE t (id int[] PRIMARY KEY)", "key column id is integer"),
     "a key that is blind to case": (COLLATION, "nondeterministic collation"),
+    "a unique index that is blind to case": (
+        COLLATION.replace(" COLLATE blind", "") + "CREATE UNIQUE INDEX blindly ON t (id COLLATE blind)",
+        "blindly binds rows"),
     "whole rows": ("CREATE TABLE t (a int); ALTER TABLE t REPLICA IDENTITY FULL", "has no key"),
     "another unique column": ("CREATE TABLE t (id int PRIMARY KEY, v text UNIQUE)", "t_v_key binds rows"),
     "a unique part of the key": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -9,18 +10,21 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+from confluent_kafka.admin import AdminClient
 
 from tests.nodes import Node, TwoNodes
 from tests.pairs import Pairs
 from tests.stack import kill_tree, spawn
-from tests.streams import append, read_topics
+from tests.streams import append, cluster_topics, read_topics
 from tests.waiting import until
+from vsql_shared.audit.rows import parse
 
 pytestmark = pytest.mark.topology
 
@@ -290,6 +294,149 @@ def test_a_record_slipped_into_one_partition_is_refused_by_name(pairs: Pairs) ->
         "--reason", "replayed by hand", "--yes",
     )  # fmt: skip
     pair.wait_in_step(timeout=60)
+    assert pair.differences() == []
+
+
+def _slip_in(pair: TwoNodes) -> str:
+    """Replay a pack of t's partition 2, and wait until its member has left the share; the topic."""
+    pack = next(
+        record for record in read_topics(pair.a.kafka, pair.cluster)
+        if record.topic.endswith(".public.t") and record.partition == 2
+    )  # fmt: skip
+    append(pair.a.kafka, [pack])
+    left = "SELECT share FROM vsql_sync.shares WHERE stopped_at IS NOT NULL"
+    assert until(lambda: pair.b.query(left), tell=lambda: pair.b.tail("consumer")) == [(2,)]
+    return pack.topic
+
+
+@pytest.mark.timeout(180)
+def test_a_record_slipped_in_is_refused_at_the_first_batch_that_has_rows_there(pairs: Pairs) -> None:
+    pair = make(pairs)
+    pair.create(["t(*)", "u(*)"], publication_args=PARTITIONED)
+    pair.start()
+    pair.wait_in_step()
+    pair.a.execute("INSERT INTO t SELECT n, 1, 'x' FROM generate_series(1, 100) n")
+    pair.wait_in_step()
+    until(lambda: len(set(owners(pair).values())) == 2)
+    topic = _slip_in(pair)
+    # The next entry has nothing of that share's.
+    pair.a.execute("TRUNCATE u")
+    pair.wait_in_step()
+    pair.a.execute("UPDATE t SET version = 2")
+    said = until(lambda: _blocked(pair.b), tell=lambda: pair.b.tail("consumer"))
+    assert said["record"].startswith(f"{topic}/2/")
+    assert said["sequence"] == pair.heads()[1] + 1
+
+
+@pytest.mark.timeout(180)
+def test_a_skipped_batch_is_acknowledged_with_what_members_have_applied_of_it(pairs: Pairs) -> None:
+    pair = make(pairs)
+    pair.create(["t(*)", "u(*)"], publication_args=PARTITIONED)
+    pair.start()
+    pair.wait_in_step()
+    pair.a.execute("INSERT INTO t SELECT n, 1, 'x' FROM generate_series(1, 100) n")
+    pair.wait_in_step()
+    until(lambda: len(set(owners(pair).values())) == 2)
+    _slip_in(pair)
+    pair.a.execute("UPDATE t SET version = 2")
+    said = until(lambda: _blocked(pair.b), tell=lambda: pair.b.tail("consumer"))
+    updated = "SELECT count(*) FILTER (WHERE version = 2) FROM t"
+    others = "SELECT count(*) FROM vsql_sync.shares WHERE sequence >= %s"
+    until(lambda: pair.b.query(others, said["sequence"]) == [(3,)])
+    applied = pair.b.query(updated)[0][0]
+    assert 0 < applied < 100
+    pair.b.ctl(
+        "stream", "skip-batch", "--chain", pair.chain, "--sequence", str(said["sequence"]),
+        "--reason", "replayed by hand", "--yes",
+    )  # fmt: skip
+    pair.wait_in_step(timeout=60)
+    signed = "SELECT document FROM vsql_sync.vsql_sync_audit WHERE event_type = 'batch_skipped'"
+    ((document,),) = until(lambda: pair.b.query(signed), tell=lambda: pair.b.tail("consumer"))
+    entry = parse(bytes(document)).entry
+    assert dict(entry.verdicts) == {"applied": applied, "skipped": 100 - applied}
+    assert json.loads(entry.detail) == {"partitions_applied": [0, 1, 3]}
+    assert pair.b.query(updated) == [(applied,)]
+    # Behind it the share goes on.
+    pair.a.execute("UPDATE t SET version = 3")
+    pair.wait_in_step(timeout=60)
+    assert pair.differences() == []
+    assert pair.b.ctl("audit", "verify").returncode == 0
+
+
+@pytest.mark.timeout(180)
+def test_a_topic_that_is_gone_is_refused_by_name(pairs: Pairs) -> None:
+    pair = make(pairs)
+    pair.create(["t(*)", "u(*)"], publication_args=PARTITIONED)
+    pair.start()
+    pair.wait_in_step()
+    pair.b.stop("consumer")
+    before = marked(pair)[0]
+    pair.a.execute("INSERT INTO t SELECT n, 1, 'x' FROM generate_series(1, 100) n")
+    until(lambda: marked(pair)[0] > before)
+    pair.a.stop("producer")
+    topic = next(name for name in cluster_topics(pair.a.kafka, pair.cluster) if name.endswith(".public.t"))
+    AdminClient({"bootstrap.servers": pair.a.kafka}).delete_topics([topic])[topic].result(20)
+    pair.b.start("consumer")
+    said = until(lambda: _blocked(pair.b), tell=lambda: pair.b.tail("consumer"))
+    assert said["record"].startswith(f"{topic}/")
+
+
+@pytest.mark.timeout(180)
+def test_what_a_member_lacks_is_said_by_the_stream_which_goes_on_when_it_is_there(pairs: Pairs) -> None:
+    pair = make(pairs, VSQL_SYNC__LIMITS__RETRY_BACKOFF_MAX_MS="500")
+    pair.create(["t(*)", "u(*)"], publication_args=PARTITIONED)
+    pair.start()
+    pair.wait_in_step()
+    pair.b.execute("ALTER TABLE t RENAME TO hidden")
+    pair.a.execute("INSERT INTO t SELECT n, 1, 'x' FROM generate_series(1, 100) n")
+    pair.a.execute("UPDATE t SET version = 2")
+    said = (
+        "SELECT detail ->> 'last_error' FROM vsql_sync.stream_status"
+        " WHERE chain = 'pub.node-a' AND position('public.t' in detail ->> 'last_error') > 0"
+    )
+    until(lambda: pair.b.query(said), 30, tell=lambda: pair.b.tail("consumer"))
+    pair.b.execute("ALTER TABLE hidden RENAME TO t")
+    pair.wait_in_step(timeout=60)
+    assert pair.differences() == []
+
+
+@pytest.mark.timeout(120)
+def test_where_the_target_binds_rows_members_wait_as_the_stream_does(pairs: Pairs) -> None:
+    pair = make(pairs, VSQL_SYNC__LIMITS__RETRY_BACKOFF_MAX_MS="500")
+    pair.create(["t(*)", "u(*)"], publication_args=PARTITIONED)
+    pair.start()
+    pair.wait_in_step()
+    pair.a.execute("INSERT INTO t SELECT n, 1, n FROM generate_series(1, 100) n")
+    pair.wait_in_step()
+    pair.b.stop("consumer")
+    pair.b.execute("CREATE UNIQUE INDEX one ON t (v)")
+    pair.b.start("consumer")
+    until(lambda: "one binds rows" in pair.b.tail("consumer", 200), tell=lambda: pair.b.tail("consumer"))
+    pair.a.execute("UPDATE t SET version = 2")
+    until(lambda: pair.heads()[0] > pair.heads()[1])
+    time.sleep(2)
+    assert pair.b.query("SELECT count(*) FROM t WHERE version = 2") == [(0,)]
+    pair.b.execute("DROP INDEX one")
+    pair.wait_in_step(timeout=60)
+    assert pair.differences() == []
+
+
+@pytest.mark.timeout(120)
+def test_a_table_that_gets_another_unique_index_is_applied_alone_from_then_on(pairs: Pairs) -> None:
+    pair = make(pairs)
+    pair.create(["t(*)", "u(*)"], publication_args=PARTITIONED)
+    pair.start()
+    pair.wait_in_step()
+    pair.a.execute("INSERT INTO t SELECT n, 1, n FROM generate_series(1, 100) n")
+    pair.wait_in_step()
+    before = marked(pair)
+    assert before[0] > 0
+    pair.a.execute("CREATE UNIQUE INDEX one ON t (v)")
+    pair.a.execute("UPDATE t SET v = v || 'x' WHERE id < 50")
+    pair.wait_in_step()
+    after = marked(pair)
+    assert after[1] > before[1]
+    assert after[0] == before[0]
     assert pair.differences() == []
 
 
