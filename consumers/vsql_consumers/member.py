@@ -420,8 +420,7 @@ class SharesWork:
         means.metrics.progressed()
 
     def _write(self, conn: Connection, waiting: _Waiting, found: list[PartReceipt], upto: int) -> None:
-        new = dict(sorted(waiting.descriptors.items()))
-        state.save_descriptors(conn, self._chain, new, forget_others=False)
+        state.save_descriptors(conn, self._chain, waiting.descriptors, forget_others=False)
         for one in found:
             shares.save_part(conn, self._chain, one)
         shares.advance(conn, self._chain, list(self.mine), upto)
