@@ -30,6 +30,7 @@ _SCENES = (
     "test_faults.py",
     "test_kafka_rights.py",
     "test_packaging.py",
+    "test_partitioned.py",
     "test_prod_mode.py",
     "test_size.py",
     "test_tampering.py",

@@ -16,12 +16,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from vsql_consumers import shares
+from vsql_consumers import quarantine, shares
 from vsql_consumers.collected import Ready
 from vsql_consumers.groups import Group
 from vsql_consumers.means import Totals
-from vsql_consumers.members import PartReceipt, assign, is_by_row, merge
-from vsql_consumers.quarantine import as_detail
+from vsql_consumers.members import PartReceipt, Patience, assign, is_by_row, left_at, merge
 from vsql_consumers.state import Receipt
 from vsql_consumers.unseal import Descriptor
 from vsql_shared.audit.entries import AuditEntry
@@ -34,12 +33,15 @@ _log = logging.getLogger(__name__)
 
 MOST_WAITING = 1_000
 """Entries that wait for members; beyond them the chain is not read on."""
-# Batches looked at in one question; seconds between two questions, and between two looks at the members.
-_LOOK_AT, _ASK_SECONDS, _ASSIGN_SECONDS = 200, 0.01, 0.3
+# Batches looked at in one question; seconds between two looks at the members.
+_LOOK_AT, _ASSIGN_SECONDS = 200, 0.3
 
 
-def require_fit(conn: Connection, described: Iterable[Descriptor]) -> None:
-    """Raise DatabaseError where a table here binds rows to each other that members apply in any order."""
+def require_fit(conn: Connection, chain: str, described: Iterable[Descriptor]) -> None:
+    """Raise DatabaseError where a table here binds rows to each other that members apply in any order.
+
+    Its shares are nobody's then: members wait, too.
+    """
     problems: list[str] = []
     with errors("looking whether the tables may be applied by several"):
         for one in described:
@@ -48,6 +50,8 @@ def require_fit(conn: Connection, described: Iterable[Descriptor]) -> None:
             if table is not None and one.relation.replica_identity in "di":
                 problems += row_order.target_problems(conn, key, table)
     if problems:
+        with errors("taking the shares back"):
+            shares.give(conn, chain, dict.fromkeys(shares.load(conn, chain)))
         lines = "; ".join(sorted(set(problems)))
         raise DatabaseError(f"the stream cannot be applied partitioned: {lines}")
 
@@ -66,7 +70,8 @@ class Coordination:
     def __init__(self, conn: Connection, chain: str) -> None:
         self._conn, self._chain = conn, chain
         self._waiting: deque[Ready] = deque()
-        self._ask_at = self._assign_at = 0.0
+        self._patience = Patience()
+        self._assign_at = 0.0
         with errors("reading the shares"):
             shares.try_again(conn, chain)
             found = shares.load(conn, chain)
@@ -131,22 +136,14 @@ class Coordination:
                 totals.batches += 1
 
     def forget(self, group: Group) -> None:
-        """Have a group's transaction drop what it has merged, and pass what is skipped in it."""
-        upto, skipped = group.position.head.sequence, dict(group.skipped)
-
-        def write(conn: Connection) -> None:
-            for sequence, which in skipped.items():
-                shares.advance(conn, self._chain, which, sequence)
-            shares.forget_parts(conn, self._chain, upto)
-
-        group.also.append(write)
+        """Have a group's transaction drop what it has merged."""
+        upto = group.position.head.sequence
+        group.also.append(lambda conn: shares.forget_parts(conn, self._chain, upto))
 
     def _merged(self) -> Iterator[Merged]:
         """Entries that are complete by now, in order."""
-        now = time.monotonic()
-        if not self._waiting or now < self._ask_at:
+        if not self._waiting or not self._patience.due(time.monotonic()):
             return
-        self._ask_at = now + _ASK_SECONDS
         # The next one first: while that is missing, nobody asks for all behind it again and again.
         many = 1
         while self._waiting:
@@ -157,19 +154,21 @@ class Coordination:
                 ready = self._waiting[0]
                 one = _merge(ready, found.get(ready.sequence, []))
                 if one is None:
-                    self._check_stopped(ready.sequence)
+                    self._check_stopped(ready)
                     return
                 self._waiting.popleft()
+                self._patience.heard()
                 yield one
             many = _LOOK_AT
 
-    def _check_stopped(self, sequence: int) -> None:
-        """Whether a member left its share at the entry that is next."""
+    def _check_stopped(self, ready: Ready) -> None:
+        """Whether a member left its share where the batch that is next needs it."""
         with errors("reading the shares"):
             found = shares.load(self._conn, self._chain)
-        for share, one in sorted(found.items()):
-            if one.stopped_at != sequence:
-                continue
+        stops = {share: one.stopped_at for share, one in found.items()}
+        sequence = ready.sequence
+        for share in left_at(ready.entry, stops) if ready.entry is not None else ():
+            one = found[share]
             if one.record is not None:
                 error = RecordError(one.error or "a member refused it", record=one.record)
                 error.sequence = sequence
@@ -200,7 +199,7 @@ def _merge(ready: Ready, found: list[PartReceipt]) -> Merged | None:
     whole = merge(entry, found)
     if whole is None:
         return None
-    detail = {**whole.detail, **as_detail(whole.passed_over)}
+    detail = {**whole.detail, **quarantine.as_detail(whole.passed_over)}
     receipt = Receipt(
         entry.sequence, entry.epoch, entry.batch, ready.encoded, whole.root, whole.verdicts, detail
     )

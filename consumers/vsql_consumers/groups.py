@@ -12,13 +12,14 @@ Not here: Kafka and the order of stages (pipeline.py). Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from vsql_consumers import quarantine, state
 from vsql_consumers.collected import Decided, Ready
+from vsql_consumers.members import PartReceipt
 from vsql_consumers.shredded import Shredded
 from vsql_consumers.state import Position, Receipt
 from vsql_consumers.unseal import Descriptor
@@ -58,8 +59,6 @@ class Group:
     """Decisions that these have done."""
     also: list[Writes] = field(default_factory=list)
     """Further writes of the applying transaction."""
-    skipped: dict[int, set[int]] = field(default_factory=dict)
-    """Batches an operator skips, with their shares, where members apply the stream."""
 
     @classmethod
     def after(cls, position: Position, live_chain: str) -> Group:
@@ -100,8 +99,11 @@ class Group:
                 partial(quarantine.mark_diverged, live_chain=self.live_chain, tables=tables, reason=reason)
             )
 
-    def add_skipped(self, ready: Ready, reason: str) -> None:
-        """Take a batch an operator skips: a receipt without a root, and its tables are marked."""
+    def add_skipped(self, ready: Ready, reason: str, found: Sequence[PartReceipt] = ()) -> None:
+        """Take a batch an operator skips: a receipt without a root, and its tables are marked.
+
+        `found`: what members have applied of it.
+        """
         before = self.position.head.batch
         self.move(ready)
         entry, chain = ready.entry, self.live_chain
@@ -113,7 +115,7 @@ class Group:
             self.also.append(lambda conn: quarantine.mark_all_diverged(conn, chain, reason))
         elif entry.batch:
             self.fragments = entry.continues
-            self.receipts.append(quarantine.receipt_of_skipped(entry, ready.encoded))
+            self.receipts.append(quarantine.receipt_of_skipped(entry, ready.encoded, found))
             tables = entry.tables_affected
             self.also.append(
                 lambda conn: quarantine.mark_diverged(

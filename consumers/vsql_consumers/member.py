@@ -27,7 +27,7 @@ from vsql_consumers.collected import Ready
 from vsql_consumers.figures import Figures
 from vsql_consumers.intake import POLL_SECONDS, Intake
 from vsql_consumers.means import Means, Totals
-from vsql_consumers.members import PartReceipt, is_alone, is_by_row, part_receipt
+from vsql_consumers.members import PartReceipt, Patience, is_alone, is_by_row, part_receipt
 from vsql_consumers.session import open_applying
 from vsql_consumers.shredded import Keys, Shredded
 from vsql_consumers.source import Source
@@ -40,9 +40,9 @@ from vsql_shared.audit.shredding import Destroyed
 from vsql_shared.changes import OpenedBatch, PartitionRoot
 from vsql_shared.crypto.signing import TrustStore
 from vsql_shared.errors import (
+    DatabaseError,
     DecodeError,
     KeyUnavailableError,
-    RowError,
     TransientError,
     UnsealError,
     VerificationError,
@@ -226,6 +226,7 @@ class SharesWork:
         self._load_descriptors()
         self._waiting = _Waiting()
         self._barrier: Ready | None = None
+        self._patience = Patience()
         self._busy_until, self._rested = 0.0, True
 
     def _is_mine(self, entry: AuditEntry, root: PartitionRoot) -> bool:
@@ -251,10 +252,17 @@ class SharesWork:
 
     def turn(self) -> None:
         """One round: take what has arrived, apply what is ready."""
+        try:
+            self._turn()
+        except VerificationError as error:
+            self._flush()
+            self._refuse(error)
+
+    def _turn(self) -> None:
         came = self._intake.pump(_WAIT_SECONDS if self._barrier is not None else POLL_SECONDS)
         limits = self._means.settings.limits
         while self._passed_barrier():
-            ready = self._next()
+            ready = self._intake.collector.next_ready()
             if ready is None:
                 break
             if is_alone(ready):
@@ -269,21 +277,15 @@ class SharesWork:
         self._intake.look_for_silence()
         self._rest(came)
 
-    def _next(self) -> Ready | None:
-        try:
-            return self._intake.collector.next_ready()
-        except VerificationError as error:
-            self._flush()
-            self._refuse(error)
-
     def _refuse(self, error: VerificationError) -> NoReturn:
         """What was refused is the coordinator's to say, at the entry it belongs to, or comes before."""
         self._means.metrics.verified(Verdict.REFUSED)
         topic = error.record.rsplit("/", 2)
         share = int(topic[1]) if len(topic) == 3 and topic[1].isdigit() else -1
-        if share in self.mine and error.record.split("/")[0] != self._intake.audit[0]:
+        ours = (self._intake.audit[0], names.keys_topic(self._means.settings.cluster.name))
+        if share in self.mine and topic[0] not in ours:
             self._stop({share}, self._intake.collector.next_batch_of(share), error.record, error)
-        # Of the chain itself: the coordinator refuses the same, and nobody goes on.
+        # Of the chain or the keys: the coordinator refuses the same, and nobody goes on.
         raise TransientError(f"a member waits for a decision: {error}") from None
 
     def _stop(self, which: set[int], sequence: int, record: str, error: VsqlSyncError) -> NoReturn:
@@ -303,8 +305,12 @@ class SharesWork:
         if ready is None:
             return True
         self._flush()
-        if shares.done_up_to(self._means.control, self._chain) < ready.sequence:
+        if not self._patience.due(time.monotonic()):
             return False
+        with errors("looking how far everything is done"):
+            if shares.done_up_to(self._means.control, self._chain) < ready.sequence:
+                return False
+        self._patience.heard()
         self._barrier = None
         entry = None if ready.skipped else ready.entry
         if entry is not None and entry.event_type == EPOCH_OPENED:
@@ -379,7 +385,7 @@ class SharesWork:
             return
         try:
             self._apply(waiting)
-        except (RowError, DecodeError) as error:
+        except (DatabaseError, DecodeError) as error:
             if len(waiting.entries) == 1:
                 entry = waiting.entries[0]
                 which = {number for _, number in waiting.roots[0]}
@@ -414,8 +420,7 @@ class SharesWork:
         means.metrics.progressed()
 
     def _write(self, conn: Connection, waiting: _Waiting, found: list[PartReceipt], upto: int) -> None:
-        new = dict(sorted(waiting.descriptors.items()))
-        state.save_descriptors(conn, self._chain, new, forget_others=False)
+        state.save_descriptors(conn, self._chain, waiting.descriptors, forget_others=False)
         for one in found:
             shares.save_part(conn, self._chain, one)
         shares.advance(conn, self._chain, list(self.mine), upto)

@@ -116,6 +116,36 @@ def part_receipt(
     )
 
 
+def left_at(entry: AuditEntry, stops: Mapping[int, int | None]) -> list[int]:
+    """Shares of a batch that their members have left, at it or before it; `stops`: share → where it was left.
+
+    Before it: a record that is no batch's stops a share when nobody knows yet which batch is its next one.
+    """
+    shares = sorted({root.partition for root in entry.partitions})
+    return [share for share in shares if (at := stops.get(share)) is not None and at <= entry.sequence]
+
+
+class Patience:
+    """How long to wait before the same question is asked again: longer while the answer stays no."""
+
+    SHORTEST, LONGEST = 0.01, 0.16
+
+    def __init__(self) -> None:
+        self._pause, self._next = self.SHORTEST, 0.0
+
+    def due(self, now: float) -> bool:
+        """Whether to ask now; if so, the answer is counted a no until `heard`."""
+        if now < self._next:
+            return False
+        self._next = now + self._pause
+        self._pause = min(2 * self._pause, self.LONGEST)
+        return True
+
+    def heard(self) -> None:
+        """The answer was yes: the next question is asked soon."""
+        self._pause, self._next = self.SHORTEST, 0.0
+
+
 class Whole(NamedTuple):
     """What was found in all of a batch."""
 
@@ -124,7 +154,7 @@ class Whole(NamedTuple):
     detail: dict[str, Any]
     """Of parts whose key was destroyed."""
     passed_over: list[dict[str, Any]]
-    """Transactions that were passed over by decision; sums of such come last."""
+    """Transactions that were passed over by decision, each once."""
 
 
 def merge(entry: AuditEntry, found: Sequence[PartReceipt]) -> Whole | None:
@@ -148,7 +178,31 @@ def merge(entry: AuditEntry, found: Sequence[PartReceipt]) -> Whole | None:
             f" {entry.merkle_root.hex()} and {entry.row_count}",
             record=batch_name(entry),
         )
-    shredded = [{SHREDDED: one.detail[SHREDDED]} for one in found if SHREDDED in one.detail]
-    over = [said for one in found for said in one.detail.get("passed_over", [])]
-    over.sort(key=lambda said: "xid" not in said)
-    return Whole(root, dict(verdicts), shredded[0] if shredded else {}, over)
+    return Whole(root, dict(verdicts), _shredded(found), _passed_over(found))
+
+
+def _shredded(found: Sequence[PartReceipt]) -> dict[str, Any]:
+    """By what parts were shredded; one order destroys the key of a batch."""
+    said = [{SHREDDED: one.detail[SHREDDED]} for one in found if SHREDDED in one.detail]
+    return said[0] if said else {}
+
+
+def _passed_over(found: Sequence[PartReceipt]) -> list[dict[str, Any]]:
+    """Transactions that were passed over, each once, with its changes in all parts."""
+    over: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for said in (said for one in found for said in one.detail.get("passed_over", [])):
+        rest = {name: value for name, value in said.items() if name != "changes"}
+        whole = over.setdefault(tuple(sorted(rest.items())), {**rest, "changes": 0})
+        whole["changes"] += said["changes"]
+    return list(over.values())
+
+
+def skipped(entry: AuditEntry, found: Sequence[PartReceipt]) -> tuple[dict[str, int], dict[str, Any]]:
+    """Verdicts and detail of a batch that is skipped after some of its parts were applied, or none."""
+    verdicts: Counter[str] = Counter()
+    for one in found:
+        verdicts.update(one.verdicts)
+    verdicts["skipped"] += max(0, entry.row_count - verdicts.total())
+    opened = [one for one in found if SHREDDED not in one.detail]
+    applied = sorted({int(name.rpartition("/")[2]) for one in opened for name in one.parts})
+    return dict(verdicts), {**_shredded(found), **({"partitions_applied": applied} if applied else {})}

@@ -64,6 +64,8 @@ class OriginSession:
         try:
             self._conn.autocommit = True  # transactions are begun and ended here, by name
             run(self._conn, [f"SET {setting} = '{value}'" for setting, value in _SETTINGS.items()])
+            # Staging tables of who applied here before: they are numbered anew.
+            self._conn.execute("DISCARD TEMP")
             self._take_origin(name)
         except psycopg.Error as error:
             raise self._setup_fault(error) from None

@@ -30,7 +30,7 @@ from vsql_consumers.figures import Figures
 from vsql_consumers.groups import Group
 from vsql_consumers.intake import POLL_SECONDS, Intake
 from vsql_consumers.means import Means
-from vsql_consumers.members import is_alone, part_receipt
+from vsql_consumers.members import PartReceipt, is_alone, is_by_row, part_receipt
 from vsql_consumers.parking import PARKED, DeadLetters, Kept, Opens, parked_parts
 from vsql_consumers.replaying import Replay, sign_replays
 from vsql_consumers.shredded import Keys, Shredded
@@ -93,7 +93,7 @@ class Pipeline:
         self._others_described = False
         """Members have applied something since their descriptors were read."""
         if stream.apply_mode == "partitioned":
-            require_fit(means.control, self._descriptors.values())
+            require_fit(means.control, stream.chain, self._descriptors.values())
             self._members = Coordination(means.control, stream.chain)
         choose = None if self._members is None else self._members.choose
         begin = self.position if choose is None else replace(self.position, offsets={})
@@ -260,10 +260,12 @@ class Pipeline:
                 group.pass_over(opened, self._decided)
             if kept is not None:
                 self._park(kept, opened)
+            # All of it: what other parts say of the same transactions is added before it is bounded.
+            detail = {"passed_over": over} if (over := group.passed_over.get(entry.sequence)) else {}
             self._applier.begin_with(hold)
             self._apply()
-            receipt = group.receipts[-1]
-            part = part_receipt(entry, roots, dict(receipt.verdicts), opened.transactions, receipt.detail)
+            verdicts = dict(group.receipts[-1].verdicts)
+            part = part_receipt(entry, roots, verdicts, opened.transactions, detail)
 
         def write(conn: Connection) -> None:
             group.write_parts(conn, self._chain)
@@ -362,9 +364,26 @@ class Pipeline:
         _log.warning("skipped by an operator's decision", extra={"sequence": ready.sequence})
         if entry is not None and entry.continues and not self._group.fragments:
             self._flush()
-        if self._members is not None and entry is not None:
-            self._group.skipped[ready.sequence] = {root.partition for root in entry.partitions}
-        self._group.add_skipped(ready, f"sequence {ready.sequence} was skipped by an operator")
+        reason = f"sequence {ready.sequence} was skipped by an operator"
+        if self._members is None or entry is None or not is_by_row(entry):
+            self._group.add_skipped(ready, reason)
+            return
+        self._flush()
+        self._group.add_skipped(ready, reason, self._take_from_members(entry))
+        self._flush()
+
+    def _take_from_members(self, entry: AuditEntry) -> list[PartReceipt]:
+        """What members have applied of a batch; they apply no more of it, if the open transaction commits."""
+        found: list[PartReceipt] = []
+        which = {root.partition for root in entry.partitions}
+
+        def take(conn: Connection) -> None:
+            shares.advance(conn, self._chain, which, entry.sequence)
+            parts = shares.load_parts(conn, self._chain, entry.sequence, entry.sequence)
+            found.extend(parts.get(entry.sequence, ()))
+
+        self._applier.begin_with(take)
+        return found
 
     def _apply(self) -> None:
         """Give the group's batches to the applier, in the open transaction."""

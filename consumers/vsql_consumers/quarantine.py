@@ -21,6 +21,7 @@ from typing import Any
 
 from vsql_consumers import state
 from vsql_consumers.collected import Decided
+from vsql_consumers.members import PartReceipt, skipped
 from vsql_consumers.state import Receipt
 from vsql_consumers.target import read_rules, read_versions
 from vsql_consumers.window import in_words
@@ -111,11 +112,13 @@ def watch(conn: Connection, place: RowPlace | None) -> Callable[[], bool]:
     return altered
 
 
-def receipt_of_skipped(entry: AuditEntry, encoded: bytes) -> Receipt:
-    """The receipt of a batch that was passed over: nothing was computed, so its root is the empty tree's."""
-    return Receipt(
-        entry.sequence, entry.epoch, entry.batch, encoded, EMPTY_ROOT, {"skipped": entry.row_count}
-    )
+def receipt_of_skipped(entry: AuditEntry, encoded: bytes, found: Sequence[PartReceipt] = ()) -> Receipt:
+    """The receipt of a batch that was passed over: no root of all was computed, so it is the empty tree's.
+
+    `found`: what members had applied of it before.
+    """
+    verdicts, detail = skipped(entry, found)
+    return Receipt(entry.sequence, entry.epoch, entry.batch, encoded, EMPTY_ROOT, verdicts, detail)
 
 
 def is_skipped(receipt: Receipt) -> bool:
@@ -137,7 +140,6 @@ def passed_over(transaction: Transaction, decided: Decided, changes: int) -> dic
 def as_detail(said: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Detail of an acknowledgement: transactions by name, as many as an entry holds, and the sum of others.
 
-    Of what members found some are sums already; they come last.
     Each of those stands in the operators' log all the same, whose lines the chain holds.
     """
     if not said:
@@ -145,7 +147,7 @@ def as_detail(said: Sequence[dict[str, Any]]) -> dict[str, Any]:
     changes, transactions = Counter[str](), Counter[str]()
     for one in said[NAMED_MOST:]:
         changes[one["verdict"]] += one["changes"]
-        transactions[one["verdict"]] += one.get("transactions", 1)
+        transactions[one["verdict"]] += 1
     others = [{"verdict": v, "changes": n, "transactions": transactions[v]} for v, n in changes.items()]
     return {"passed_over": [*said[:NAMED_MOST], *others]}
 

@@ -230,11 +230,11 @@ def save_descriptors(
     """Keep new descriptors; a new epoch sends all of them again, so older ones can go."""
     if forget_others:
         conn.execute("DELETE FROM vsql_sync.relation_descriptors WHERE chain = %s", (chain,))
-    for name, found in new.items():
+    for name in sorted(new):  # one order, or those who apply side by side wait for each other
         conn.execute(
             "INSERT INTO vsql_sync.relation_descriptors (chain, hash, descriptor) VALUES (%s, %s, %s)"
             " ON CONFLICT DO NOTHING",
-            (chain, name, found.encoded),
+            (chain, name, new[name].encoded),
         )
 
 

@@ -35,7 +35,7 @@ from vsql_producers.scope import (
 from vsql_producers.transactions import Descriptor
 from vsql_shared.changes import Column, Relation, TableName, quote_ident
 from vsql_shared.errors import DatabaseError, TransientError
-from vsql_shared.pg import catalog, generated, publication_leaves
+from vsql_shared.pg import catalog, generated, publication_leaves, row_order
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.wire.pack import encode_relation, relation_hash
 
@@ -97,9 +97,11 @@ class Describer:
             # Set back since, the WAL may still say so: it holds listed columns only, as is checked below.
             drift.require_no_full(self._conn, self._publication)
         made_by = generated.definitions(self._conn, name)
+        self._look_at_order(name)
         known = self._known.get(message.relation_id)
         if known is not None and known[:3] == (message, columns, made_by):
-            return known[3]
+            # Its hash and its bytes stay; that its rows need the order of the source is said by each batch.
+            return known[3] if self._is_spread(name) else known[3]._replace(key=())
         past = self._past_names(name, columns)
         try:
             removed = removed_from(self._scope, name, message.replica_identity, columns)
@@ -121,6 +123,21 @@ class Describer:
         descriptor = descriptor._replace(columns=len(columns), projection=projection)
         self._known[message.relation_id] = (message, columns, made_by, descriptor)
         return descriptor
+
+    def _is_spread(self, name: TableName) -> bool:
+        return name in (self._scope.by_row or ())
+
+    def _look_at_order(self, name: TableName) -> None:
+        """Note when rows of a table that is described (again) may not be spread: not until the next start.
+
+        PostgreSQL describes it anew before the first change under another definition, or beside a new index.
+        """
+        by_row = self._scope.by_row
+        if by_row is not None and name in by_row and name not in row_order.fit(self._conn, [name]):
+            _log.warning(
+                "rows of %s need the order of the source by now: batches with them are applied alone", name
+            )
+            self._scope = self._scope._replace(by_row=by_row - {name})
 
     def _past_names(self, name: TableName, columns: Sequence[Column]) -> frozenset[str]:
         """Of a table with PCI marks, columns that have another name by now, or are gone: one may be marked.
@@ -230,5 +247,10 @@ def describe(
     pci = pci_in(scope, name, [column.name for column in columns], past)
     encoded = encode_relation(Relation(name, replica_identity, columns, salt, made_by))
     key = tuple(at for at, column in enumerate(columns) if column.key)
-    by_row = name in (scope.by_row or ()) and replica_identity in "di"
+    # The catalog may be ahead of the WAL: both have to say that equal keys have equal bytes.
+    by_row = (
+        name in (scope.by_row or ())
+        and replica_identity in "di"
+        and all(columns[at].type_oid in row_order.PLAIN_TYPES for at in key)
+    )
     return Descriptor(name, encoded, relation_hash(encoded), pci, key if by_row else ())

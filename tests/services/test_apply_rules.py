@@ -643,3 +643,16 @@ def test_no_row_is_found_by_what_the_target_generates_itself(pair: Pair) -> None
     pair.carry()
     assert pair.target.execute("SELECT a, b FROM t").fetchall() == [(3, 6)]
     assert not set(pair.anomalies()) - {"generated_differs"}
+
+
+def test_another_applier_in_the_same_session_stages_its_own_rows(pair: Pair) -> None:
+    pair.tables(TABLE)
+    pair.do("INSERT INTO t SELECT n, 'a' FROM generate_series(1, 9) n")
+    pair.carry()
+    for value in ("b", "c"):
+        pair.do(f"UPDATE t SET v = '{value}' WHERE id > 3")
+        # As a member does when its shares change: the connection stays.
+        applier = Applier(pair.appliers[-1], "shop.a")
+        applier.setup(pair.origin)
+        pair.carry(applier)
+        pair.equal("public.t")

@@ -24,6 +24,9 @@ UNFIT = {
     "a float in the key": ("CREATE TABLE t (a int, b float8, PRIMARY KEY (a, b))", "key column b is double"),
     "an array": ("CREATE TABLE t (id int[] PRIMARY KEY)", "key column id is integer"),
     "a key that is blind to case": (COLLATION, "nondeterministic collation"),
+    "a unique index that is blind to case": (
+        COLLATION.replace(" COLLATE blind", "") + "CREATE UNIQUE INDEX blindly ON t (id COLLATE blind)",
+        "blindly binds rows"),
     "whole rows": ("CREATE TABLE t (a int); ALTER TABLE t REPLICA IDENTITY FULL", "has no key"),
     "another unique column": ("CREATE TABLE t (id int PRIMARY KEY, v text UNIQUE)", "t_v_key binds rows"),
     "a unique part of the key": (
@@ -65,6 +68,13 @@ def conn(new_database: NewDatabase) -> Iterator[Connection]:
         yield opened
 
 
+def _make(conn: Connection, script: str) -> None:
+    """Run a script as users do, whose tables lie in public; our own sessions see pg_catalog only."""
+    conn.execute("SET search_path = public")
+    conn.execute(script)
+    conn.execute("SET search_path = pg_catalog")
+
+
 def _create(conn: Connection, *tables: str, sequences: bool = False) -> publications.PublicationInfo:
     specs = tuple(parse_spec(text) for text in tables)
     request = PublicationRequest("pub", specs, apply_mode=PARTITIONED, sequences=sequences)
@@ -75,7 +85,7 @@ def _create(conn: Connection, *tables: str, sequences: bool = False) -> publicat
 def test_a_table_whose_rows_depend_on_each_other_is_not_published_partitioned(
     conn: Connection, definition: str, said: str
 ) -> None:
-    conn.execute(definition)
+    _make(conn, definition)
     with pytest.raises(RefusedError, match=said):
         _create(conn, "t(*)")
     assert publications.find(conn, "pub") is None
@@ -86,18 +96,18 @@ def test_a_table_whose_rows_depend_on_each_other_is_not_published_partitioned(
 
 
 def test_tables_with_a_plain_key_are(conn: Connection) -> None:
-    conn.execute(FIT)
+    _make(conn, FIT)
     made = _create(conn, "plain(*)", "two(*)", "chosen(*)", "other(*)", "parted(*)")
     assert publications.find(conn, "pub") == made
     assert made.apply_mode == PARTITIONED
     names = [table.name for table in made.tables]
     assert row_order.fit(conn, names) == frozenset(names)
-    conn.execute("CREATE UNIQUE INDEX later ON parted_1 (v)")
+    _make(conn, "CREATE UNIQUE INDEX later ON parted_1 (v)")
     assert TableName("public", "parted") not in row_order.fit(conn, names)
 
 
 def test_sequences_do_not_travel_with_rows_that_have_no_common_order(conn: Connection) -> None:
-    conn.execute("CREATE TABLE t (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY)")
+    _make(conn, "CREATE TABLE t (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY)")
     with pytest.raises(RefusedError, match="cannot carry sequences"):
         _create(conn, "t(*)", sequences=True)
 
@@ -107,19 +117,16 @@ def test_sequences_do_not_travel_with_rows_that_have_no_common_order(conn: Conne
     [
         ("CREATE TABLE t (id int PRIMARY KEY, v text UNIQUE)", "t_v_key binds rows"),
         ("CREATE TABLE t (id bigint PRIMARY KEY, v text)", "is bigint on the peer and integer here"),
-        (
-            TRIGGER,
-            "trigger seen fires",
-        ),
+        (TRIGGER, "trigger seen fires"),
     ],
     ids=["a unique column", "another type", "a trigger"],
 )
 def test_a_target_that_binds_rows_is_refused(
     conn: Connection, new_database: NewDatabase, there: str, said: str
 ) -> None:
-    conn.execute("CREATE TABLE t (id int PRIMARY KEY, v text)")
+    _make(conn, "CREATE TABLE t (id int PRIMARY KEY, v text)")
     made = _create(conn, "t(*)")
     with connect(new_database("peer"), application_name="test") as peer:
-        peer.execute(there)
+        _make(peer, there)
         found = target_problems(conn, peer, made)
         assert [line for line in found if said in line], found

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsql_consumers.members import PartReceipt, assign, merge
-from vsql_consumers.quarantine import as_detail
+from vsql_consumers.members import PartReceipt, Patience, assign, left_at, merge, skipped
+from vsql_consumers.quarantine import NAMED_MOST, as_detail, receipt_of_skipped
 from vsql_shared.audit import merkle
 from vsql_shared.audit.entries import (
     BY_ROW,
@@ -129,32 +129,41 @@ def test_what_members_found_must_be_what_was_signed(found: list[PartReceipt]) ->
         merge(manifest(), found)
 
 
-def test_what_was_passed_over_is_said_of_the_whole_batch() -> None:
-    one, two = part([0, 1], 4), part([2, 3], 5)
-    skipped = PartReceipt(7, 2, two.parts, {"applied": 5, "skipped": 1}, 1, {"passed_over": [{"xid": 3}]})
-    whole = merge(manifest(), [one, skipped])
+def over(places: Sequence[int], *said: tuple[int, int]) -> PartReceipt:
+    """Parts of which transactions (xid, changes) were passed over."""
+    detail = [
+        {
+            "xid": xid,
+            "lsn": f"ABCDEF01/{xid:08X}",
+            "decision": 123_456_789,
+            "verdict": "skipped",
+            "changes": changes,
+        }
+        for xid, changes in said
+    ]
+    parts = part(places, 0).parts
+    return PartReceipt(
+        7, min(places), parts, {"skipped": sum(changes for _, changes in said)}, 1, {"passed_over": detail}
+    )
+
+
+def test_what_was_passed_over_is_said_of_the_whole_batch_each_transaction_once() -> None:
+    whole = merge(manifest(), [part([0], 4), over([1], (3, 1)), over([2, 3], (3, 2), (4, 3))])
     assert whole is not None
-    assert whole.verdicts == {"applied": 9, "skipped": 1}
-    assert whole.passed_over == [{"xid": 3}]
+    assert whole.verdicts == {"applied": 4, "skipped": 6}
+    assert [(said["xid"], said["changes"]) for said in whole.passed_over] == [(3, 3), (4, 3)]
 
 
-def test_however_many_members_passed_over_the_acknowledgement_can_be_signed_and_sums_up() -> None:
-    def passed(places: Sequence[int], first: int, count: int) -> PartReceipt:
-        said = [
-            {"xid": n, "lsn": "0/1", "decision": n, "verdict": "skipped", "changes": 1}
-            for n in range(first, first + count)
-        ]
-        verdicts = {"applied": 5 - count, "skipped": count} if count < 5 else {"skipped": count}
-        return PartReceipt(7, min(places), part(places, 0).parts, verdicts, 1, as_detail(said))
-
-    whole = merge(manifest(900), [passed([0, 1], 0, 500), passed([2, 3], 500, 400)])
+def test_what_all_parts_passed_over_fits_into_one_entry() -> None:
+    first = 4_000_000_000
+    many = [over([place], *((first + xid * 4 + place, 1) for xid in range(NAMED_MOST))) for place in range(4)]
+    whole = merge(manifest(rows=4 * NAMED_MOST), many)
     assert whole is not None
-    assert len(whole.passed_over) == 402
     detail = as_detail(whole.passed_over)
-    assert len(detail["passed_over"]) == 201
     assert len(canonical_json(detail)) < MAX_DETAIL_SIZE
-    assert sum(one["changes"] for one in detail["passed_over"]) == 900
-    assert sum(one.get("transactions", 1) for one in detail["passed_over"]) == 900
+    assert len(detail["passed_over"]) == NAMED_MOST + 1
+    assert sum(said["changes"] for said in detail["passed_over"]) == 4 * NAMED_MOST
+    assert sum(said.get("transactions", 1) for said in detail["passed_over"]) == 4 * NAMED_MOST
 
 
 def test_parts_whose_key_was_destroyed_are_counted_beside_those_that_could_be_opened() -> None:
@@ -165,3 +174,59 @@ def test_parts_whose_key_was_destroyed_are_counted_beside_those_that_could_be_op
     assert whole is not None
     assert whole.verdicts == {"applied": 4, "shredded": 6}
     assert whole.detail == {"shredded": {"kek_id": "kek:1", "sequence": 9, "order": "ab" * 32}}
+
+
+# A batch that is skipped
+
+
+def test_a_skipped_batch_does_not_deny_what_members_applied_of_it() -> None:
+    receipt = receipt_of_skipped(manifest(), b"", [part([0, 2], 4), over([3], (3, 1))])
+    assert receipt.verdicts == {"applied": 4, "skipped": 6}
+    assert receipt.detail == {"partitions_applied": [0, 2, 3]}
+
+
+def test_a_skipped_batch_says_what_was_shredded_of_it_and_does_not_call_it_applied() -> None:
+    said = Destroyed("kek:1", "pub.a", "ab" * 32, ("dek",), 9, 1).as_detail()
+    two = PartReceipt(7, 1, part([1, 2], 0).parts, {"shredded": 3}, 1, said)
+    receipt = receipt_of_skipped(manifest(), b"", [part([0], 4), two])
+    assert receipt.verdicts == {"applied": 4, "shredded": 3, "skipped": 3}
+    assert receipt.detail == {**said, "partitions_applied": [0]}
+    shredded = receipt_of_skipped(manifest(), b"", [two])
+    assert shredded.verdicts == {"shredded": 3, "skipped": 7}
+    assert shredded.detail == said
+
+
+def test_a_batch_nobody_applied_anything_of_is_skipped_as_a_whole() -> None:
+    assert skipped(manifest(), []) == ({"skipped": 10}, {})
+
+
+# Where a member stopped
+
+
+@pytest.mark.parametrize(
+    ("stops", "left"),
+    [
+        ({0: None, 1: None}, []),
+        ({2: 7}, [2]),
+        ({3: 6, 1: 5}, [1, 3]),
+        ({2: 8}, []),
+        ({9: 7}, []),
+    ],
+    ids=["nobody stopped", "at it", "before it, when it was not known", "behind it", "another share"],
+)
+def test_a_share_is_left_at_the_first_batch_that_needs_it(
+    stops: dict[int, int | None], left: list[int]
+) -> None:
+    assert left_at(manifest(), stops) == left
+
+
+def test_who_waits_long_asks_seldom_and_asks_soon_again_once_something_came() -> None:
+    patience, now, asked = Patience(), 0.0, 0
+    while now < 10:
+        asked += patience.due(now)
+        now += Patience.SHORTEST
+    assert asked < 10 / Patience.LONGEST + 10
+    patience.heard()
+    assert patience.due(now)
+    assert not patience.due(now)
+    assert patience.due(now + Patience.SHORTEST)

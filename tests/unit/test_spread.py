@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from vsql_producers.batches import Batch
 from vsql_producers.pgoutput import make_frame, relation_key
+from vsql_producers.relations import describe
+from vsql_producers.scope import Scope
 from vsql_producers.seal import PackLimits, Part, Place, Relations, arrange, seal
 from vsql_producers.spread import NO_PLACE, Spread, identity_of
 from vsql_producers.transactions import Descriptor, RelationChange
-from vsql_shared.changes import Op, TableName, Transaction
+from vsql_shared.changes import Column, Op, TableName, Transaction
 from vsql_shared.crypto.dek import KeyLimits, SealingKey
 from vsql_shared.wire.pack import decode_header, relation_hash
 
@@ -212,6 +214,19 @@ def test_a_new_definition_under_a_new_data_key_is_applied_alone_all_the_same() -
     batch, _ = arranged(before, insert(b"abcd"), described=descriptor(1))
     assert not batch.by_row
     assert before.fresh == [descriptor(1)]
+
+
+@pytest.mark.parametrize(
+    ("type_oid", "key"),
+    [(23, (0,)), (25, (0,)), (1700, ()), (701, ())],
+    ids=["int", "text", "numeric", "float"],
+)
+def test_a_key_whose_type_changed_to_one_of_several_spellings_spreads_no_rows(
+    type_oid: int, key: tuple[int, ...]
+) -> None:
+    scope = Scope({T: None}, {}, {}, by_row=frozenset({T}))
+    columns = (Column("id", True, type_oid, -1, "x"), Column("v", False, 1700, -1, "numeric"))
+    assert describe(T, "d", columns, scope, bytes(16), ()).key == key
 
 
 def test_without_partitions_nothing_changes() -> None:

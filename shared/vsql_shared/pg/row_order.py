@@ -21,7 +21,8 @@ from vsql_shared.pg.catalog import TableInfo
 from vsql_shared.pg.connect import Connection
 
 # bool, bytea, "char", name, int8, int2, int4, text, oid, varchar, date, timestamp, timestamptz, uuid
-_PLAIN_TYPES = frozenset({16, 17, 18, 19, 20, 21, 23, 25, 26, 1043, 1082, 1114, 1184, 2950})
+PLAIN_TYPES = frozenset({16, 17, 18, 19, 20, 21, 23, 25, 26, 1043, 1082, 1114, 1184, 2950})
+"""Types of which equal values have equal bytes."""
 
 _COLUMNS = """
 SELECT a.attname, pg_catalog.format_type(a.atttypid, NULL), a.atttypid::bigint,
@@ -29,12 +30,14 @@ SELECT a.attname, pg_catalog.format_type(a.atttypid, NULL), a.atttypid::bigint,
 FROM pg_catalog.pg_attribute a LEFT JOIN pg_catalog.pg_collation c ON c.oid = a.attcollation
 WHERE a.attrelid = %s AND a.attname = ANY (%s)
 """
-# Unique and exclusion constraints and indexes, with their plain columns.
+# Unique and exclusion constraints and indexes, with their plain columns; one that is compared by another
+# collation, which takes different values for equal, does not count.
 _BINDING = """
 SELECT x.relname, i.indisexclusion,
     ARRAY(SELECT a.attname::text FROM pg_catalog.unnest(i.indkey::int2[]) WITH ORDINALITY k (attnum, place)
           JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
-          WHERE k.place <= i.indnkeyatts)
+          LEFT JOIN pg_catalog.pg_collation c ON c.oid = (i.indcollation::oid[])[k.place - 1]
+          WHERE k.place <= i.indnkeyatts AND coalesce(c.collisdeterministic, true))
 FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class x ON x.oid = i.indexrelid
 WHERE i.indrelid = %s AND (i.indisunique OR i.indisexclusion) ORDER BY x.relname
 """
@@ -85,7 +88,7 @@ def _leaves(conn: Connection, table: TableInfo) -> list[TableInfo]:
 
 def _type_problems(conn: Connection, table: TableInfo, identity: tuple[str, ...]) -> Iterator[str]:
     for name, type_name, oid, deterministic in conn.execute(_COLUMNS, (table.oid, list(identity))):
-        if oid not in _PLAIN_TYPES or not deterministic:
+        if oid not in PLAIN_TYPES or not deterministic:
             what = type_name if deterministic else f"{type_name} with a nondeterministic collation"
             yield (
                 f"{table.name}: key column {quote_ident(name)} is {what}, of which equal values may differ in"
