@@ -47,7 +47,7 @@ def _give(text: str, target: Path | None) -> None:
         "syncctl audit checkpoint --add node-b.checkpoint --output both.checkpoint",
     ),
 )
-@click.option("--chain", help="The chain; may be left out with --add.")
+@click.option("--chain", help="The chain, e.g. payments.node-a; not with --add, whose file names it.")
 @click.option("--size", type=click.IntRange(min=1), help="Of the first so many entries; all when left out.")
 @click.option("--add", "added", type=_FILE, metavar="FILE", help="Add this node's signature to a checkpoint.")
 @_target
