@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vsql_ctl.audit_report import Findings, as_json, as_text, words
+from vsql_ctl.commands import audit_offline, audit_proofs
 from vsql_ctl.commands.audit_export import export_trail
-from vsql_ctl.commands.audit_proofs import COMMANDS
 from vsql_ctl.context import Operator, OutputFormat, example, output_option, pass_operator
 from vsql_ctl.output import emit, render_table
 from vsql_ctl.trail import moment, node_database, trusted_keys
@@ -171,16 +171,16 @@ def verify(
 def _verify_own(conn: Connection, settings: Settings, chain: str | None) -> tuple[Findings, TrustStore]:
     from vsql_shared.audit.acts import compare_acts
     from vsql_shared.audit.compare import compare_receipts
-    from vsql_shared.audit.verify import verify_table
+    from vsql_shared.audit.verify import has_chain, verify_table
     from vsql_shared.pg import nodes
 
     node = nodes.local(conn)
-    trust = trusted_keys(conn, settings)
-    report = verify_table(conn, trust, node.cluster, chain)
-    if chain is not None and not report.chains[0].entries and report.ok:
+    if chain is not None and not has_chain(conn, chain):
         raise RefusedError(
             f"node {node.name} has no chain {chain!r}", hint="`syncctl audit list` shows the chains it has"
         )
+    trust = trusted_keys(conn, settings)
+    report = verify_table(conn, trust, node.cluster, chain)
     findings = Findings(node.name, {node.name: report})
     bad = findings.bad_chains()
     findings.found += compare_receipts(conn, trust, node.name, chain, bad)
@@ -279,5 +279,5 @@ def _verify_kafka(conn: Connection, settings: Settings, trust: TrustStore, findi
     findings.found += history.problems(now)
 
 
-for _command in (export_trail, *COMMANDS):
+for _command in (export_trail, *audit_proofs.COMMANDS, *audit_offline.COMMANDS):
     audit.add_command(_command)

@@ -67,8 +67,10 @@ def own_checkpoint(conn: Connection, trust: TrustStore, log: Log, size: int | No
     SignatureError or DecodeError where it is not, RefusedError where there are not so many entries.
     """
     head = _held(conn, trust, log, size)
-    if not head.size or size not in (None, head.size):
-        raise RefusedError(f"chain {log.chain} has {head.size} entries, not {size or 1}", hint=_HINT)
+    if not head.size:
+        raise RefusedError(f"this node has no entries of chain {log.chain}", hint=_HINT)
+    if size not in (None, head.size):
+        raise RefusedError(f"chain {log.chain} has {head.size} entries, not {size}", hint=_HINT)
     return head
 
 
