@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vsql_ctl.audit_report import Findings, as_json, as_text, words
-from vsql_ctl.commands import audit_offline, audit_proofs
 from vsql_ctl.commands.audit_export import export_trail
+from vsql_ctl.commands.audit_proofs import COMMANDS
 from vsql_ctl.context import Operator, OutputFormat, example, output_option, pass_operator
 from vsql_ctl.output import emit, render_table
 from vsql_ctl.trail import moment, node_database, trusted_keys
@@ -279,5 +279,5 @@ def _verify_kafka(conn: Connection, settings: Settings, trust: TrustStore, findi
     findings.found += history.problems(now)
 
 
-for _command in (export_trail, *audit_proofs.COMMANDS, *audit_offline.COMMANDS):
+for _command in (export_trail, *COMMANDS):
     audit.add_command(_command)

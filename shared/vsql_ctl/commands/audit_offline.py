@@ -202,6 +202,3 @@ def verifier_key(chain: str, path: Path, cluster: str, cosigner: str | None) -> 
             f"{made.name!r} is no name of a key", hint="cluster, chain and node have no spaces and no plus"
         )
     click.echo(made.vkey)
-
-
-COMMANDS = (verify_proof, verifier_key)

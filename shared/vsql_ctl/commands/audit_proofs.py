@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vsql_ctl.commands.audit_offline import verifier_key, verify_proof
 from vsql_ctl.context import Operator, example, pass_operator
 from vsql_ctl.files import complete_file
 from vsql_ctl.trail import about, log_named, node_database, read_text, trusted_keys
@@ -221,4 +222,4 @@ def prove_prefix(operator: Operator, old: Path, new: Path | None, target: Path |
         _give(heads.prove_prefix(conn, before, head, note).encode(), target)
 
 
-COMMANDS = (checkpoint, prove, prove_prefix)
+COMMANDS = (checkpoint, prove, prove_prefix, verify_proof, verifier_key)
