@@ -1,4 +1,4 @@
-"""What the commands on the audit trail share: the database, the keys it trusts, times, texts.
+"""What the commands on the audit trail share: the database, the keys it trusts, names, times, files.
 
 Not a command.
 """
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vsql_shared.errors import UserError
+from vsql_shared.errors import ChainError, DecodeError, UserError, VerificationError
 
 if TYPE_CHECKING:
+    from vsql_shared.audit.checkpoint import Log
     from vsql_shared.config import Settings
     from vsql_shared.crypto.signing import TrustStore
     from vsql_shared.pg.connect import Connection
@@ -49,6 +50,35 @@ def trusted_keys(conn: Connection, settings: Settings) -> TrustStore:
     from vsql_shared.pg import signers
 
     return TrustStore(signers.load(conn), allow_unsigned=settings.server.mode == "dev")
+
+
+def log_named(cluster: str, chain: str) -> Log:
+    """The chain an operator names. Raises UserError where it cannot be one."""
+    from vsql_shared.audit.checkpoint import Log
+
+    log = Log(cluster, chain)
+    try:
+        log.writer  # noqa: B018  # raises for what is no chain
+    except ChainError as error:
+        raise UserError(
+            error.message,
+            hint="write PUBLICATION.NODE…, for example payments.node-a or payments.node-a.ack.node-b",
+        ) from error
+    return log
+
+
+@contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Name the file in what is wrong with it."""
+    try:
+        yield
+    except (DecodeError, VerificationError) as error:
+        error.message = f"{path}: {error.message}"
+        if isinstance(error, DecodeError):
+            error.hint = error.hint or (
+                "it is damaged, or no file that `syncctl audit checkpoint`, `prove` or `prove-prefix` wrote"
+            )
+        raise
 
 
 def read_text(path: Path, limit: int) -> str:

@@ -6,6 +6,7 @@ import json
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -168,6 +169,25 @@ def test_trail_cut_together_with_its_memory_is_found_by_the_peer(replicated: Pai
     assert any("the chain was cut" in one["what"] for one in found["problems"])
     code, found = replicated.verify("node-b", "--peer-connection", replicated.infos["node-a"])
     assert code == 9
+
+
+def test_an_entry_the_target_had_first_is_waited_for(replicated: Pair) -> None:
+    """A producer puts an entry into Kafka before its table, and a target is quick."""
+    source = ordinary()
+    late = History(head=source.head)
+    late.open()
+    remember_head(replicated.conns["node-b"], CHAIN, late.head, None)
+    for node, peer in (("node-a", "node-b"), ("node-b", "node-a")):
+        code, found = replicated.verify(node, "--peer-connection", replicated.infos[peer])
+        assert (code, [one["sequence"] for one in found["problems"]]) == (9, [late.head.sequence])
+    with connect(replicated.infos["node-a"], application_name="test") as conn:
+        storing = Timer(0.7, store, (conn, late))
+        storing.start()
+        try:
+            code, found = replicated.verify("node-b", "--peer-connection", replicated.infos["node-a"])
+        finally:
+            storing.join()
+    assert (code, found["problems"]) == (0, [])
 
 
 def test_history_rewritten_with_the_true_key_is_found_by_the_peer(pair: Pair) -> None:

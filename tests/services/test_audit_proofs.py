@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def test_a_prefix_is_proven_between_two_checkpoints_and_to_the_present(logs: Log
         assert code == 0, err
         assert (found["size"], found["prefix"]) == (SIZE, SIZE if name == "same" else 4)
     code, _, err = logs.offline(logs.file("one"), "--old", new)
-    assert (code, "the proof is from 4 entries" in err) == (8, True), err
+    assert (code, "the proof is from 4 entries" in err) == (9, True), err
     code, _, err = logs.offline(logs.file("one"))
     assert (code, "--old" in err) == (2, True), err
     code, _, err = logs.offline(new, "--old", old)
@@ -367,6 +368,35 @@ def test_what_cannot_be_meant_is_refused(logs: Logs, arguments: tuple[str, ...])
     assert code in (2, 4, 9), err
     assert out == ""
     assert "error:" in err
+
+
+def test_what_does_not_verify_is_named_by_its_file_and_a_typo_is_no_broken_trail(logs: Logs) -> None:
+    good = logs.make("node-a", "a", "checkpoint", "--chain", CHAIN)
+    proof = logs.make("node-a", "p", "prove-prefix", good)
+    for path in (good, proof):
+        code, _, err = logs.offline(path, "--old", proof)
+        assert (code, f"{proof}: checkpoint of " in err) == (8, True), err
+        assert "hint: it is damaged" in err
+    for command in (("verify", "--chain", "orders"), ("checkpoint", "--chain", "bills.node-a")):
+        code, _, err = logs.syncctl("node-a", "audit", *command)
+        assert (code, "this node has no entries" in err or "has no chain" in err) == (4, True), err
+    public = str(logs.key_files("node-a")[1])
+    for chain, cluster in (("orders", CLUSTER), (CHAIN, "my shop")):
+        named = ("audit", "verifier-key", chain, "--cluster", cluster, "--key", public)
+        code, out, err = logs.syncctl("node-a", *named)
+        assert (code, out) == (2, ""), err
+
+
+def test_who_signed_and_when_is_readable(logs: Logs) -> None:
+    alone = logs.make("node-b", "b", "checkpoint", "--chain", CHAIN)
+    both = logs.make("node-a", "ba", "checkpoint", "--add", alone)
+    keys = [str(logs.key_files(node)[1]) for node in ("node-a", "node-b")]
+    named = ("--key", keys[0], "--cosigner", f"node-b={keys[1]}")
+    code, out, err = logs.syncctl("node-a", "audit", "verify-proof", str(both), *named)
+    assert code == 0, err
+    shown = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert shown["keys"] == A.fingerprint
+    assert shown["cosigned"].startswith(f"node-b at {datetime.now(UTC).year}-")
 
 
 def test_keys_are_printed_as_other_tools_take_them(logs: Logs) -> None:

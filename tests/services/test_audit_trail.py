@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from typing import Any
 
 import psycopg
 import pytest
@@ -95,6 +96,33 @@ def test_entries_come_back_as_they_were_written(conn: Connection) -> None:
     assert row is not None
     assert row[1] == "replication_batch"
     assert row[7] == ["public.orders"]
+
+
+RARE = {
+    "the last one of a chain": "chain = %(chain)s AND event_type = %(type)s ORDER BY sequence DESC LIMIT 1",
+    "all of a chain": "chain = %(chain)s AND event_type = %(type)s ORDER BY sequence",
+    "all of a kind": "event_type = %(type)s AND chain IS NOT NULL",
+}
+
+
+@pytest.mark.parametrize("case", RARE)
+@pytest.mark.parametrize("kind", ["checkpoint_cosigned", "operator_action"])
+def test_a_rare_entry_is_found_without_reading_the_chain(conn: Connection, case: str, kind: str) -> None:
+    """Services look for some at each start; there are millions of the others."""
+    store(conn, ordinary(1_000))
+    conn.execute(f"ANALYZE {TABLE}")
+    row = conn.execute(
+        f"EXPLAIN (ANALYZE, FORMAT JSON) SELECT document FROM {TABLE} WHERE {RARE[case]}".encode(),
+        {"chain": CHAIN, "type": kind},
+    ).fetchone()
+    assert row is not None
+    assert "vsql_sync_audit" in json.dumps(row[0])
+    assert _removed(row[0][0]["Plan"]) == 0, row[0]
+
+
+def _removed(plan: dict[str, Any]) -> int:
+    """Rows that were read, and were not wanted."""
+    return int(plan.get("Rows Removed by Filter", 0)) + sum(map(_removed, plan.get("Plans", ())))
 
 
 def test_trail_of_two_chains_verifies_and_counts_its_tuples_without_abandoned_fragments(

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsql_shared.audit.differences import Answer, Differences, Leaf, Node, Place, Question, Side, locate
+from vsql_shared.audit.differences import (
+    FEW,
+    Answer,
+    Differences,
+    Leaf,
+    Node,
+    Place,
+    Question,
+    Side,
+    locate,
+)
 from vsql_shared.errors import RecordError
 
 
@@ -97,6 +107,12 @@ def _lying(answer: Callable[[Question], Answer]) -> Answers:
     return lambda questions: [answer(one) for one in questions]
 
 
+def _many(prefix: str) -> tuple[Leaf, ...]:
+    """Leaves that are where they were asked for, more of them than anybody asks for."""
+    low = bytes.fromhex(prefix.ljust(60, "0"))
+    return tuple(Leaf(low + number.to_bytes(2, "big"), Place(1, 0, number)) for number in range(FEW + 1))
+
+
 WRONG: dict[str, Answers] = {
     "no answer": lambda _questions: [],
     "too few children": _lying(lambda _one: Answer(children=(Node(1, b""),))),
@@ -118,6 +134,15 @@ WRONG: dict[str, Answers] = {
 def test_an_answer_of_a_wrong_form_is_refused(case: str) -> None:
     with pytest.raises(RecordError):
         locate(Side(OURS).answer, WRONG[case])
+
+
+def test_more_leaves_than_are_asked_for_are_refused() -> None:
+    """A node claims one leaf, the answer has as many as a message can hold."""
+    endless = _lying(
+        lambda one: Answer(leaves=_many(one.prefix)) if one.leaves else Answer(children=(Node(1, b""),) * 16)
+    )
+    with pytest.raises(RecordError, match=f"{FEW + 1} leaves of"):
+        locate(Side(OURS).answer, endless)
 
 
 @pytest.mark.parametrize("prefix", ["g", "A", "0" * 65, "٣", "-1"])

@@ -17,11 +17,14 @@ from vsql_ctl.trail import moment, node_database, trusted_keys
 from vsql_shared.errors import ChainError, RefusedError, UserError
 
 if TYPE_CHECKING:
+    from vsql_shared.audit.compare import Comparison
+    from vsql_shared.audit.verify import Problem
     from vsql_shared.config import Settings
     from vsql_shared.crypto.signing import TrustStore
     from vsql_shared.pg.connect import Connection
 
 _SETTLE_SECONDS = 5.0  # how long entries that are in Kafka may take to reach the table
+_AGAIN_SECONDS = 1.0  # between two looks at the same
 _MAX_LIMIT = 100_000
 
 
@@ -168,16 +171,16 @@ def verify(
 def _verify_own(conn: Connection, settings: Settings, chain: str | None) -> tuple[Findings, TrustStore]:
     from vsql_shared.audit.acts import compare_acts
     from vsql_shared.audit.compare import compare_receipts
-    from vsql_shared.audit.verify import verify_table
+    from vsql_shared.audit.verify import has_chain, verify_table
     from vsql_shared.pg import nodes
 
     node = nodes.local(conn)
-    trust = trusted_keys(conn, settings)
-    report = verify_table(conn, trust, node.cluster, chain)
-    if chain is not None and not report.chains[0].entries and report.ok:
+    if chain is not None and not has_chain(conn, chain):
         raise RefusedError(
             f"node {node.name} has no chain {chain!r}", hint="`syncctl audit list` shows the chains it has"
         )
+    trust = trusted_keys(conn, settings)
+    report = verify_table(conn, trust, node.cluster, chain)
     findings = Findings(node.name, {node.name: report})
     bad = findings.bad_chains()
     findings.found += compare_receipts(conn, trust, node.name, chain, bad)
@@ -194,9 +197,7 @@ def _verify_peer(
     chain: str | None,
 ) -> None:
     from vsql_shared.audit.acts import compare_acts
-    from vsql_shared.audit.compare import compare_memory, compare_nodes
     from vsql_shared.audit.verify import verify_table
-    from vsql_shared.audit.views import compare_cosigned, split_views
     from vsql_shared.pg import nodes
 
     other = nodes.local(peer)
@@ -208,12 +209,41 @@ def _verify_peer(
     name = _other_side(chain, other.name) if chain is not None else None
     findings.reports[other.name] = verify_table(peer, trust, other.cluster, name)
     bad = findings.bad_chains()
-    findings.comparisons += compare_nodes(conn, peer, chain, bad) + compare_nodes(peer, conn, chain, bad)
-    findings.found += split_views(conn, peer, chain, bad)
-    findings.found += compare_cosigned(conn, peer, chain, bad) + compare_cosigned(peer, conn, chain, bad)
-    findings.found += compare_acts(peer, other.name, name, bad)
-    findings.found += compare_memory(conn, peer, other.name, chain)
-    findings.found += compare_memory(peer, conn, findings.node, name)
+    nodes_named = (findings.node, other.name)
+    compared, found = _compare(conn, peer, nodes_named, (chain, name), bad)
+    # A producer at work stores an entry right after Kafka, and so the target, has it: look again until the
+    # findings stay what they are.
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while (before := _wrong(compared, found)) and time.monotonic() < deadline:
+        time.sleep(_AGAIN_SECONDS)
+        compared, found = _compare(conn, peer, nodes_named, (chain, name), bad)
+        if _wrong(compared, found) == before:
+            break
+    findings.comparisons += compared
+    findings.found += found + compare_acts(peer, other.name, name, bad)
+
+
+def _wrong(compared: list[Comparison], found: list[Problem]) -> list[Problem]:
+    return [one.problem for one in compared if one.problem] + found
+
+
+def _compare(
+    conn: Connection,
+    peer: Connection,
+    names: tuple[str, str],
+    chains: tuple[str | None, str | None],
+    bad: set[str],
+) -> tuple[list[Comparison], list[Problem]]:
+    """What both nodes say of each other's chains; names and chains are this node's, then the peer's."""
+    from vsql_shared.audit.compare import compare_memory, compare_nodes
+    from vsql_shared.audit.views import compare_cosigned, split_views
+
+    chain = chains[0]
+    compared = compare_nodes(conn, peer, chain, bad) + compare_nodes(peer, conn, chain, bad)
+    found = split_views(conn, peer, chain, bad)
+    found += compare_cosigned(conn, peer, chain, bad) + compare_cosigned(peer, conn, chain, bad)
+    found += compare_memory(conn, peer, names[1], chain) + compare_memory(peer, conn, names[0], chains[1])
+    return compared, found
 
 
 def _other_side(chain: str, peer: str) -> str:

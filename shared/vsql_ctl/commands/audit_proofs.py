@@ -1,27 +1,28 @@
-"""`syncctl audit checkpoint`, `prove`, `prove-prefix`, `verify-proof`, `verifier-key`: a chain as a log.
+"""`syncctl audit checkpoint`, `prove`, `prove-prefix`: a chain as a log.
 
-Not here: the group itself (audit.py). Formats and the words of the design: docs/formats.md, docs/design/0016.
+Not here: the group itself (audit.py), what needs no database (audit_offline.py). Formats and the words of the
+design: docs/formats.md, docs/design/0016.
 """
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from vsql_ctl.context import Operator, OutputFormat, example, output_option, pass_operator
+from vsql_ctl.commands.audit_offline import verifier_key, verify_proof
+from vsql_ctl.context import Operator, example, pass_operator
 from vsql_ctl.files import complete_file
-from vsql_ctl.output import emit, render_pairs
-from vsql_ctl.trail import node_database, read_text, trusted_keys
-from vsql_shared.errors import ConfigError, RefusedError, SignatureError, UserError
+from vsql_ctl.trail import about, log_named, node_database, read_text, trusted_keys
+from vsql_shared.errors import ConfigError, RefusedError, UserError
 
 if TYPE_CHECKING:
     from vsql_shared.audit.checkpoint import Checkpoint, Opened
     from vsql_shared.audit.notes import SignedNote
     from vsql_shared.config import Settings
-    from vsql_shared.crypto.signing import Signer, TrustStore
+    from vsql_shared.crypto.signing import Signer
     from vsql_shared.pg.connect import Connection
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -47,7 +48,7 @@ def _give(text: str, target: Path | None) -> None:
         "syncctl audit checkpoint --add node-b.checkpoint --output both.checkpoint",
     ),
 )
-@click.option("--chain", help="The chain; may be left out with --add.")
+@click.option("--chain", help="The chain, e.g. payments.node-a; not with --add, whose file names it.")
 @click.option("--size", type=click.IntRange(min=1), help="Of the first so many entries; all when left out.")
 @click.option("--add", "added", type=_FILE, metavar="FILE", help="Add this node's signature to a checkpoint.")
 @_target
@@ -68,7 +69,7 @@ def checkpoint(
     with node_database(operator.settings) as conn:
         signer = signing_key(conn, operator.settings)
         if added is not None:
-            opened = _open(conn, _read(added))
+            opened = _open(conn, added)
             if size not in (None, opened.checkpoint.size):
                 raise UserError(f"--size {size}, the checkpoint is of {opened.checkpoint.size} entries")
             head, note = _held(conn, operator.settings, opened, signer), opened.note
@@ -105,9 +106,8 @@ def signing_key(conn: Connection, settings: Settings) -> Signer:
 
 def _head(conn: Connection, settings: Settings, chain: str, size: int | None, signer: Signer) -> Checkpoint:
     from vsql_shared.audit import heads
-    from vsql_shared.audit.checkpoint import Log
 
-    log = Log(settings.cluster.name, chain)
+    log = log_named(settings.cluster.name, chain)
     if log.writer == signer.node:
         return heads.own_checkpoint(conn, trusted_keys(conn, settings), log, size)
     head = heads.remembered_checkpoint(conn, log)
@@ -141,20 +141,18 @@ def _held(conn: Connection, settings: Settings, opened: Opened, signer: Signer) 
     return mine
 
 
-def _read(path: Path) -> str:
-    from vsql_shared.audit.proofs import MAX_PROOF_SIZE
-
-    return read_text(path, MAX_PROOF_SIZE)
-
-
-def _open(conn: Connection, encoded: str) -> Opened:
+def _open(conn: Connection, path: Path) -> Opened:
     """A checkpoint signed by nodes whose keys are pinned here, and are not revoked."""
     from vsql_shared.audit.checkpoint import open_checkpoint
+    from vsql_shared.audit.proofs import MAX_PROOF_SIZE
     from vsql_shared.pg import signers
 
     # A retired key may have signed an earlier checkpoint; what the note says is held against this node's own.
     pinned = [one for one in signers.load(conn) if not one.revoked]
-    return open_checkpoint(encoded, [(one.node, one.public_key) for one in pinned])
+    with about(path):
+        return open_checkpoint(
+            read_text(path, MAX_PROOF_SIZE), [(one.node, one.public_key) for one in pinned]
+        )
 
 
 @click.command(
@@ -193,8 +191,9 @@ def _later(conn: Connection, settings: Settings, chain: str, path: Path | None) 
         signer = signing_key(conn, settings)
         head = _head(conn, settings, chain, None, signer)
         return head, _signed(head, signer, SignedNote(head.text, ()))
-    opened = _open(conn, _read(path))
-    opened.require_writer()
+    opened = _open(conn, path)
+    with about(path):
+        opened.require_writer()
     if opened.checkpoint.log.chain != chain:
         raise RefusedError(f"{path} is of chain {opened.checkpoint.log.chain}, not of {chain}")
     heads.require_own(conn, trusted_keys(conn, settings), opened.checkpoint)
@@ -217,171 +216,10 @@ def prove_prefix(operator: Operator, old: Path, new: Path | None, target: Path |
     from vsql_shared.audit import heads
 
     with node_database(operator.settings) as conn:
-        before = _open(conn, _read(old)).checkpoint
+        before = _open(conn, old).checkpoint
         heads.require_own(conn, trusted_keys(conn, operator.settings), before)
         head, note = _later(conn, operator.settings, before.log.chain, new)
         _give(heads.prove_prefix(conn, before, head, note).encode(), target)
-
-
-@click.command(
-    "verify-proof",
-    epilog=example(
-        "syncctl audit verify-proof entry.tlog-proof --key node-a.pub",
-        "syncctl audit verify-proof year.proof --old january.checkpoint --key node-a.pub",
-        "syncctl audit verify-proof both.checkpoint --key node-a.pub --cosigner node-b=node-b.pub",
-    ),
-)
-@click.argument("path", type=_FILE, metavar="FILE")
-@click.option(
-    "--key",
-    "keys",
-    type=_FILE,
-    multiple=True,
-    required=True,
-    metavar="FILE",
-    help="Public key of the chain's writer.",
-)
-@click.option(
-    "--cosigner",
-    "cosigners",
-    multiple=True,
-    metavar="NODE=FILE",
-    help="A node that must have cosigned, and its key.",
-)
-@click.option("--old", type=_FILE, metavar="FILE", help="The earlier checkpoint.")
-@output_option
-def verify_proof(
-    path: Path, keys: tuple[Path, ...], cosigners: tuple[str, ...], old: Path | None, output: OutputFormat
-) -> None:
-    """Verify a checkpoint or a proof off-line: no configuration, no database, only public keys.
-
-    FILE is a checkpoint, a proof of an entry (`prove`), or of a prefix (`prove-prefix`, with --old). Where
-    there is no proof between both, --old must be the same head. Ends with 9 when it does not verify.
-    """
-    known = _Keys(keys, dict(map(_cosigner, cosigners)))
-    before = None if old is None else known.open(_read(old)).checkpoint
-    found = _verify_file(_read(path), known, before)
-    emit(output, found, lambda: render_pairs({name: one for name, one in found.items() if name != "entry"}))
-
-
-def _cosigner(value: str) -> tuple[str, Path]:
-    node, mark, path = value.partition("=")
-    if not mark or not node:
-        raise UserError(f"--cosigner {value!r}", hint="write NODE=FILE, for example node-b=node-b.pub")
-    return node, Path(path)
-
-
-class _Keys:
-    """The keys an auditor was given: of the chain's writer, whichever node that is, and of cosigners."""
-
-    def __init__(self, keys: tuple[Path, ...], cosigners: dict[str, Path]) -> None:
-        from vsql_shared.crypto.signing import load_public_key
-
-        self._writers = [load_public_key(path) for path in keys]
-        self.cosigners = {node: load_public_key(path) for node, path in cosigners.items()}
-
-    def known(self, encoded: str) -> list[tuple[str, bytes]]:
-        """(node, key) for a checkpoint; that the writer is who it says is what its signature proves."""
-        return [*((_writer(encoded), key) for key in self._writers), *self.cosigners.items()]
-
-    def open(self, encoded: str) -> Opened:
-        """Verify a checkpoint."""
-        from vsql_shared.audit.checkpoint import open_checkpoint
-
-        return open_checkpoint(encoded, self.known(encoded))
-
-    def trust(self, encoded: str) -> TrustStore:
-        """The writer's keys, for its entries."""
-        from vsql_shared.crypto.signing import PinnedKey, TrustStore, fingerprint
-
-        node = _writer(encoded)
-        return TrustStore(PinnedKey(node, key, fingerprint(key), revoked=False) for key in self._writers)
-
-
-def _verify_file(encoded: str, keys: _Keys, before: Checkpoint | None) -> dict[str, Any]:
-    from vsql_shared.audit.export import readable
-    from vsql_shared.audit.proofs import CONSISTENCY_MARK, INCLUSION_MARK, ConsistencyProof, InclusionProof
-
-    if encoded.startswith(INCLUSION_MARK):
-        proof = InclusionProof.decode(encoded)
-        text = proof.checkpoint
-        entry, opened = proof.verify(keys.trust(text), keys.known(text))
-        shown = {"sequence": entry.entry.sequence, "event_type": entry.entry.event_type}
-        return _found(opened, keys, before) | shown | {"entry": readable(entry.entry)}
-    if encoded.startswith(CONSISTENCY_MARK):
-        if before is None:
-            raise UserError("a proof of a prefix needs the earlier checkpoint", hint="give it with --old")
-        later = ConsistencyProof.decode(encoded)
-        return _found(later.verify(before, keys.known(later.checkpoint)), keys) | {"prefix": before.size}
-    return _found(keys.open(encoded), keys, before)
-
-
-def _same(before: Checkpoint, head: Checkpoint) -> dict[str, Any]:
-    """Two checkpoints of one size, without a proof between them."""
-    from vsql_shared.audit.proofs import require_prefix
-
-    if (before.log, before.size) != (head.log, head.size):
-        raise UserError(
-            "the two checkpoints differ in size or chain",
-            hint="have a proof made with `syncctl audit prove-prefix OLD NEW`",
-        )
-    require_prefix(before, head, ())
-    return {"prefix": before.size}
-
-
-def _writer(encoded: str) -> str:
-    """The node a checkpoint says its chain is written by; believed once its signature has verified."""
-    from vsql_shared.audit.checkpoint import Checkpoint
-    from vsql_shared.audit.notes import SignedNote
-
-    return Checkpoint.parse(SignedNote.decode(encoded).text).log.writer
-
-
-def _found(opened: Opened, keys: _Keys, before: Checkpoint | None = None) -> dict[str, Any]:
-    """What was verified. Raises SignatureError where one who must have signed has not.
-
-    `before`: a checkpoint the one of the file must be the same as, if there is no proof between both.
-    """
-    from vsql_shared.audit.checkpoint import cosigner_key
-    from vsql_shared.crypto.signing import fingerprint
-
-    head = opened.checkpoint
-    opened.require_writer()
-    writers = [one.key for one in opened.signatures if one.at is None]
-    signed = {one.key.name: one.at for one in opened.signatures if one.at is not None}
-    cosigned = []
-    for node, key in keys.cosigners.items():
-        at = signed.get(cosigner_key(head.log.cluster, node, key).name)
-        if at is None:
-            raise SignatureError(f"the checkpoint is not cosigned by node {node}")
-        cosigned.append({"node": node, "at": at})
-    return {
-        "cluster": head.log.cluster,
-        "chain": head.log.chain,
-        "size": head.size,
-        "root": head.root.hex(),
-        "signed_by": head.log.writer,
-        "keys": [fingerprint(one.public_key) for one in writers],
-        "cosigned": cosigned,
-    } | ({} if before is None else _same(before, head))
-
-
-@click.command(
-    "verifier-key",
-    epilog=example("syncctl audit verifier-key payments.node-a --key node-a.pub --cluster shop"),
-)
-@click.argument("chain")
-@click.option("--key", "path", type=_FILE, required=True, metavar="FILE", help="A public key.")
-@click.option("--cluster", required=True, help="The cluster's name.")
-@click.option("--cosigner", metavar="NODE", help="The key is this node's, which cosigns.")
-def verifier_key(chain: str, path: Path, cluster: str, cosigner: str | None) -> None:
-    """Print a public key as other tools take it for checkpoints of CHAIN (a C2SP vkey)."""
-    from vsql_shared.audit.checkpoint import Log, cosigner_key
-    from vsql_shared.crypto.signing import load_public_key
-
-    log, key = Log(cluster, chain), load_public_key(path)
-    log.writer  # noqa: B018  # raises for what is no chain
-    click.echo(log.key(key).vkey if cosigner is None else cosigner_key(cluster, cosigner, key).vkey)
 
 
 COMMANDS = (checkpoint, prove, prove_prefix, verify_proof, verifier_key)

@@ -145,7 +145,8 @@ class Opened(NamedTuple):
         """Raise SignatureError unless the chain's own writer has signed."""
         if not any(one.key.kind == SIGNATURE for one in self.signatures):
             raise SignatureError(
-                f"the checkpoint is not signed by node {self.checkpoint.log.writer}, whose chain it is"
+                f"the checkpoint is not signed by node {self.checkpoint.log.writer}, whose chain it is",
+                hint="`syncctl audit checkpoint --add FILE` on that node adds its signature",
             )
 
 

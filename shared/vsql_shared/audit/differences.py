@@ -134,7 +134,9 @@ def locate(ours: Ask, theirs: Ask, limit: int = MAX_DIFFERENCES) -> Differences:
 
 
 def _checked(question: Question, answer: Answer) -> tuple[Leaf, ...]:
-    """Leaves that are where they were asked for."""
+    """Leaves that are where they were asked for, and as few as are asked for."""
+    if len(answer.leaves) > FEW:
+        raise RecordError(f"{len(answer.leaves)} leaves of {question.prefix!r}, at most {FEW} are taken")
     for leaf in answer.leaves:
         if len(leaf.digest) != HASH_SIZE or not leaf.digest.hex().startswith(question.prefix):
             raise RecordError(f"a leaf that does not begin with {question.prefix}")

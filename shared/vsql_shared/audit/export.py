@@ -29,7 +29,7 @@ from vsql_shared.audit.checkpoint import Log
 from vsql_shared.audit.dsse import document_hash
 from vsql_shared.audit.entries import AuditEntry
 from vsql_shared.audit.heads import read_documents
-from vsql_shared.audit.links import Linked, follow, link
+from vsql_shared.audit.links import Linked, broken, follow, link
 from vsql_shared.audit.rows import parse
 from vsql_shared.errors import DecodeError
 from vsql_shared.pg.connect import Connection, errors
@@ -77,7 +77,7 @@ def export(
             end["entries"] += 1
             end |= {"last_sequence": item["sequence"], "last_hash": item["hash"]}
             if sign is not None:
-                _link(conn, Log(cluster, item["chain"]), linked, end, document)
+                _link(conn, Log(cluster, item["chain"]), linked, end, item["sequence"], document)
             yield "entry", item
         if sign is not None:
             for chain, end in chains.items():
@@ -86,7 +86,12 @@ def export(
 
 
 def _link(
-    conn: Connection, log: Log, linked: dict[str, Linked], end: dict[str, Any], document: bytes
+    conn: Connection,
+    log: Log,
+    linked: dict[str, Linked],
+    end: dict[str, Any],
+    sequence: int,
+    document: bytes,
 ) -> None:
     """Take a chain's next document; before the first one, those that are not exported."""
     if log.chain not in linked:
@@ -94,6 +99,8 @@ def _link(
             linked[log.chain] = follow(islice(documents, max(0, end["first_sequence"] - 1)), log)
         end["before"] = [one.hex() for one in linked[log.chain].tree]
     linked[log.chain] = link(linked[log.chain], document, log)
+    if sequence != linked[log.chain].size:  # two rows of one place, in the order of their entries
+        raise broken(log, linked[log.chain].size, f"the table has it as entry {sequence}")
 
 
 def _keys(conn: Connection) -> list[dict[str, Any]]:

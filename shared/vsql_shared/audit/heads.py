@@ -5,21 +5,23 @@ Not here: signing (checkpoint.py) and the arithmetic (tree.py). Rules:
 * An own chain's head is given only after every entry up to it was held: by its links, and the last signature.
 * Of a peer's chain this node has no entries: its head is the one its reader remembers, which verified each
   entry as it came.
-* What a proof is made of is read in one pass, in memory that does not grow with the chain.
+* What a proof is made of is read in one pass, in memory that does not grow with the chain; no proof is given
+  that does not verify.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from vsql_shared.audit.checkpoint import Checkpoint, Log, split_view
 from vsql_shared.audit.dsse import document_hash
 from vsql_shared.audit.links import follow, require_signed
-from vsql_shared.audit.proofs import ConsistencyProof, InclusionProof
+from vsql_shared.audit.merkle import leaf_hash, verify_inclusion
+from vsql_shared.audit.proofs import ConsistencyProof, InclusionProof, require_prefix
 from vsql_shared.audit.tree import (
     MAX_SIZE,
     consistency_ranges,
@@ -31,7 +33,7 @@ from vsql_shared.audit.tree import (
     tree_of,
 )
 from vsql_shared.audit.verify import PAGE
-from vsql_shared.errors import RefusedError
+from vsql_shared.errors import ChainError, RecordError, RefusedError
 from vsql_shared.pg.connect import Connection, errors
 
 if TYPE_CHECKING:
@@ -65,8 +67,10 @@ def own_checkpoint(conn: Connection, trust: TrustStore, log: Log, size: int | No
     SignatureError or DecodeError where it is not, RefusedError where there are not so many entries.
     """
     head = _held(conn, trust, log, size)
-    if not head.size or size not in (None, head.size):
-        raise RefusedError(f"chain {log.chain} has {head.size} entries, not {size or 1}", hint=_HINT)
+    if not head.size:
+        raise RefusedError(f"this node has no entries of chain {log.chain}", hint=_HINT)
+    if size not in (None, head.size):
+        raise RefusedError(f"chain {log.chain} has {head.size} entries, not {size}", hint=_HINT)
     return head
 
 
@@ -171,7 +175,11 @@ def prove_entry(conn: Connection, sequence: int, checkpoint: Checkpoint, note: s
         ).fetchone()
         with closing(entry_hashes(conn, log.chain)) as hashes:
             path = range_roots(hashes, wanted)
-    return InclusionProof(bytes(row[0]) if row else b"", sequence - 1, tuple(path), note)
+    document = bytes(row[0]) if row else b""
+    with _as_held(log):
+        leaf = leaf_hash(document_hash(document))
+        verify_inclusion(sequence - 1, checkpoint.size, leaf, path, checkpoint.root)
+    return InclusionProof(document, sequence - 1, tuple(path), note)
 
 
 def prove_prefix(conn: Connection, old: Checkpoint, new: Checkpoint, note: str) -> ConsistencyProof:
@@ -188,4 +196,19 @@ def prove_prefix(conn: Connection, old: Checkpoint, new: Checkpoint, note: str) 
         closing(entry_hashes(conn, new.log.chain)) as hashes,
     ):
         path = range_roots(hashes, wanted)
+    with _as_held(new.log):
+        require_prefix(old, new, tuple(path))
     return ConsistencyProof(old.size, tuple(path), note)
+
+
+@contextmanager
+def _as_held(log: Log) -> Iterator[None]:
+    """What a proof is read from was held in an earlier transaction. Raises ChainError if it changed since."""
+    try:
+        yield
+    except RecordError as error:
+        raise ChainError(
+            f"chain {log.chain} changed after it was checked: {error.message}",
+            record=log.chain,
+            hint="no proof is given; `syncctl audit verify` says which entry does not verify",
+        ) from error

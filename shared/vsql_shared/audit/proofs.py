@@ -139,9 +139,10 @@ class ConsistencyProof:
         opened = open_checkpoint(self.checkpoint, keys)
         head = opened.checkpoint
         if old.log != head.log or old.size != self.old_size:
-            raise DecodeError(
+            raise RecordError(
                 f"the proof is from {self.old_size} entries of {head.log.origin}, "
-                f"the earlier checkpoint is of {old.size} of {old.log.origin}"
+                f"the earlier checkpoint is of {old.size} of {old.log.origin}",
+                hint="give the checkpoint the proof was made from",
             )
         require_prefix(old, head, self.hashes)
         return opened

@@ -110,6 +110,17 @@ def verify_table(conn: Connection, trust: TrustStore, cluster: str, chain: str |
     return Report(tuple(reports), tuple(problems), tuple(warnings))
 
 
+def has_chain(conn: Connection, chain: str) -> bool:
+    """Whether there are entries under this name, or an own chain of this name is remembered."""
+    with errors("reading the audit trail"):
+        row = conn.execute(
+            "SELECT EXISTS (SELECT FROM vsql_sync.vsql_sync_audit WHERE chain = %(chain)s)"
+            " OR EXISTS (SELECT FROM vsql_sync.chain_heads WHERE own AND chain = %(chain)s)",
+            {"chain": chain},
+        ).fetchone()
+    return row is not None and bool(row[0])
+
+
 def _chains(conn: Connection) -> list[str]:
     """Chains with rows, and own chains that are remembered, rows or not."""
     rows = conn.execute(

@@ -154,7 +154,11 @@ def _first_wrong(source: Connection, stream: str, acks: str, heads: list[_Cosign
             if size < claimed.size:
                 what = f"cosigns {claimed.size} entries of chain {stream}, the source has {size}"
                 return Problem(
-                    acks, entry.sequence, event, f"{what}: it was cut, or it showed another history"
+                    acks,
+                    entry.sequence,
+                    event,
+                    f"{what}: it was cut, it showed another history, or its producer was killed before it"
+                    " stored what Kafka has (then start it, and verify again)",
                 )
             if root_of(tree) != claimed.root:
                 return Problem(acks, entry.sequence, event, split_view(claimed, _says(root_of(tree))).message)

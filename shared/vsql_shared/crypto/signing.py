@@ -99,7 +99,7 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise KeyUnavailableError(
             f"cannot read key file {path}: {error.strerror}",
-            hint=f"check the path and who may read it, or {_GENERATE}",
+            hint="check the path and who may read it; it is the .pub file of `syncctl key generate`",
         ) from error
 
 
