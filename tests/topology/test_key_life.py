@@ -18,6 +18,7 @@ import pytest
 from tests.nodes import Node, TwoNodes
 from tests.pairs import Pairs
 from tests.softhsm import make_token
+from tests.topology.test_watching import Watched
 from vsql_shared.audit.rows import parse
 from vsql_shared.kms.file import destroy_version
 
@@ -139,6 +140,33 @@ def test_keks_deks_and_signers_are_rotated_under_load_and_nothing_is_lost(pairs:
 @pytest.mark.timeout(2_400)
 def test_keks_deks_and_signers_are_rotated_twenty_times_under_load(pairs: Pairs) -> None:
     rotate(pairs, 20)
+
+
+@pytest.mark.timeout(300)
+def test_a_target_far_behind_looks_through_the_keys_topic_now_and_then_and_not_for_each_key(
+    pairs: Pairs,
+) -> None:
+    """Each batch has a key of its own, announced again far behind; the target holds ten of them at a time."""
+    few = QUICK + '[encryption.dek]\nrotation = "per-batch"\nannouncements_held = 10\n'
+    pair = pairs(TABLE, config=few)
+    pair.create(["t(*)"], copy=False)
+    pair.start()
+    pair.wait_in_step()
+    pair.b.stop("consumer")
+    for number in range(1, 41):
+        pair.a.execute(f"INSERT INTO t VALUES ({number}, 'x')")
+        sealed(pair, number)
+    new_kek(pair)
+    destroy_version(pair.folder / "kek.key", "test-kek/1")
+    pair.b.start("consumer")
+    pair.wait_in_step()
+    assert pair.b.query("SELECT count(*) FROM t") == [(40,)]
+    calls = Watched(pair.b, "consumer").figures()
+    opened = calls["kms_calls_total", pair.chain, "unwrap", "ok"]
+    refused = calls["kms_calls_total", pair.chain, "unwrap", "error"]
+    assert opened >= 40
+    assert 1 <= refused <= 10
+    pair.stop()
 
 
 def hsm(pair: TwoNodes) -> None:
