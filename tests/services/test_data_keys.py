@@ -149,7 +149,7 @@ def test_an_announcement_that_is_another_keys_than_its_row_is_not_signed_again(
         said = decode_announcement(SignedDocument.decode(bytes(document)).payload)
         other = replace(said, **{field: "another"})
         put = sign_document(open_signer(node.settings), KEY_ANNOUNCEMENT, encode_announcement(other))
-        node.query("UPDATE vsql_sync.deks SET announcement = %s", put)
+        node.query("UPDATE vsql_sync.deks SET announcement = %s RETURNING 1", put)
         rotate_kek_file(kek)
         before = node.records()
         with pytest.raises(RecordError, match=f"the row of data key {used} holds the announcement of"):

@@ -104,6 +104,8 @@ def shred(  # noqa: PLR0917 - one parameter an option, as click gives them
     from vsql_shared.crypto.signing import load_signer
     from vsql_shared.pg import coverage, shredding
 
+    if number is not None and (kek_id or name or path):  # whose order it is, is not looked at
+        raise UserError("--cancel takes --reason and nothing else", hint="it withdraws the order it names")
     with open_node(operator) as conn:
         if number is not None:
             row = shredding.cancel(conn, number, reason)
