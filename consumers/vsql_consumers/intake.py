@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from vsql_consumers.collect import Choose, Collector
@@ -169,14 +170,15 @@ class Intake:
         """Look for one key in all of the keys topic; whether an announcement was found that is new here.
 
         A key may have been announced again far behind, and one that was let go for want of room lies before
-        what is read next.
+        what is read next. It ends early when the stream does.
         """
         before, chain = self.announcements.announced(wanted), self._means.stream.chain
         settings = self._means.settings
         group = names.group_id(settings.cluster.name, chain, settings.cluster.node_name)
-        for offset, key, value in read_records(settings, f"vsql-sync-keys-{chain}", group, self._keys, 0):
-            if key == wanted.encode() and (*self._keys, offset) not in self._ignored:
-                self.announcements.feed(*self._keys, offset, key, value)
+        records = read_records(settings, f"vsql-sync-keys-{chain}", group, self._keys, 0)
+        for offset, key, value in takewhile(lambda _: not self._means.stop.is_set(), records):
+            if (*self._keys, offset) not in self._ignored:
+                self.announcements.feed_again(wanted, *self._keys, offset, key, value)
         return self.announcements.announced(wanted) not in (None, before)
 
     def _hold_keys(self) -> None:

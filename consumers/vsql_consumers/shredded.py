@@ -101,7 +101,7 @@ class Keys:
         return self._figures.open_key(self._intake.announcements, entry, self._means.provider)
 
     def _look_ahead(self, position: Position) -> None:
-        """Read the chain from here to its present end for keys that were destroyed."""
+        """Read the chain from here to its present end, or the stream's, for keys that were destroyed."""
         means, chain = self._means, self._means.stream.chain
         settings = means.settings
         cluster, node = settings.cluster.name, settings.cluster.node_name
@@ -110,6 +110,8 @@ class Keys:
         audit = self._intake.audit
         begin = first_offset(means, audit, position.head, position.audit_offset)
         for offset, document in read_chain(settings, client, group, audit, chain, begin):
+            if means.stop.is_set():
+                return
             try:
                 found = reader.accept(document, record_name(*audit, offset))
                 if isinstance(found, Accepted) and found.entry.event_type == KEY_DESTROYED:

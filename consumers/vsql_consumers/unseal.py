@@ -116,6 +116,18 @@ class Announcements:
         while len(self._known) > self._held and self.wanted:
             del self._known[next(iter(self._known))]
 
+    def feed_again(
+        self, wanted: str, topic: str, partition: int, offset: int, key: bytes | None, value: bytes | None
+    ) -> None:
+        """Take one record of those that were read before, or are to come: as `feed`, of fewer keys.
+
+        Of the key that is wanted, and of those held: where one was announced again, those after it were, and
+        to look through the whole topic for each of them takes for ever.
+        """
+        name = "" if key is None else key.decode(errors="replace")
+        if name == wanted or self.knows(name):
+            self.feed(topic, partition, offset, key, value)
+
     def _verified(self, document: SignedDocument, said: KeyAnnouncement) -> KeyAnnouncement | None:
         """Step 4; None where its signer has ended, and nothing depends on it. Raises SignatureError.
 

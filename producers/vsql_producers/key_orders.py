@@ -37,6 +37,7 @@ def obey(conn: Connection, command: Command, outlet: Outlet, chain: str) -> tupl
 
 
 def _rotate(outlet: Outlet) -> str:
+    before = outlet.keys.kek_id
     done = outlet.keys.rotate_kek()
     said = {
         "kek_id": done.kek_id,
@@ -46,6 +47,8 @@ def _rotate(outlet: Outlet) -> str:
     }
     outlet.say(KEY_ROTATED, said)
     text = f"the next batch's data key is wrapped by {done.kek_id}; {len(done.rewrapped)} wrapped anew"
+    if done.kek_id == before:
+        text += "; that version was in use already, the KMS has no newer one"
     if done.left:
         text += f"; {len(done.left)} stay under older versions until their data is applied: {done.problem}"
     return text

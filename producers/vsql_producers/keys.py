@@ -14,7 +14,6 @@ Not here: nonces and limits themselves (crypto/dek.py) and wrapping (kms/). Rule
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
@@ -24,7 +23,7 @@ from vsql_shared import failpoints, names
 from vsql_shared.audit.dsse import KEY_ANNOUNCEMENT, sign_document
 from vsql_shared.audit.rows import timestamp
 from vsql_shared.crypto.announce import KeyAnnouncement, announce, encode_announcement, rewrap, wrap_again
-from vsql_shared.crypto.dek import ALGORITHM, KeyLimits, SealingKey
+from vsql_shared.crypto.dek import ALGORITHM, KeyLimits, SealingKey, lifetime_clock
 from vsql_shared.errors import KeyUnavailableError, TransientError, UnsealError
 from vsql_shared.observe.metrics import RotationReason, StreamMetrics
 from vsql_shared.pg import coverage
@@ -81,7 +80,7 @@ class DataKeys:
         metrics: StreamMetrics,
         worker: int,
         *,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = lifetime_clock,
     ) -> None:
         self._settings, self._place = settings, place
         self._provider, self._signer = provider, signer

@@ -4,7 +4,8 @@ Not here: wrapping (crypto/announce.py) and announcing (keys.py). Rules:
 
 * A key is live while a manifest that names it is not acknowledged by every target, and for some minutes after
   it sealed last: its last manifests may not be in the table yet.
-* What a key's announcement says is taken from this node's own table, as it was signed.
+* What a key's announcement says is taken from this node's own table, as it was signed; where it is of another
+  key or chain than its row, somebody else wrote it: it is not signed again.
 * A key that was destroyed on purpose is never wrapped again.
 """
 
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 from vsql_shared.audit.dsse import SignedDocument
 from vsql_shared.crypto.announce import KeyAnnouncement, decode_announcement
+from vsql_shared.errors import RecordError
 from vsql_shared.pg.connect import Connection, errors
 
 # A batch that is sealed is in Kafka and in the table long before, or its epoch is over.
@@ -42,7 +44,15 @@ def live_keys(conn: Connection, chain: str, epoch: int, kek_id: str) -> list[Liv
             " ORDER BY d.epoch, d.created_at",
             {"chain": chain, "epoch": epoch, "kek": kek_id, "under_way": _UNDER_WAY},
         ).fetchall()
-    return [
-        Live(dek_id, decode_announcement(SignedDocument.decode(bytes(document)).payload))
-        for dek_id, document in rows
-    ]
+    return [Live(dek_id, _announced(chain, dek_id, bytes(document))) for dek_id, document in rows]
+
+
+def _announced(chain: str, dek_id: str, document: bytes) -> KeyAnnouncement:
+    said = decode_announcement(SignedDocument.decode(document).payload)
+    if (said.chain, said.dek_id) != (chain, dek_id):
+        raise RecordError(
+            f"the row of data key {dek_id} holds the announcement of {said.dek_id} of {said.chain}",
+            record=f"vsql_sync.deks {dek_id}",
+            hint="somebody changed the table; nothing of it is signed again",
+        )
+    return said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -14,9 +15,9 @@ from vsql_producers.keys import DataKeys
 from vsql_producers.publish import Publisher
 from vsql_producers.seal import Place
 from vsql_shared import names
-from vsql_shared.audit.dsse import SignedDocument
-from vsql_shared.crypto.announce import decode_announcement, unwrap
-from vsql_shared.errors import KeyUnavailableError
+from vsql_shared.audit.dsse import KEY_ANNOUNCEMENT, SignedDocument, sign_document
+from vsql_shared.crypto.announce import decode_announcement, encode_announcement, unwrap
+from vsql_shared.errors import KeyUnavailableError, RecordError
 from vsql_shared.kafka.clients import make_admin, make_producer
 from vsql_shared.kafka.topics import ensure_topic
 from vsql_shared.kms import open_provider, open_signer
@@ -133,3 +134,26 @@ def test_keys_the_kms_does_not_open_stay_under_the_old_version_and_are_named(new
         keys.close()
     assert (done.rewrapped, done.left) == ((used,), (former,))
     assert "does not hold test-kek/1" in done.problem
+
+
+@pytest.mark.parametrize("field", ["dek_id", "chain"])
+def test_an_announcement_that_is_another_keys_than_its_row_is_not_signed_again(
+    new_source: NewSource, field: str
+) -> None:
+    node = new_source(TABLE, ["t"])
+    kek = node.settings.encryption.kms.file.path
+    assert kek is not None
+    with data_keys(node, 1, lambda: 0.0) as keys:
+        used = keys.key_for(1, 10).dek_id
+        (document,) = node.query("SELECT announcement FROM vsql_sync.deks")[0]
+        said = decode_announcement(SignedDocument.decode(bytes(document)).payload)
+        other = replace(said, **{field: "another"})
+        put = sign_document(open_signer(node.settings), KEY_ANNOUNCEMENT, encode_announcement(other))
+        node.query("UPDATE vsql_sync.deks SET announcement = %s RETURNING 1", put)
+        rotate_kek_file(kek)
+        before = node.records()
+        with pytest.raises(RecordError, match=f"the row of data key {used} holds the announcement of"):
+            keys.rotate_kek()
+        keys.close()
+    assert node.records() == before
+    assert node.query("SELECT kek_id FROM vsql_sync.dek_wrappings") == [("test-kek/1",)]

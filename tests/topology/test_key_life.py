@@ -256,7 +256,9 @@ def test_what_a_destroyed_kek_version_covered_is_passed_over_by_a_signed_verdict
     found = pair.b.ctl_json("key", "verify-proof", str(proof), *trusted, origin)
     assert (found["kek"], found["ordered_by"], found["approved_by"]) == ("payments/0001", "alice", "bob")
     assert (found["deks"], found["unapplied_batches"]) == (1, 1)
-    assert "is not pinned" in refused(pair.b, "key", "verify-proof", str(proof), trusted[1], origin)
+    assert "of operator alice is not enrolled" in refused(
+        pair.b, "key", "verify-proof", str(proof), trusted[1], origin
+    )
 
     pair.a.execute("INSERT INTO t VALUES (900, 'after')")
     pair.wait_in_step()
@@ -291,7 +293,9 @@ def test_a_key_is_not_destroyed_by_one_person_nor_before_its_time_nor_while_it_w
     # A row that says otherwise is no approval: signatures are looked at again.
     pair.a.execute("UPDATE vsql_sync.shred_orders SET approval = decode(repeat('00', 64), 'hex')")
     assert "does not verify" in refused(pair.a, "key", "destroy", "1", "--yes")
-    pair.a.ctl("key", "shred", "--cancel", "1", "--reason", "legal hold")
+    cancel = ("key", "shred", "--cancel", "1", "--reason", "legal hold")
+    assert "--cancel takes --reason and nothing else" in refused(pair.a, *cancel, "--kek", "payments/0002")
+    pair.a.ctl(*cancel)
 
     # What the old version wrapped is wrapped anew: there is nothing left to lose.
     (answer,) = pair.a.ctl_json("key", "rotate-kek")

@@ -156,6 +156,30 @@ def test_a_key_announced_again_behind_later_ones_does_not_make_those_forgotten(t
     assert held.open(second, both).dek_id == second.dek_id
 
 
+def test_keys_announced_again_far_behind_are_looked_for_once_for_all_that_are_held(tmp_path: Path) -> None:
+    both, newest = _two_versions(tmp_path)
+    chain = SealedChain()
+    manifests, again = [], []
+    for number in range(40):
+        chain.new_key()
+        manifests.append(chain.batch(rows("t", number)).entry)
+        again.append((manifests[-1].dek_id.encode(), _announced_under(chain, both)))
+    log = [*chain.log[KEYS], *again]
+    held, unread, looks = _announcements(chain, 10), iter(list(enumerate(log))), 0
+    for entry in manifests:
+        while not held.full and (one := next(unread, None)) is not None:
+            held.feed(*KEYS, one[0], *one[1])
+        try:
+            key = held.open(entry, newest)
+        except KeyUnavailableError:
+            looks += 1
+            for offset, record in enumerate(log):
+                held.feed_again(entry.dek_id, *KEYS, offset, *record)
+            key = held.open(entry, newest)
+        assert key.dek_id == entry.dek_id
+    assert 1 <= looks <= 8
+
+
 def test_a_key_that_was_destroyed_is_neither_held_nor_opened_any_more() -> None:
     chain = SealedChain()
     entry = chain.batch(rows("t", 1)).entry

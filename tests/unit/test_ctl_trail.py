@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vsql_ctl.files import complete_file
+from vsql_ctl.files import complete_file, read_file, write_file
 from vsql_shared.errors import UserError
 
 
@@ -47,3 +47,27 @@ def test_a_file_is_the_owners_alone_and_an_error_inside_leaves_none(tmp_path: Pa
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot write to"), complete_file(tmp_path / "none" / "report.json"):
         pass
+
+
+def test_bytes_are_written_whole_and_no_device_is_replaced_by_them(tmp_path: Path) -> None:
+    target, device = tmp_path / "order.bin", tmp_path / "null"
+    device.symlink_to("/dev/null")
+    write_file(target, b"\x00\xff")
+    assert (target.read_bytes(), target.stat().st_mode & 0o777) == (b"\x00\xff", 0o600)
+    with pytest.raises(UserError, match=r"null is no regular file"):
+        write_file(device, b"lost")
+    assert device.is_symlink()
+    with largest_file(4), pytest.raises(UserError, match=r"cannot write .*order\.bin: "):
+        write_file(target, b"x" * 100)
+    assert target.read_bytes() == b"\x00\xff"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["null", "order.bin"]
+
+
+def test_a_file_longer_than_what_was_asked_for_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "order.sig"
+    path.write_bytes(b"s" * 64)
+    assert read_file(path, 64) == b"s" * 64
+    with pytest.raises(UserError, match="is longer than 63 bytes"):
+        read_file(path, 63)
+    with pytest.raises(UserError, match=r"cannot read .*: No such file"):
+        read_file(tmp_path / "none", 64)

@@ -179,3 +179,19 @@ def test_an_answer_with_anything_in_the_place_of_a_value_is_read_or_our_error(
         parse(_with(good, at, data.draw(_JSON)))
     except (DecodeError, KeyUnavailableError):
         return
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "is_final"),
+    [
+        (500, ["1 error occurred:\n\t* failed to RSA decrypt the ciphertext: decryption error\n\n"], True),
+        (500, ["internal error"], False),
+        (500, [], False),
+        (503, ["Vault is sealed"], False),
+        (400, ["invalid ciphertext: unable to decrypt"], False),
+    ],
+)
+def test_only_vaults_word_that_a_ciphertext_does_not_open_is_no_failure_to_wait_for(
+    status: int, said: list[str], is_final: bool
+) -> None:
+    assert vault.does_not_decrypt(Answer(status, {"errors": said})) == is_final

@@ -238,11 +238,11 @@ def test_an_order_that_covers_nothing_is_no_proof_that_anything_was_destroyed() 
 
 def test_keys_in_a_proof_are_not_believed_the_verifier_has_their_own() -> None:
     proof = Case().proof()
-    with pytest.raises(SignatureError, match="is not pinned for node alice"):
+    with pytest.raises(SignatureError, match="of operator alice is not enrolled"):
         verify_proof(proof, [pin(BOB)], [pin(ORIGIN)])
     with pytest.raises(SignatureError, match="is not enrolled"):
         verify_proof(proof, [pin(ALICE)], [pin(ORIGIN)])
-    with pytest.raises(SignatureError, match="is not pinned for node node-a"):
+    with pytest.raises(SignatureError, match="of node node-a is not among those given"):
         verify_proof(proof, PEOPLE, [pin(MALLORY)])
 
 

@@ -1,8 +1,8 @@
 """`syncctl key`: make signing keys and KEKs, and show the public half; the group of all commands about keys.
 
 Not here: how keys are made and used (vsql_shared.crypto, vsql_shared.kms), and the group's other commands
-(key_inventory.py, key_rotate.py, key_signers.py, key_shred.py). Rules: no command prints a secret; none
-overwrites a key.
+(key_inventory.py, key_rotate.py, key_signers.py, key_shred.py, key_proof.py). Rules: no command prints a
+secret; none overwrites a key.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vsql_ctl.commands import key_inventory, key_rotate, key_shred, key_signers
+from vsql_ctl.commands import key_inventory, key_proof, key_rotate, key_shred, key_signers
 from vsql_ctl.context import Operator, OutputFormat, example, output_option, pass_operator
 from vsql_ctl.output import emit, render_pairs
 from vsql_shared.errors import ConfigError, KeyUnavailableError, UserError
@@ -33,6 +33,7 @@ for _command in (
     *key_rotate.COMMANDS,
     *key_signers.COMMANDS,
     *key_shred.COMMANDS,
+    *key_proof.COMMANDS,
 ):
     key.add_command(_command)
 

@@ -1,11 +1,10 @@
-"""`syncctl key enroll`, `shred`, `approve`, `destroy`, `proof`, `verify-proof`: a KEK version's end.
+"""`syncctl key enroll`, `shred`, `approve`, `destroy`: a KEK version's end.
 
-Not here: what is signed (audit/shredding.py, shred_proof.py), the states of an order (pg/shredding.py).
-Rules:
+Not here: what is signed (audit/shredding.py), the states of an order (pg/shredding.py), the proof of what was
+done (key_proof.py). Rules:
 
 * Ordering, approving, destroying are three acts; the first two are two people's, each with their own key.
 * Nothing is destroyed before its time, nor by a command that was only asked to schedule it.
-* A proof is verified without a database, with public keys the verifier has from elsewhere.
 """
 
 from __future__ import annotations
@@ -25,15 +24,16 @@ from vsql_ctl.context import (
     pass_operator,
     yes_option,
 )
+from vsql_ctl.files import read_file, write_file
 from vsql_ctl.output import emit, render_pairs, render_table
-from vsql_shared.errors import KeyUnavailableError, RefusedError, TransientError, UserError
+from vsql_shared.errors import RefusedError, TransientError, UserError
 
 if TYPE_CHECKING:
-    from vsql_shared.crypto.signing import PinnedKey
     from vsql_shared.pg.connect import Connection
     from vsql_shared.pg.shredding import Row
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
+_LONGEST_SIGNATURE = 1 << 10  # a raw one has 64 bytes; what is longer is another file
 _operator_option = click.option("--operator", "name", metavar="NAME", required=True, help="Whose key it is.")
 
 
@@ -104,6 +104,8 @@ def shred(  # noqa: PLR0917 - one parameter an option, as click gives them
     from vsql_shared.crypto.signing import load_signer
     from vsql_shared.pg import coverage, shredding
 
+    if number is not None and (kek_id or name or path):  # whose order it is, is not looked at
+        raise UserError("--cancel takes --reason and nothing else", hint="it withdraws the order it names")
     with open_node(operator) as conn:
         if number is not None:
             row = shredding.cancel(conn, number, reason)
@@ -221,11 +223,12 @@ def approve(
     with open_node(operator) as conn:
         row = shredding.to_be_approved(conn, number)
         if to_sign is not None:
-            to_sign.write_bytes(to_approve(row.document))
+            write_file(to_sign, to_approve(row.document))
             _show(output, row)
             click.echo(f"wrote {to_sign}", err=True)
             return
-        if name is None or (path is None) == (signature is None):
+        where = path or signature
+        if name is None or where is None or (path is not None and signature is not None):
             raise UserError("an approval needs --operator, and --key or --signature")
         if not yes:
             click.echo(render_pairs(_said(row)), err=True)
@@ -234,7 +237,7 @@ def approve(
             signer = load_signer(path, name, strict=True)
             approver, approval = signer.fingerprint, signer.sign(to_approve(row.document))
         else:
-            approver, approval = _enrolled(conn, name), _read(signature)
+            approver, approval = _enrolled(conn, name), read_file(where, _LONGEST_SIGNATURE)
         row = shredding.approve(conn, number, approver, approval)
     _show(output, row)
 
@@ -246,13 +249,6 @@ def _enrolled(conn: Connection, name: str) -> str:
     if not found:
         raise RefusedError(f"no operator {name!r} is enrolled", hint="`syncctl key enroll`")
     return found[0]
-
-
-def _read(path: Path | None) -> bytes:
-    try:
-        return path.read_bytes() if path is not None else b""
-    except OSError as error:
-        raise KeyUnavailableError(f"cannot read {path}: {error.strerror}", hint="check the path") from error
 
 
 @click.command("destroy", epilog=example("syncctl key destroy 3", "syncctl key destroy 3 --elsewhere"))
@@ -343,75 +339,4 @@ def _require_gone(operator: Operator, kek_id: str) -> None:
         provider.close()
 
 
-@click.command("proof", epilog=example("syncctl key proof 3 --out shred-3.json"))
-@click.argument("number", type=int, metavar="ORDER")
-@click.option("--out", type=_FILE, required=True, metavar="FILE", help="Where to write it.")
-@pass_operator
-def proof(operator: Operator, number: int, out: Path) -> None:
-    """Write the proof that a KEK version was destroyed: order, approval, and the chains' signed entries."""
-    from vsql_ctl.session import open_node
-    from vsql_shared.audit.shred_proof import write_proof
-    from vsql_shared.pg import shredding
-
-    with open_node(operator) as conn:
-        done = shredding.require_destroyed(conn, number)
-        entries, named = shredding.entries(conn, done)
-    if not done.deks:
-        raise RefusedError(f"order {number} covers no data key: no chain says anything of it, to be proven")
-    if named < len(done.deks):
-        raise TransientError(
-            f"{len(done.deks) - named} of {len(done.deks)} data keys stand in no chain yet",
-            hint="start this node's producer; it says so in the chains",
-        )
-    out.write_bytes(write_proof(done.document, done.approver, done.approval, entries))
-    click.echo(f"wrote {out}: {len(done.deks)} data keys, {len(entries)} entries")
-
-
-@click.command(
-    "verify-proof",
-    epilog=example(
-        "syncctl key verify-proof shred-3.json --operator alice=alice.pub --operator bob=bob.pub"
-        " --node node-a=node-a.pub"
-    ),
-)
-@click.argument("path", type=_FILE, metavar="FILE")
-@click.option("--operator", "people", multiple=True, metavar="NAME=FILE", help="A public key you trust.")
-@click.option("--node", "nodes", multiple=True, metavar="NAME=FILE", help="The node's public key.")
-@output_option
-def verify_proof(output: OutputFormat, path: Path, people: tuple[str, ...], nodes: tuple[str, ...]) -> None:
-    """Verify a proof off-line: no database, no configuration, only public keys you have from elsewhere."""
-    from vsql_shared.audit import shred_proof
-    from vsql_shared.audit.rows import timestamp
-
-    found = shred_proof.verify_proof(_read(path), _pins(people), _pins(nodes))
-    order = found.order
-    shown: dict[str, Any] = {
-        "kek": order.kek_id,
-        "node": order.node,
-        "cluster": order.cluster,
-        "ordered_by": order.operator,
-        "approved_by": found.approver,
-        "reason": order.reason,
-        "destroyed_at": timestamp(found.destroyed_at),
-        "deks": len(found.deks),
-        "tuples": sum(one.tuples for one in order.covers.values()),
-        "unapplied_batches": sum(one.unapplied_batches for one in order.covers.values()),
-        "entries": [f"{chain} sequence {sequence}" for chain, sequence in found.entries],
-    }
-    emit(output, shown, lambda: render_pairs(shown | {"entries": ", ".join(shown["entries"])}))
-
-
-def _pins(given: tuple[str, ...]) -> list[PinnedKey]:
-    from vsql_shared.crypto.signing import PinnedKey, fingerprint, load_public_key
-
-    pins = []
-    for text in given:
-        name, equals, path = text.partition("=")
-        if not equals or not name:
-            raise UserError(f"{text!r} is not NAME=FILE")
-        key = load_public_key(Path(path))
-        pins.append(PinnedKey(name, key, fingerprint(key), revoked=False))
-    return pins
-
-
-COMMANDS = (enroll, shred, approve, destroy, proof, verify_proof)
+COMMANDS = (enroll, shred, approve, destroy)

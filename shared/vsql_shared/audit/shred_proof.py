@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vsql_shared.audit.dsse import AUDIT_ENTRY, document_hash, open_document
+from vsql_shared.audit.dsse import AUDIT_ENTRY, SignedDocument, document_hash, open_document
 from vsql_shared.audit.entries import AuditEntry, canonical_json
 from vsql_shared.audit.shredding import (
     Destroyed,
@@ -34,7 +34,7 @@ from vsql_shared.audit.shredding import (
     verify_approval,
 )
 from vsql_shared.crypto.signing import PinnedKey, TrustStore
-from vsql_shared.errors import DecodeError, RecordError
+from vsql_shared.errors import DecodeError, RecordError, SignatureError
 
 TYPE = "vsql-sync/shred-proof/v1"
 MAX_SIZE = 256 << 20
@@ -96,6 +96,12 @@ def _entry(
     order: ShredOrder, document: bytes, encoded: bytes, node_keys: Sequence[PinnedKey]
 ) -> tuple[AuditEntry, Destroyed]:
     """Steps 3 and 5 for one entry."""
+    signer = SignedDocument.decode(encoded).signer
+    if (order.node, signer) not in ((pin.node, pin.fingerprint) for pin in node_keys):
+        raise SignatureError(
+            f"an entry's key {signer[:100]!r} of node {order.node} is not among those given",
+            hint="give the node's public key, former ones too, by --node NAME=FILE",
+        )
     entry = AuditEntry.decode(open_document(TrustStore(node_keys), order.node, encoded, AUDIT_ENTRY))
     where = f"{entry.chain} sequence {entry.sequence}"
     if (entry.cluster, entry.signer_node_id) != (order.cluster, order.node):

@@ -29,6 +29,7 @@ APPROVAL_TYPE = "application/vnd.vsql-sync.shred-approval.v1"
 KEYS_PER_ENTRY = 1_000
 """Names of data keys in one entry: well below what `detail` may hold."""
 _MAX_ORDER = 256 << 10
+_KNOWN = "`syncctl key enroll` makes a key known; `key verify-proof` takes it by --operator NAME=FILE"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,10 +135,24 @@ def open_order(document: bytes, operators: Iterable[PinnedKey]) -> ShredOrder:
     if signed.payload_type != ORDER_TYPE:
         raise DecodeError(f"document of type {signed.payload_type[:100]!r}, expected {ORDER_TYPE!r}")
     order = ShredOrder.decode(signed.payload)
+    operators = list(operators)
+    _require_key_of(order.operator, signed.signer, operators)
     TrustStore(operators).verify(
         order.operator, signed.signer, signed.signature, pae(ORDER_TYPE, signed.payload)
     )
     return order
+
+
+def _require_key_of(operator: str, signer: str, operators: Sequence[PinnedKey]) -> None:
+    """Say of people what the trust in nodes would say of nodes."""
+    owners = [one.node for one in operators if one.fingerprint == signer]
+    if operator not in owners:
+        raise SignatureError(
+            f"key {signer[:100]!r} is {owners[0]}'s, not {operator}'s"
+            if owners
+            else f"key {signer[:100]!r} of operator {operator} is not enrolled",
+            hint=_KNOWN,
+        )
 
 
 def verify_approval(document: bytes, approver: str, approval: bytes, operators: Sequence[PinnedKey]) -> str:
@@ -152,7 +167,8 @@ def verify_approval(document: bytes, approver: str, approval: bytes, operators: 
     pin = next((one for one in operators if one.fingerprint == approver), None)
     if pin is None:
         raise SignatureError(
-            f"key {approver[:100]!r} is not enrolled", hint="`syncctl key enroll` makes it known"
+            f"the approver's key {approver[:100]!r} is not enrolled",
+            hint=_KNOWN,
         )
     if approver == asked or pin.node == order.operator:
         raise SignatureError(

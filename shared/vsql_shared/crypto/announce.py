@@ -14,7 +14,6 @@ Not here: the signature around an announcement (audit/ documents) and Kafka. Rul
 from __future__ import annotations
 
 import io
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ from typing import Any
 
 import fastavro
 
-from vsql_shared.crypto.dek import ALGORITHM, OpeningKey, SealingKey, key_context
+from vsql_shared.crypto.dek import ALGORITHM, OpeningKey, SealingKey, key_context, lifetime_clock
 from vsql_shared.crypto.signing import Signed
 from vsql_shared.errors import DecodeError, KeyUnavailableError, UnsealError
 from vsql_shared.kms.base import KekProvider
@@ -186,7 +185,7 @@ class KeyRing:
     """
 
     def __init__(
-        self, capacity: int = 64, lifetime: float = 3600.0, clock: Callable[[], float] = time.monotonic
+        self, capacity: int = 64, lifetime: float = 3600.0, clock: Callable[[], float] = lifetime_clock
     ) -> None:
         if capacity < 1:
             raise ValueError("a key ring holds at least one key")

@@ -41,6 +41,13 @@ _PREFIX = struct.Struct(">H2s")
 _ENCRYPTION_LABEL = b"vsql-sync/v1/dek/encryption"
 _COMMITMENT_LABEL = b"vsql-sync/v1/dek/commitment"
 
+_SINCE_BOOT: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def lifetime_clock() -> float:
+    """Seconds by which keys grow old; they pass while the machine is suspended, too, where it can say so."""
+    return time.clock_gettime(_SINCE_BOOT)
+
 
 @dataclass(frozen=True, slots=True)
 class KeyLimits:

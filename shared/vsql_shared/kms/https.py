@@ -84,9 +84,17 @@ class Https:
         ).open
 
     def send(
-        self, request: Request, headers: Mapping[str, str], sleep: Callable[[float], None] = _sleep_about
+        self,
+        request: Request,
+        headers: Mapping[str, str],
+        sleep: Callable[[float], None] = _sleep_about,
+        *,
+        final: Callable[[Answer], bool] = lambda _: False,
     ) -> Answer:
-        """The service's answer, whatever it says. Raises TransientError, KeyUnavailableError (TLS)."""
+        """The service's answer, whatever it says. Raises TransientError, KeyUnavailableError (TLS).
+
+        `final`: answers that look like a service's failure, and will be the same when asked again.
+        """
         problem = "no attempt was allowed"
         for attempt in range(1, self._retries.attempts + 1):
             asked: float | None = None
@@ -95,7 +103,7 @@ class Https:
             except (OSError, http.client.HTTPException) as error:
                 problem = self._lost(error)
             else:
-                if answer.status not in _BUSY:
+                if answer.status not in _BUSY or final(answer):
                     return answer
                 problem, asked = f"it answers {answer.status}{refusal_text(answer)}", answer.retry_after
             if attempt < self._retries.attempts:

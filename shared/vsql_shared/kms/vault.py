@@ -1,13 +1,15 @@
 """KEKs in the transit engine of HashiCorp Vault or OpenBao: the key never leaves the server.
 
-Not here: making keys and policies (docs/operations/keys.md). Plain HTTPS, no library. Not yet run
-against a real server by us; tests/services/test_kms_vault.py does where there is one. Rules:
+Not here: making keys and policies (docs/operations/keys.md). Plain HTTPS, no library. Tested with a real
+server where there is one (tests/services/test_kms_vault.py). Rules:
 
 * kek_id is `<mount>/<key>`; in announcements `<mount>/<key>/<version>`. The newest version wraps; those from
   min_decryption_version on unwrap.
 * An AEAD key (aes256-gcm96, aes128-gcm96, chacha20-poly1305) takes the key's context as associated data. RSA
   keys take none: there the data key's HKDF binds it. Derived keys are refused.
 * A wrapping is the text the server gives, `vault:v<version>:<base64>`; its version must be kek_id's.
+* A wrapping that an RSA key does not open is refused with status 500, as a failure of the server would be.
+  Its text tells them apart, or an altered wrapping would look like a server to wait for.
 * When the server refuses the token, it is read (or AppRole asked) once more before that is an error.
 """
 
@@ -31,6 +33,7 @@ _CIPHERTEXT = re.compile(r"vault:v([0-9]{1,9}):[A-Za-z0-9+/=]+")
 _AEAD = {"aes256-gcm96": 256, "chacha20-poly1305": 256, "aes128-gcm96": 128}
 _RSA = re.compile(r"rsa-([0-9]{4,5})")
 _ALGORITHM = "vault-transit:"  # the key's type follows
+_RSA_REFUSES = "failed to RSA decrypt the ciphertext"
 _T = TypeVar("_T")
 _GRANT = "the token is not valid, or its policy lacks what docs/operations/keys.md lists"
 _ALTERED = "the wrapping was altered, or made for another chain, or under another KEK of this name"
@@ -148,6 +151,11 @@ def parse_plaintext(body: dict[str, Any]) -> bytes:
         raise DecodeError("the server's answer holds no unwrapped key") from None
 
 
+def does_not_decrypt(answer: Answer) -> bool:
+    """Whether the server's failure is that its RSA key does not open this wrapping, now or ever."""
+    return answer.status == 500 and _RSA_REFUSES in refusal_text(answer)
+
+
 class Login(NamedTuple):
     """How to come by a token: `token` reads one; with `role_id`, AppRole gives one for `secret_id`."""
 
@@ -252,7 +260,7 @@ class VaultKek:
         if self._token is None:
             self._token = self._log_in()
         token = {"X-Vault-Token": self._token.get_secret_value()}
-        return self._https.send(request, self._headers | token)
+        return self._https.send(request, self._headers | token, final=does_not_decrypt)
 
     def _log_in(self) -> SecretStr:
         login = self._login

@@ -150,9 +150,22 @@ def request(
             {"provider": provider, "kek": kek_id, "document": document, "at": timestamp(order.not_before)},
         ).fetchone()
         if row is None:
-            raise RefusedError(f"there is an order for {kek_id} already", hint="see `syncctl key inventory`")
+            raise _ordered_before(conn, provider, kek_id)
         oplog.record(conn, "key.shred", "kek", kek_id, new={"order": row[0], "operator": signer.node})
     return load(conn, int(row[0]))
+
+
+def _ordered_before(conn: Connection, provider: str, kek_id: str) -> RefusedError:
+    known = [
+        one
+        for one in everything(conn)
+        if (one.kms_provider, one.kek_id) == (provider, kek_id) and one.state != "cancelled"
+    ]
+    if not known:  # cancelled meanwhile
+        return RefusedError(f"there was an order for {kek_id}", hint="give it again")
+    number, state = known[0].id, known[0].state
+    hint = f"`syncctl key shred --cancel {number}` withdraws it" if state != "destroyed" else ""
+    return RefusedError(f"there is an order for {kek_id} already: {number}, {state}", hint=hint)
 
 
 def _now(conn: Connection) -> int:
