@@ -6,8 +6,9 @@ That says nothing of row filters, nor of a table's list being narrowed before an
 * Read in one statement, so that a decision (which changes both halves in one transaction) is never half seen.
 * A schema in the publication, or all tables, make the row filters of its tables void without changing them.
 * Columns that were renamed are the same columns: their present names are compared.
-* REPLICA IDENTITY FULL writes every column down before a change: a table of which columns are left out must
-  not have it. PostgreSQL refuses UPDATE and DELETE of such a table, so nothing was sent; it is said why.
+* A replica identity that holds a column that is left out (FULL holds all, later ones too) must not be: the
+  WAL has it before a change. PostgreSQL refuses UPDATE and DELETE of such a table, so nothing was sent; it is
+  said why.
 * A table that PostgreSQL's publication has no more is no error: nothing of it leaves. It is logged.
 """
 
@@ -59,16 +60,23 @@ WHERE p.name = %s AND NOT p.via_leaf AND l.isleaf AND l.level > 0
 AND c.relreplident NOT IN ('f', r.relreplident) ORDER BY 1, 2, 3, 4
 """
 
-_FULL = """
+# Tables of which columns are left out, and their leaves, with FULL or an index that has such a column.
+_UNCOVERED = """
 SELECT t.columns, n.nspname, c.relname
 FROM vsql_sync.published_tables t JOIN vsql_sync.publications p ON p.name = t.publication
 CROSS JOIN LATERAL (SELECT pg_catalog.to_regclass(
     pg_catalog.format('%%I.%%I', t.table_schema, t.table_name))::oid AS oid) r
 CROSS JOIN LATERAL (SELECT r.oid UNION SELECT relid::oid FROM pg_catalog.pg_partition_tree(r.oid)
     WHERE isleaf) l
-JOIN pg_catalog.pg_class c ON c.oid = l.oid AND c.relreplident = 'f'
+JOIN pg_catalog.pg_class c ON c.oid = l.oid
 JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-WHERE p.name = %s AND t.columns IS NOT NULL AND NOT p.insert_only ORDER BY 2, 3
+WHERE p.name = %s AND t.columns IS NOT NULL AND NOT p.insert_only AND (c.relreplident = 'f' OR EXISTS (
+    SELECT FROM pg_catalog.pg_index i
+    CROSS JOIN LATERAL pg_catalog.unnest(i.indkey::int2[]) WITH ORDINALITY k (attnum, place)
+    JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+    WHERE i.indrelid = c.oid AND k.place <= i.indnkeyatts AND a.attname::text <> ALL(t.columns)
+    AND CASE c.relreplident WHEN 'd' THEN i.indisprimary WHEN 'i' THEN i.indisreplident END))
+ORDER BY 2, 3
 """
 
 
@@ -101,13 +109,13 @@ def require_none(conn: Connection, publication: str) -> None:
         _compare(publication, pair)
     for names in differing:
         _require_identity(conn, TableName(*names[:2]), TableName(*names[2:]))
-    require_no_full(conn, publication)
+    require_identities(conn, publication)
 
 
-def require_no_full(conn: Connection, publication: str) -> None:
-    """Raise DatabaseError for a table with REPLICA IDENTITY FULL of which columns are left out."""
+def require_identities(conn: Connection, publication: str) -> None:
+    """Raise DatabaseError for a table whose replica identity holds a column that is left out."""
     with errors("looking at replica identities"):
-        for columns, *name in conn.execute(_FULL, (publication,)).fetchall():
+        for columns, *name in conn.execute(_UNCOVERED, (publication,)).fetchall():
             table = catalog.describe(conn, TableName(*name))
             if table is None:
                 continue
@@ -115,7 +123,8 @@ def require_no_full(conn: Connection, publication: str) -> None:
             if problem is not None:
                 raise DatabaseError(
                     problem,
-                    hint="nothing that is left out was sent; set it back, and the stream goes on",
+                    hint="PostgreSQL refuses UPDATE and DELETE of it meanwhile, and nothing that is left out"
+                    " was sent; once that is mended the stream goes on",
                 )
 
 

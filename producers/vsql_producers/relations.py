@@ -95,7 +95,7 @@ class Describer:
         )
         if message.replica_identity == "f":
             # Set back since, the WAL may still say so: it holds listed columns only, as is checked below.
-            drift.require_no_full(self._conn, self._publication)
+            drift.require_identities(self._conn, self._publication)
         made_by = generated.definitions(self._conn, name)
         self._look_at_order(name)
         known = self._known.get(message.relation_id)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from vsql_shared.changes import Column, TableName, quote_ident
 from vsql_shared.errors import DatabaseError, TransientError
-from vsql_shared.pg import publication_leaves, row_order
+from vsql_shared.pg import pci, publication_leaves, row_order
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.pg.pci_names import Kind, suggest
 
@@ -73,6 +73,8 @@ class Scope(NamedTuple):
     """Columns marked as sensitive authentication data."""
     cleared: Mapping[TableName, frozenset[str]] = {}
     """Columns that are not what their names suggest, as an operator said."""
+    not_secret: Mapping[TableName, frozenset[str]] = {}
+    """Those of them that were cleared of being sensitive authentication data, not of something less."""
     by_row: frozenset[TableName] | None = None
     """Tables, and leaves of such, whose rows are spread over partitions; None: the publication's are not."""
 
@@ -121,24 +123,26 @@ def load_scope(conn: Connection, publication: str) -> Scope:
         there[2],
         _by_table((row[0], row[1], column) for row in tables for column in row[6]),
         _by_table((s, t, c) for s, t, c, *_, kind in ours if kind == secret),
-        _cleared(conn, columns),
+        *_cleared(conn, columns),
         row_order.fit(conn, [*columns, *leaves]) if there[3] else None,
     )
 
 
-def _cleared(conn: Connection, names: Iterable[TableName]) -> dict[TableName, frozenset[str]]:
-    """What was cleared of each of the tables, or of a relative of it."""
+_ByTable = dict[TableName, frozenset[str]]
+
+
+def _cleared(conn: Connection, names: Iterable[TableName]) -> tuple[_ByTable, _ByTable]:
+    """What was cleared of each of the tables, or of a relative of it: all, and of authentication data."""
+    found: _ByTable = {}
+    not_secret: _ByTable = {}
     with errors("reading the columns that were cleared"):
-        rows = conn.execute(
-            "SELECT table_schema, table_name, column_name FROM vsql_sync.pci_cleared"
-        ).fetchall()
-        found: dict[TableName, frozenset[str]] = {}
-        for name in names if rows else ():
+        for name in names if conn.execute("SELECT FROM vsql_sync.pci_cleared LIMIT 1").fetchone() else ():
             kin = publication_leaves.family(conn, name) | {name, *publication_leaves.ancestors(conn, name)}
-            cleared = frozenset(column for s, t, column in rows if TableName(s, t) in kin)
+            cleared = pci.cleared_of(conn, kin)
             if cleared:
-                found[name] = cleared
-    return found
+                found[name] = frozenset(cleared)
+                not_secret[name] = frozenset(c for c, kind in cleared.items() if kind == Kind.AUTHENTICATION)
+    return found, not_secret
 
 
 def document(publication: str, scope: Scope) -> dict[str, Any]:
@@ -188,7 +192,7 @@ def require_no_authentication_data(scope: Scope, table: TableName, columns: Sequ
     """Raise DatabaseError for a column with sensitive authentication data, by mark or by name and type."""
     owner = scope.leaves.get(table) or table
     marked = scope.authentication.get(table, frozenset()) | scope.authentication.get(owner, frozenset())
-    cleared = scope.cleared.get(table, frozenset()) | scope.cleared.get(owner, frozenset())
+    cleared = scope.not_secret.get(table, frozenset()) | scope.not_secret.get(owner, frozenset())
     for column in columns:
         found = suggest(column.name, column.type_name)
         looks = found is not None and found.kind == Kind.AUTHENTICATION and column.name not in cleared

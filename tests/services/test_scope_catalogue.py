@@ -13,8 +13,8 @@ from psycopg.conninfo import make_conninfo
 
 from tests.conftest import NewDatabase
 from vsql_producers import drift
-from vsql_producers.scope import load_scope
-from vsql_shared.changes import TableName
+from vsql_producers.scope import load_scope, require_no_authentication_data
+from vsql_shared.changes import Column, TableName
 from vsql_shared.crypto.signing import TrustStore
 from vsql_shared.errors import DatabaseError, RefusedError
 from vsql_shared.pg import migrate, nodes, pci, publication_changes, publications, scope_facts
@@ -101,6 +101,26 @@ def test_a_false_match_that_was_renamed_is_cleared_by_the_name_the_wal_has(conn:
     assert pci.clear(conn, SHOPS, "pin_code", "postal code of India") == "a PIN"
     _create(conn, "shops")
     assert load_scope(conn, "pub").cleared == {SHOPS: {"pin_code"}}
+
+
+def test_what_was_cleared_of_one_thing_is_not_cleared_of_authentication_data(conn: Connection) -> None:
+    """The column's type says since what it is."""
+    conn.execute("CREATE DOMAIN public.card_number text; CREATE DOMAIN public.cvv text")
+    conn.execute("ALTER TABLE public.shops ADD code public.card_number")
+    assert pci.clear(conn, SHOPS, "code", "no card's") == "a card number"
+    assert _create(conn, "shops(id, code)").tables[0].columns == ("id", "code")
+    conn.execute("ALTER TABLE public.shops ALTER code TYPE public.cvv")
+    scope = load_scope(conn, "pub")
+    assert scope.cleared == {SHOPS: {"code"}}
+    assert scope.not_secret == {SHOPS: frozenset()}
+    with pytest.raises(DatabaseError, match="sensitive authentication data never does"):
+        require_no_authentication_data(scope, SHOPS, [Column("code", False, 1, -1, "public.cvv")])
+    with pytest.raises(RefusedError, match="code looks like a card verification code"):
+        _create(conn, "shops(id, code)")
+    assert pci.clear(conn, SHOPS, "code", "of a parcel") == "a card verification code"
+    require_no_authentication_data(
+        load_scope(conn, "pub"), SHOPS, [Column("code", False, 1, -1, "public.cvv")]
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,6 +224,68 @@ def test_full_of_a_partition_stops_its_tables_stream(conn: Connection) -> None:
     conn.execute("ALTER TABLE public.facts_1 REPLICA IDENTITY FULL")
     with pytest.raises(DatabaseError, match=r"public\.facts_1: REPLICA IDENTITY FULL sends every column"):
         drift.require_none(conn, "pub")
+
+
+@pytest.mark.parametrize(
+    ("table", "statement"),
+    [
+        ("payments", "REPLICA IDENTITY USING INDEX payments_ref_key"),
+        ("payments", "DROP CONSTRAINT payments_pkey, ADD PRIMARY KEY (ref)"),
+        ("facts_1", "REPLICA IDENTITY USING INDEX of_leaf"),
+    ],
+)
+def test_an_identity_with_a_column_that_is_left_out_stops_a_stream(
+    conn: Connection, table: str, statement: str
+) -> None:
+    """PostgreSQL refuses the application's UPDATE from then on; nobody would know why."""
+    conn.execute("ALTER TABLE public.facts_1 ALTER v SET NOT NULL")
+    conn.execute("CREATE UNIQUE INDEX of_leaf ON public.facts_1 (at, v)")
+    _create(conn, "payments(id, amount)", "facts(id, at)", "shops", exclude_pci=True)
+    drift.require_none(conn, "pub")
+    conn.execute(f"ALTER TABLE public.{table} {statement}".encode())
+    with pytest.raises(DatabaseError, match=rf"public\.{table}: key column \w+ must be in the column list"):
+        drift.require_none(conn, "pub")
+    with pytest.raises(psycopg.Error, match="cannot update table"):
+        conn.execute(f"UPDATE public.{table} SET {'note' if table == 'payments' else 'cvv'} = 'x'".encode())
+
+
+def test_an_identity_that_covers_less_than_the_list_stops_nothing(conn: Connection) -> None:
+    _create(conn, "payments(id, ref, amount)", exclude_pci=True)
+    conn.execute("CREATE UNIQUE INDEX wide ON public.payments (ref) INCLUDE (note)")
+    conn.execute("ALTER TABLE public.payments REPLICA IDENTITY USING INDEX wide")
+    drift.require_none(conn, "pub")
+    conn.execute("UPDATE public.payments SET note = 'x'")
+
+
+def test_generated_columns_that_are_listed_stay_when_another_is_let_in(new_database: NewDatabase) -> None:
+    """PostgreSQL 18 publishes stored ones where they are listed, or where FULL needs them."""
+    with connect(new_database("scope", 18), application_name="test") as conn:
+        migrate.install(conn)
+        nodes.register_local(conn, 1, "node-a", "c", None)
+        columns = "id int PRIMARY KEY, v int, twice int GENERATED ALWAYS AS (v * 2) STORED, w int"
+        conn.execute(f"CREATE TABLE public.made ({columns})".encode())
+        conn.execute(f"CREATE TABLE public.whole ({columns})".encode())
+        conn.execute("ALTER TABLE public.whole REPLICA IDENTITY FULL")
+        made = TableName("public", "made")
+        _create(conn, "made(id, twice)", "whole")
+        publication_changes.add_column(conn, "pub", made, "w")
+        assert _columns(conn) == ("id", "twice", "w")
+        publication_changes.remove_column(conn, "pub", made, "twice")
+        publication_changes.add_column(conn, "pub", made, "twice")
+        assert _columns(conn) == ("id", "twice", "w")
+        drift.require_none(conn, "pub")
+        facts = scope_facts.gather(conn, "pub", TrustStore([], allow_unsigned=True))
+        assert {one.name: one.published for one in facts.tables} == {
+            "public.made": ("id", "twice", "w"),
+            "public.whole": ("id", "v", "twice", "w"),
+        }
+
+
+def _columns(conn: Connection) -> tuple[str, ...] | None:
+    """Of the first table of the publication."""
+    found = publications.find(conn, "pub")
+    assert found is not None
+    return found.tables[0].columns
 
 
 def test_a_column_taken_out_leaves_both_halves_and_can_come_back(conn: Connection) -> None:

@@ -390,3 +390,31 @@ def test_the_documented_program_verifies_it_and_finds_an_alteration(tmp_path: Pa
     assert run().stdout == "the report of node node-a verifies\n"
     file.write_text(_block("json").replace("état", "etat"))
     assert run().returncode != 0
+
+
+def test_whoever_verifies_off_line_is_told_what_was_cleared_by_whom_and_why(tmp_path: Path) -> None:
+    """The conclusion does not count those columns: the reader judges the reasons."""
+    key, file = tmp_path / "node-a.pub", tmp_path / "scope.json"
+    key.write_text(public_pem(SIGNER.public_key))
+    command = [sys.executable, "-m", "vsql_ctl", "publication", "scope-report", "--verify", str(file)]
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, "--key", str(key)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            cwd=tmp_path,
+        )
+
+    file.write_text(_block("json"))
+    done = run()
+    assert done.returncode == 0, done.stderr
+    said = "public.payments.status looks like a PIN; alice at 2026-02-01T00:00:00+00:00: état: a text"
+    assert said in done.stdout
+    assert re.search(r"^readers +roles postgres; slots vsql_0123$", done.stdout, re.MULTILINE)
+    file.write_text(_block("json")[:100])
+    done = run()
+    assert (done.returncode, done.stdout) == (8, "")
+    assert "no JSON, or not all of it (line " in done.stderr

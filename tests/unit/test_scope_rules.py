@@ -52,9 +52,9 @@ def test_authentication_data_never_passes_by_mark_or_by_name(
 
 @pytest.mark.parametrize("table", [CARDS, LEAF])
 def test_what_was_cleared_passes_and_a_mark_clears_nothing(table: TableName) -> None:
-    scope = OPEN._replace(leaves={LEAF: CARDS}, cleared={CARDS: frozenset(("pin_code",))})
+    scope = OPEN._replace(leaves={LEAF: CARDS}, not_secret={CARDS: frozenset(("pin_code",))})
     assert _describe(scope, _columns("id", "pin_code"), table).name == table
-    marked = scope._replace(cleared={}, pci={CARDS: frozenset(("pin_code",))})
+    marked = scope._replace(not_secret={}, pci={CARDS: frozenset(("pin_code",))})
     with pytest.raises(DatabaseError, match="pin_code would leave"):
         _describe(marked, _columns("id", "pin_code"), table)
 

@@ -251,14 +251,33 @@ def _verified(source: Path, key_file: Path) -> str:
         "signed by": f"{report['signer']['node']}, key {report['signer']['fingerprint']}",
         "publication": f"{report['publication']} of node {report['node']}, cluster {report['cluster']}",
         "generated": report["generated_at"],
+        "readers": f"roles {_names(report['readers']['roles'])}; slots {_names(report['readers']['slots'])}",
     }
     parts = [
         render_pairs(pairs),
         _tables(report),
+        *_cleared(report),
         f"\n{printable(report['conclusion'])}",
         "\nIt does not claim:",
     ]
     return "\n".join([*parts, *(f"  - {printable(line)}" for line in report["not_claimed"])])
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _cleared(report: dict[str, Any]) -> list[str]:
+    """Columns that do not count because somebody said so: whoever reads the conclusion judges the reasons."""
+    lines = [
+        f"  - {table['table']}.{one['column']} looks like {one['looks_like']}; {one['cleared_by']} at"
+        f" {one['cleared_at']}: {one['reason']}"
+        for table in report["tables"]
+        for one in table["cleared_columns"]
+    ]
+    return (
+        ["\nNot counted as PCI data, because an operator said so:", *map(printable, lines)] if lines else []
+    )
 
 
 def _tables(report: dict[str, Any]) -> str:

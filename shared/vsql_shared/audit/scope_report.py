@@ -36,6 +36,7 @@ MEDIA_TYPE = "application/vnd.vsql-sync.scope-report.v1+json"
 MAX_SIZE = 64 << 20
 """Bytes of a report that are read."""
 _PREFIX = "ed25519:"
+_MADE_BY = "give the whole file that `syncctl publication scope-report NAME --out FILE` wrote"
 
 HOW_CHECKED = (
     (
@@ -339,12 +340,18 @@ def _parse(text: bytes) -> dict[str, Any]:
             parse_constant=_no_number,
         )
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise DecodeError(f"not a report: {type(error).__name__}") from error
+        raise DecodeError(f"not a scope report: {_no_json(error)}", hint=_MADE_BY) from error
     if not isinstance(report, dict) or report.get("format") != FORMAT:
-        raise DecodeError(f"not a report: expected an object with format {FORMAT!r}")
+        raise DecodeError(f"not a scope report: expected a JSON object with format {FORMAT!r}", hint=_MADE_BY)
     if report.get("version") != VERSION:
         raise DecodeError(f"a report of version {report.get('version')}, expected {VERSION}", hint="upgrade")
     return report
+
+
+def _no_json(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"no JSON, or not all of it (line {error.lineno}, column {error.colno})"
+    return "no UTF-8" if isinstance(error, UnicodeDecodeError) else "no JSON that is read"
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ still hold it (view vsql_sync.pci_marks). Rules:
 * A mark stays. What a name suggests can be cleared, with a reason that is kept; what an operator marked can
   not.
 * Where PCI columns are excluded, what is suggested and not cleared counts like what is marked.
+* A clearing is of what was suggested then: sensitive authentication data that a column's type suggests since
+  is not cleared by one of account data.
 * Sensitive authentication data (Kind.AUTHENTICATION), marked or suggested, is never published unless what its
   name suggests was cleared.
 * Marks and clearings of a partitioned table hold for its partitions, and the other way round.
@@ -13,7 +15,7 @@ still hold it (view vsql_sync.pci_marks). Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from typing import NamedTuple
 
 from vsql_shared.changes import TableName, quote_ident
@@ -73,7 +75,7 @@ def mark(
 def _kind_of(conn: Connection, table: TableInfo, column: ColumnInfo) -> Kind:
     """What a column that is marked without a word is: what its name suggests, unless that was cleared."""
     found = suggest(column.name, column.type)
-    if found is None or column.name in cleared_anywhere(conn, table):
+    if found is None or is_cleared(column.name, found.kind, cleared_anywhere(conn, table)):
         return Kind.CARDHOLDER
     return found.kind
 
@@ -126,18 +128,37 @@ def marked_anywhere(conn: Connection, table: TableInfo, kind: Kind | None = None
     return set().union(*(marked(conn, name, kind) for name in relatives(conn, table)))
 
 
-def cleared_anywhere(conn: Connection, table: TableInfo) -> set[str]:
-    """Columns of the table, or of a relative, that an operator cleared."""
-    names = relatives(conn, table)
-    rows = conn.execute("SELECT table_schema, table_name, column_name FROM vsql_sync.pci_cleared").fetchall()
-    return {column for schema, name, column in rows if TableName(schema, name) in names}
+def cleared_anywhere(conn: Connection, table: TableInfo) -> dict[str, Kind]:
+    """Columns of the table, or of a relative, that an operator cleared, and of what."""
+    return cleared_of(conn, relatives(conn, table))
+
+
+def cleared_of(conn: Connection, names: Container[TableName]) -> dict[str, Kind]:
+    """Columns of any of the tables that an operator cleared; of authentication data where one was."""
+    rows = conn.execute(
+        "SELECT table_schema, table_name, column_name, looks_like FROM vsql_sync.pci_cleared"
+    ).fetchall()
+    found: dict[str, Kind] = {}
+    for schema, name, column, looks_like in rows:
+        if TableName(schema, name) in names and found.get(column) != Kind.AUTHENTICATION:
+            found[column] = kind_of(looks_like)
+    return found
+
+
+def is_cleared(column: str, kind: Kind, cleared: Mapping[str, Kind]) -> bool:
+    """Whether what a column looks like was cleared: one of account data clears no authentication data."""
+    return column in cleared and (kind != Kind.AUTHENTICATION or cleared[column] == kind)
 
 
 def suggested(conn: Connection, table: TableInfo) -> dict[str, Suggestion]:
     """Columns nobody marked or cleared, and what their names and types suggest."""
-    settled = marked_anywhere(conn, table) | cleared_anywhere(conn, table)
+    marked_, cleared = marked_anywhere(conn, table), cleared_anywhere(conn, table)
     found = {column.name: suggest(column.name, column.type) for column in table.columns}
-    return {name: one for name, one in found.items() if one is not None and name not in settled}
+    return {
+        name: one
+        for name, one in found.items()
+        if one is not None and name not in marked_ and not is_cleared(name, one.kind, cleared)
+    }
 
 
 def left_out(conn: Connection, table: TableInfo) -> set[str]:
@@ -154,7 +175,11 @@ def authentication(conn: Connection, table: TableInfo) -> dict[str, str]:
     for column in table.columns:
         one = suggest(column.name, column.type)
         # Also of one that is marked as less: a mark adds, and clears nothing.
-        if one is not None and one.kind == Kind.AUTHENTICATION and column.name not in cleared:
+        if (
+            one is not None
+            and one.kind == Kind.AUTHENTICATION
+            and not is_cleared(column.name, one.kind, cleared)
+        ):
             words = f"looks like {one.looks_like}, which is sensitive authentication data"
             found.setdefault(column.name, words)
     return found

@@ -57,7 +57,8 @@ def add_column(conn: Connection, name: str, table: TableName, column: str) -> No
     with errors(f"changing publication {name}"), conn.transaction():
         before, published = _require(conn, name, table)
         info = catalog.describe(conn, table)
-        if info is None or column not in info.sent_columns:
+        sendable = _sendable(info, published)
+        if info is None or column not in sendable:
             raise RefusedError(
                 f"table {table} has no column {quote_ident(column)} that could be sent",
                 hint="check the spelling; generated columns are computed at the target",
@@ -69,8 +70,17 @@ def add_column(conn: Connection, name: str, table: TableName, column: str) -> No
             raise RefusedError(f"column {table}.{quote_ident(column)} is published already")
         _require_allowed(conn, before, info, column)
         if listed is not None:
-            listed = tuple(one for one in info.sent_columns if one in {*listed, column})
+            listed = tuple(one for one in sendable if one in {*listed, column})
         _write(conn, before, replace(published, columns=listed), column)
+
+
+def _sendable(info: TableInfo | None, published: PublishedTable) -> tuple[str, ...]:
+    """Columns that can be let in: stored generated ones (PostgreSQL 18) only where columns are listed."""
+    if info is None:
+        return ()
+    if published.columns is None:
+        return info.sent_columns
+    return tuple(column.name for column in info.columns if column.may_be_sent)
 
 
 def follow(conn: Connection, before: PublicationInfo, after: PublicationInfo) -> None:

@@ -50,7 +50,7 @@ def gather(conn: Connection, publication: str, trust: TrustStore) -> Facts:
         seen = {table for stream in streams for table, _ in stream.history.observed}
         seen |= {table for stream in streams for table in stream.history.unobserved}
         gone = sorted(seen - {str(name) for name in published})
-        tables = [_table(conn, name, one, streams) for name, one in sorted(published.items())]
+        tables = [_table(conn, publication, one, streams) for _, one in sorted(published.items())]
         tables += [_unpublished(conn, parse_table(text), streams) for text in gone]
         roles = conn.execute(
             "SELECT rolname FROM pg_catalog.pg_roles r WHERE EXISTS (SELECT FROM pg_catalog.pg_roles p"
@@ -136,12 +136,13 @@ def _stream(conn: Connection, chain: str, cluster: str, trust: TrustStore) -> St
 
 
 def _table(
-    conn: Connection, name: TableName, published: publications.PublishedTable, streams: Sequence[Stream]
+    conn: Connection, publication: str, published: publications.PublishedTable, streams: Sequence[Stream]
 ) -> TableFacts:
+    name = published.name
     table = catalog.describe(conn, name)
     if table is None:
         return _unpublished(conn, name, streams)
-    sent = table.sent_columns if published.columns is None else published.columns
+    sent = _whole(conn, publication, table) if published.columns is None else published.columns
     found, cleared = _pci(conn, name, table, streams)
     return TableFacts(
         str(name),
@@ -151,6 +152,20 @@ def _table(
         cleared,
         _IDENTITIES.get(table.replica_identity, table.replica_identity),
         published.where,
+    )
+
+
+def _whole(conn: Connection, publication: str, table: TableInfo) -> tuple[str, ...]:
+    """What travels of a table without a list: stored generated columns, too, where they are published."""
+    row = conn.execute(
+        "SELECT attnames::text[] FROM pg_catalog.pg_publication_tables"
+        " WHERE (pubname, schemaname, tablename) = (%s, %s, %s)",
+        (publication, *table.name),
+    ).fetchone()
+    theirs = row[0] if row is not None else ()
+    computed = {column.name for column in table.columns if column.generated and column.may_be_sent}
+    return tuple(
+        one for one in table.column_names if one in table.sent_columns or (one in computed and one in theirs)
     )
 
 
@@ -186,11 +201,12 @@ def _pci(
     cleared = [ClearedColumn(*row[2:]) for row in rows if TableName(*row[:2]) in kin]
     types = {} if table is None else {column.name: column.type for column in table.columns}
     former = [column for column in _seen(str(name), streams) if column not in types]
-    settled = {one.column for one in cleared}
+    settled = pci.cleared_of(conn, kin)
     names = {**types, **dict.fromkeys(former, "text")}
     found = {
         one.column: one
-        for one in _suggested({column: kind for column, kind in names.items() if column not in settled})
+        for one in _suggested(names)
+        if not pci.is_cleared(one.column, Kind(one.kind), settled)
     }
     told = {one for stream in streams for one in stream.history.pci_columns}
     for column in names:
