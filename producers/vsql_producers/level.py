@@ -97,9 +97,7 @@ def _publish_missing(
     )
 
 
-def _find_end(
-    conn: Connection, writing: Writing, consumer: Consumer, tick: Tick, head: ChainHead
-) -> bool:
+def _find_end(conn: Connection, writing: Writing, consumer: Consumer, tick: Tick, head: ChainHead) -> bool:
     """Note where the table's last entry lies now, and take what follows it.
 
     A topic made anew while this stream was running may begin with an entry that was under way.
