@@ -416,25 +416,6 @@ def test_a_skipped_batch_is_acknowledged_with_what_members_have_applied_of_it(pa
 
 
 @pytest.mark.timeout(180)
-def test_a_topic_that_is_gone_is_refused_by_name(pairs: Pairs) -> None:
-    pair = make(pairs)
-    pair.create(["t(*)", "u(*)"], copy=False, publication_args=PARTITIONED)
-    pair.start()
-    pair.wait_in_step()
-    pair.b.stop("consumer")
-    before = marked(pair)[0]
-    pair.a.execute("INSERT INTO t SELECT n, 1, 'x' FROM generate_series(1, 100) n")
-    until(lambda: marked(pair)[0] > before)
-    pair.a.stop("producer")
-    topic = next(name for name in cluster_topics(pair.a.kafka, pair.cluster) if name.endswith(".public.t"))
-    admin = AdminClient({"bootstrap.servers": pair.a.kafka})  # named: the answer comes while it lives
-    admin.delete_topics([topic])[topic].result(20)
-    pair.b.start("consumer")
-    said = until(lambda: _blocked(pair.b), tell=lambda: pair.b.tail("consumer"))
-    assert said["record"].startswith(f"{topic}/")
-
-
-@pytest.mark.timeout(180)
 def test_what_a_member_lacks_is_said_by_the_stream_which_goes_on_when_it_is_there(pair: TwoNodes) -> None:
     pair.b.execute("ALTER TABLE t RENAME TO hidden")
     pair.a.execute("INSERT INTO t SELECT n, 1, 'x' FROM generate_series(1, 100) n")
@@ -503,3 +484,19 @@ def test_whoever_dies_around_his_commit_is_followed_exactly(pair: TwoNodes, poin
     until(lambda: unanswered(pair) == 0, 20, lambda: pair.b.tail("consumer"))
     assert pair.b.query("SELECT count(*) FROM vsql_sync.anomalies") == [(0,)]
     assert pair.b.ctl("audit", "verify").returncode == 0
+
+
+@pytest.mark.timeout(180)
+def test_a_topic_that_is_gone_is_refused_by_name(pair: TwoNodes, shared: Shared) -> None:
+    pair.b.stop("consumer")
+    before = marked(pair)[0]
+    pair.a.execute("INSERT INTO t SELECT n, 1, 'x' FROM generate_series(1, 100) n")
+    until(lambda: marked(pair)[0] > before)
+    pair.a.stop("producer")
+    topic = next(name for name in cluster_topics(pair.a.kafka, pair.cluster) if name.endswith(".public.t"))
+    admin = AdminClient({"bootstrap.servers": pair.a.kafka})  # named: the answer comes while it lives
+    admin.delete_topics([topic])[topic].result(20)
+    pair.b.start("consumer")
+    said = until(lambda: _blocked(pair.b), tell=lambda: pair.b.tail("consumer"))
+    assert said["record"].startswith(f"{topic}/")
+    shared.end()  # nothing mends it: the last test of the file
