@@ -100,7 +100,7 @@ def _link(
         end["before"] = [one.hex() for one in linked[log.chain].tree]
     linked[log.chain] = link(linked[log.chain], document, log)
     if sequence != linked[log.chain].size:  # two rows of one place, in the order of their entries
-        raise broken(log, linked[log.chain].size, f"the table has it as entry {sequence}")
+        raise broken(log.chain, linked[log.chain].size, f"the table has it as entry {sequence}")
 
 
 def _keys(conn: Connection) -> list[dict[str, Any]]:

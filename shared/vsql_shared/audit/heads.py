@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from vsql_shared.audit.checkpoint import Checkpoint, Log, split_view
 from vsql_shared.audit.dsse import document_hash
-from vsql_shared.audit.links import follow, require_signed
+from vsql_shared.audit.links import broken, follow, require_signed
 from vsql_shared.audit.merkle import leaf_hash, verify_inclusion
 from vsql_shared.audit.proofs import ConsistencyProof, InclusionProof, require_prefix
 from vsql_shared.audit.tree import (
@@ -50,13 +50,21 @@ def entry_hashes(conn: Connection, chain: str) -> Generator[bytes]:
 
 
 def read_documents(conn: Connection, chain: str) -> Generator[bytes]:
-    """Each signed document of an own chain, from the first one on; the caller holds a transaction."""
+    """Each signed document of an own chain, from the first one on; the caller holds a transaction.
+
+    Raises ChainError where two rows have one place: in which order they come would be chance.
+    """
+    last = 0
     with conn.cursor(name="vsql_sync_documents") as cursor:
         cursor.itersize = PAGE
         cursor.execute(
-            "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s ORDER BY sequence", (chain,)
+            "SELECT sequence, document FROM vsql_sync.vsql_sync_audit WHERE chain = %s ORDER BY sequence",
+            (chain,),
         )
-        for (document,) in cursor:
+        for sequence, document in cursor:
+            if sequence == last:
+                raise broken(chain, sequence, "two rows have this place")
+            last = sequence
             yield bytes(document)
 
 

@@ -55,9 +55,9 @@ def link(linked: Linked, document: bytes, log: Log) -> Linked:
     entry = _entry(document, f"{log.chain}/{size}")
     found = (entry["cluster"], entry["chain"], entry["sequence"])
     if found != (log.cluster, log.chain, size):
-        raise broken(log, size, f"there stands entry {found[2]} of chain {found[1]} of {found[0]}")
+        raise broken(log.chain, size, f"there stands entry {found[2]} of chain {found[1]} of {found[0]}")
     if entry["prev_event_hash"] != linked.last_hash:
-        raise broken(log, size, "it does not follow the entry before it: one of both was altered")
+        raise broken(log.chain, size, "it does not follow the entry before it: one of both was altered")
     last_hash = document_hash(document)
     return Linked(grow(linked.tree, linked.size, last_hash), size, document, last_hash)
 
@@ -79,10 +79,10 @@ def _entry(document: bytes, where: str) -> dict[str, Any]:
     return dict(inner)
 
 
-def broken(log: Log, sequence: int, what: str) -> ChainError:
+def broken(chain: str, sequence: int, what: str) -> ChainError:
     """What is said of a chain whose entries are not one after the other."""
     return ChainError(
-        f"chain {log.chain} does not verify: {what}",
-        record=f"{log.chain}/{sequence}",
+        f"chain {chain} does not verify: {what}",
+        record=f"{chain}/{sequence}",
         hint="`syncctl audit verify` says more",
     )
