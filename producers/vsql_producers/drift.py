@@ -47,7 +47,8 @@ SELECT b.puballtables OR EXISTS (SELECT FROM pg_catalog.pg_publication_namespace
 FROM pg_catalog.pg_publication b JOIN vsql_sync.publications p ON p.name = b.pubname::text
 WHERE p.name = %s
 """
-# A new partition has the identity DEFAULT, whatever its table has.
+# A new partition has the identity DEFAULT, whatever its table has; an index may be another than the table's.
+# What the table's INCLUDEs is looked at, too: publication_rules.py decides.
 _IDENTITIES = """
 SELECT t.table_schema, t.table_name, n.nspname, c.relname
 FROM vsql_sync.publication_tables t JOIN vsql_sync.publications p ON p.name = t.publication
@@ -57,7 +58,15 @@ JOIN pg_catalog.pg_class r
 CROSS JOIN LATERAL pg_catalog.pg_partition_tree(r.oid) l
 JOIN pg_catalog.pg_class c ON c.oid = l.relid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 WHERE p.name = %s AND NOT p.via_leaf AND l.isleaf AND l.level > 0
-AND c.relreplident NOT IN ('f', r.relreplident) ORDER BY 1, 2, 3, 4
+AND (c.relreplident NOT IN ('f', r.relreplident) OR (c.relreplident = 'i' AND EXISTS (
+    SELECT FROM pg_catalog.pg_index i CROSS JOIN LATERAL pg_catalog.unnest(i.indkey::int2[]) k (attnum)
+    JOIN pg_catalog.pg_attribute a ON a.attrelid = r.oid AND a.attnum = k.attnum
+    WHERE i.indrelid = r.oid AND i.indisreplident AND a.attname <> ALL(ARRAY(SELECT h.attname
+        FROM pg_catalog.pg_index o
+        CROSS JOIN LATERAL pg_catalog.unnest(o.indkey::int2[]) WITH ORDINALITY m (attnum, place)
+        JOIN pg_catalog.pg_attribute h ON h.attrelid = c.oid AND h.attnum = m.attnum
+        WHERE o.indrelid = c.oid AND o.indisreplident AND m.place <= o.indnkeyatts)))))
+ORDER BY 1, 2, 3, 4
 """
 
 # Tables of which columns are left out, and their leaves, with FULL or an index that has such a column.
@@ -124,7 +133,7 @@ def require_identities(conn: Connection, publication: str) -> None:
                 raise DatabaseError(
                     problem,
                     hint="PostgreSQL refuses UPDATE and DELETE of it meanwhile, and nothing that is left out"
-                    " was sent; once that is mended the stream goes on",
+                    " was sent; set it back, and the stream goes on",
                 )
 
 

@@ -136,7 +136,8 @@ def _cleared(conn: Connection, names: Iterable[TableName]) -> tuple[_ByTable, _B
     found: _ByTable = {}
     not_secret: _ByTable = {}
     with errors("reading the columns that were cleared"):
-        for name in names if conn.execute("SELECT FROM vsql_sync.pci_cleared LIMIT 1").fetchone() else ():
+        some = conn.execute("SELECT EXISTS (SELECT FROM vsql_sync.pci_cleared)").fetchone() == (True,)
+        for name in names if some else ():
             kin = publication_leaves.family(conn, name) | {name, *publication_leaves.ancestors(conn, name)}
             cleared = pci.cleared_of(conn, kin)
             if cleared:

@@ -20,7 +20,7 @@ from vsql_shared.errors import DatabaseError, RefusedError
 from vsql_shared.pg import migrate, nodes, pci, publication_changes, publications, scope_facts
 from vsql_shared.pg.connect import Connection, connect
 from vsql_shared.pg.pci_names import Kind
-from vsql_shared.pg.publication_notes import limitations
+from vsql_shared.pg.publication_notes import limitations, of_marks
 from vsql_shared.pg.publications import PublicationInfo, PublicationRequest
 from vsql_shared.pg.table_spec import parse_column, parse_spec
 
@@ -109,6 +109,8 @@ def test_what_was_cleared_of_one_thing_is_not_cleared_of_authentication_data(con
     conn.execute("ALTER TABLE public.shops ADD code public.card_number")
     assert pci.clear(conn, SHOPS, "code", "no card's") == "a card number"
     assert _create(conn, "shops(id, code)").tables[0].columns == ("id", "code")
+    # PostgreSQL changes no type of a column in a list.
+    conn.execute("ALTER PUBLICATION pub DROP TABLE public.shops")
     conn.execute("ALTER TABLE public.shops ALTER code TYPE public.cvv")
     scope = load_scope(conn, "pub")
     assert scope.cleared == {SHOPS: {"code"}}
@@ -238,8 +240,10 @@ def test_an_identity_with_a_column_that_is_left_out_stops_a_stream(
     conn: Connection, table: str, statement: str
 ) -> None:
     """PostgreSQL refuses the application's UPDATE from then on; nobody would know why."""
+    conn.execute("ALTER TABLE public.facts REPLICA IDENTITY USING INDEX facts_pkey")
+    conn.execute("ALTER TABLE public.facts_1 REPLICA IDENTITY USING INDEX facts_1_pkey")
     conn.execute("ALTER TABLE public.facts_1 ALTER v SET NOT NULL")
-    conn.execute("CREATE UNIQUE INDEX of_leaf ON public.facts_1 (at, v)")
+    conn.execute("CREATE UNIQUE INDEX of_leaf ON public.facts_1 (id, at, v)")
     _create(conn, "payments(id, amount)", "facts(id, at)", "shops", exclude_pci=True)
     drift.require_none(conn, "pub")
     conn.execute(f"ALTER TABLE public.{table} {statement}".encode())
@@ -247,6 +251,41 @@ def test_an_identity_with_a_column_that_is_left_out_stops_a_stream(
         drift.require_none(conn, "pub")
     with pytest.raises(psycopg.Error, match="cannot update table"):
         conn.execute(f"UPDATE public.{table} SET {'note' if table == 'payments' else 'cvv'} = 'x'".encode())
+
+
+def test_an_index_of_a_partition_that_lacks_its_tables_key_stops_the_stream(conn: Connection) -> None:
+    """Its rows travel under the table's identity, which the WAL would not hold."""
+    conn.execute("ALTER TABLE public.facts REPLICA IDENTITY USING INDEX facts_pkey")
+    conn.execute("ALTER TABLE public.facts_1 REPLICA IDENTITY USING INDEX facts_1_pkey")
+    conn.execute("ALTER TABLE public.facts_1 ALTER v SET NOT NULL")
+    conn.execute("CREATE UNIQUE INDEX of_leaf ON public.facts_1 (at, v)")
+    _create(conn, "facts(id, at, v)")
+    drift.require_none(conn, "pub")
+    conn.execute("ALTER TABLE public.facts_1 REPLICA IDENTITY USING INDEX of_leaf")
+    with pytest.raises(DatabaseError, match=r"public\.facts_1: its replica identity differs"):
+        drift.require_none(conn, "pub")
+    conn.execute("ALTER TABLE public.facts_1 REPLICA IDENTITY FULL")
+    conn.execute("ALTER TABLE public.facts_1 REPLICA IDENTITY USING INDEX facts_1_pkey")
+    drift.require_none(conn, "pub")
+
+
+def test_whoever_marks_a_published_column_is_told_what_follows(conn: Connection) -> None:
+    _create(conn, "payments(id, amount, note)")
+    assert of_marks(conn, pci.mark(conn, [(PAYMENTS, "note")])) == [
+        "publication pub has public.payments.note: it goes on, its batches are said to contain PCI data"
+    ]
+    publications.drop(conn, "pub")
+    _create(conn, "payments(id, amount, note)", "facts(id, at, v)", exclude_pci=True)
+    facts_1 = TableName("public", "facts_1")
+    notes = of_marks(conn, pci.mark(conn, [(PAYMENTS, "amount"), (PAYMENTS, "ref"), (facts_1, "v")]))
+    assert [note.partition(",")[0] for note in notes] == [
+        "publication pub has public.facts.v",
+        "publication pub has public.payments.amount",
+    ]
+    assert all(
+        "its streams stop at the next row: `syncctl publication remove-column pub" in one for one in notes
+    )
+    assert of_marks(conn, pci.mark(conn, [(PAYMENTS, "amount")])) == []
 
 
 def test_an_identity_that_covers_less_than_the_list_stops_nothing(conn: Connection) -> None:

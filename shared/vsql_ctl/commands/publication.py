@@ -240,7 +240,7 @@ def _table(found: Sequence[PublicationInfo]) -> str:
             str(table.name),
             "all" if table.columns is None else ", ".join(table.columns),
             table.where or "",
-            ", ".join(one.pci.get(table.name, [])),
+            ", ".join(one.pci.get(table.name, [])) or ("left out" if one.exclude_pci else ""),
             ("insert only" if one.insert_only else "all")
             + (", by leaf" if one.via_leaf else "")
             + (", partitioned" if one.apply_mode == "partitioned" else ""),

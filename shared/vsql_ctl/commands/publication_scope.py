@@ -125,6 +125,7 @@ def pci_mark(operator: Operator, columns: tuple[str, ...], authentication: bool,
     from vsql_shared.pg import pci as catalogue
     from vsql_shared.pg.connect import errors
     from vsql_shared.pg.pci_names import Kind
+    from vsql_shared.pg.publication_notes import of_marks
     from vsql_shared.pg.table_spec import parse_column
 
     wanted = [parse_column(text) for text in columns]
@@ -133,6 +134,9 @@ def pci_mark(operator: Operator, columns: tuple[str, ...], authentication: bool,
         nodes.local(conn)
         with errors("marking columns"), conn.transaction():
             added = catalogue.mark(conn, wanted, Kind.AUTHENTICATION if authentication else None)
+        notes = of_marks(conn, added)
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
     click.echo(f"{len(added)} of {len(wanted)} columns are newly marked", err=True)
 
 

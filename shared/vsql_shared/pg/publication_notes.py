@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from vsql_shared.changes import quote_ident
-from vsql_shared.pg import catalog, pci
+from collections.abc import Collection
+
+from vsql_shared.changes import TableName, quote_ident
+from vsql_shared.pg import catalog, pci, publications
 from vsql_shared.pg.catalog import TableInfo
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.pg.publications import PublicationInfo, PublishedTable
@@ -50,6 +52,30 @@ def _of_filter(
                 f" {names}"
                 " anew, or the stream stops there; with REPLICA IDENTITY FULL it need not"
             )
+    return found
+
+
+def of_marks(conn: Connection, marked: Collection[tuple[TableName, str]]) -> list[str]:
+    """What columns that were marked just now mean for the publications that have them."""
+    found: list[str] = []
+    with errors("looking at the publications"):
+        for publication in publications.everything(conn):
+            for name, columns in publication.pci.items():
+                table = catalog.describe(conn, name)
+                if table is None:
+                    continue
+                kin, secret = pci.relatives(conn, table), pci.authentication(conn, table)
+                for column in columns:
+                    if not any(of in kin and column == one for of, one in marked):
+                        continue
+                    what = f"publication {publication.name} has {name}.{quote_ident(column)}"
+                    stops = publication.exclude_pci or column in secret
+                    found.append(
+                        f"{what}, its streams stop at the next row: `syncctl publication remove-column"
+                        f" {publication.name} {name}.{quote_ident(column)}`"
+                        if stops
+                        else f"{what}: it goes on, its batches are said to contain PCI data"
+                    )
     return found
 
 

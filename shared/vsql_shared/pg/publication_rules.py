@@ -148,7 +148,7 @@ def identity_problem(table: TableInfo, columns: Sequence[str] | None, left_out: 
             f" {_remedy(table, columns)}"
         )
     other = f", or {_remedy(table, columns)}" if best_index(table, columns) is not None else ""
-    return f"{table.name}: key column {names} must be in the column list; add it{other}"
+    return f"{table.name}: key column {names} must be in the column list, rows are found by it{other}"
 
 
 def best_index(table: TableInfo, columns: Sequence[str] | None) -> str | None:
