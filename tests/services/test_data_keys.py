@@ -147,7 +147,7 @@ def test_an_announcement_that_is_another_keys_than_its_row_is_not_signed_again(
         used = keys.key_for(1, 10).dek_id
         (document,) = node.query("SELECT announcement FROM vsql_sync.deks")[0]
         said = decode_announcement(SignedDocument.decode(bytes(document)).payload)
-        other = replace(said, **{field: "another"})
+        other = replace(said, dek_id="another") if field == "dek_id" else replace(said, chain="another")
         put = sign_document(open_signer(node.settings), KEY_ANNOUNCEMENT, encode_announcement(other))
         node.query("UPDATE vsql_sync.deks SET announcement = %s RETURNING 1", put)
         rotate_kek_file(kek)
