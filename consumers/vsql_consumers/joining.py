@@ -30,7 +30,7 @@ from vsql_consumers.source import read_chain
 from vsql_consumers.state import Position, Receipt
 from vsql_consumers.verify import record_name
 from vsql_shared import failpoints, lsn, names
-from vsql_shared.audit.chain import Accepted, ChainReader
+from vsql_shared.audit.chain import Accepted, ChainReader, hole_before
 from vsql_shared.audit.entries import COVERED, EPOCH_OPENED, REPLICATION_BATCH, AuditEntry
 from vsql_shared.audit.merkle import EMPTY_ROOT
 from vsql_shared.changes import SIGNALS, TableName
@@ -97,10 +97,13 @@ class JoinScan:
             raise
 
     def _feed(self, offset: int, encoded: bytes, where: str) -> bool:
+        before = self._reader.head
         found = self._reader.accept(encoded, where)
         if not isinstance(found, Accepted):
             return True
         entry = found.entry
+        if hole_before(before, entry) and entry.batch_lsn_start > self._upto:
+            return False  # the stream says it, where it comes to it
         if entry.event_type == EPOCH_OPENED:
             self._open = _Sum()  # fragments without an end are void
             self._note(Position(found.new_head, offset + 1))

@@ -39,11 +39,13 @@ from vsql_consumers.unseal import Descriptor, name_altered, open_batch
 from vsql_consumers.verify import batch_name, verify_batch
 from vsql_consumers.write import ApplyLimits
 from vsql_shared import failpoints, names
+from vsql_shared.audit.chain import hole_before
 from vsql_shared.audit.entries import EPOCH_OPENED, KEY_DESTROYED, REPLICATION_BATCH, AuditEntry
 from vsql_shared.audit.shredding import Destroyed
 from vsql_shared.changes import OpenedBatch, Transaction
 from vsql_shared.errors import (
     DecodeError,
+    DivergedError,
     KeyUnavailableError,
     RecordError,
     RowError,
@@ -72,6 +74,7 @@ class Pipeline:
         self._live_chain = names.live_chain(stream.publication, stream.origin)
         with errors("reading the stream's progress"):
             skip = {} if stream.kind == "copy" else state.copy_lsns(means.control, self._live_chain)
+        self._copied = skip
         self._applier = Applier(
             conn, stream.chain, limits=ApplyLimits(), on_anomaly=settings.apply.on_anomaly, skip=skip
         )
@@ -352,6 +355,14 @@ class Pipeline:
         return Kept(entry, ready.encoded, packs)
 
     def _new_epoch(self, entry: AuditEntry) -> None:
+        """Raises DivergedError where the source says that it lost what lay between."""
+        if hole := hole_before(self.position.head, entry):
+            covered = min(self._copied.values(), default=0)
+            if covered < entry.batch_lsn_start:
+                raise DivergedError(
+                    f"{hole}; what was committed between them will never come",
+                    hint=f"initialise this target anew: no first copy from {entry.source_node_id} covers it",
+                )
         if self._group.fragments:
             _log.info("the source abandoned a transaction", extra={"epoch": entry.epoch})
             self._applier.abort()

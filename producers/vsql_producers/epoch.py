@@ -302,7 +302,7 @@ def open_epoch(
             writing.signer, writing.cluster, writing.chain, head, new_incarnation(), node=writing.node
         )
         opening = writer.open_epoch(
-            lsn=head.lsn_end or first_lsn,
+            lsn=first_lsn,
             system_identifier=identity.system_identifier,
             timeline=identity.timeline,
             detail=detail,

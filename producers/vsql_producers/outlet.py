@@ -25,7 +25,14 @@ from vsql_producers.scope_record import seen
 from vsql_producers.seal import PackLimits, Place, Relations, SealedBatch
 from vsql_producers.spread import Spread
 from vsql_shared.audit.chain import ChainWriter, Prepared
-from vsql_shared.audit.entries import BY_ROW, OPERATOR_ACTION, ORDER, REPLICATION_BATCH, canonical_json
+from vsql_shared.audit.entries import (
+    BY_ROW,
+    LAST,
+    OPERATOR_ACTION,
+    ORDER,
+    REPLICATION_BATCH,
+    canonical_json,
+)
 from vsql_shared.audit.merkle import batch_root
 from vsql_shared.audit.scope_history import DESCRIBED
 from vsql_shared.changes import PartitionRoot
@@ -155,8 +162,10 @@ class Outlet:
 
 
 def _detail(batch: SealedBatch) -> str:
-    """What a manifest says beside its columns: which order its batch needs, and what it describes."""
-    said = {ORDER: BY_ROW} if batch.by_row else {}
+    """What a manifest says beside its columns: which order its batch needs, what it describes, its end."""
+    said: dict[str, object] = {ORDER: BY_ROW} if batch.by_row else {}
     if batch.described:
         said[DESCRIBED] = batch.described
+    if batch.last is not None and batch.last.xid:
+        said[LAST] = [batch.last.xid, batch.last.commit_time]
     return canonical_json(said)

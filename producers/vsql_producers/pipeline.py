@@ -12,6 +12,7 @@ fences off an older process; then the chain; then the epoch. Rules:
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import deque
@@ -39,12 +40,15 @@ from vsql_producers.stall import Marks
 from vsql_producers.stream import note_confirmed, slot_made
 from vsql_producers.transactions import Transactions
 from vsql_shared import failpoints, lsn
+from vsql_shared.audit.chain import ChainHead
+from vsql_shared.audit.store import last_transaction
 from vsql_shared.errors import DivergedError, TransientError
 from vsql_shared.observe.metrics import Stage
 
 if TYPE_CHECKING:
     from vsql_shared.pg.connect import Connection
 
+_log = logging.getLogger(__name__)
 # One drain, and so one run of a transaction, takes about this much.
 _DRAIN_BYTES = 1 << 20
 # Seconds: how long Kafka or the WAL is waited for at a time while something is under way.
@@ -68,6 +72,7 @@ class LivePipeline:
         self._acknowledged: list[Acknowledged] = []
         self._record_at = 0.0
         self._keepalive_lsn = 0
+        self._slot_from = context.stream.slot_from or 0
         self._next_scope = 0.0
         self._sequences: Sequences | None = None
         self._was_reading = True
@@ -104,13 +109,13 @@ class LivePipeline:
         self._targets = joining.load_targets(c.conn, c.stream.chain)
         digest = write_scope(c.conn, c.stream.chain, c.stream.publication, scope)
         detail = joining.opening_detail(self._targets, digest)
-        opened = open_epoch(c.conn, c.writing, reader, tail, publisher, identity, slot.confirmed_lsn, detail)
+        position = self._begin(reader.head, slot)
+        opened = open_epoch(c.conn, c.writing, reader, tail, publisher, identity, position, detail)
         failpoints.hit("producer.epoch-opened")
         self._watch = opened.watch
         head = opened.writer.head
         self.epoch, self.sequence = head.epoch, head.sequence
         place = c.place(head.epoch)
-        position = head.lsn_end or slot.confirmed_lsn
         keys = c.make_keys(place, publisher)
         partitions = settings.kafka.partitions if scope.by_row is not None else 1
         self._outlet = Outlet(
@@ -128,7 +133,8 @@ class LivePipeline:
         self._progress = Progress(c.conn, opened.writer, slot.confirmed_lsn)
         describe = Describer(c.conn, c.stream.publication, scope, binary=binary)
         self._retention = Retention(c.conn, lambda: c.admin, c.stream.chain, settings.kafka.retention)
-        self._transactions = Transactions(describe, head.lsn_end, slot.confirmed_lsn, messages)
+        last = last_transaction(c.conn, c.stream.chain)
+        self._transactions = Transactions(describe, head.lsn_end, slot.confirmed_lsn, messages, last)
         self._begins_at = position
         self._sequences = Sequences.open(c.conn, settings, c.stream.publication, c.closing.callback)
         self._batches = Batches(batch_limits(settings.limits, settings.encryption.dek.max_tuples))
@@ -143,6 +149,7 @@ class LivePipeline:
                 replication.create_slot(connection, name, c.on_tick)
             made = slots.require_free(slot or slots.find(c.conn, name), name)
             slot_made(c.conn, c.stream.chain, made.confirmed_lsn)
+            self._slot_from = made.confirmed_lsn
             return
         try:
             slots.require_usable(slot, name)
@@ -151,6 +158,16 @@ class LivePipeline:
             head = kafka_head(c.writing, c.make_consumer(), c.on_tick)
             c.check_source(head, identity, points)
             raise slots.explain(lost, head, identity, points) from None
+
+    def _begin(self, head: ChainHead, slot: slots.Slot) -> int:
+        """From where on this epoch's manifests speak: behind the chain's end, or a hole is said to be one."""
+        if not head.lsn_end or head.lsn_end >= self._slot_from:
+            return head.lsn_end or slot.confirmed_lsn
+        _log.error(
+            "the chain ended before the slot began: what was committed between is lost to its targets",
+            extra={"chain_end": lsn.text(head.lsn_end), "slot_begin": lsn.text(self._slot_from)},
+        )
+        return self._slot_from
 
     def _require_not_ahead(self, slot: slots.Slot, published: int) -> None:
         """Somebody else may have moved the slot since this stream confirmed something last."""

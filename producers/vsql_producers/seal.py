@@ -104,6 +104,8 @@ class SealedBatch(NamedTuple):
     oldest_commit_time: int
     kek_id: str = ""
     by_row: bool = False
+    last: Transaction | None = None
+    """The transaction that ends where the batch does."""
     described: str = ""
     """SHA-256 of the tables and columns this batch describes, in hex; empty: it describes none."""
 
@@ -288,6 +290,7 @@ def seal(
         transactions=len(batch.transactions),
         oldest_commit_time=batch.transactions[0].commit_time,
         by_row=batch.by_row,
+        last=batch.transactions[-1] if batch.end_lsn else None,
     )
 
 

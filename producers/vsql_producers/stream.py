@@ -33,6 +33,8 @@ class Stream:
     slot_created: bool
     confirmed_lsn: int | None
     """The slot was never told more, manifests aside; None: made by a version that did not note it."""
+    slot_from: int | None = None
+    """Where the slot began when it was made; None: as above."""
 
 
 def load(conn: Connection, chain: str) -> Stream:
@@ -41,7 +43,7 @@ def load(conn: Connection, chain: str) -> Stream:
         row = conn.execute(
             "SELECT chain, kind, publication, origin, target, coalesce(slot_name, ''), audit_partition,"
             " ack_partition, desired, state, coalesce(state_reason, ''), slot_created,"
-            " confirmed_lsn::text FROM vsql_sync.streams"
+            " confirmed_lsn::text, slot_from::text FROM vsql_sync.streams"
             " WHERE chain = %s AND direction = 'out'",
             (chain,),
         ).fetchone()
@@ -50,7 +52,7 @@ def load(conn: Connection, chain: str) -> Stream:
             f"stream {chain} is not an outgoing stream of this node",
             hint="make one with `syncctl publication create`, see `syncctl status`",
         )
-    columns: tuple[Any, ...] = (*row[:-1], lsn.parse(row[-1]) if row[-1] else None)
+    columns: tuple[Any, ...] = (*row[:-2], *(lsn.parse(at) if at else None for at in row[-2:]))
     return Stream(*columns)
 
 
@@ -94,9 +96,9 @@ def slot_made(conn: Connection, chain: str, confirmed_lsn: int) -> None:
     """From now on a missing slot is a gap, and so is one that stands beyond this."""
     with errors("noting the replication slot"):
         conn.execute(
-            "UPDATE vsql_sync.streams SET slot_created = true, confirmed_lsn = %s"
+            "UPDATE vsql_sync.streams SET slot_created = true, (confirmed_lsn, slot_from) = (%s, %s)"
             " WHERE chain = %s AND direction = 'out'",
-            (lsn.text(confirmed_lsn), chain),
+            (lsn.text(confirmed_lsn), lsn.text(confirmed_lsn), chain),
         )
 
 

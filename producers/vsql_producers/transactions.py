@@ -103,14 +103,19 @@ class Transactions:
         resume_lsn: int,
         confirmed_lsn: int | None = None,
         messages: Messages | None = None,
+        last: tuple[int, int] | None = None,
     ) -> None:
-        """`confirmed_lsn`: where the slot begins to send; None when that is not below `resume_lsn`."""
+        """`confirmed_lsn`: where the slot begins to send; None when that is not below `resume_lsn`.
+
+        `last`: xid and commit time of the transaction that ends at `resume_lsn`, where that is known.
+        """
         self._describe = describe
         self._messages = messages
         self._described_messages = False
         self._resume_lsn = resume_lsn
         # The transaction the chain ends with comes again when the slot has not confirmed it.
         self._must_meet = confirmed_lsn is not None and confirmed_lsn < resume_lsn
+        self._last = last
         self._begin: Begin | None = None
         self._dropped = self._begun = False
         self._run: Run | None = None
@@ -229,7 +234,18 @@ class Transactions:
             runs.append(self._run)
         self._run = self._begin = None
         self.received_lsn = commit.end_lsn
-        self._must_meet = self._must_meet and commit.end_lsn != self._resume_lsn
+        if self._must_meet and commit.end_lsn == self._resume_lsn:
+            self._meet(begin)
+
+    def _meet(self, begin: Begin) -> None:
+        """The WAL has a transaction that ends where the chain does: the one that was sent, or another one."""
+        self._must_meet = False
+        if self._last not in (None, (begin.xid, begin.commit_time)):
+            raise DivergedError(
+                f"the chain ends with a transaction that ended at {lsn.text(self._resume_lsn)}, and this"
+                " server's WAL holds another one there",
+                hint="it was restored from an older state; targets hold what it lost: initialise them anew",
+            )
 
     def _on_relation(self, message: RelationMessage) -> None:
         key = relation_key(message.relation_id)

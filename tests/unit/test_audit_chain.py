@@ -32,6 +32,7 @@ from vsql_shared.audit.chain import (
     ChainWriter,
     Prepared,
     Void,
+    hole_before,
     new_incarnation,
     writer_of,
 )
@@ -306,6 +307,17 @@ def test_genuine_entry_that_does_not_follow_is_an_error(case: int) -> None:
     assert caught.value.record == "shop.audit/0/7"
     assert reader.head == history.head
     assert isinstance(reader.accept(sign_document(A, AUDIT_ENTRY, right.encode()), "x"), Accepted)
+
+
+def test_an_epoch_that_begins_behind_the_chains_end_says_what_was_never_sent() -> None:
+    head = ChainHead(epoch=1, sequence=9, lsn_end=100)
+    for begins, words in ((100, ""), (101, "ended at 0/64, and epoch 2 begins at 0/65")):
+        writer = ChainWriter(A, CLUSTER, CHAIN, head, incarnation(2))
+        opened = writer.open_epoch(lsn=begins, system_identifier="7", timeline=1).entry
+        assert words in hole_before(head, opened)
+        assert bool(words) == bool(hole_before(head, opened))
+        # Who begins with the chain misses nothing of it.
+        assert hole_before(EMPTY_HEAD, opened) == ""
 
 
 def test_error_says_where() -> None:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsql_producers.pgoutput import RelationMessage, TypeMessage
+from vsql_producers.pgoutput import POSTGRES_EPOCH_US, RelationMessage, TypeMessage
 from vsql_producers.transactions import Descriptor, Run, Transactions
 from vsql_shared.changes import TableName, Transaction
-from vsql_shared.errors import DecodeError
+from vsql_shared.errors import DecodeError, DivergedError
 
 
 def frame(message: bytes, lsn: int = 0) -> bytes:
@@ -146,3 +146,15 @@ def test_however_the_frames_arrive_the_transactions_are_the_same(sizes: list[int
     assert [[f[-2:] for f in rows] for rows in got.values()] == [
         [bytes((n, i)) for i in range(sizes[n - 1])] for n in wanted
     ]
+
+
+def test_a_source_that_has_another_transaction_where_the_chain_ends_is_diverged() -> None:
+    """Restored from a snapshot, a workload that runs anew may put one of the same size at the same place."""
+    again = [begin(100, 7), relation(1), row(1, b"a"), commit(100)]
+    for last in (None, (7, POSTGRES_EPOCH_US)):
+        met = Transactions(describe, 108, 50, last=last)
+        assert met.feed(again) == []
+        met.require_met(200)
+    for other in ((8, POSTGRES_EPOCH_US), (7, POSTGRES_EPOCH_US + 1)):
+        with pytest.raises(DivergedError, match="holds another one there"):
+            Transactions(describe, 108, 50, last=other).feed(again)

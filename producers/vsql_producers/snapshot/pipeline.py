@@ -96,7 +96,7 @@ class CopyPipeline:
         self._scope = load_scope(c.conn, c.stream.publication)
         digest = write_scope(c.conn, c.stream.chain, c.stream.publication, self._scope)
         detail = canonical_json({SCOPE: digest})
-        at = identity.wal_lsn
+        at = reader.head.lsn_end or identity.wal_lsn
         opened = open_epoch(c.conn, c.writing, reader, tail, publisher, identity, at, detail)
         self._watch = opened.watch
         head = opened.writer.head

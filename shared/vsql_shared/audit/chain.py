@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vsql_shared import lsn
 from vsql_shared.audit.dsse import (
     AUDIT_ENTRY,
     SignedDocument,
@@ -189,6 +190,16 @@ def _moved(
         system_identifier=entry.system_identifier,
         timeline=entry.timeline,
         tree=grow(head.tree, head.sequence, entry_hash),
+    )
+
+
+def hole_before(head: ChainHead, entry: AuditEntry) -> str:
+    """What an `epoch_opened` after `head` says its source never sent, in words; '' if nothing."""
+    if entry.event_type != EPOCH_OPENED or not 0 < head.lsn_end < entry.batch_lsn_start:
+        return ""
+    return (
+        f"chain {entry.chain} ended at {lsn.text(head.lsn_end)}, and epoch {entry.epoch} begins at"
+        f" {lsn.text(entry.batch_lsn_start)}, where its source made a new replication slot"
     )
 
 

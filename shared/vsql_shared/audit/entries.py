@@ -92,6 +92,10 @@ BY_ROW: Final = "row"
 """The batch needs no other order than that of each row, which its partition keeps: members may apply it side
 by side. Any other batch is applied alone, in the order of the source."""
 
+LAST: Final = "last"
+"""Key in the detail of a manifest: xid and commit time (µs) of the transaction that ends at batch_lsn_end. A
+position alone could be another transaction's, in a source restored from a snapshot."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditEntry:

@@ -13,10 +13,11 @@ Tables vsql_sync.vsql_sync_audit (entries this node signed) and vsql_sync.chain_
 
 from __future__ import annotations
 
+import json
 import logging
 import uuid
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import psycopg
@@ -24,7 +25,7 @@ from psycopg import sql
 
 from vsql_shared import lsn
 from vsql_shared.audit.chain import EMPTY_HEAD, ChainHead, advance
-from vsql_shared.audit.entries import BATCH_EVENTS, EPOCH_OPENED, REPLICATION_BATCH
+from vsql_shared.audit.entries import BATCH_EVENTS, EPOCH_OPENED, LAST, REPLICATION_BATCH
 from vsql_shared.audit.rows import (
     COLUMNS,
     StoredDocument,
@@ -216,6 +217,16 @@ def _tree_at(conn: Connection, chain: str, entry_hash: bytes) -> Tree:
             "SELECT tree FROM vsql_sync.chain_heads WHERE chain = %s AND entry_hash = %s", (chain, entry_hash)
         ).fetchone()
     return () if row is None else decode_tree(bytes(row[0]))
+
+
+def last_transaction(conn: Connection, chain: str) -> tuple[int, int] | None:
+    """(xid, commit time) of a chain's last transaction; None where no manifest near its end says it."""
+    for stored in islice(_backwards(conn, chain), PAGE):
+        if stored.entry.event_type == REPLICATION_BATCH:
+            last = json.loads(stored.entry.detail).get(LAST)
+            if last is not None:
+                return int(last[0]), int(last[1])
+    return None
 
 
 def _backwards(conn: Connection, chain: str) -> Iterator[StoredDocument]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from psycopg import sql
 
-from vsql_shared.audit.chain import ChainReader, Void, writer_of
+from vsql_shared.audit.chain import ChainReader, Void, hole_before, writer_of
 from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry
 from vsql_shared.audit.rows import COLUMNS, columns_of, parse
 from vsql_shared.errors import ChainError, DecodeError, SignatureError
@@ -60,6 +60,8 @@ class ChainReport:
     sequence: int = 0
     entry_hash: bytes = b""
     problem: Problem | None = None
+    holes: list[str] = field(default_factory=list)
+    """What the source itself says it never sent."""
     _unfinished: int = 0
 
     def count(self, entry: AuditEntry, entry_hash: bytes) -> None:
@@ -104,6 +106,8 @@ def verify_table(conn: Connection, trust: TrustStore, cluster: str, chain: str |
         heads = _own_heads(conn)
         reports = [_verify_chain(conn, trust, cluster, name, heads.get(name)) for name in names]
         warnings = _unprotected(conn) + _head_warnings(reports, heads)
+        holes = [hole for one in reports for hole in one.holes]
+        warnings += [f"{hole}; its targets must have been initialised anew" for hole in holes]
         problems = [report.problem for report in reports if report.problem]
         if chain is None:
             problems += _nameless(conn)
@@ -193,6 +197,7 @@ def _check_row(reader: ChainReader, row: dict[str, Any], report: ChainReport) ->
     if found > expected:
         return Problem(chain, expected, None, f"missing: sequence {expected} is not there, {found} follows")
     encoded = bytes(row["document"] or b"")
+    before = reader.head
     try:
         stored = parse(encoded)
         outcome = reader.accept(encoded, TABLE)
@@ -206,6 +211,8 @@ def _check_row(reader: ChainReader, row: dict[str, Any], report: ChainReport) ->
     wrong = [name for name in COLUMNS if row[name] != wanted[name]]
     if wrong:
         return problem(f"differs from its signed document in {', '.join(wrong)}")
+    if hole := hole_before(before, outcome.entry):
+        report.holes.append(hole)
     report.count(outcome.entry, outcome.entry_hash)
     return None
 

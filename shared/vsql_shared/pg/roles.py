@@ -50,7 +50,7 @@ _NODE_STATE = "UPDATE (last_seen, status, init_state, init_reason, init_changed_
 _SERVICE = {
     "vsql_sync_audit": "INSERT",
     "nodes": _NODE_STATE,
-    "streams": "UPDATE (state, state_reason, slot_created, confirmed_lsn, desired, desired_reason,"
+    "streams": "UPDATE (state, state_reason, slot_created, confirmed_lsn, slot_from, desired, desired_reason,"
     " pruned_sequence)",
     "stream_status": "INSERT, UPDATE, DELETE",
     "chain_heads": "INSERT, UPDATE",
@@ -89,7 +89,7 @@ WRITES: dict[str, dict[str, str]] = {
         "commands": "INSERT (role, chain, verb, args, reason)",
         "decisions": "INSERT (chain, kind, topic, partition, kafka_offset, sequence, reason,"
         " xid, commit_lsn, commit_time)",
-        "streams": "UPDATE (desired, desired_reason, slot_created, confirmed_lsn)",
+        "streams": "UPDATE (desired, desired_reason, slot_created, confirmed_lsn, slot_from)",
     },
     ADMIN: dict.fromkeys(("commands", "decisions"), "INSERT, DELETE"),
 }

@@ -66,9 +66,9 @@ def make(conn: Connection, wanted: MissingSlot) -> None:
             )
         # Beyond this position nothing was confirmed: a slot that is, is not this one any more.
         conn.execute(
-            "UPDATE vsql_sync.streams SET slot_created = true, confirmed_lsn = %s"
+            "UPDATE vsql_sync.streams SET slot_created = true, (confirmed_lsn, slot_from) = (%s, %s)"
             " WHERE chain = %s AND direction = 'out' AND NOT slot_created",
-            (row[1], wanted.chain),
+            (row[1], row[1], wanted.chain),
         )
 
 
