@@ -68,6 +68,8 @@ class Describer:
         self._conn = conn
         self._publication = publication
         self._scope = scope
+        # Leaves are asked for where they are needed.
+        self._known_scope = scope._replace(leaves={})
         self._binary = binary
         self._random = random
         self._known: dict[int, tuple[RelationMessage, tuple[Column, ...], Generated, Descriptor]] = {}
@@ -110,9 +112,12 @@ class Describer:
                 name, message.replica_identity, kept, self._scope, self._random(16), made_by, past
             )
         except DatabaseError:
-            if load_scope(self._conn, self._publication).renamed != self._scope.renamed:
+            # A row may follow a decision, or a renaming, before the pipeline has looked.
+            if load_scope(self._conn, self._publication)._replace(leaves={}) != self._known_scope:
                 raise ScopeChanged(
-                    f"a column of {name} was renamed", hint="the stream goes on with it"
+                    f"what publication {self._publication} may carry was changed, or a column of {name}"
+                    " renamed",
+                    hint="the stream goes on with it",
                 ) from None
             raise
         projection = None

@@ -258,8 +258,6 @@ def pci_in(
     renamed = scope.renamed.get(owner, {})
     present = {renamed.get(column, column) for column in columns}
     extra = set() if listed is None else (present - listed) | _namesakes(scope, owner, columns)
-    for name in {table, owner}:
-        extra |= scope.forbidden.get(name, frozenset()).intersection(columns)
     if extra:
         column = quote_ident(min(extra))
         raise DatabaseError(
@@ -268,6 +266,14 @@ def pci_in(
             hint="mend it with ALTER PUBLICATION … SET TABLE, naming the columns; rows that were written"
             " meanwhile hold the column: have it taken out of them (`syncctl publication remove-column` with"
             f" {table}.{column}), or publish it too (add-column)",
+        )
+    marked_since = scope.forbidden.get(table, frozenset()) | scope.forbidden.get(owner, frozenset())
+    if found := marked_since.intersection(columns):
+        column = quote_ident(min(found))
+        raise DatabaseError(
+            f"table {table}: column {column} was marked as PCI data, which the publication excludes",
+            hint="take it out, of rows that were written before, too: `syncctl publication remove-column`"
+            f" with {table}.{column}",
         )
     added = {renamed.get(column, column) for column in scope.added.get(owner, ())}
     missing = set() if listed is None else listed - present - added

@@ -136,6 +136,39 @@ def test_a_scope_narrowed_under_a_running_stream_holds_from_its_next_epoch(new_s
     assert len({one["sha256"] for one in scopes}) == 2
 
 
+def test_a_row_right_behind_a_decision_does_not_stop_the_stream_that_has_not_looked_yet(
+    new_source: NewSource,
+) -> None:
+    """A running stream looks every 5 s; the rows of a column that was let in come at once."""
+    node = _source(new_source)
+    worker = node.start()
+    node.wait(lambda: node.state()[0] == "running")
+    node.execute("ALTER TABLE cards ADD town text")
+    _ctl(node, "publication", "add-column", PUBLICATION, "cards.town", "--yes")
+    node.execute("INSERT INTO cards (id, town) VALUES (5, 'let in')")
+    node.wait_confirmed()
+    node.stop(worker)
+    assert b"let in" in _sent(node)
+    assert "which the publication leaves out" not in node.log()
+    assert "may carry was changed" in node.log()
+
+
+def test_a_column_that_is_marked_while_it_travels_stops_the_stream_with_the_way_on(
+    new_source: NewSource,
+) -> None:
+    node = _source(new_source)
+    worker = node.start()
+    node.wait(lambda: node.state()[0] == "running")
+    _ctl(node, "publication", "pci", "mark", "cards.note", "--yes")
+    node.execute(f"INSERT INTO cards VALUES (6, 'h', '{MARKER}', NULL)")
+    _says(node, "column note was marked as PCI data, which the publication excludes", "remove-column")
+    _ctl(node, "publication", "remove-column", PUBLICATION, "cards.note", "--yes")
+    node.wait_confirmed()
+    node.stop(worker)
+    assert MARKER.encode() not in _sent(node)
+    assert [values for _, values in node.read().rows("cards")] == [(b"\0\0\0\6", b"h")]
+
+
 def _copied(node: SourceNode, chain: str) -> bool:
     query = "SELECT FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND event_type = 'copy_finished'"
     return bool(node.query(query, chain))
