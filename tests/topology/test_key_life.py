@@ -279,7 +279,7 @@ def test_a_key_is_not_destroyed_by_one_person_nor_before_its_time_nor_while_it_w
     stranger = ("--operator", "bob", "--key", str(pair.a.keys / "vsql-sync-signing.key"), "--yes")
     assert "is not enrolled" in refused(pair.a, "key", "approve", "1", *stranger)
     again = ("key", "shred", *alice, "--kek", "payments/0001", "--reason", "again")
-    assert "there is an order" in refused(pair.a, *again)
+    assert "there is an order for payments/0001 already: 1, requested" in refused(pair.a, *again)
     wraps = ("key", "shred", *alice, "--kek", "payments/0002", "--reason", "too early")
     assert "is the version that wraps" in refused(pair.a, *wraps)
     unheard = ("key", "shred", *alice, "--kek", "payments/0009", "--reason", "a slip of the pen")
@@ -300,6 +300,7 @@ def test_a_key_is_not_destroyed_by_one_person_nor_before_its_time_nor_while_it_w
     # What the old version wrapped is wrapped anew: there is nothing left to lose.
     (answer,) = pair.a.ctl_json("key", "rotate-kek")
     assert answer["done"], answer
+    assert "payments/0002; 1 wrapped anew; that version was in use already" in answer["message"]
     order = ("key", "shred", *alice, "--after", "0s", "--kek", "payments/0001", "--reason", "rotated")
     assert pair.a.ctl_json(*order)["deks"] == 0
     pair.a.ctl("key", "approve", "2", *bob)
