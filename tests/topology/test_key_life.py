@@ -219,7 +219,8 @@ def test_what_a_destroyed_kek_version_covered_is_passed_over_by_a_signed_verdict
     pair = in_token
     people = ordered(pair)
     bob = ("--operator", "bob", "--key", str(people["bob"]), "--yes")
-    pair.a.ctl("key", "approve", "1", *bob)
+    warned = pair.a.ctl("key", "approve", "1", *bob).stderr
+    assert "1 batches are not applied everywhere, and lost to their targets" in warned
     assert states(pair.a) == {"payments/0001": "scheduled for destruction", "payments/0002": "active"}
     gone = pair.a.ctl_json("key", "destroy", "1", "--yes")
     assert [(one["stream"], one["done"]) for one in gone["streams"]] == [(pair.chain, True)]
@@ -236,6 +237,9 @@ def test_what_a_destroyed_kek_version_covered_is_passed_over_by_a_signed_verdict
     (table, _, reason), *more = pair.b.query(marked)
     assert (table, more) == ("t", [])
     assert "destroyed with payments/0001" in reason
+    shown = pair.b.ctl("status").stdout
+    assert "table public.t is DIVERGED, it lacks changes" in shown
+    assert "destroyed with payments/0001" in shown
 
     documents = pair.b.query("SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain LIKE '%%.ack.%%'")
     said = [verdict for (one,) in documents for verdict in parse(bytes(one)).entry.verdicts]
