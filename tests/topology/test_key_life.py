@@ -219,7 +219,8 @@ def test_what_a_destroyed_kek_version_covered_is_passed_over_by_a_signed_verdict
     pair = in_token
     people = ordered(pair)
     bob = ("--operator", "bob", "--key", str(people["bob"]), "--yes")
-    pair.a.ctl("key", "approve", "1", *bob)
+    warned = pair.a.ctl("key", "approve", "1", *bob).stderr
+    assert "1 batches are not applied everywhere, and lost to their targets" in warned
     assert states(pair.a) == {"payments/0001": "scheduled for destruction", "payments/0002": "active"}
     gone = pair.a.ctl_json("key", "destroy", "1", "--yes")
     assert [(one["stream"], one["done"]) for one in gone["streams"]] == [(pair.chain, True)]
@@ -236,6 +237,9 @@ def test_what_a_destroyed_kek_version_covered_is_passed_over_by_a_signed_verdict
     (table, _, reason), *more = pair.b.query(marked)
     assert (table, more) == ("t", [])
     assert "destroyed with payments/0001" in reason
+    shown = pair.b.ctl("status").stdout
+    assert "table public.t is DIVERGED, it lacks changes" in shown
+    assert "destroyed with payments/0001" in shown
 
     documents = pair.b.query("SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain LIKE '%%.ack.%%'")
     said = [verdict for (one,) in documents for verdict in parse(bytes(one)).entry.verdicts]
@@ -279,7 +283,7 @@ def test_a_key_is_not_destroyed_by_one_person_nor_before_its_time_nor_while_it_w
     stranger = ("--operator", "bob", "--key", str(pair.a.keys / "vsql-sync-signing.key"), "--yes")
     assert "is not enrolled" in refused(pair.a, "key", "approve", "1", *stranger)
     again = ("key", "shred", *alice, "--kek", "payments/0001", "--reason", "again")
-    assert "there is an order" in refused(pair.a, *again)
+    assert "there is an order for payments/0001 already: 1, requested" in refused(pair.a, *again)
     wraps = ("key", "shred", *alice, "--kek", "payments/0002", "--reason", "too early")
     assert "is the version that wraps" in refused(pair.a, *wraps)
     unheard = ("key", "shred", *alice, "--kek", "payments/0009", "--reason", "a slip of the pen")
@@ -300,6 +304,7 @@ def test_a_key_is_not_destroyed_by_one_person_nor_before_its_time_nor_while_it_w
     # What the old version wrapped is wrapped anew: there is nothing left to lose.
     (answer,) = pair.a.ctl_json("key", "rotate-kek")
     assert answer["done"], answer
+    assert "payments/0002; 1 wrapped anew; that version was in use already" in answer["message"]
     order = ("key", "shred", *alice, "--after", "0s", "--kek", "payments/0001", "--reason", "rotated")
     assert pair.a.ctl_json(*order)["deks"] == 0
     pair.a.ctl("key", "approve", "2", *bob)

@@ -160,6 +160,12 @@ def _require_retiring(operator: Operator, kek_id: str) -> set[str]:
 
 def _show(output: OutputFormat, row: Row) -> None:
     shown = _said(row)
+    if row.state in ("requested", "scheduled") and shown["unapplied_batches"]:
+        click.echo(
+            f"warning: {shown['unapplied_batches']} batches are not applied everywhere, and lost to their"
+            " targets with these keys; `syncctl key rotate-kek` before the order keeps them",
+            err=True,
+        )
     emit(output, shown, lambda: render_pairs(shown))
 
 
@@ -285,7 +291,11 @@ def destroy(
             asked = shredding.tell_again(conn, number)
         else:
             row, _, found = shredding.require_due(conn, number)
-            question = f"Destroy {row.kek_id} for good, and {len(found.deks)} data keys with it?"
+            unapplied = sum(one.unapplied_batches for one in found.covers.values())
+            question = (
+                f"Destroy {row.kek_id} for good, and {len(found.deks)} data keys with it?"
+                f" {unapplied} batches under them are not applied everywhere."
+            )
             confirm(question, yes=yes)
             _require_same_provider(operator, row)
             _require_retiring(operator, row.kek_id)

@@ -23,6 +23,7 @@ _HEADERS = (
     "STREAM", "DIR", "STATE", "STAGE", "LAG", "BATCHES", "SECONDS", "ROWS/S", "POSITION", "AUDIT/DAY",
     "CLOCK",
 )  # fmt: skip
+_TABLES_SHOWN = 5  # diverged ones, of each stream
 
 
 @click.command(
@@ -142,6 +143,11 @@ def _troubles(one: StreamStatus) -> Iterator[str]:
         yield f"blocked by {where}: {why}; mend it, or decide with `syncctl stream` ({verbs})"
     if one.init_state in ("DIVERGED", "FAILED"):
         yield f"{one.init_state}: {printable(one.init_reason)}"
+    for table in one.diverged[:_TABLES_SHOWN]:
+        name, why = printable(f"{table['schema']}.{table['table']}"), printable(table["reason"])
+        yield f"table {name} is DIVERGED, it lacks changes: {why}"
+    if len(one.diverged) > _TABLES_SHOWN:
+        yield f"{len(one.diverged) - _TABLES_SHOWN} more tables are DIVERGED: vsql_sync.table_sync"
     if said.get("last_error"):
         at = said.get("last_error_at")
         when = (

@@ -49,6 +49,8 @@ class StreamStatus:
     """Incoming: how far each carried sequence was said to be, and how often it was set back."""
     slot_missing: bool
     """Outgoing: a slot was made once and is not there, or another one has its name."""
+    diverged: list[dict[str, Any]]
+    """Incoming: tables that lack changes, and why; the stream itself may run."""
 
 
 _READ = """
@@ -63,7 +65,12 @@ SELECT s.chain, s.direction, s.kind, s.publication, s.origin, s.target, s.desire
            'is_called', q.is_called, 'set_back', q.set_back, 'applied_at', q.applied_at)
            ORDER BY q.sequence_schema, q.sequence_name)
          FROM vsql_sync.sequence_sync q WHERE q.chain = s.chain AND s.direction = 'in'), '[]'),
-       s.direction = 'out' AND s.slot_created AND s.state <> 'FINISHED' AND r.slot_name IS NULL
+       s.direction = 'out' AND s.slot_created AND s.state <> 'FINISHED' AND r.slot_name IS NULL,
+       coalesce((SELECT pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(
+           'schema', t.table_schema, 'table', t.table_name, 'reason', t.reason)
+           ORDER BY t.table_schema, t.table_name)
+         FROM vsql_sync.table_sync t
+         WHERE t.chain = s.chain AND s.direction = 'in' AND t.state = 'DIVERGED'), '[]')
 FROM vsql_sync.streams s
 LEFT JOIN vsql_sync.stream_status w USING (chain, direction)
 LEFT JOIN pg_catalog.pg_replication_slots r
