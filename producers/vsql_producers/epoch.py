@@ -292,17 +292,20 @@ def open_epoch(
     tail: AuditTail,
     publisher: Publisher,
     identity: Identity,
-    first_lsn: int,
+    begin: Callable[[ChainHead], int],
     detail: str = "{}",
 ) -> Opened:
-    """Append `epoch_opened` until one of ours is the chain's head (rule 2)."""
+    """Append `epoch_opened` until one of ours is the chain's head (rule 2).
+
+    `begin`: a head → from where on the epoch behind it speaks.
+    """
     for _ in range(_ATTEMPTS):
         head = reader.head
         writer = ChainWriter(
             writing.signer, writing.cluster, writing.chain, head, new_incarnation(), node=writing.node
         )
         opening = writer.open_epoch(
-            lsn=first_lsn,
+            lsn=begin(head),
             system_identifier=identity.system_identifier,
             timeline=identity.timeline,
             detail=detail,

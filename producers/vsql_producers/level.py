@@ -32,8 +32,8 @@ from vsql_producers.publish import Publisher
 from vsql_shared import names
 from vsql_shared.audit import merkle
 from vsql_shared.audit.chain import ChainHead, ChainReader, Prepared
-from vsql_shared.audit.dsse import document_hash
-from vsql_shared.audit.entries import AuditEntry
+from vsql_shared.audit.dsse import AUDIT_ENTRY, SignedDocument, document_hash
+from vsql_shared.audit.entries import AuditEntry, peek_chain
 from vsql_shared.audit.rows import StoredDocument
 from vsql_shared.audit.store import has_document, insert_entries, iterate, move_offset, recall_head
 from vsql_shared.changes import PartitionRoot
@@ -106,21 +106,36 @@ def _find_end(conn: Connection, writing: Writing, consumer: Consumer, tick: Tick
     tail = AuditTail(consumer, writing.topic, writing.partition, None, tick)
     place, after = -1, list[tuple[bytes, int | None]]()
     for at, value in tail.read_below(tail.bounds()[1]):
+        if _chain_of(value) != writing.chain:
+            continue
         if document_hash(value) == head.entry_hash:
             place = at
         elif has_document(conn, writing.chain, value):
             continue
         elif accept(reader, value, f"{writing.topic}/{writing.partition}/{at}") is not None:
             after.append((value, at))
-    if place < 0 and not after:
+            if len(after) >= _CHUNK:
+                insert_entries(conn, after)
+                after.clear()
+    if place < 0 and reader.head is head:
         return False
     move_offset(conn, writing.chain, head.entry_hash, place)
     insert_entries(conn, after)
-    _log.warning(
-        "the chain's end was found again; of what Kafka lost before it, the audit table is the only copy",
+    _log.error(
+        "the chain's end was found again; of what Kafka lost before it, the audit table is the only copy: a target"
+        " that had not read it, or joins, will be diverged",
         extra={"chain": writing.chain, "sequence": reader.head.sequence},
     )
     return True
+
+
+def _chain_of(value: bytes) -> str:
+    """The chain a record claims to be of; '' where it is no entry."""
+    try:
+        document = SignedDocument.decode(value)
+        return peek_chain(document.payload)[1] if document.payload_type == AUDIT_ENTRY else ""
+    except DecodeError:
+        return ""
 
 
 def kafka_head(writing: Writing, consumer: Consumer, tick: Tick) -> ChainHead:

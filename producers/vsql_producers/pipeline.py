@@ -17,6 +17,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vsql_producers import drift, joining, replication
@@ -109,11 +110,12 @@ class LivePipeline:
         self._targets = joining.load_targets(c.conn, c.stream.chain)
         digest = write_scope(c.conn, c.stream.chain, c.stream.publication, scope)
         detail = joining.opening_detail(self._targets, digest)
-        position = self._begin(reader.head, slot)
-        opened = open_epoch(c.conn, c.writing, reader, tail, publisher, identity, position, detail)
+        begin = partial(self._begin, slot=slot)
+        opened = open_epoch(c.conn, c.writing, reader, tail, publisher, identity, begin, detail)
         failpoints.hit("producer.epoch-opened")
         self._watch = opened.watch
         head = opened.writer.head
+        position = self._begin(head, slot)
         self.epoch, self.sequence = head.epoch, head.sequence
         place = c.place(head.epoch)
         keys = c.make_keys(place, publisher)
@@ -133,7 +135,7 @@ class LivePipeline:
         self._progress = Progress(c.conn, opened.writer, slot.confirmed_lsn)
         describe = Describer(c.conn, c.stream.publication, scope, binary=binary)
         self._retention = Retention(c.conn, lambda: c.admin, c.stream.chain, settings.kafka.retention)
-        last = last_transaction(c.conn, c.stream.chain)
+        last = last_transaction(c.conn, c.stream.chain, head.lsn_end)
         self._transactions = Transactions(describe, head.lsn_end, slot.confirmed_lsn, messages, last)
         self._begins_at = position
         self._sequences = Sequences.open(c.conn, settings, c.stream.publication, c.closing.callback)
@@ -161,8 +163,10 @@ class LivePipeline:
 
     def _begin(self, head: ChainHead, slot: slots.Slot) -> int:
         """From where on this epoch's manifests speak: behind the chain's end, or a hole is said to be one."""
-        if not head.lsn_end or head.lsn_end >= self._slot_from:
-            return head.lsn_end or slot.confirmed_lsn
+        if not head.lsn_end:
+            return self._slot_from or slot.confirmed_lsn
+        if head.lsn_end >= self._slot_from:
+            return head.lsn_end
         _log.error(
             "the chain ended before the slot began: what was committed between is lost to its targets",
             extra={"chain_end": lsn.text(head.lsn_end), "slot_begin": lsn.text(self._slot_from)},

@@ -318,6 +318,17 @@ def test_an_epoch_that_begins_behind_the_chains_end_says_what_was_never_sent() -
         assert bool(words) == bool(hole_before(head, opened))
         # Who begins with the chain misses nothing of it.
         assert hole_before(EMPTY_HEAD, opened) == ""
+        # Said once: from here on the chain goes on behind it. It may hold no batch yet.
+        assert writer.tip.lsn_end == begins
+        assert writer.tip.batch == 0
+
+
+def test_positions_of_acknowledgements_are_of_two_servers_and_no_holes() -> None:
+    head = ChainHead(epoch=1, sequence=9, lsn_end=100)
+    writer = ChainWriter(B, CLUSTER, ACKS, head, incarnation(2))
+    opened = writer.open_epoch(lsn=5000, system_identifier="7", timeline=1, source_node_id=A.node).entry
+    assert hole_before(head, opened) == ""
+    assert writer.tip.lsn_end == 100
 
 
 def test_error_says_where() -> None:

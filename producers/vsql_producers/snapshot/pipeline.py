@@ -96,8 +96,10 @@ class CopyPipeline:
         self._scope = load_scope(c.conn, c.stream.publication)
         digest = write_scope(c.conn, c.stream.chain, c.stream.publication, self._scope)
         detail = canonical_json({SCOPE: digest})
-        at = reader.head.lsn_end or identity.wal_lsn
-        opened = open_epoch(c.conn, c.writing, reader, tail, publisher, identity, at, detail)
+        at = identity.wal_lsn
+        opened = open_epoch(
+            c.conn, c.writing, reader, tail, publisher, identity, lambda head: head.lsn_end or at, detail
+        )
         self._watch = opened.watch
         head = opened.writer.head
         self.epoch, self.sequence, self._writer = head.epoch, head.sequence, opened.writer
@@ -185,7 +187,8 @@ class CopyPipeline:
     def _say(self, event: str, snapshot: Snapshot | None, detail: dict[str, Any]) -> None:
         """Append an entry of the copy itself; nothing is under way then."""
         writer, outlet = self._require_open()
-        at = writer.head.lsn_end or (snapshot.lsn if snapshot else 0)
+        # An epoch alone has a position, too: where the WAL was before the snapshot.
+        at = writer.head.lsn_end if writer.head.batch else snapshot.lsn if snapshot else 0
         prepared: Prepared = writer.next(
             event_type=event,
             target_node_id=self._context.stream.target,

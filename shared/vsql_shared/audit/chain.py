@@ -51,9 +51,10 @@ if TYPE_CHECKING:
 class ChainHead:
     """What a reader must remember of a chain to go on reading or writing it.
 
-    `lsn_end` is the batch_lsn_end of the last batch that finished its transaction; `unfinished_from` the
-    sequence of the first fragment of a transaction that is still under way, 0 when there is none. `tree` is
-    that of all entries up to here (tree.py); empty where the head was stored without one.
+    `lsn_end` is the batch_lsn_end of the last batch that finished its transaction, or where an epoch of the
+    source began behind that; `unfinished_from` the sequence of the first fragment of a transaction that is
+    still under way, 0 when there is none. `tree` is that of all entries up to here (tree.py); empty where the
+    head was stored without one.
     """
 
     epoch: int = 0
@@ -108,7 +109,7 @@ def writer_of(chain: str) -> str:
             raise ChainError(f"{chain[:200]!r} is not the name of a chain")
 
 
-def _acknowledges(chain: str) -> bool:
+def acknowledges(chain: str) -> bool:
     """Whether a chain is one of acknowledgements, by its name."""
     parts = chain.split(".")
     return len(parts) > 3 and parts[-2] == "ack"
@@ -168,6 +169,8 @@ def _moved(
     batch, lsn_end, unfinished = head.batch, head.lsn_end, head.unfinished_from
     if entry.event_type == EPOCH_OPENED:
         unfinished = 0
+        if not acknowledges(entry.chain):
+            lsn_end = max(lsn_end, entry.batch_lsn_start)
     elif entry.event_type in BATCH_EVENTS and entry.batch:
         manifest = entry.event_type == REPLICATION_BATCH
         if entry.batch <= batch or (manifest and entry.batch != batch + 1):
@@ -197,9 +200,11 @@ def hole_before(head: ChainHead, entry: AuditEntry) -> str:
     """What an `epoch_opened` after `head` says its source never sent, in words; '' if nothing."""
     if entry.event_type != EPOCH_OPENED or not 0 < head.lsn_end < entry.batch_lsn_start:
         return ""
+    if acknowledges(entry.chain):
+        return ""  # its positions are of two servers
     return (
         f"chain {entry.chain} ended at {lsn.text(head.lsn_end)}, and epoch {entry.epoch} begins at"
-        f" {lsn.text(entry.batch_lsn_start)}, where its source made a new replication slot"
+        f" {lsn.text(entry.batch_lsn_start)}, where its source's replication slot was made, or taken over"
     )
 
 
@@ -218,7 +223,7 @@ class ChainReader:
         self.head = head
         self._trust = trust
         self._recent: OrderedDict[int, bytes] = OrderedDict()
-        self._acknowledges = _acknowledges(chain)
+        self._acknowledges = acknowledges(chain)
 
     def accept(self, encoded: bytes, where: str) -> Accepted | Void | None:
         """Take the next document of the partition; `where` names it in errors (topic/partition/offset).

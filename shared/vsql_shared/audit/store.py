@@ -24,7 +24,7 @@ import psycopg
 from psycopg import sql
 
 from vsql_shared import lsn
-from vsql_shared.audit.chain import EMPTY_HEAD, ChainHead, advance
+from vsql_shared.audit.chain import EMPTY_HEAD, ChainHead, acknowledges, advance
 from vsql_shared.audit.entries import BATCH_EVENTS, EPOCH_OPENED, LAST, REPLICATION_BATCH
 from vsql_shared.audit.rows import (
     COLUMNS,
@@ -181,10 +181,13 @@ def load_head(conn: Connection, chain: str) -> ChainHead:
     last: StoredDocument | None = None
     batch = lsn_end = unfinished = 0
     settled = False  # true once an epoch_opened was passed: fragments before it are void
+    began = 0
     for stored in _backwards(conn, chain):
         entry = stored.entry
         last = last or stored
         settled = settled or entry.event_type == EPOCH_OPENED
+        if entry.event_type == EPOCH_OPENED and not acknowledges(chain):
+            began = max(began, entry.batch_lsn_start)
         if entry.event_type not in BATCH_EVENTS or not entry.batch:
             continue
         batch = batch or entry.batch
@@ -201,7 +204,7 @@ def load_head(conn: Connection, chain: str) -> ChainHead:
         sequence=last.entry.sequence,
         entry_hash=last.entry_hash,
         batch=batch,
-        lsn_end=lsn_end,
+        lsn_end=max(lsn_end, began),
         unfinished_from=unfinished,
         event_timestamp=last.entry.event_timestamp,
         system_identifier=last.entry.system_identifier,
@@ -219,13 +222,15 @@ def _tree_at(conn: Connection, chain: str, entry_hash: bytes) -> Tree:
     return () if row is None else decode_tree(bytes(row[0]))
 
 
-def last_transaction(conn: Connection, chain: str) -> tuple[int, int] | None:
-    """(xid, commit time) of a chain's last transaction; None where no manifest near its end says it."""
+def last_transaction(conn: Connection, chain: str, lsn_end: int) -> tuple[int, int] | None:
+    """(xid, commit time) of the transaction that ends where a chain does; None where no manifest says it."""
     for stored in islice(_backwards(conn, chain), PAGE):
         if stored.entry.event_type == REPLICATION_BATCH:
             last = json.loads(stored.entry.detail).get(LAST)
-            if last is not None:
+            if last is not None and stored.entry.batch_lsn_end == lsn_end:
                 return int(last[0]), int(last[1])
+            if stored.entry.batch_lsn_end < lsn_end:
+                return None
     return None
 
 
