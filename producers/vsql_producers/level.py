@@ -122,8 +122,8 @@ def _find_end(conn: Connection, writing: Writing, consumer: Consumer, tick: Tick
     move_offset(conn, writing.chain, head.entry_hash, place)
     insert_entries(conn, after)
     _log.error(
-        "the chain's end was found again; of what Kafka lost before it, the audit table is the only copy: a target"
-        " that had not read it, or joins, will be diverged",
+        "the chain's end was found again; of what Kafka lost before it, the audit table is the only copy:"
+        " a target that had not read it, or joins, will be diverged",
         extra={"chain": writing.chain, "sequence": reader.head.sequence},
     )
     return True
