@@ -28,6 +28,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from tests.stack import Stack, kill_tree, spawn
+from tests.syncctl import syncctl
 
 PUBLICATION = "pub"
 Echo = Callable[[str, Sequence[str]], None]
@@ -115,14 +116,7 @@ consumer_addr = "127.0.0.1:0"
         """Run syncctl with this node's configuration."""
         if self.echo is not None:
             self.echo(self.name, args)
-        done = subprocess.run(
-            [sys.executable, "-m", "vsql_ctl", "--config", str(self.config), *args],
-            capture_output=True,
-            text=True,
-            timeout=180,
-            stdin=subprocess.DEVNULL,
-            check=False,
-        )
+        done = syncctl("--config", str(self.config), *args)
         if check and done.returncode != 0:
             raise NodeFailedError(
                 f"syncctl {' '.join(args)} on {self.name}: exit {done.returncode}\n{done.stdout}{done.stderr}"

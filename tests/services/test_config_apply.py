@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import psycopg
@@ -13,6 +12,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from tests.conftest import NewDatabase
+from tests.syncctl import syncctl
 
 WISHES = """
 [[publications]]
@@ -46,16 +46,7 @@ class Shop:
 
     def syncctl(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("VSQL_SYNC")}
-        return subprocess.run(
-            [sys.executable, "-m", "vsql_ctl", *words],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            env={**kept, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **env},
-        )
+        return syncctl(*words, env={**kept, **env}, cwd=self.folder, timeout=60)
 
     def publications(self) -> list[str]:
         with psycopg.connect(self.conninfo) as conn:

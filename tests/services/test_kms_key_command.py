@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import stat
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from tests.conftest import NewDatabase
 from tests.softhsm import make_token
+from tests.syncctl import syncctl as run_syncctl
 from tests.vault_server import ROOT_TOKEN, vault_server
 from vsql_shared.crypto.signing import fingerprint, load_public_key
 from vsql_shared.kms.file import FileKek, generate_kek_file
@@ -28,15 +28,7 @@ CHAIN = "pub.node-a"
 
 def syncctl(*words: str, cwd: Path, config: Path | None = None) -> subprocess.CompletedProcess[str]:
     named = ["--config", str(config)] if config else []
-    return subprocess.run(
-        [sys.executable, "-m", "vsql_ctl", *named, *words],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
+    return run_syncctl(*named, *words, cwd=cwd, timeout=60)
 
 
 def write_config(folder: Path, conninfo: str, more: str = "") -> Path:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import NewDatabase
 from tests.stack import Stack
+from tests.syncctl import syncctl
 from vsql_shared.crypto.signing import fingerprint, generate_signing_key, load_public_key
 from vsql_shared.pg.connect import connect, parse_conninfo
 
@@ -57,11 +57,7 @@ signing_key_path = "{self.keys / "vsql-sync-signing.key"}"
 def _syncctl(
     *args: str, env: dict[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "vsql_ctl", *args],
-        capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False, timeout=60,
-        env={**os.environ, **(env or {})}, cwd=cwd,
-    )  # fmt: skip
+    return syncctl(*args, env={**os.environ, **(env or {})}, cwd=cwd, timeout=60)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from tests.services.producer_node import SourceNode
 from tests.stack import PostgresServer, Stack
 from tests.stack.fetch import client_tools
 from tests.stack.postgres import postgres_user
+from tests.syncctl import syncctl
 from vsql_shared.errors import RefusedError
 from vsql_shared.pg import slots
 from vsql_shared.pg.connect import connect
@@ -100,8 +100,9 @@ def test_a_slot_dropped_while_the_producer_is_stopped_is_shown_before_it_starts(
 
 
 def _syncctl(node: SourceNode, *args: str) -> str:
-    command = [sys.executable, "-m", "vsql_ctl", "--config", str(node.config), *args]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    done = syncctl("--config", str(node.config), *args, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize(("version", "runs"), [(15, False), (18, True)])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 from tests.services.conftest import NewSource
 from tests.services.producer_node import CHAIN, NODE, PUBLICATION, SourceNode, _keys
 from tests.streams import read_topics
+from tests.syncctl import syncctl
 from vsql_shared import lsn
 from vsql_shared.crypto.seal import open_tuples
 from vsql_shared.crypto.signing import PinnedKey, TrustStore, fingerprint
@@ -57,9 +57,7 @@ def _says(node: SourceNode, *words: str) -> None:
 
 
 def _run(*words: str) -> subprocess.CompletedProcess[str]:
-    """`syncctl` as a process."""
-    command = [sys.executable, "-m", "vsql_ctl", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return syncctl(*words, timeout=60)
 
 
 def _ctl(node: SourceNode, *words: str) -> str:

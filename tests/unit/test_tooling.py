@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from tests.coverage_gate import shortfalls
 from tests.docs_check import help_blocks, relative_links
 from tests.stack.fetch import POSTGRES_VERSIONS
 from tests.stack.lock import LOCK_FILE, LockFileError, fingerprint, group_artifacts, parse_lock
+from tests.syncctl import syncctl
 
 HASH = "a" * 64
 
@@ -67,3 +73,31 @@ def test_help_blocks_and_links_are_found_in_markdown() -> None:
     )
     assert list(help_blocks(text)) == [("syncctl node init --help", "Usage: [x](y)\n")]
     assert relative_links(text) == ["b/c.md"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["--version"], 0), (["key", "generate", "--help"], 0), (["config", "check"], 3), (["stat"], 2)],
+)
+def test_a_forked_syncctl_says_and_ends_as_one_that_was_started(
+    words: list[str], code: int, tmp_path: Path
+) -> None:
+    told = [*words, "--output", "json"] if words == ["config", "check"] else words
+    forked = syncctl(*told, cwd=tmp_path, env={"PATH": os.environ["PATH"]})
+    plain = subprocess.run(
+        [sys.executable, "-m", "vsql_ctl", *told], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert (forked.returncode, forked.stdout, forked.stderr) == (code, plain.stdout, plain.stderr)
+    assert plain.returncode == code
+
+
+def test_a_forked_syncctl_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        syncctl("--config", _fifo(tmp_path), "config", "check", timeout=1)
+    assert syncctl("--version").returncode == 0
+
+
+def _fifo(folder: Path) -> str:
+    """Whoever opens it waits for ever."""
+    os.mkfifo(folder / "fifo")
+    return str(folder / "fifo")
