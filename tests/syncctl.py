@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import selectors
@@ -24,6 +25,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+_WHEN_RUN = ("confluent_kafka", "psycopg", "vsql_shared.config", "vsql_shared.pg.peers")
+"""What commands import when they run."""
 _ANSWER_SECONDS = 60.0
 """Beyond a command's own time: the forker is at work or gone."""
 
@@ -110,12 +113,8 @@ def _serve() -> None:
 
     for name in COMMANDS:
         command_named(name)
-    import confluent_kafka  # noqa: F401 - what most commands import when they run
-    import psycopg  # noqa: F401
-
-    import vsql_shared.config
-    import vsql_shared.pg.peers  # noqa: F401
-
+    for module in _WHEN_RUN:
+        importlib.import_module(module)
     gc.freeze()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
