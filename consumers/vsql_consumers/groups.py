@@ -5,14 +5,14 @@ Not here: Kafka and the order of stages (pipeline.py). Rules:
 * A group ends at an entry after which no source transaction is unfinished; the fragments of one transaction
   are a group of their own, applied as they come. A fragment that is skipped is one all the same: progress
   never stands between two of them.
-* The receipts of fragments are written as they come: a transaction may have any number of them.
-* Progress, receipts, descriptors and table states are written in the applying transaction, so that all of it
-  is there or none.
+* The receipts and leaves of fragments are written as they come: a transaction may have any number of them.
+* Progress, receipts, leaves, descriptors and table states are written in the applying transaction, so that all
+  of it is there or none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -24,8 +24,9 @@ from vsql_consumers.shredded import Shredded
 from vsql_consumers.state import Position, Receipt
 from vsql_consumers.unseal import Descriptor
 from vsql_shared.audit.entries import EPOCH_OPENED, SHREDDED, AuditEntry
+from vsql_shared.audit.leaf_store import Kept, write_leaves
 from vsql_shared.audit.merkle import EMPTY_ROOT
-from vsql_shared.changes import OpenedBatch, TableName, Transaction
+from vsql_shared.changes import OpenedBatch, PartLeaves, TableName, Transaction
 from vsql_shared.pg.connect import Connection
 
 Writes = Callable[[Connection], None]
@@ -59,6 +60,8 @@ class Group:
     """Decisions that these have done."""
     also: list[Writes] = field(default_factory=list)
     """Further writes of the applying transaction."""
+    leaves: list[Kept] = field(default_factory=list)
+    """What records hash to, and is not written yet."""
 
     @classmethod
     def after(cls, position: Position, live_chain: str) -> Group:
@@ -79,10 +82,14 @@ class Group:
         self.size += sum(map(len, opened.plaintexts))
         self.batches.append(opened)
         self.manifests.append(ready.encoded)
+        self._keep(opened.sequence, opened.leaves)
         self.descriptors.update(new)
         self.fragments = self.fragments or opened.continues
         if opened.transactions:
             self.position.commit_time = opened.transactions[-1].commit_time
+
+    def _keep(self, sequence: int, leaves: Iterable[PartLeaves]) -> None:
+        self.leaves += [(sequence, one) for one in leaves]
 
     def pass_over(self, opened: OpenedBatch, decided: Mapping[Transaction, Decided]) -> None:
         """Leave transactions of a batch out: said in its receipt, and their tables are marked."""
@@ -143,10 +150,12 @@ class Group:
         """Take some parts of a batch: the group stays where it is."""
         self.batches.append(opened)
         self.manifests.append(ready.encoded)
+        self._keep(opened.sequence, opened.leaves)
         self.descriptors.update(new)
 
-    def write_parts(self, conn: Connection, chain: str) -> None:
+    def write_parts(self, conn: Connection, chain: str, slot: int | None) -> None:
         """What is written with such parts."""
+        self.store_leaves(conn, chain, slot)
         state.save_descriptors(conn, chain, self.descriptors, forget_others=False)
         for write in self.also:
             write(conn)
@@ -156,6 +165,7 @@ class Group:
         self.move(ready)
         entry = found.verified.entry
         self.fragments = entry.continues
+        self._keep(entry.sequence, found.verified.leaves)
         self.receipts.append(
             Receipt(
                 entry.sequence, entry.epoch, entry.batch, ready.encoded, found.verified.merkle_root,
@@ -176,6 +186,10 @@ class Group:
             )
         )
 
+    def take_shredded_parts(self, found: Shredded) -> None:
+        """Take some parts of a batch whose data key was destroyed: what they hash to is kept all the same."""
+        self._keep(found.verified.entry.sequence, found.verified.leaves)
+
     def add_entry(self, ready: Ready) -> None:
         """Take an entry without a batch. A new epoch sends every descriptor again."""
         self.move(ready)
@@ -194,13 +208,20 @@ class Group:
             )  # fmt: skip
         self.batches, self.manifests, self.size = [], [], 0
 
-    def store_receipts(self, conn: Connection, chain: str) -> None:
-        """Write the receipts so far into the applying transaction, and let them go."""
+    def store_receipts(self, conn: Connection, chain: str, slot: int | None) -> None:
+        """Write receipts and leaves so far into the applying transaction, and let them go."""
         state.save_receipts(conn, chain, self.receipts)
         self.receipts, self.stored = [], True
+        self.store_leaves(conn, chain, slot)
 
-    def write(self, conn: Connection, chain: str) -> None:
-        """Everything the applying transaction holds beside the rows."""
+    def store_leaves(self, conn: Connection, chain: str, slot: int | None) -> None:
+        """Write the leaves so far into the applying transaction, and let them go; no slot: keep none."""
+        write_leaves(conn, slot, chain, self.leaves)
+        self.leaves = []
+
+    def write(self, conn: Connection, chain: str, slot: int | None) -> None:
+        """Everything the applying transaction holds beside the rows; leaves go into a slot."""
+        self.store_leaves(conn, chain, slot)
         self.receipts.sort(key=lambda receipt: receipt.sequence)
         state.save_receipts(conn, chain, self.receipts)
         state.save_descriptors(conn, chain, self.descriptors, forget_others=self.forget_descriptors)

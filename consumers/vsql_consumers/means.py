@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vsql_consumers.parking import Lies
     from vsql_consumers.source import Source
     from vsql_consumers.state import Stream
+    from vsql_shared.audit.leaf_store import LeafKeeper
     from vsql_shared.config import Settings
     from vsql_shared.crypto.signing import TrustStore
     from vsql_shared.kms.base import KekProvider
@@ -71,3 +72,4 @@ class Means:
     metrics: StreamMetrics
     totals: Totals
     stop: threading.Event
+    leaves: LeafKeeper

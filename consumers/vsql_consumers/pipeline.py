@@ -84,6 +84,7 @@ class Pipeline:
                 means.control, stream.chain, names.ack_chain(stream.chain, stream.target)
             )
             self._open_decisions = state.load_open_decisions(means.control, stream.chain)
+        means.leaves.keep(time.monotonic())
         self.position: Position = joining.first_position(means, self._applier, position, skip, decisions)
         self.acknowledger = means.open_acknowledger()
         self._cosigner = self.acknowledger.cosigner(settings.audit.checkpoint_every)
@@ -130,6 +131,7 @@ class Pipeline:
         self.acknowledger.poll()
         if refused is not None:
             raise refused
+        self._means.leaves.keep(time.monotonic())
         self._cosign()
         self.intake.look_for_lost()
         self.intake.look_for_silence()
@@ -227,7 +229,8 @@ class Pipeline:
         if self._group.fragments:
             self._apply()
             with errors("writing receipts"):
-                self._group.store_receipts(self._means.applying, self._chain)
+                slot = self._means.leaves.slot
+                self._group.store_receipts(self._means.applying, self._chain, slot)
             if not opened.continues:
                 self._group.fragments = False
                 self._flush()
@@ -252,6 +255,7 @@ class Pipeline:
         if isinstance(found, Shredded):
             self._applier.begin_with(hold)
             part = found.part_receipt(roots)
+            group.take_shredded_parts(found)
         else:
             opened, new, kept = found
             group.take_parts(ready, opened, new)
@@ -268,7 +272,7 @@ class Pipeline:
             part = part_receipt(entry, roots, verdicts, opened.transactions, detail)
 
         def write(conn: Connection) -> None:
-            group.write_parts(conn, self._chain)
+            group.write_parts(conn, self._chain, self._means.leaves.slot)
             shares.save_part(conn, self._chain, part)
             shares.advance(conn, self._chain, which, entry.sequence)
             state.honour_decisions(conn, sorted(group.honoured))
@@ -471,7 +475,7 @@ class Pipeline:
 
     def _write(self, conn: Connection, group: Group, honoured: list[int]) -> None:
         self.copy.write(conn, group)
-        group.write(conn, self._chain)
+        group.write(conn, self._chain, self._means.leaves.slot)
         if honoured:
             state.honour_decisions(conn, honoured)
 

@@ -38,6 +38,7 @@ from vsql_consumers.session import open_applying, open_control, own_trust
 from vsql_consumers.source import Source, read_chain
 from vsql_consumers.state import Stream
 from vsql_shared import failpoints, names
+from vsql_shared.audit.leaf_store import LeafKeeper
 from vsql_shared.audit.store import ensure_partitions
 from vsql_shared.crypto.signing import Signer, TrustStore
 from vsql_shared.errors import (
@@ -280,6 +281,7 @@ class Worker:
                 self._report.metrics,
                 self._report.totals,
                 self.stop,
+                LeafKeeper(conn, settings.audit.leaf_retention, settings.audit.leaf_max_size),
             )
         )
 

@@ -125,7 +125,8 @@ class LivePipeline:
             write_seen=c.write_seen(head.epoch),
             spread=Spread(os.urandom(INDEX_KEY_SIZE), partitions) if partitions > 1 else None,
         )
-        self._progress = Progress(c.conn, opened.writer, slot.confirmed_lsn)
+        c.leaves.keep(time.monotonic())
+        self._progress = Progress(c.conn, opened.writer, slot.confirmed_lsn, c.leaves)
         describe = Describer(c.conn, c.stream.publication, scope, binary=binary)
         self._retention = Retention(c.conn, lambda: c.admin, c.stream.chain, settings.kafka.retention)
         self._transactions = Transactions(describe, head.lsn_end, slot.confirmed_lsn, messages)
@@ -199,6 +200,7 @@ class LivePipeline:
         self._acknowledged += outlet.publisher.poll(pause if reading else _LONG)
         self._settle(wal, outlet, now)
         self._retention.turn(now)
+        self._context.leaves.keep(now)
         if now >= self._next_scope:
             self._next_scope = now + _SCOPE_SECONDS
             self._require_same_scope()

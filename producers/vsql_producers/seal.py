@@ -35,7 +35,8 @@ from vsql_producers.spread import NO_PLACE, Spread
 from vsql_producers.transactions import Descriptor
 from vsql_shared import names
 from vsql_shared.audit import merkle
-from vsql_shared.changes import Op, TableName, Transaction
+from vsql_shared.audit.leaves import part_leaves
+from vsql_shared.changes import Op, PartLeaves, TableName, Transaction
 from vsql_shared.crypto.dek import SealingKey
 from vsql_shared.crypto.seal import seal_tuples
 from vsql_shared.errors import DecodeError
@@ -106,6 +107,8 @@ class SealedBatch(NamedTuple):
     by_row: bool = False
     described: str = ""
     """SHA-256 of the tables and columns this batch describes, in hex; empty: it describes none."""
+    leaves: tuple[PartLeaves, ...] = ()
+    """What each topic-partition's records hash to, in the order of `topics`."""
 
 
 class Relations:
@@ -261,11 +264,13 @@ def seal(
     """Encrypt an arranged batch under one key."""
     messages: dict[tuple[str, int], list[bytes]] = {}
     leaves: dict[tuple[str, int], list[bytes]] = {}
+    indexes: dict[tuple[str, int], list[int]] = {}
     for part in parts:
         table = part.descriptor.name
         topic = names.data_topic(place.cluster, place.chain, table.schema, table.table)
         lies = (topic, part.partition)
         sent, tree = messages.setdefault(lies, []), leaves.setdefault(lies, [])
+        indexes.setdefault(lies, []).extend(part.indexes)
         for start, stop in _cuts(part.frames, limits):
             message, pack_leaves = _seal_pack(batch, part, slice(start, stop), number, key, place)
             sent.append(message)
@@ -288,6 +293,9 @@ def seal(
         transactions=len(batch.transactions),
         oldest_commit_time=batch.transactions[0].commit_time,
         by_row=batch.by_row,
+        leaves=tuple(
+            part_leaves(number, leaves[lies], indexes[lies]) for number, lies in enumerate(sorted(messages))
+        ),
     )
 
 
