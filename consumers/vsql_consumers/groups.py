@@ -6,8 +6,8 @@ Not here: Kafka and the order of stages (pipeline.py). Rules:
   are a group of their own, applied as they come. A fragment that is skipped is one all the same: progress
   never stands between two of them.
 * The receipts and leaves of fragments are written as they come: a transaction may have any number of them.
-* Progress, receipts, leaves, descriptors and table states are written in the applying transaction, so that all
-  of it is there or none.
+* Progress, receipts, leaves, descriptors and table states are written in the applying transaction: all of it
+  is there or none.
 """
 
 from __future__ import annotations

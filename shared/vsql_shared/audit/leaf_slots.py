@@ -1,4 +1,4 @@
-"""Which slots of kept leaves are emptied, and when the next one is begun. Pure: sizes and times are passed in.
+"""Which slots of kept leaves are emptied, and when the next one is begun. Pure: times are passed in.
 
 Not here: the tables (leaf_store.py). Rules:
 

@@ -50,9 +50,7 @@ def write_leaves(conn: Connection, slot: int | None, chain: str, kept: Sequence[
 class LeafKeeper:
     """Prunes what is kept, and says which slot is written to."""
 
-    def __init__(
-        self, conn: Connection, keep: timedelta, most: int, *, every: float = LOOK_SECONDS
-    ) -> None:
+    def __init__(self, conn: Connection, keep: timedelta, most: int, *, every: float = LOOK_SECONDS) -> None:
         """`keep`: how long (0: nothing is kept); `most`: bytes of all leaves in this database."""
         self._conn, self._keep, self._most, self._every = conn, keep, most, every
         self._next = float("-inf")
@@ -87,7 +85,9 @@ class LeafKeeper:
         self.nbytes = sum(one.nbytes for one in slots)
         if mine is None or not mine[0]:
             # Slots end seldom: the present one is right, or was a moment ago.
-            self.slot = next((one.number for one in slots if one.ended_at is None), None) if self._keep else None
+            self.slot = (
+                next((one.number for one in slots if one.ended_at is None), None) if self._keep else None
+            )
             return False
         steps = plan(slots, self._now(), self._keep, self._most)
         self._do(steps, {one.number for one in slots if one.ended_at is None})

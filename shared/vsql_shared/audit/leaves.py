@@ -4,10 +4,10 @@ Not here: where they are kept (leaf_store.py) and how two sides are compared (di
 Pure. Rules:
 
 * One value for each topic-partition of a batch: 32 bytes a record, in the order of the partition, so that its
-  RFC 9162 root is what was signed. Beside it the index of each record in the batch, 4 bytes; where they follow
-  each other, as they do in a batch of one table, the first alone.
-* The root covers hashes and their order. The indexes beside them only say which change is meant; the hash of a
-  record holds its index, too, but nobody can read it there.
+  RFC 9162 root is what was signed. Beside it the index of each record in the batch, 4 bytes; where they
+  follow each other, as they do in a batch of one table, the first alone.
+* The root covers hashes and their order. The indexes beside them only say which change is meant; the hash of
+  a record holds its index, too, but nobody can read it there.
 * What was kept may have been altered since: bytes that do not fit each other are refused (RecordError).
 """
 

@@ -75,8 +75,8 @@ def insert_entries(
 ) -> None:
     """Add accepted documents, oldest first, with their Kafka offsets, and move their chains' heads.
 
-    One COPY and one update a chain, however many entries; `also` writes what belongs to them. Raises ChainError when they do not extend what
-    the table has, DecodeError for what is no entry.
+    One COPY and one update a chain, however many entries; `also` writes what belongs to them. Raises
+    ChainError when they do not extend what the table has, DecodeError for what is no entry.
     """
     if not entries:
         return

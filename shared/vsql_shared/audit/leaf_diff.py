@@ -1,0 +1,259 @@
+"""Names the sealed records in which source and target differ, in a range of batches: asks both databases.
+
+Not here: what is proven by what (divergence.py), the search itself (differences.py), parsing what a database
+answers (leaf_answers.py). Procedure; each step is one question to either side, the third one a few:
+
+1. Signed entries: manifests from the source, acknowledgements from the target; every signature is verified.
+2. Of which of them each side keeps leaves.
+3. Where the leaves of those differ: nodes of hashes, level by level, all differing ones at a time.
+4. All leaves of the batches where leaves or roots differ: held against the signed roots, and compared.
+
+Rules: only SELECT, in one read-only snapshot, so a standby and the role vsql_sync_viewer are enough. A range
+is bounded in batches and tuples, what is fetched in bytes. Both sides are asked the same way, and every
+question is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from vsql_shared.audit.chain import writer_of
+from vsql_shared.audit.differences import Answer, Question, locate
+from vsql_shared.audit.divergence import Divergence, Pair, comparable, judge, pair, runs
+from vsql_shared.audit.dsse import AUDIT_ENTRY, document_hash, open_document
+from vsql_shared.audit.entries import AuditEntry, signed_place
+from vsql_shared.audit.leaf_answers import Row, parse_answers, parse_kept, parse_parts
+from vsql_shared.changes import PartLeaves
+from vsql_shared.crypto.signing import TrustStore
+from vsql_shared.errors import ChainError, RecordError, RefusedError, VerificationError
+from vsql_shared.names import ack_chain
+from vsql_shared.pg.connect import Connection, errors
+
+MAX_BATCHES = 100_000
+"""Batches in a range: their entries are read and verified, about 200 µs each."""
+MAX_TUPLES = 20_000_000
+"""Sealed records compared at a time: each question hashes all of them, about 2 s a million."""
+MAX_FETCHED_BYTES = 256 << 20
+"""Of leaves fetched from either side to be held against the signed roots; beyond it "more" is said."""
+
+# The first entry of a batch at or after the wanted one, found by halving: entries are in the order of their
+# batches, and there is no index over batches, which every batch would pay for.
+_ENTRIES = """
+WITH RECURSIVE search (low, high) AS (
+    SELECT 1::bigint, 1 + coalesce(
+        (SELECT max(a.sequence) FROM vsql_sync.vsql_sync_audit a WHERE a.chain = %(chain)s), 0)
+  UNION ALL
+    SELECT CASE WHEN f.below THEN m.middle + 1 ELSE s.low END,
+           CASE WHEN f.below THEN s.high ELSE m.middle END
+    FROM search s
+    CROSS JOIN LATERAL (SELECT (s.low + s.high) / 2 AS middle) m
+    CROSS JOIN LATERAL (SELECT coalesce((
+        SELECT a.batch < %(first)s FROM vsql_sync.vsql_sync_audit a
+        WHERE a.chain = %(chain)s AND a.sequence >= m.middle AND a.batch > 0
+        ORDER BY a.sequence LIMIT 1), false) AS below) f
+    WHERE s.low < s.high
+)
+SELECT a.sequence, a.document FROM vsql_sync.vsql_sync_audit a
+WHERE a.chain = %(chain)s AND a.sequence >= (SELECT max(low) FROM search) AND a.batch > 0
+ORDER BY a.sequence LIMIT %(most)s
+"""
+_RANGE = (
+    "chain = %(chain)s AND sequence BETWEEN %(first)s AND %(last)s"
+    " AND sequence <@ %(sequences)s::int8multirange"
+)
+_KEPT = (
+    "SELECT sequence, sum(octet_length(leaves))::bigint FROM vsql_sync.batch_leaves"  # noqa: S608 - constants
+    f" WHERE {_RANGE} GROUP BY sequence"
+)
+_PARTS = (
+    "SELECT sequence, part, leaves, indexes FROM vsql_sync.batch_leaves"  # noqa: S608 - constants
+    f" WHERE {_RANGE} ORDER BY sequence, part"
+)
+# `||` fetches a value whole: substring() of one that lies outside of the row would fetch it piece by piece.
+_ANSWERS = f"""
+WITH kept AS MATERIALIZED (
+    SELECT sequence, part, leaves || ''::bytea AS leaves, indexes || ''::bytea AS indexes
+    FROM vsql_sync.batch_leaves WHERE {_RANGE}
+), leaf AS NOT MATERIALIZED (
+    SELECT sequence, part, g.n, indexes, d.digest, encode(d.digest, 'hex') AS hex
+    FROM kept
+    CROSS JOIN LATERAL generate_series(0, octet_length(leaves) / 32 - 1) AS g (n)
+    CROSS JOIN LATERAL (SELECT substring(leaves FROM g.n * 32 + 1 FOR 32) AS digest OFFSET 0) d
+)
+SELECT 'n', left(hex, %(depth)s + 1), count(*), sha256(string_agg(digest, ''::bytea ORDER BY digest)),
+       NULL::bigint, NULL::integer, NULL::bigint
+FROM leaf WHERE cardinality(%(nodes)s::text[]) > 0 AND left(hex, %(depth)s) = ANY (%(nodes)s::text[])
+GROUP BY left(hex, %(depth)s + 1)
+UNION ALL
+SELECT 'l', left(hex, %(depth)s), NULL, digest, sequence, part,
+       CASE WHEN octet_length(indexes) = 4 THEN n ELSE 0 END
+       + ('x' || encode(substring(
+           indexes FROM CASE WHEN octet_length(indexes) = 4 THEN 1 ELSE n * 4 + 1 END FOR 4), 'hex')
+         )::bit(32)::bigint
+FROM leaf WHERE cardinality(%(leaves)s::text[]) > 0 AND left(hex, %(depth)s) = ANY (%(leaves)s::text[])
+"""  # noqa: S608 - constants
+
+
+class KeptLeaves:
+    """One side: its database, and how often it was asked."""
+
+    def __init__(self, conn: Connection, node: str) -> None:
+        self.conn, self.node = conn, node
+        self.asked = 0
+        self.kept: dict[int, int] = {}
+        """Manifest → bytes of the leaves that are kept of it."""
+        self._range: dict[str, object] = {}
+        self._sequences: frozenset[int] = frozenset()
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """One state of the database for all questions, which change nothing."""
+        with errors(f"asking node {self.node}"), self.conn.transaction():
+            self.conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            yield
+
+    def _rows(self, query: str, values: dict[str, object]) -> Iterator[Row]:
+        """Row by row: what a database sends is not held before it was looked at."""
+        self.asked += 1
+        with errors(f"asking node {self.node}"), self.conn.cursor() as cursor:
+            yield from cursor.stream(query.encode(), values, binary=True)
+
+    def entries(self, chain: str, first: int, last: int, trust: TrustStore) -> list[tuple[AuditEntry, bytes]]:
+        """Entries of batches first … last of a chain with their hashes; each signature is verified."""
+        values: dict[str, object] = {"chain": chain, "first": first, "most": last - first + 2}
+        out: list[tuple[AuditEntry, bytes]] = []
+        for row in self._rows(_ENTRIES, values):
+            try:
+                entry, digest = _verified(row, chain, trust)
+            except VerificationError as error:
+                error.record = error.record or f"{chain}/{row[0]}"
+                raise
+            if first <= entry.batch <= last and len(out) <= last - first:
+                out.append((entry, digest))
+        return out
+
+    def only(self, chain: str, sequences: Sequence[int]) -> None:
+        """What the next questions are about: these manifests of a stream, in ascending order."""
+        ranges = ",".join(f"[{run.first},{run.last}]" for run in runs(sequences))
+        self._range = {
+            "chain": chain, "first": sequences[0], "last": sequences[-1], "sequences": f"{{{ranges}}}",
+        }  # fmt: skip
+        self._sequences = frozenset(sequences)
+
+    def look(self) -> None:
+        """Fill `kept`."""
+        self.kept = parse_kept(self._rows(_KEPT, self._range), self._sequences)
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """One exchange: all its questions are about beginnings of one length."""
+        depth = len(questions[0].prefix)
+        if any(len(one.prefix) != depth for one in questions):
+            raise RecordError("questions of different depths in one exchange")
+        values = self._range | {
+            "depth": depth,
+            "nodes": [one.prefix for one in questions if not one.leaves],
+            "leaves": [one.prefix for one in questions if one.leaves],
+        }
+        return parse_answers(questions, self._rows(_ANSWERS, values), self._sequences)
+
+    def parts(self) -> dict[int, list[PartLeaves]]:
+        """All leaves of these manifests."""
+        sizes = {sequence: self.kept[sequence] for sequence in self._sequences}
+        return parse_parts(self._rows(_PARTS, self._range), sizes)
+
+
+def _verified(row: Row, chain: str, trust: TrustStore) -> tuple[AuditEntry, bytes]:
+    encoded: Any = row[1]
+    if not isinstance(encoded, bytes):
+        raise RecordError("an entry that is no document")
+    payload = open_document(trust, writer_of(chain), encoded, AUDIT_ENTRY, signed_place)
+    entry = AuditEntry.decode(payload)
+    if entry.chain != chain:
+        raise ChainError(f"an entry of chain {entry.chain}", record=f"{chain}/{row[0]}")
+    return entry, document_hash(encoded)
+
+
+def diff(
+    source: KeptLeaves, target: KeptLeaves, chain: str, first: int, last: int, trust: TrustStore
+) -> Divergence:
+    """Compare batches first … last of a chain.
+
+    Raises RefusedError for a range that holds nothing or too much, VerificationError for what is not signed
+    as it must be, RecordError for answers of a wrong form.
+    """
+    count = last - first + 1
+    if count > MAX_BATCHES:
+        raise RefusedError(f"{count} batches, at most {MAX_BATCHES} at a time", hint="split the range")
+    found = Divergence(chain, source.node, target.node, first, last)
+    with source.snapshot(), target.snapshot():
+        pairs = _pairs(found, source, target, trust)
+        both = _both_keep(found, source, target, pairs)
+        if both:
+            _compare(found, source, target, both)
+    # Both are asked the same; one of them is the peer.
+    found.exchanges = max(source.asked, target.asked)
+    return found
+
+
+def _pairs(found: Divergence, source: KeptLeaves, target: KeptLeaves, trust: TrustStore) -> list[Pair]:
+    """Step 1."""
+    acks = target.entries(ack_chain(found.chain, target.node), found.first, found.last, trust)
+    pairs = pair(found, source.entries(found.chain, found.first, found.last, trust), [one for one, _ in acks])
+    if not pairs:
+        raise RefusedError(
+            f"node {source.node} has no batch {found.first} to {found.last} in chain {found.chain}",
+            hint="`syncctl audit list --event-type replication_batch` shows the batches it has",
+        )
+    return pairs
+
+
+def _both_keep(
+    found: Divergence, source: KeptLeaves, target: KeptLeaves, pairs: Sequence[Pair]
+) -> list[Pair]:
+    """Step 2: batches of which both sides keep leaves."""
+    sequences = [one.manifest.sequence for one in pairs if one.rooted]
+    if not sequences:
+        return []
+    for side in (source, target):
+        side.only(found.chain, sequences)
+        side.look()
+    both = comparable(found, pairs, source.kept, target.kept)
+    if found.tuples > MAX_TUPLES:
+        raise RefusedError(
+            f"{found.tuples} tuples in {found.compared} batches, at most {MAX_TUPLES} are compared at a time",
+            hint="split the range",
+        )
+    return both
+
+
+def _compare(found: Divergence, source: KeptLeaves, target: KeptLeaves, both: Sequence[Pair]) -> None:
+    """Steps 3 and 4."""
+    for side in (source, target):
+        side.only(found.chain, [one.manifest.sequence for one in both])
+    located = locate(source.answer, target.answer)
+    places = [*located.altered, *located.missing, *located.extra]
+    wanted = {place.sequence for place in places} | {one.manifest.sequence for one in both if one.differs}
+    chosen = _affordable([one for one in both if one.manifest.sequence in wanted], source.kept, target.kept)
+    found.more = located.more or len(chosen) < len(wanted)
+    if not chosen:
+        return
+    parts = []
+    for side in (source, target):
+        side.only(found.chain, [one.manifest.sequence for one in chosen])
+        parts.append(side.parts())
+    for one in chosen:
+        sequence = one.manifest.sequence
+        judge(found, one, parts[0][sequence], parts[1][sequence])
+
+
+def _affordable(wanted: Sequence[Pair], *kept: dict[int, int]) -> list[Pair]:
+    """The first of them whose leaves may be fetched."""
+    left, out = MAX_FETCHED_BYTES, []
+    for one in wanted:
+        left -= max(sizes[one.manifest.sequence] for sizes in kept)
+        if left < 0:
+            break
+        out.append(one)
+    return out
