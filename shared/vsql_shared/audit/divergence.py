@@ -1,7 +1,6 @@
 """What source and target say of a range of batches, and in which sealed records they differ.
 
-Not here: asking databases (leaf_diff.py), finding where leaves differ (differences.py). Pure. What is called
-proven, and why:
+Not here: asking databases (leaf_diff.py). Pure. What is called proven, and why:
 
 1. Manifests and acknowledgements are signed; their signatures were verified before they come here. Where both
    have one root, nothing differs: whatever lies in the tables of leaves.
@@ -21,9 +20,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
-from vsql_shared.audit.differences import Leaf, Place
 from vsql_shared.audit.entries import BATCH_APPLIED, BATCH_SKIPPED, REPLICATION_BATCH, AuditEntry
-from vsql_shared.audit.leaves import as_leaves, sub_root
+from vsql_shared.audit.leaf_answers import Kept
+from vsql_shared.audit.leaves import Leaf, Place, as_leaves, sub_root
 from vsql_shared.audit.merkle import HASH_SIZE, batch_root
 from vsql_shared.changes import PartLeaves
 from vsql_shared.errors import ChainError, RecordError
@@ -158,9 +157,9 @@ def pair(
 
 
 def comparable(
-    found: Divergence, pairs: Sequence[Pair], source: Mapping[int, int], target: Mapping[int, int]
+    found: Divergence, pairs: Sequence[Pair], source: Mapping[int, Kept], target: Mapping[int, Kept]
 ) -> list[Pair]:
-    """Batches whose leaves can be compared, of which each side says how many bytes it keeps (by sequence)."""
+    """Batches of which both sides keep leaves; `source`, `target`: what each says it keeps (by sequence)."""
     rooted = [one for one in pairs if one.rooted]
     for node, kept in ((found.source, source), (found.target, target)):
         gone = runs(one.manifest.batch for one in rooted if one.manifest.sequence not in kept)
@@ -168,7 +167,7 @@ def comparable(
             found.not_kept[node] = gone
     both = [one for one in rooted if one.manifest.sequence in source and one.manifest.sequence in target]
     found.compared = len(both)
-    found.tuples = sum(source[one.manifest.sequence] // HASH_SIZE for one in both)
+    found.tuples = sum(source[one.manifest.sequence].nbytes // HASH_SIZE for one in both)
     return both
 
 

@@ -10,93 +10,36 @@ Not here: the questions' SQL (leaf_diff.py) and what follows from the answers (d
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-from vsql_shared.audit.differences import FAN_OUT, FEW, Answer, Leaf, Node, Place, Question
 from vsql_shared.audit.merkle import HASH_SIZE
 from vsql_shared.changes import PartLeaves
 from vsql_shared.errors import RecordError
 
 Row = Sequence[object]
-NODE, LEAF = "n", "l"
-"""Kinds of rows in an answer."""
-MAX_PARTS = 100_000
-"""Topic-partitions of one batch."""
 _MAX_LONG = (1 << 63) - 1
 _MAX_INT = (1 << 31) - 1
-_EMPTY = Node(0, hashlib.sha256(b"").digest())
 _T = TypeVar("_T")
 
 
-def parse_answers(
-    questions: Sequence[Question], rows: Iterable[Row], sequences: Container[int]
-) -> list[Answer]:
-    """Answers to one exchange, of leaves of these manifests.
+class Kept(NamedTuple):
+    """What a side says of the leaves it keeps of a batch: their bytes, and a hash over all of them."""
 
-    Rows are ("n", hex digits, count, hash, …) for a node that has leaves, and ("l", hex digits, -, hash,
-    sequence, part, index) for a leaf. Raises RecordError for rows that answer nothing that was asked.
-    """
-    nodes: dict[str, dict[str, Node]] = {one.prefix: {} for one in questions if not one.leaves}
-    leaves: dict[str, list[Leaf]] = {one.prefix: [] for one in questions if one.leaves}
+    nbytes: int
+    digest: bytes
+
+
+def parse_kept(rows: Iterable[Row], sequences: Container[int]) -> dict[int, Kept]:
+    """Manifest → what is kept of it. Rows are (sequence, bytes, hash), each manifest once."""
+    found: dict[int, Kept] = {}
     for row in rows:
-        if len(row) != 7:
-            raise RecordError(f"an answer of {len(row)} columns, expected 7")
-        kind, digits, digest = row[0], _typed(row[1], str, "digits"), _hash(row[3])
-        if kind == NODE:
-            _add_node(nodes, digits, Node(_between(row[2], 1, _MAX_LONG, "count"), digest))
-        elif kind == LEAF:
-            _add_leaf(leaves, digits, Leaf(digest, _place(row, sequences)))
-        else:
-            raise RecordError("an answer that is neither node nor leaf")
-    return [
-        Answer(leaves=tuple(leaves[one.prefix]))
-        if one.leaves
-        else Answer(
-            children=tuple(
-                nodes[one.prefix].get(f"{one.prefix}{digit:x}", _EMPTY) for digit in range(FAN_OUT)
-            )
-        )
-        for one in questions
-    ]
-
-
-def _add_node(nodes: dict[str, dict[str, Node]], digits: str, node: Node) -> None:
-    """Each child once, of a node that was asked about: that bounds how many there are."""
-    children = nodes.get(digits[:-1])
-    if children is None or digits[-1:] not in "0123456789abcdef" or digits in children or not digits:
-        raise RecordError(f"an answer about {digits[:80]!r}, which was not asked, or twice")
-    children[digits] = node
-
-
-def _add_leaf(leaves: dict[str, list[Leaf]], digits: str, leaf: Leaf) -> None:
-    found = leaves.get(digits)
-    if found is None or not leaf.digest.hex().startswith(digits):
-        raise RecordError(f"a leaf below {digits[:80]!r}, which was not asked, or elsewhere")
-    if len(found) >= FEW:
-        raise RecordError(f"more than {FEW} leaves below {digits!r}, as many as were said to be there")
-    found.append(leaf)
-
-
-def _place(row: Row, sequences: Container[int]) -> Place:
-    sequence = _between(row[4], 1, _MAX_LONG, "sequence")
-    if sequence not in sequences:
-        raise RecordError(f"a leaf of entry {sequence}, which was not asked about")
-    part = _between(row[5], 0, MAX_PARTS - 1, "part")
-    return Place(sequence, part, _between(row[6], 0, (1 << 32) - 1, "index"))
-
-
-def parse_kept(rows: Iterable[Row], sequences: Container[int]) -> dict[int, int]:
-    """Manifest → bytes of the leaves that are kept of it. Rows are (sequence, bytes), each manifest once."""
-    found: dict[int, int] = {}
-    for row in rows:
-        if len(row) != 2:
-            raise RecordError(f"an answer of {len(row)} columns, expected 2")
+        if len(row) != 3:
+            raise RecordError(f"an answer of {len(row)} columns, expected 3")
         sequence = _between(row[0], 1, _MAX_LONG, "sequence")
         if sequence not in sequences or sequence in found:
             raise RecordError(f"kept leaves of entry {sequence}, which was not asked about, or twice")
-        found[sequence] = _between(row[1], 1, _MAX_LONG, "size")
+        found[sequence] = Kept(_between(row[1], 1, _MAX_LONG, "size"), _hash(row[2]))
     return found
 
 

@@ -1,12 +1,12 @@
 """Names the sealed records in which source and target differ, in a range of batches: asks both databases.
 
-Not here: what is proven by what (divergence.py), the search itself (differences.py), parsing what a database
-answers (leaf_answers.py). Procedure; each step is one question to either side, the third one a few:
+Not here: what is proven by what (divergence.py), parsing what a database answers (leaf_answers.py).
+Procedure; each step is one question to either side:
 
 1. Signed entries: manifests from the source, acknowledgements from the target; every signature is verified.
-2. Of which of them each side keeps leaves.
-3. Where the leaves of those differ: nodes of hashes, level by level, all differing ones at a time.
-4. All leaves of the batches where leaves or roots differ: held against the signed roots, and compared.
+2. A hash over the leaves of each batch that are kept.
+3. All leaves of the batches in which those hashes, or the signed roots, differ: held against the signed
+   roots, and compared.
 
 Rules: only SELECT, in one read-only snapshot, so a standby and the role vsql_sync_viewer are enough. A range
 is bounded in batches and tuples, what is fetched in bytes. Both sides are asked the same way, and every
@@ -20,11 +20,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from vsql_shared.audit.chain import writer_of
-from vsql_shared.audit.differences import Answer, Question, locate
 from vsql_shared.audit.divergence import Divergence, Pair, comparable, judge, pair, runs
 from vsql_shared.audit.dsse import AUDIT_ENTRY, document_hash, open_document
 from vsql_shared.audit.entries import AuditEntry, signed_place
-from vsql_shared.audit.leaf_answers import Row, parse_answers, parse_kept, parse_parts
+from vsql_shared.audit.leaf_answers import Kept, Row, parse_kept, parse_parts
 from vsql_shared.changes import PartLeaves
 from vsql_shared.crypto.signing import TrustStore
 from vsql_shared.errors import ChainError, RecordError, RefusedError, VerificationError
@@ -34,8 +33,8 @@ from vsql_shared.pg.connect import Connection, errors
 MAX_BATCHES = 100_000
 """Batches in a range: their entries are read and verified, about 200 µs each."""
 MAX_TUPLES = 20_000_000
-"""Sealed records compared at a time: each question hashes all of them, about 2 s a million."""
-MAX_FETCHED_BYTES = 256 << 20
+"""Sealed records compared at a time: each database hashes all of them once."""
+MAX_FETCHED_BYTES = 64 << 20
 """Of leaves fetched from either side to be held against the signed roots; beyond it "more" is said."""
 
 # The first entry of a batch at or after the wanted one, found by halving: entries are in the order of their
@@ -64,36 +63,14 @@ _RANGE = (
     " AND sequence <@ %(sequences)s::int8multirange"
 )
 _KEPT = (
-    "SELECT sequence, sum(octet_length(leaves))::bigint FROM vsql_sync.batch_leaves"  # noqa: S608 - constants
-    f" WHERE {_RANGE} GROUP BY sequence"
+    "SELECT sequence, sum(octet_length(leaves))::bigint, sha256(string_agg("  # noqa: S608 - constants
+    "int4send(part) || sha256(leaves) || sha256(indexes), ''::bytea ORDER BY part))"
+    f" FROM vsql_sync.batch_leaves WHERE {_RANGE} GROUP BY sequence"
 )
 _PARTS = (
     "SELECT sequence, part, leaves, indexes FROM vsql_sync.batch_leaves"  # noqa: S608 - constants
     f" WHERE {_RANGE} ORDER BY sequence, part"
 )
-# `||` fetches a value whole: substring() of one that lies outside of the row would fetch it piece by piece.
-_ANSWERS = f"""
-WITH kept AS MATERIALIZED (
-    SELECT sequence, part, leaves || ''::bytea AS leaves, indexes || ''::bytea AS indexes
-    FROM vsql_sync.batch_leaves WHERE {_RANGE}
-), leaf AS NOT MATERIALIZED (
-    SELECT sequence, part, g.n, indexes, d.digest, encode(d.digest, 'hex') AS hex
-    FROM kept
-    CROSS JOIN LATERAL generate_series(0, octet_length(leaves) / 32 - 1) AS g (n)
-    CROSS JOIN LATERAL (SELECT substring(leaves FROM g.n * 32 + 1 FOR 32) AS digest OFFSET 0) d
-)
-SELECT 'n', left(hex, %(depth)s + 1), count(*), sha256(string_agg(digest, ''::bytea ORDER BY digest)),
-       NULL::bigint, NULL::integer, NULL::bigint
-FROM leaf WHERE cardinality(%(nodes)s::text[]) > 0 AND left(hex, %(depth)s) = ANY (%(nodes)s::text[])
-GROUP BY left(hex, %(depth)s + 1)
-UNION ALL
-SELECT 'l', left(hex, %(depth)s), NULL, digest, sequence, part,
-       CASE WHEN octet_length(indexes) = 4 THEN n ELSE 0 END
-       + ('x' || encode(substring(
-           indexes FROM CASE WHEN octet_length(indexes) = 4 THEN 1 ELSE n * 4 + 1 END FOR 4), 'hex')
-         )::bit(32)::bigint
-FROM leaf WHERE cardinality(%(leaves)s::text[]) > 0 AND left(hex, %(depth)s) = ANY (%(leaves)s::text[])
-"""  # noqa: S608 - constants
 
 
 class KeptLeaves:
@@ -102,8 +79,8 @@ class KeptLeaves:
     def __init__(self, conn: Connection, node: str) -> None:
         self.conn, self.node = conn, node
         self.asked = 0
-        self.kept: dict[int, int] = {}
-        """Manifest → bytes of the leaves that are kept of it."""
+        self.kept: dict[int, Kept] = {}
+        """Manifest → what is kept of it."""
         self._range: dict[str, object] = {}
         self._sequences: frozenset[int] = frozenset()
 
@@ -146,21 +123,9 @@ class KeptLeaves:
         """Fill `kept`."""
         self.kept = parse_kept(self._rows(_KEPT, self._range), self._sequences)
 
-    def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        """One exchange: all its questions are about beginnings of one length."""
-        depth = len(questions[0].prefix)
-        if any(len(one.prefix) != depth for one in questions):
-            raise RecordError("questions of different depths in one exchange")
-        values = self._range | {
-            "depth": depth,
-            "nodes": [one.prefix for one in questions if not one.leaves],
-            "leaves": [one.prefix for one in questions if one.leaves],
-        }
-        return parse_answers(questions, self._rows(_ANSWERS, values), self._sequences)
-
     def parts(self) -> dict[int, list[PartLeaves]]:
         """All leaves of these manifests."""
-        sizes = {sequence: self.kept[sequence] for sequence in self._sequences}
+        sizes = {sequence: self.kept[sequence].nbytes for sequence in self._sequences}
         return parse_parts(self._rows(_PARTS, self._range), sizes)
 
 
@@ -229,14 +194,14 @@ def _both_keep(
 
 
 def _compare(found: Divergence, source: KeptLeaves, target: KeptLeaves, both: Sequence[Pair]) -> None:
-    """Steps 3 and 4."""
-    for side in (source, target):
-        side.only(found.chain, [one.manifest.sequence for one in both])
-    located = locate(source.answer, target.answer)
-    places = [*located.altered, *located.missing, *located.extra]
-    wanted = {place.sequence for place in places} | {one.manifest.sequence for one in both if one.differs}
-    chosen = _affordable([one for one in both if one.manifest.sequence in wanted], source.kept, target.kept)
-    found.more = located.more or len(chosen) < len(wanted)
+    """Step 3."""
+    suspect = [
+        one
+        for one in both
+        if one.differs or source.kept[one.manifest.sequence] != target.kept[one.manifest.sequence]
+    ]
+    chosen = _affordable(suspect, source.kept, target.kept)
+    found.more = len(chosen) < len(suspect)
     if not chosen:
         return
     parts = []
@@ -248,11 +213,11 @@ def _compare(found: Divergence, source: KeptLeaves, target: KeptLeaves, both: Se
         judge(found, one, parts[0][sequence], parts[1][sequence])
 
 
-def _affordable(wanted: Sequence[Pair], *kept: dict[int, int]) -> list[Pair]:
+def _affordable(wanted: Sequence[Pair], *kept: dict[int, Kept]) -> list[Pair]:
     """The first of them whose leaves may be fetched."""
     left, out = MAX_FETCHED_BYTES, []
     for one in wanted:
-        left -= max(sizes[one.manifest.sequence] for sizes in kept)
+        left -= max(said[one.manifest.sequence].nbytes for said in kept)
         if left < 0:
             break
         out.append(one)

@@ -1,6 +1,6 @@
 """Leaf hashes a side keeps of its batches: how they lie in bytes, and which root they give.
 
-Not here: where they are kept (leaf_store.py) and how two sides are compared (differences.py, divergence.py).
+Not here: where they are kept (leaf_store.py) and how two sides are compared (divergence.py).
 Pure. Rules:
 
 * One value for each topic-partition of a batch: 32 bytes a record, in the order of the partition, so that its
@@ -15,14 +15,29 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from vsql_shared.audit.differences import Leaf, Place
 from vsql_shared.audit.merkle import HASH_SIZE, root
 from vsql_shared.changes import PartLeaves
 from vsql_shared.errors import RecordError
 
 INDEX_SIZE = 4
 _MAX_INDEX = (1 << 32) - 1
+
+
+class Place(NamedTuple):
+    """Where a tuple stands: its manifest's sequence, its partition's place there, its index in the batch."""
+
+    sequence: int
+    part: int
+    number: int
+
+
+class Leaf(NamedTuple):
+    """A tuple's leaf hash and its place."""
+
+    digest: bytes
+    place: Place
 
 
 def part_leaves(part: int, leaves: Sequence[bytes], indexes: Sequence[int]) -> PartLeaves:
