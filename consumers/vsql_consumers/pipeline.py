@@ -303,6 +303,11 @@ class Pipeline:
         return {} if self._members is None else self._members.figures()
 
     @property
+    def leaf_bytes(self) -> int:
+        """Of all leaves this node keeps."""
+        return self._means.leaves.nbytes
+
+    @property
     def between(self) -> bool:
         """Whether no target transaction is open."""
         return not self._group.entries

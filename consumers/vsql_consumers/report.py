@@ -68,6 +68,7 @@ class Report:
             "lag_batches": known.batch - head.batch,
             "lag_seconds": round(lag_seconds, 3),
             "buffered_bytes": pipeline.intake.collector.buffered,
+            "leaf_bytes": pipeline.leaf_bytes,
         }
         detail |= pipeline.members_detail()
         if pipeline.copy.is_copy:

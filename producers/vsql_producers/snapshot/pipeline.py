@@ -340,6 +340,7 @@ class CopyPipeline:
             "unpublished_batches": self._outlet.publisher.inflight + len(self._ready),
             "dek_id": key.dek_id if key else "",
             "dek_tuples": key.tuples_used if key else 0,
+            "leaf_bytes": self._context.leaves.nbytes,
             "copy": {
                 "table": str(self._table.name) if self._table else "",
                 "tables_done": self._total_tables - left,
