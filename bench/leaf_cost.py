@@ -62,7 +62,7 @@ class Written:
         began = time.process_time()
         for _ in range(0, batches, GROUP):
             with self._conn.transaction():
-                self._conn.execute("UPDATE bench SET n = n + 1")
+                self._conn.execute("UPDATE public.bench SET n = n + 1")
                 numbered = [(self._sequence + at, self._kept[at % len(self._kept)]) for at in range(GROUP)]
                 write_leaves(self._conn, self._keeper.slot if keep else None, "bench.a", numbered)
             self._sequence += GROUP
@@ -77,7 +77,7 @@ def written(rows: int, conninfo: str) -> tuple[float, float]:
     kept = [part_leaves(0, leaves, list(range(BATCH_ROWS))) for _ in range(GROUP)]
     with connect(conninfo, application_name="bench") as conn:
         install(conn)
-        conn.execute("CREATE TABLE bench AS SELECT 0 AS n")
+        conn.execute("CREATE TABLE public.bench AS SELECT 0 AS n")
         writer = Written(conn, kept)
         batches = rows // BATCH_ROWS
         writer.run(batches, keep=True)

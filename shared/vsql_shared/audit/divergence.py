@@ -173,19 +173,25 @@ def comparable(
 
 def judge(found: Divergence, one: Pair, source: Sequence[PartLeaves], target: Sequence[PartLeaves]) -> None:
     """Step 2 and 3 for one batch whose leaves were fetched from both sides."""
+    ours = _believed(found, one, found.source, source)
+    theirs = _believed(found, one, found.target, target)
+    if ours is not None and theirs is not None:
+        _name(found, one, ours, theirs)
+
+
+def _believed(found: Divergence, one: Pair, node: str, parts: Sequence[PartLeaves]) -> frozenset[Leaf] | None:
+    """A side's leaves; None, and a finding, where they are not what it has signed."""
     manifest = one.manifest
-    fits = True
-    for node, check in ((found.source, _source_problem), (found.target, _target_problem)):
-        try:
-            what = check(one, source if node == found.source else target)
-        except RecordError as error:
-            what = error.message
-        if what is not None:
-            fits = False
-            text = f"the leaves kept of it do not fit the root node {node} has signed: {what}"
-            found.unfit.append(Unfit(node, manifest.batch, manifest.sequence, text))
-    if fits:
-        _name(found, one, source, target)
+    check = _source_problem if node == found.source else _target_problem
+    try:
+        what = check(one, parts)
+        if what is None:
+            return frozenset(leaf for part in parts for leaf in as_leaves(manifest.sequence, part))
+    except RecordError as error:
+        what = error.message
+    text = f"the leaves kept of it do not fit the root node {node} has signed: {what}"
+    found.unfit.append(Unfit(node, manifest.batch, manifest.sequence, text))
+    return None
 
 
 def _source_problem(one: Pair, parts: Sequence[PartLeaves]) -> str | None:
@@ -211,17 +217,15 @@ def _target_problem(one: Pair, parts: Sequence[PartLeaves]) -> str | None:
     return None
 
 
-def _name(found: Divergence, one: Pair, source: Sequence[PartLeaves], target: Sequence[PartLeaves]) -> None:
-    sequence = one.manifest.sequence
-    ours = {leaf for part in source for leaf in as_leaves(sequence, part)}
-    theirs = {leaf for part in target for leaf in as_leaves(sequence, part)}
+def _name(found: Divergence, one: Pair, ours: frozenset[Leaf], theirs: frozenset[Leaf]) -> None:
+    """Leaves that one side alone has."""
     left, right = _by_place(ours - theirs), _by_place(theirs - ours)
     for place in sorted(left.keys() | right.keys()):
         what = ALTERED if place in left and place in right else MISSING if place in left else EXTRA
         found.divergent.append(_divergent(one.manifest, what, place, left.get(place), right.get(place)))
     if one.differs and not left and not right:
         text = "the same records in another order"
-        found.unfit.append(Unfit(found.target, one.manifest.batch, sequence, text))
+        found.unfit.append(Unfit(found.target, one.manifest.batch, one.manifest.sequence, text))
 
 
 def _by_place(leaves: Iterable[Leaf]) -> dict[Place, bytes]:

@@ -15,9 +15,12 @@ question is counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from itertools import islice
 from typing import Any
+
+from psycopg import Cursor
 
 from vsql_shared.audit.chain import writer_of
 from vsql_shared.audit.divergence import Divergence, Pair, comparable, judge, pair, runs
@@ -26,7 +29,7 @@ from vsql_shared.audit.entries import AuditEntry, signed_place
 from vsql_shared.audit.leaf_answers import Kept, Row, parse_kept, parse_parts
 from vsql_shared.changes import PartLeaves
 from vsql_shared.crypto.signing import TrustStore
-from vsql_shared.errors import ChainError, RecordError, RefusedError, VerificationError
+from vsql_shared.errors import ChainError, DecodeError, RecordError, RefusedError, SignatureError
 from vsql_shared.names import ack_chain
 from vsql_shared.pg.connect import Connection, errors
 
@@ -63,12 +66,12 @@ _RANGE = (
     " AND sequence <@ %(sequences)s::int8multirange"
 )
 _KEPT = (
-    "SELECT sequence, sum(octet_length(leaves))::bigint, sha256(string_agg("  # noqa: S608 - constants
+    "SELECT sequence, sum(octet_length(leaves))::bigint, sha256(string_agg("  # noqa: S608 - made of our own constants
     "int4send(part) || sha256(leaves) || sha256(indexes), ''::bytea ORDER BY part))"
     f" FROM vsql_sync.batch_leaves WHERE {_RANGE} GROUP BY sequence"
 )
 _PARTS = (
-    "SELECT sequence, part, leaves, indexes FROM vsql_sync.batch_leaves"  # noqa: S608 - constants
+    "SELECT sequence, part, leaves, indexes FROM vsql_sync.batch_leaves"  # noqa: S608 - made of our own constants
     f" WHERE {_RANGE} ORDER BY sequence, part"
 )
 
@@ -91,24 +94,29 @@ class KeptLeaves:
             self.conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
             yield
 
-    def _rows(self, query: str, values: dict[str, object]) -> Iterator[Row]:
-        """Row by row: what a database sends is not held before it was looked at."""
+    @contextmanager
+    def _rows(self, query: str, values: dict[str, object]) -> Iterator[Iterator[Row]]:
+        """Row by row: what a database sends is not held before it was looked at.
+
+        Who refuses a row leaves the rest unread: closing cancels it, so that the session can end in order.
+        """
         self.asked += 1
-        with errors(f"asking node {self.node}"), self.conn.cursor() as cursor:
-            yield from cursor.stream(query.encode(), values, binary=True)
+        with (
+            errors(f"asking node {self.node}"),
+            self.conn.cursor() as cursor,
+            closing(_streamed(cursor, query, values)) as rows,
+        ):
+            yield rows
 
     def entries(self, chain: str, first: int, last: int, trust: TrustStore) -> list[tuple[AuditEntry, bytes]]:
         """Entries of batches first … last of a chain with their hashes; each signature is verified."""
-        values: dict[str, object] = {"chain": chain, "first": first, "most": last - first + 2}
+        most = last - first + 2
         out: list[tuple[AuditEntry, bytes]] = []
-        for row in self._rows(_ENTRIES, values):
-            try:
+        with self._rows(_ENTRIES, {"chain": chain, "first": first, "most": most}) as rows:
+            for row in islice(rows, most):
                 entry, digest = _verified(row, chain, trust)
-            except VerificationError as error:
-                error.record = error.record or f"{chain}/{row[0]}"
-                raise
-            if first <= entry.batch <= last and len(out) <= last - first:
-                out.append((entry, digest))
+                if first <= entry.batch <= last:
+                    out.append((entry, digest))
         return out
 
     def only(self, chain: str, sequences: Sequence[int]) -> None:
@@ -121,22 +129,36 @@ class KeptLeaves:
 
     def look(self) -> None:
         """Fill `kept`."""
-        self.kept = parse_kept(self._rows(_KEPT, self._range), self._sequences)
+        with self._rows(_KEPT, self._range) as rows:
+            self.kept = parse_kept(rows, self._sequences)
 
     def parts(self) -> dict[int, list[PartLeaves]]:
         """All leaves of these manifests."""
         sizes = {sequence: self.kept[sequence].nbytes for sequence in self._sequences}
-        return parse_parts(self._rows(_PARTS, self._range), sizes)
+        with self._rows(_PARTS, self._range) as rows:
+            return parse_parts(rows, sizes)
+
+
+def _streamed(
+    cursor: Cursor[tuple[Any, ...]], query: str, values: dict[str, object]
+) -> Generator[Row, None, None]:
+    yield from cursor.stream(query.encode(), values, binary=True)
 
 
 def _verified(row: Row, chain: str, trust: TrustStore) -> tuple[AuditEntry, bytes]:
-    encoded: Any = row[1]
-    if not isinstance(encoded, bytes):
-        raise RecordError("an entry that is no document")
-    payload = open_document(trust, writer_of(chain), encoded, AUDIT_ENTRY, signed_place)
-    entry = AuditEntry.decode(payload)
+    """An entry of the chain, by its signature. Raises VerificationError with its place."""
+    if len(row) != 2 or not isinstance(row[1], bytes):
+        raise RecordError("a row that holds no entry", record=chain)
+    where, encoded = f"{chain}/{row[0]}", row[1]
+    try:
+        entry = AuditEntry.decode(open_document(trust, writer_of(chain), encoded, AUDIT_ENTRY, signed_place))
+    except DecodeError as error:
+        raise RecordError(f"not a signed entry: {error.message}", record=where) from error
+    except SignatureError as error:
+        error.record = error.record or where
+        raise
     if entry.chain != chain:
-        raise ChainError(f"an entry of chain {entry.chain}", record=f"{chain}/{row[0]}")
+        raise ChainError(f"an entry of chain {entry.chain}", record=where)
     return entry, document_hash(encoded)
 
 
