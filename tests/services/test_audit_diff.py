@@ -287,7 +287,8 @@ def test_where_roots_differ_and_leaves_are_gone_no_tuple_is_named_and_it_is_bad(
 def test_an_entry_of_the_peer_that_is_not_signed_by_it_stops_the_comparison(replicated: Pair) -> None:
     as_attacker(
         replicated.conns["node-b"],
-        "UPDATE vsql_sync.vsql_sync_audit SET document = set_byte(document, octet_length(document) - 3, 7)"
+        "UPDATE vsql_sync.vsql_sync_audit SET document = set_byte(document, octet_length(document) - 3,"
+        " get_byte(document, octet_length(document) - 3) # 1)"
         " WHERE sequence = 4",
     )
     conns = replicated.conns

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
 
 from vsql_shared.audit.entries import BATCH_APPLIED, BATCH_SKIPPED, REPLICATION_BATCH, AuditEntry
 from vsql_shared.audit.leaf_answers import Kept
@@ -58,7 +57,8 @@ class Unfit:
     what: str
 
 
-class Batches(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Batches:
     """Batches that follow each other."""
 
     first: int
