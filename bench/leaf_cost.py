@@ -33,15 +33,14 @@ GROUP = 4
 _ROUNDS = 7
 
 
-def joined(rows: int, step: int) -> float:
-    """µs of CPU a row for joining hashes and looking at indexes; `step` above 1: they do not follow."""
+def joined(rows: int) -> float:
+    """µs of CPU a row for joining hashes."""
     leaves = [os.urandom(32) for _ in range(BATCH_ROWS)]
-    indexes = list(range(0, BATCH_ROWS * step, step))
     best = float("inf")
     for _ in range(_ROUNDS):
         began = time.process_time()
         for _ in range(rows // BATCH_ROWS):
-            part_leaves(0, leaves, indexes)
+            part_leaves(0, leaves)
         best = min(best, time.process_time() - began)
     return best / rows * 1e6
 
@@ -74,7 +73,7 @@ class Written:
 def written(rows: int, conninfo: str) -> tuple[float, float]:
     """µs a row of both: median of the differences between rounds with and without leaves."""
     leaves = [os.urandom(32) for _ in range(BATCH_ROWS)]
-    kept = [part_leaves(0, leaves, list(range(BATCH_ROWS))) for _ in range(GROUP)]
+    kept = [part_leaves(0, leaves) for _ in range(GROUP)]
     with connect(conninfo, application_name="bench") as conn:
         install(conn)
         conn.execute("CREATE TABLE public.bench AS SELECT 0 AS n")
@@ -100,8 +99,7 @@ def show(name: str, value: float) -> None:
 
 def main(rows: int) -> None:
     """Print every figure once."""
-    show("join, one table", joined(rows, 1))
-    show("join, two tables in turn", joined(rows, 2))
+    show("join", joined(rows))
     with Stack() as stack:
         conninfo = stack.new_database(18, "leafcost")
         here, there = written(rows, conninfo)

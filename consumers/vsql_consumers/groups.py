@@ -24,7 +24,7 @@ from vsql_consumers.shredded import Shredded
 from vsql_consumers.state import Position, Receipt
 from vsql_consumers.unseal import Descriptor
 from vsql_shared.audit.entries import EPOCH_OPENED, SHREDDED, AuditEntry
-from vsql_shared.audit.leaf_store import Kept, write_leaves
+from vsql_shared.audit.leaf_store import Kept, LeafKeeper
 from vsql_shared.audit.merkle import EMPTY_ROOT
 from vsql_shared.changes import OpenedBatch, PartLeaves, TableName, Transaction
 from vsql_shared.pg.connect import Connection
@@ -60,6 +60,8 @@ class Group:
     """Decisions that these have done."""
     also: list[Writes] = field(default_factory=list)
     """Further writes of the applying transaction."""
+    shredded: dict[str, str] = field(default_factory=dict)
+    """Table that lacks changes whose key was destroyed → why; by table, as fragments may be any number."""
     leaves: list[Kept] = field(default_factory=list)
     """What records hash to, and is not written yet."""
 
@@ -153,9 +155,9 @@ class Group:
         self._keep(opened.sequence, opened.leaves)
         self.descriptors.update(new)
 
-    def write_parts(self, conn: Connection, chain: str, slot: int | None) -> None:
+    def write_parts(self, conn: Connection, chain: str, leaves: LeafKeeper | None) -> None:
         """What is written with such parts."""
-        self.store_leaves(conn, chain, slot)
+        self.store_leaves(conn, chain, leaves)
         state.save_descriptors(conn, chain, self.descriptors, forget_others=False)
         for write in self.also:
             write(conn)
@@ -178,13 +180,9 @@ class Group:
 
     def _mark_shredded(self, entry: AuditEntry, kek_id: str) -> None:
         """Its tables lack changes."""
-        chain = self.live_chain
         reason = f"sequence {entry.sequence}: the data key was destroyed with {kek_id}"
-        self.also.append(
-            lambda conn: quarantine.mark_diverged(
-                conn, chain, map(quarantine.parse_table, entry.tables_affected), reason
-            )
-        )
+        for table in entry.tables_affected:
+            self.shredded[table] = reason
 
     def take_shredded_parts(self, found: Shredded) -> None:
         """Take some parts of a batch whose data key was destroyed: what they hash to is kept all the same."""
@@ -208,23 +206,26 @@ class Group:
             )  # fmt: skip
         self.batches, self.manifests, self.size = [], [], 0
 
-    def store_receipts(self, conn: Connection, chain: str, slot: int | None) -> None:
+    def store_receipts(self, conn: Connection, chain: str, leaves: LeafKeeper | None) -> None:
         """Write receipts and leaves so far into the applying transaction, and let them go."""
         state.save_receipts(conn, chain, self.receipts)
         self.receipts, self.stored = [], True
-        self.store_leaves(conn, chain, slot)
+        self.store_leaves(conn, chain, leaves)
 
-    def store_leaves(self, conn: Connection, chain: str, slot: int | None) -> None:
-        """Write the leaves so far into the applying transaction, and let them go; no slot: keep none."""
-        write_leaves(conn, slot, chain, self.leaves)
+    def store_leaves(self, conn: Connection, chain: str, leaves: LeafKeeper | None) -> None:
+        """Write the leaves so far into the applying transaction, and let them go; no keeper: keep none."""
+        if leaves:
+            leaves.write(conn, chain, self.leaves)
         self.leaves = []
 
-    def write(self, conn: Connection, chain: str, slot: int | None) -> None:
-        """Everything the applying transaction holds beside the rows; leaves go into a slot."""
-        self.store_leaves(conn, chain, slot)
+    def write(self, conn: Connection, chain: str, leaves: LeafKeeper | None) -> None:
+        """Everything the applying transaction holds beside the rows."""
+        self.store_leaves(conn, chain, leaves)
         self.receipts.sort(key=lambda receipt: receipt.sequence)
         state.save_receipts(conn, chain, self.receipts)
         state.save_descriptors(conn, chain, self.descriptors, forget_others=self.forget_descriptors)
+        for table, reason in self.shredded.items():
+            quarantine.mark_diverged(conn, self.live_chain, [quarantine.parse_table(table)], reason)
         for write in self.also:
             write(conn)
         state.save_position(conn, chain, self.position)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -72,4 +73,10 @@ class Means:
     metrics: StreamMetrics
     totals: Totals
     stop: threading.Event
-    leaves: LeafKeeper
+    leaves: LeafKeeper | None
+    """None: of a first copy, whose topics go when it is applied, none are kept."""
+
+    def keep_leaves(self) -> None:
+        """Look after the leaves this node keeps, when it is time; between transactions."""
+        if self.leaves:
+            self.leaves.keep(time.monotonic())

@@ -36,7 +36,7 @@ from vsql_consumers.verify import verify_batch
 from vsql_consumers.write import ApplyLimits
 from vsql_shared import failpoints, names
 from vsql_shared.audit.entries import EPOCH_OPENED, KEY_DESTROYED, AuditEntry
-from vsql_shared.audit.leaf_store import Kept, LeafKeeper, write_leaves
+from vsql_shared.audit.leaf_store import Kept, LeafKeeper
 from vsql_shared.audit.shredding import Destroyed
 from vsql_shared.changes import OpenedBatch, PartitionRoot
 from vsql_shared.crypto.signing import TrustStore
@@ -247,7 +247,7 @@ class SharesWork:
 
     def begin(self) -> None:
         """Assign the partitions, read the keys topic."""
-        self._means.leaves.keep(time.monotonic())
+        self._means.keep_leaves()
         self._intake.begin()
 
     def end(self) -> None:
@@ -277,7 +277,7 @@ class SharesWork:
                 if waiting.rows >= limits.merge_max_rows or waiting.size >= limits.collect_buffer_bytes:
                     self._flush()
         self._flush()
-        self._means.leaves.keep(time.monotonic())
+        self._means.keep_leaves()
         self._intake.look_for_lost()
         self._intake.look_for_silence()
         self._rest(came)
@@ -429,7 +429,8 @@ class SharesWork:
 
     def _write(self, conn: Connection, waiting: _Waiting, found: list[PartReceipt], upto: int) -> None:
         state.save_descriptors(conn, self._chain, waiting.descriptors, forget_others=False)
-        write_leaves(conn, self._means.leaves.slot, self._chain, waiting.leaves)
+        if self._means.leaves:
+            self._means.leaves.write(conn, self._chain, waiting.leaves)
         for one in found:
             shares.save_part(conn, self._chain, one)
         shares.advance(conn, self._chain, list(self.mine), upto)

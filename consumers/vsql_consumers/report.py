@@ -68,8 +68,8 @@ class Report:
             "lag_batches": known.batch - head.batch,
             "lag_seconds": round(lag_seconds, 3),
             "buffered_bytes": pipeline.intake.collector.buffered,
-            "leaf_bytes": pipeline.leaf_bytes,
         }
+        detail |= pipeline.leaf_figures()
         detail |= pipeline.members_detail()
         if pipeline.copy.is_copy:
             detail["copy"] = pipeline.copy.detail()

@@ -118,7 +118,7 @@ def verify_batch(
         leaves = list(map(_LEAF, records))
         sub_roots.append(_sub_root(part, leaves))
         number = numbers[part.root.topic, part.root.partition]
-        kept.append(part_leaves(number, leaves, list(map(_INDEX, records))))
+        kept.append(part_leaves(number, leaves))
     root = merkle.batch_root(sub_roots) if whole else entry.merkle_root
     if root != entry.merkle_root:
         raise RecordError(

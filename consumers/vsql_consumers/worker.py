@@ -281,9 +281,13 @@ class Worker:
                 self._report.metrics,
                 self._report.totals,
                 self.stop,
-                LeafKeeper(conn, settings.audit.leaf_retention, settings.audit.leaf_max_size),
+                self._leaves(conn, stream),
             )
         )
+
+    def _leaves(self, conn: Connection, stream: Stream) -> LeafKeeper | None:
+        audit = self._settings.audit
+        return None if stream.kind == "copy" else LeafKeeper(conn, audit.leaf_retention, audit.leaf_max_size)
 
     def _refuse(self, conn: Connection, stream: Stream, control: Control, refusal: Refusal) -> None:
         """Say what was refused, signed and in the status; stay until an operator decides."""

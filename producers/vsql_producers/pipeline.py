@@ -346,7 +346,7 @@ class LivePipeline:
             "unpublished_batches": self._outlet.publisher.inflight + len(self._ready),
             "dek_id": key.dek_id if key else "",
             "dek_tuples": key.tuples_used if key else 0,
-            "leaf_bytes": self._context.leaves.nbytes,
+            **self._context.leaves.figures,
         }
 
     def marks(self) -> Marks | None:

@@ -264,13 +264,11 @@ def seal(
     """Encrypt an arranged batch under one key."""
     messages: dict[tuple[str, int], list[bytes]] = {}
     leaves: dict[tuple[str, int], list[bytes]] = {}
-    indexes: dict[tuple[str, int], list[int]] = {}
     for part in parts:
         table = part.descriptor.name
         topic = names.data_topic(place.cluster, place.chain, table.schema, table.table)
         lies = (topic, part.partition)
         sent, tree = messages.setdefault(lies, []), leaves.setdefault(lies, [])
-        indexes.setdefault(lies, []).extend(part.indexes)
         for start, stop in _cuts(part.frames, limits):
             message, pack_leaves = _seal_pack(batch, part, slice(start, stop), number, key, place)
             sent.append(message)
@@ -293,9 +291,7 @@ def seal(
         transactions=len(batch.transactions),
         oldest_commit_time=batch.transactions[0].commit_time,
         by_row=batch.by_row,
-        leaves=tuple(
-            part_leaves(number, leaves[lies], indexes[lies]) for number, lies in enumerate(sorted(messages))
-        ),
+        leaves=tuple(part_leaves(number, leaves[lies]) for number, lies in enumerate(sorted(messages))),
     )
 
 

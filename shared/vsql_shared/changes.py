@@ -141,13 +141,11 @@ class PartitionRoot:
 class PartLeaves(NamedTuple):
     """Leaf hashes of one topic-partition of a batch, in its order (audit/leaves.py).
 
-    `part`: its place in the manifest, from 0. `leaves`: 32 bytes a record. `indexes`: each record's index in
-    the batch in 4 bytes, or the first one's where they follow each other.
+    `part`: its place in the manifest, from 0. `leaves`: 32 bytes a record.
     """
 
     part: int
     leaves: bytes
-    indexes: bytes
 
 
 @dataclass(slots=True)

@@ -114,8 +114,7 @@ class CopyPipeline:
             write_seen=c.write_seen(head.epoch),
             target=c.stream.target,
         )
-        c.leaves.keep(time.monotonic())
-        self._progress = Progress(c.conn, opened.writer, 0, c.leaves)
+        self._progress = Progress(c.conn, opened.writer, 0, None)
         self._batches = Batches(batch_limits(c.settings.limits, c.settings.encryption.dek.max_tuples))
         self._history = read_history(stored.entry for stored in iterate(c.conn, c.stream.chain))
         if not self._history.finished:
@@ -225,7 +224,6 @@ class CopyPipeline:
         pause = (_LONG if not outlet.publisher.inflight else _SHORT) if resting or not reading else 0.0
         self._acknowledged += outlet.publisher.poll(_SHORT if full else pause)
         self._record()
-        self._context.leaves.keep(time.monotonic())
         if resting and not outlet.publisher.inflight and not self._acknowledged:
             self._end()
 
@@ -340,7 +338,6 @@ class CopyPipeline:
             "unpublished_batches": self._outlet.publisher.inflight + len(self._ready),
             "dek_id": key.dek_id if key else "",
             "dek_tuples": key.tuples_used if key else 0,
-            "leaf_bytes": self._context.leaves.nbytes,
             "copy": {
                 "table": str(self._table.name) if self._table else "",
                 "tables_done": self._total_tables - left,

@@ -9,7 +9,6 @@ CREATE TABLE vsql_sync.batch_leaves (
     sequence        BIGINT NOT NULL,                    -- the manifest's
     part            INTEGER NOT NULL CHECK (part >= 0), -- place of the topic-partition in the manifest, from 0
     leaves          BYTEA NOT NULL CHECK (octet_length(leaves) > 0 AND octet_length(leaves) % 32 = 0),
-    indexes         BYTEA NOT NULL,                     -- each record's index in the batch, 4 bytes; one: they follow it
     kept_at         TIMESTAMPTZ NOT NULL DEFAULT now()
 ) PARTITION BY LIST (slot);
 COMMENT ON TABLE vsql_sync.batch_leaves IS 'vsql-sync: leaf hashes of sealed tuples, for syncctl audit diff';

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from vsql_ctl.context import Operator, OutputFormat, example, output_option, pass_operator
-from vsql_ctl.output import emit, render_table
+from vsql_ctl.output import emit, printable, render_table
 from vsql_ctl.trail import node_database, trusted_keys
 from vsql_shared.errors import RecordError, RefusedError, UserError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vsql_shared.config import Settings
     from vsql_shared.pg.connect import Connection
 
-_SHOWN = ("what", "batch", "sequence", "topic", "partition", "index", "offsets")
+_SHOWN = ("what", "batch", "sequence", "topic", "partition", "position", "offsets")
 _MAX_BATCH = (1 << 63) - 1
 
 
@@ -74,7 +74,7 @@ def diff(
 
     Compares what both sides keep of the sealed records ([audit] leaf_retention), held against the roots each
     has signed. It compares no rows of tables. Ends with 9 when something differs or does not fit, with 0 when
-    nothing does; batches that could not be compared are named.
+    nothing does; batches that could not be compared are named. Ends with 4 where no batch could be.
     """
     from vsql_shared.audit.leaf_diff import KeptLeaves
     from vsql_shared.audit.leaf_diff import diff as compare
@@ -95,6 +95,11 @@ def diff(
             f"source and target differ: {_summary(found)}",
             record=f"{found.chain} batches {found.first} to {found.last}",
             hint="docs/operations/audit.md says what each finding means",
+        )
+    if not found.rooted:
+        raise RefusedError(
+            f"nothing to compare: {found.target} has signed no root of batches {found.first} to {found.last}",
+            hint="they are under way, abandoned, skipped, or covered by the first copy",
         )
 
 
@@ -142,8 +147,15 @@ def _counts(found: Divergence) -> dict[str, int]:
 def _summary(found: Divergence) -> str:
     named = ", ".join(f"{count} {what}" for what, count in _counts(found).items())
     more = " and more" if found.more else ""
-    unfit = f"; {len(found.unfit)} batches whose leaves are not to be believed" if found.unfit else ""
-    return f"{named}{more}{unfit}"
+    roots = sum(one.last - one.first + 1 for one in found.differing_roots)
+    gone = sum(one.last - one.first + 1 for one in found.no_manifest)
+    said = [
+        f"{named}{more}",
+        f"{roots} batches with two roots" if roots else "",
+        f"{gone} batches without a manifest" if gone else "",
+        f"{len(found.unfit)} findings on leaves that are not to be believed" if found.unfit else "",
+    ]
+    return "; ".join(one for one in said if one)
 
 
 def _as_json(found: Divergence) -> dict[str, Any]:
@@ -161,6 +173,8 @@ def _as_json(found: Divergence) -> dict[str, Any]:
         "first": found.first,
         "last": found.last,
         "batches": found.batches,
+        "rooted": found.rooted,
+        "complete": found.complete,
         "compared": found.compared,
         "tuples": found.tuples,
         "exchanges": found.exchanges,
@@ -171,6 +185,7 @@ def _as_json(found: Divergence) -> dict[str, Any]:
         "not_kept": found.not_kept,
         "not_acknowledged": found.unanswered,
         "skipped": found.skipped,
+        "no_manifest": found.no_manifest,
     }
 
 
@@ -188,17 +203,24 @@ def _as_text(found: Divergence) -> str:
         ]
         lines.append(render_table(_SHOWN, cells))
     lines += [
-        f"bad: batch {one.batch} (entry {one.sequence}), node {one.node}: {one.what}" for one in found.unfit
+        f"bad: batch {one.batch} (entry {one.sequence}), node {printable(one.node)}: {printable(one.what)}"
+        for one in found.unfit
     ]
     lines += _remarks(found)
-    if found.ok:
-        lines.append("ok: nothing differs, by the roots both sides have signed")
+    if found.ok and found.rooted:
+        count = f"{found.rooted} of {found.last - found.first + 1}"
+        lines.append(f"ok: nothing differs in {count} batches, by the roots both sides have signed")
     return "\n".join(lines)
 
 
 def _remarks(found: Divergence) -> list[str]:
     """What could not be compared, and why."""
     lines = []
+    if found.no_manifest:
+        lines.append(
+            f"node {found.source} has no manifest, and has or had one: {_ranges(found.no_manifest)};"
+            " run `syncctl audit verify` there"
+        )
     if found.differing_roots:
         lines.append(f"the target has signed another root than the source: {_ranges(found.differing_roots)}")
     lines += [

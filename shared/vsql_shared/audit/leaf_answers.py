@@ -46,23 +46,23 @@ def parse_kept(rows: Iterable[Row], sequences: Container[int]) -> dict[int, Kept
 def parse_parts(rows: Iterable[Row], kept: Mapping[int, int]) -> dict[int, list[PartLeaves]]:
     """Manifest → what is kept of its topic-partitions, by their place; at most what `kept` says in bytes.
 
-    Rows are (sequence, part, leaves, indexes).
+    Rows are (sequence, part, leaves).
     """
     found: dict[int, list[PartLeaves]] = {sequence: [] for sequence in kept}
     left = dict(kept)
     for row in rows:
-        if len(row) != 4:
-            raise RecordError(f"an answer of {len(row)} columns, expected 4")
+        if len(row) != 3:
+            raise RecordError(f"an answer of {len(row)} columns, expected 3")
         sequence = _between(row[0], 1, _MAX_LONG, "sequence")
         part = _between(row[1], 0, _MAX_INT, "part")
-        leaves, indexes = _typed(row[2], bytes, "leaves"), _typed(row[3], bytes, "indexes")
-        if sequence not in left or len(leaves) > left[sequence] or len(indexes) > max(4, len(leaves) // 8):
+        leaves = _typed(row[2], bytes, "leaves")
+        if sequence not in left or len(leaves) > left[sequence]:
             raise RecordError(
                 f"leaves of entry {sequence}, which were not asked for, or are more than were said"
             )
         # A row without leaves would cost nothing of what is left.
         left[sequence] -= max(len(leaves), HASH_SIZE)
-        found[sequence].append(PartLeaves(part, leaves, indexes))
+        found[sequence].append(PartLeaves(part, leaves))
     for parts in found.values():
         parts.sort(key=lambda one: one.part)
     return found

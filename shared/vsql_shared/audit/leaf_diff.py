@@ -23,7 +23,7 @@ from typing import Any
 from psycopg import Cursor
 
 from vsql_shared.audit.chain import writer_of
-from vsql_shared.audit.divergence import Divergence, Pair, comparable, judge, pair, runs
+from vsql_shared.audit.divergence import Divergence, Pair, affordable, comparable, judge, pair, runs
 from vsql_shared.audit.dsse import AUDIT_ENTRY, document_hash, open_document
 from vsql_shared.audit.entries import AuditEntry, signed_place
 from vsql_shared.audit.leaf_answers import Kept, Row, parse_kept, parse_parts
@@ -33,8 +33,9 @@ from vsql_shared.errors import ChainError, DecodeError, RecordError, RefusedErro
 from vsql_shared.names import ack_chain
 from vsql_shared.pg.connect import Connection, errors
 
-MAX_BATCHES = 100_000
-"""Batches in a range: their entries are read and verified, about 200 µs each."""
+MAX_BATCHES = 20_000
+"""Batches in a range: their entries are read and verified, about 200 µs each, and held: 2 KB each on either
+side, more where a batch has many partitions."""
 MAX_TUPLES = 20_000_000
 """Sealed records compared at a time: each database hashes all of them once."""
 MAX_FETCHED_BYTES = 64 << 20
@@ -67,11 +68,11 @@ _RANGE = (
 )
 _KEPT = (
     "SELECT sequence, sum(octet_length(leaves))::bigint, sha256(string_agg("  # noqa: S608 - made of our own constants
-    "int4send(part) || sha256(leaves) || sha256(indexes), ''::bytea ORDER BY part))"
+    "int4send(part) || sha256(leaves), ''::bytea ORDER BY part))"
     f" FROM vsql_sync.batch_leaves WHERE {_RANGE} GROUP BY sequence"
 )
 _PARTS = (
-    "SELECT sequence, part, leaves, indexes FROM vsql_sync.batch_leaves"  # noqa: S608 - made of our own constants
+    "SELECT sequence, part, leaves FROM vsql_sync.batch_leaves"  # noqa: S608 - made of our own constants
     f" WHERE {_RANGE} ORDER BY sequence, part"
 )
 
@@ -149,7 +150,7 @@ def _verified(row: Row, chain: str, trust: TrustStore) -> tuple[AuditEntry, byte
     """An entry of the chain, by its signature. Raises VerificationError with its place."""
     if len(row) != 2 or not isinstance(row[1], bytes):
         raise RecordError("a row that holds no entry", record=chain)
-    where, encoded = f"{chain}/{row[0]}", row[1]
+    where, encoded = f"{chain}/{row[0] if isinstance(row[0], int) else '?'}", row[1]
     try:
         entry = AuditEntry.decode(open_document(trust, writer_of(chain), encoded, AUDIT_ENTRY, signed_place))
     except DecodeError as error:
@@ -188,7 +189,7 @@ def _pairs(found: Divergence, source: KeptLeaves, target: KeptLeaves, trust: Tru
     """Step 1."""
     acks = target.entries(ack_chain(found.chain, target.node), found.first, found.last, trust)
     pairs = pair(found, source.entries(found.chain, found.first, found.last, trust), [one for one, _ in acks])
-    if not pairs:
+    if not pairs and not found.no_manifest:
         raise RefusedError(
             f"node {source.node} has no batch {found.first} to {found.last} in chain {found.chain}",
             hint="`syncctl audit list --event-type replication_batch` shows the batches it has",
@@ -222,8 +223,7 @@ def _compare(found: Divergence, source: KeptLeaves, target: KeptLeaves, both: Se
         for one in both
         if one.differs or source.kept[one.manifest.sequence] != target.kept[one.manifest.sequence]
     ]
-    chosen = _affordable(suspect, source.kept, target.kept)
-    found.more = len(chosen) < len(suspect)
+    chosen = affordable(found, suspect, target.kept, MAX_FETCHED_BYTES)
     if not chosen:
         return
     parts = []
@@ -233,14 +233,3 @@ def _compare(found: Divergence, source: KeptLeaves, target: KeptLeaves, both: Se
     for one in chosen:
         sequence = one.manifest.sequence
         judge(found, one, parts[0][sequence], parts[1][sequence])
-
-
-def _affordable(wanted: Sequence[Pair], *kept: dict[int, Kept]) -> list[Pair]:
-    """The first of them whose leaves may be fetched."""
-    left, out = MAX_FETCHED_BYTES, []
-    for one in wanted:
-        left -= max(said[one.manifest.sequence].nbytes for said in kept)
-        if left < 0:
-            break
-        out.append(one)
-    return out

@@ -4,8 +4,10 @@ Not here: the tables (leaf_store.py). Rules:
 
 * Slots are used in turn, and each ends after a sixteenth of the time, or of the bytes, that may be kept: so
   what is emptied at once is small, and at most that much is gone too early or stays too long.
-* Emptied are slots that ended longer ago than leaves are kept, the oldest while all of them together hold too
-  much, and the one that comes next. At most a few at a time.
+* Beginning a slot waits for no emptying: the next free one is taken, and half of them are spare. Where none
+  is free, the present one goes on.
+* Emptied are slots that ended longer ago than leaves are kept, and the oldest while all of them together hold
+  too much. At most a few at a time.
 * Where nothing is to be kept, everything is emptied, and nothing is written.
 """
 
@@ -43,7 +45,6 @@ def plan(slots: Sequence[Slot], now: datetime, keep: timedelta, most: int) -> St
     if not keep:
         return Steps(tuple(one.number for one in slots), None)
     ended = sorted((one for one in slots if one.ended_at is not None), key=lambda one: one.begun_at)
-    current = next((one for one in slots if one.ended_at is None), None)
     left = sum(one.nbytes for one in slots)
     empty: list[int] = []
     for one in ended:
@@ -51,16 +52,15 @@ def plan(slots: Sequence[Slot], now: datetime, keep: timedelta, most: int) -> St
         if len(empty) < MOST_EMPTIED and (old or left > most):
             empty.append(one.number)
             left -= one.nbytes
-    if current is None:
-        after = max(slots, key=lambda one: one.begun_at).number if slots else -1
-        return _begin(after, slots, empty)
-    full = now - current.begun_at >= keep / _SHARES or current.nbytes >= most // _SHARES
-    return _begin(current.number, slots, empty) if full else Steps(tuple(empty), current.number)
+    return Steps(tuple(empty), _current(slots, now, keep, most))
 
 
-def _begin(after: int, slots: Sequence[Slot], empty: list[int]) -> Steps:
-    """The next slot is written to; what it holds is the oldest there is."""
-    number = (after + 1) % SLOTS
-    if number not in empty and any(one.number == number for one in slots):
-        empty.append(number)
-    return Steps(tuple(empty), number)
+def _current(slots: Sequence[Slot], now: datetime, keep: timedelta, most: int) -> int | None:
+    current = next((one for one in slots if one.ended_at is None), None)
+    if current and now - current.begun_at < keep / _SHARES and current.nbytes < most // _SHARES:
+        return current.number
+    last = current or max(slots, key=lambda one: one.begun_at, default=None)
+    used = {one.number for one in slots}
+    after = (last.number if last else -1) + 1
+    free = (number % SLOTS for number in range(after, after + SLOTS) if number % SLOTS not in used)
+    return next(free, current.number if current else None)
