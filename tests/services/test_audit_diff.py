@@ -18,6 +18,7 @@ from tests.conftest import NewDatabase
 from tests.pairs import Pairs
 from tests.services.test_audit_cli import Pair
 from tests.services.test_audit_trail import as_attacker, store
+from tests.stack.processes import kill_tree
 from tests.waiting import until
 from vsql_shared.audit import merkle
 from vsql_shared.audit.leaf_diff import KeptLeaves, diff
@@ -585,6 +586,58 @@ def test_both_sides_of_a_stream_keep_the_same_and_what_is_altered_is_found(pairs
     assert done.returncode == 9
     found = json.loads(done.stdout)
     assert [(one["node"], one["sequence"]) for one in found["unfit"]] == [("node-b", altered[0][0])]
+
+
+CRASHES = {
+    "between a manifest's commit and what follows": ("producer", "producer.audit-committed"),
+    "before rows and leaves are committed": ("consumer", "consumer.before-apply-commit"),
+    "after they are": ("consumer", "consumer.after-apply-commit"),
+}
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("case", CRASHES)
+def test_after_crashes_each_batch_has_its_leaves_once_on_both_sides(pairs: Pairs, case: str) -> None:
+    role, point = CRASHES[case]
+    two = pairs(TABLES)
+    two.create(["t(*)", "u(*)"])
+    two.start()
+    two.wait_in_step()
+    node = two.a if role == "producer" else two.b
+    node.stop(role)
+    node.start(role, {"VSQL_SYNC_ALLOW_FAILPOINTS": "1", "VSQL_SYNC_FAILPOINTS": f"{point}=kill:3"})
+
+    def died() -> bool:
+        two.a.execute("INSERT INTO t SELECT coalesce(max(id), 0) + 1, 'x' FROM t")
+        return node.tail(role, 900).count(f'"failpoint": "{point}"') >= 3
+
+    until(died, 60, lambda: node.tail(role))
+    kill_tree(node.services.pop(role))
+    node.start(role)
+    two.wait_in_step(timeout=60)
+    until(lambda: two.acknowledged_rows() == two.audited_rows(), 20, lambda: two.b.tail("consumer"))
+    ours, theirs = two.a.query(KEPT), two.b.query(KEPT)
+    assert ours == theirs
+    places = [(sequence, part) for sequence, part, _ in ours]
+    assert len(places) == len(set(places))
+    manifests = two.a.query(
+        "SELECT sequence FROM vsql_sync.vsql_sync_audit"
+        " WHERE chain = 'pub.node-a' AND event_type = 'replication_batch'"
+    )
+    assert {sequence for sequence, _ in places} == {sequence for (sequence,) in manifests}
+
+
+@pytest.mark.timeout(180)
+def test_of_a_first_copy_no_leaves_are_kept(pairs: Pairs) -> None:
+    two = pairs(TABLES)
+    two.a.execute("INSERT INTO t SELECT n, 'x' FROM generate_series(1, 5000) n")
+    two.create(["t(*)", "u(*)"])
+    two.start()
+    two.wait_in_step()
+    two.a.execute("INSERT INTO t VALUES (5001, 'x')")
+    two.wait_in_step()
+    for node in (two.a, two.b):
+        assert node.query(f"SELECT DISTINCT chain FROM {LEAVES}") == [("pub.node-a",)]
 
 
 def test_a_range_that_is_too_large_to_compare_is_refused_before_anything_is_hashed(replicated: Pair) -> None:

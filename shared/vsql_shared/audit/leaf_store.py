@@ -87,6 +87,7 @@ class LeafKeeper:
         """Topic-partitions of batches written without leaves though they are wanted: there was no slot."""
         self.problem = ""
         """What stood in the way at the last look."""
+        self._said = ""
 
     @property
     def figures(self) -> dict[str, object]:
@@ -132,14 +133,16 @@ class LeafKeeper:
 
     def _say(self, problem: str) -> None:
         self.problem = self.problem or problem
-        _log.warning("kept leaves are not looked after, tried again later: %s", problem)
+        level = logging.DEBUG if problem == self._said else logging.WARNING
+        _log.log(level, "kept leaves are not looked after, tried again later: %s", problem)
+        self._said = problem
 
     def _look(self) -> list[Slot] | None:
         """Where to write, beginning the next slot where it is time; and slots to be emptied.
 
         None: another service is at it.
         """
-        conn = self._conn
+        conn, alone = self._conn, self._alone()  # first: what is read is then what the last one left
         ((now, may_empty, current),) = conn.execute(_NOW).fetchall()
         # Before anything that may fail: whoever is in the way of pruning is not in the way of writing.
         self.slot = current if self._keep else None
@@ -147,7 +150,7 @@ class LeafKeeper:
             self._say("TRUNCATE on vsql_sync.batch_leaves_00 … _31 is not granted: run `syncctl node init`")
         slots = [Slot(*row) for row in conn.execute(_SLOTS, (SLOTS - 1,)).fetchall()]
         self.nbytes = sum(one.nbytes for one in slots)
-        if not self._alone():
+        if not alone:
             return None
         steps = plan(slots, now, self._keep, self._most)
         if steps.current is not None and steps.current != current:
