@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -26,6 +27,7 @@ from vsql_shared.audit.divergence import (
     pair,
     runs,
 )
+from vsql_shared.audit.entries import BY_ROW, ORDER
 from vsql_shared.audit.leaf_answers import Kept, parse_kept, parse_parts
 from vsql_shared.audit.leaf_slots import MOST_EMPTIED, SLOTS, Slot, Steps, plan
 from vsql_shared.audit.leaves import hashes, part_leaves, sub_root
@@ -351,6 +353,32 @@ def test_leaves_that_do_not_fit_their_signed_root_are_not_believed_and_accuse_no
     judge(found, one_pair(parts(), parts()), source, target)
     assert [one.node for one in found.unfit] == nodes
     assert (found.divergent, found.ok) == ([], False)
+
+
+# What a target keeps of a batch that members applied, → whether that is a finding.
+IN_PART: dict[str, tuple[list[PartLeaves], bool]] = {
+    "one member's part": (parts()[:1], False),
+    "the other one's": (parts()[1:], False),
+    "a part that was altered": (parts("x")[:1], True),
+    "a part under another number": ([parts()[0]._replace(part=1)], True),
+    "a part that is none of it": ([parts()[0]._replace(part=7)], True),
+    "bytes that are no hashes": ([PartLeaves(0, bytes(33))], True),
+    "a part without hashes": ([PartLeaves(0, b"")], True),
+}
+
+
+@pytest.mark.parametrize("by_members", [True, False])
+@pytest.mark.parametrize("case", IN_PART)
+def test_members_keep_apart_so_a_batch_of_which_some_parts_are_gone_accuses_nobody(
+    case: str, by_members: bool
+) -> None:
+    kept, bad = IN_PART[case]
+    one, found = one_pair(parts(), parts()), findings()
+    if by_members:
+        one = Pair(replace(one.manifest, detail=json.dumps({ORDER: BY_ROW})), one.ack)
+    judge(found, one, parts(), kept)
+    assert found.ok == (by_members and not bad)
+    assert found.not_kept == ({"node-b": [Batches(1, 1)]} if found.ok else {})
 
 
 def test_the_same_records_in_another_order_are_said_to_be_so() -> None:

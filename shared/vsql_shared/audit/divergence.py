@@ -18,11 +18,19 @@ one extra, no root says: they are taken for one where they stand between the sam
 
 from __future__ import annotations
 
+import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, zip_longest
 
-from vsql_shared.audit.entries import BATCH_APPLIED, BATCH_SKIPPED, REPLICATION_BATCH, AuditEntry
+from vsql_shared.audit.entries import (
+    BATCH_APPLIED,
+    BATCH_SKIPPED,
+    BY_ROW,
+    ORDER,
+    REPLICATION_BATCH,
+    AuditEntry,
+)
 from vsql_shared.audit.leaf_answers import Kept
 from vsql_shared.audit.leaves import hashes, sub_root
 from vsql_shared.audit.merkle import HASH_SIZE, batch_root
@@ -138,6 +146,11 @@ class Pair:
         return self.rooted or self.skipped
 
     @property
+    def by_members(self) -> bool:
+        """Whether several may have applied it, each some of its partitions."""
+        return bool(json.loads(self.manifest.detail).get(ORDER) == BY_ROW)
+
+    @property
     def differs(self) -> bool:
         """Whether it is another one."""
         return self.rooted and self.ack is not None and self.ack.merkle_root != self.manifest.merkle_root
@@ -202,7 +215,9 @@ def _has_its_size(
     manifest, fits = one.manifest, True
     for node, kept in ((found.source, source), (found.target, target)):
         nbytes = kept[manifest.sequence].nbytes
-        if nbytes != manifest.record_count * HASH_SIZE and not (node == found.target and one.differs):
+        expected = manifest.record_count * HASH_SIZE
+        may_be_other = node == found.target and (one.differs or (one.by_members and nbytes < expected))
+        if nbytes != expected and not may_be_other:
             fits = False
             _unfit(found, one, node, f"{nbytes} bytes of leaves for {manifest.record_count} records")
     return fits
@@ -228,7 +243,11 @@ def affordable(
 
 def judge(found: Divergence, one: Pair, source: Sequence[PartLeaves], target: Sequence[PartLeaves]) -> None:
     """Step 2 and 3 for one batch whose leaves were fetched from both sides."""
-    believed = [_believed(found, one, found.source, source), _believed(found, one, found.target, target)]
+    believed = [_believed(found, one, found.source, source)]
+    if _is_in_part(one, target):
+        found.not_kept.setdefault(found.target, []).append(Batches(one.manifest.batch, one.manifest.batch))
+        return
+    believed.append(_believed(found, one, found.target, target))
     if all(believed):
         _name(found, one, source, target)
 
@@ -243,6 +262,18 @@ def _believed(found: Divergence, one: Pair, node: str, parts: Sequence[PartLeave
     if what is not None:
         _unfit(found, one, node, what)
     return what is None
+
+
+def _is_in_part(one: Pair, parts: Sequence[PartLeaves]) -> bool:
+    """Whether a target with the same root keeps some of a batch: members keep apart, and it goes apart."""
+    signed = one.manifest.partitions
+    if one.differs or not one.by_members or not 0 < len({part.part for part in parts}) < len(signed):
+        return False
+    known = all(
+        part.part < len(signed) and 0 < len(part.leaves) == signed[part.part].records * HASH_SIZE
+        for part in parts
+    )
+    return known and all(sub_root(part) == signed[part.part].sub_root for part in parts)
 
 
 def _unfit(found: Divergence, one: Pair, node: str, what: str) -> None:
