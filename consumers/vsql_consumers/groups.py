@@ -5,14 +5,14 @@ Not here: Kafka and the order of stages (pipeline.py). Rules:
 * A group ends at an entry after which no source transaction is unfinished; the fragments of one transaction
   are a group of their own, applied as they come. A fragment that is skipped is one all the same: progress
   never stands between two of them.
-* The receipts of fragments are written as they come: a transaction may have any number of them.
-* Progress, receipts, descriptors and table states are written in the applying transaction, so that all of it
+* The receipts and leaves of fragments are written as they come: a transaction may have any number of them.
+* Progress, receipts, leaves, descriptors and table states are written in the applying transaction: all of it
   is there or none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -24,8 +24,9 @@ from vsql_consumers.shredded import Shredded
 from vsql_consumers.state import Position, Receipt
 from vsql_consumers.unseal import Descriptor
 from vsql_shared.audit.entries import EPOCH_OPENED, SHREDDED, AuditEntry
+from vsql_shared.audit.leaf_store import Kept, LeafKeeper
 from vsql_shared.audit.merkle import EMPTY_ROOT
-from vsql_shared.changes import OpenedBatch, TableName, Transaction
+from vsql_shared.changes import OpenedBatch, PartLeaves, TableName, Transaction
 from vsql_shared.pg.connect import Connection
 
 Writes = Callable[[Connection], None]
@@ -59,6 +60,10 @@ class Group:
     """Decisions that these have done."""
     also: list[Writes] = field(default_factory=list)
     """Further writes of the applying transaction."""
+    shredded: dict[str, str] = field(default_factory=dict)
+    """Table that lacks changes whose key was destroyed → why; by table, as fragments may be any number."""
+    leaves: list[Kept] = field(default_factory=list)
+    """What records hash to, and is not written yet."""
 
     @classmethod
     def after(cls, position: Position, live_chain: str) -> Group:
@@ -79,10 +84,14 @@ class Group:
         self.size += sum(map(len, opened.plaintexts))
         self.batches.append(opened)
         self.manifests.append(ready.encoded)
+        self._keep(opened.sequence, opened.leaves)
         self.descriptors.update(new)
         self.fragments = self.fragments or opened.continues
         if opened.transactions:
             self.position.commit_time = opened.transactions[-1].commit_time
+
+    def _keep(self, sequence: int, leaves: Iterable[PartLeaves]) -> None:
+        self.leaves += [(sequence, one) for one in leaves]
 
     def pass_over(self, opened: OpenedBatch, decided: Mapping[Transaction, Decided]) -> None:
         """Leave transactions of a batch out: said in its receipt, and their tables are marked."""
@@ -143,10 +152,12 @@ class Group:
         """Take some parts of a batch: the group stays where it is."""
         self.batches.append(opened)
         self.manifests.append(ready.encoded)
+        self._keep(opened.sequence, opened.leaves)
         self.descriptors.update(new)
 
-    def write_parts(self, conn: Connection, chain: str) -> None:
+    def write_parts(self, conn: Connection, chain: str, leaves: LeafKeeper | None) -> None:
         """What is written with such parts."""
+        self.store_leaves(conn, chain, leaves)
         state.save_descriptors(conn, chain, self.descriptors, forget_others=False)
         for write in self.also:
             write(conn)
@@ -156,6 +167,7 @@ class Group:
         self.move(ready)
         entry = found.verified.entry
         self.fragments = entry.continues
+        self._keep(entry.sequence, found.verified.leaves)
         self.receipts.append(
             Receipt(
                 entry.sequence, entry.epoch, entry.batch, ready.encoded, found.verified.merkle_root,
@@ -168,13 +180,13 @@ class Group:
 
     def _mark_shredded(self, entry: AuditEntry, kek_id: str) -> None:
         """Its tables lack changes."""
-        chain = self.live_chain
         reason = f"sequence {entry.sequence}: the data key was destroyed with {kek_id}"
-        self.also.append(
-            lambda conn: quarantine.mark_diverged(
-                conn, chain, map(quarantine.parse_table, entry.tables_affected), reason
-            )
-        )
+        for table in entry.tables_affected:
+            self.shredded[table] = reason
+
+    def take_shredded_parts(self, found: Shredded) -> None:
+        """Take some parts of a batch whose data key was destroyed: what they hash to is kept all the same."""
+        self._keep(found.verified.entry.sequence, found.verified.leaves)
 
     def add_entry(self, ready: Ready) -> None:
         """Take an entry without a batch. A new epoch sends every descriptor again."""
@@ -194,16 +206,26 @@ class Group:
             )  # fmt: skip
         self.batches, self.manifests, self.size = [], [], 0
 
-    def store_receipts(self, conn: Connection, chain: str) -> None:
-        """Write the receipts so far into the applying transaction, and let them go."""
+    def store_receipts(self, conn: Connection, chain: str, leaves: LeafKeeper | None) -> None:
+        """Write receipts and leaves so far into the applying transaction, and let them go."""
         state.save_receipts(conn, chain, self.receipts)
         self.receipts, self.stored = [], True
+        self.store_leaves(conn, chain, leaves)
 
-    def write(self, conn: Connection, chain: str) -> None:
+    def store_leaves(self, conn: Connection, chain: str, leaves: LeafKeeper | None) -> None:
+        """Write the leaves so far into the applying transaction, and let them go; no keeper: keep none."""
+        if leaves:
+            leaves.write(conn, chain, self.leaves)
+        self.leaves = []
+
+    def write(self, conn: Connection, chain: str, leaves: LeafKeeper | None) -> None:
         """Everything the applying transaction holds beside the rows."""
+        self.store_leaves(conn, chain, leaves)
         self.receipts.sort(key=lambda receipt: receipt.sequence)
         state.save_receipts(conn, chain, self.receipts)
         state.save_descriptors(conn, chain, self.descriptors, forget_others=self.forget_descriptors)
+        for table, reason in self.shredded.items():
+            quarantine.mark_diverged(conn, self.live_chain, [quarantine.parse_table(table)], reason)
         for write in self.also:
             write(conn)
         state.save_position(conn, chain, self.position)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from vsql_consumers.parking import Lies
     from vsql_consumers.source import Source
     from vsql_consumers.state import Stream
+    from vsql_shared.audit.leaf_store import LeafKeeper
     from vsql_shared.config import Settings
     from vsql_shared.crypto.signing import TrustStore
     from vsql_shared.kms.base import KekProvider
@@ -71,3 +73,10 @@ class Means:
     metrics: StreamMetrics
     totals: Totals
     stop: threading.Event
+    leaves: LeafKeeper | None
+    """None: of a first copy, whose topics go when it is applied, none are kept."""
+
+    def keep_leaves(self) -> None:
+        """Look after the leaves this node keeps, when it is time; between transactions."""
+        if self.leaves:
+            self.leaves.keep(time.monotonic())

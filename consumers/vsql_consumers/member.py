@@ -36,6 +36,7 @@ from vsql_consumers.verify import verify_batch
 from vsql_consumers.write import ApplyLimits
 from vsql_shared import failpoints, names
 from vsql_shared.audit.entries import EPOCH_OPENED, KEY_DESTROYED, AuditEntry
+from vsql_shared.audit.leaf_store import Kept, LeafKeeper
 from vsql_shared.audit.shredding import Destroyed
 from vsql_shared.changes import OpenedBatch, PartitionRoot
 from vsql_shared.crypto.signing import TrustStore
@@ -157,6 +158,7 @@ class Member:
         means = Means(
             settings, stream, control, applying, trust, provider, _no_acknowledger, source,
             self._metrics, self._totals, self._stop,
+            LeafKeeper(control, settings.audit.leaf_retention, settings.audit.leaf_max_size),
         )  # fmt: skip
         work = SharesWork(means, number, mine)
         decided = shares.decisions_mark(control, chain)
@@ -196,6 +198,7 @@ class _Waiting:
     batches: list[OpenedBatch] = field(default_factory=list)
     roots: list[dict[tuple[str, int], bytes]] = field(default_factory=list)
     descriptors: dict[bytes, Descriptor] = field(default_factory=dict)
+    leaves: list[Kept] = field(default_factory=list)
     rows: int = 0
     size: int = 0
 
@@ -244,6 +247,7 @@ class SharesWork:
 
     def begin(self) -> None:
         """Assign the partitions, read the keys topic."""
+        self._means.keep_leaves()
         self._intake.begin()
 
     def end(self) -> None:
@@ -273,6 +277,7 @@ class SharesWork:
                 if waiting.rows >= limits.merge_max_rows or waiting.size >= limits.collect_buffer_bytes:
                     self._flush()
         self._flush()
+        self._means.keep_leaves()
         self._intake.look_for_lost()
         self._intake.look_for_silence()
         self._rest(came)
@@ -346,6 +351,7 @@ class SharesWork:
         waiting.entries.append(entry)
         waiting.batches.append(opened)
         waiting.roots.append(verified.sub_roots)
+        waiting.leaves += [(entry.sequence, one) for one in opened.leaves]
         waiting.descriptors.update(new)
         waiting.rows += len(opened.ops)
         waiting.size += sum(map(len, opened.plaintexts))
@@ -366,8 +372,9 @@ class SharesWork:
         receipt = shredded.part_receipt(found.sub_roots)
         moment = receipt.commit_time or entry.event_timestamp
         self._applier.begin_with(lambda conn: shares.hold(conn, self._chain, self._number, self.mine))
+        alone = _Waiting(leaves=[(entry.sequence, one) for one in found.leaves])
         self._applier.finish(
-            entry.batch_lsn_end, moment, lambda conn: self._write(conn, _Waiting(), [receipt], entry.sequence)
+            entry.batch_lsn_end, moment, lambda conn: self._write(conn, alone, [receipt], entry.sequence)
         )
         self.mine = {share: max(at, entry.sequence) for share, at in self.mine.items()}
         self._means.metrics.verified(Verdict.SHREDDED)
@@ -393,6 +400,7 @@ class SharesWork:
             for place, entry in enumerate(waiting.entries):
                 one = _Waiting([entry], [waiting.batches[place]], [waiting.roots[place]], waiting.descriptors)
                 one.rows = len(one.batches[0].ops)
+                one.leaves = [(entry.sequence, part) for part in one.batches[0].leaves]
                 self._waiting = one
                 self._flush()
 
@@ -421,6 +429,8 @@ class SharesWork:
 
     def _write(self, conn: Connection, waiting: _Waiting, found: list[PartReceipt], upto: int) -> None:
         state.save_descriptors(conn, self._chain, waiting.descriptors, forget_others=False)
+        if self._means.leaves:
+            self._means.leaves.write(conn, self._chain, waiting.leaves)
         for one in found:
             shares.save_part(conn, self._chain, one)
         shares.advance(conn, self._chain, list(self.mine), upto)

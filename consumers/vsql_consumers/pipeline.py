@@ -87,6 +87,7 @@ class Pipeline:
                 means.control, stream.chain, names.ack_chain(stream.chain, stream.target)
             )
             self._open_decisions = state.load_open_decisions(means.control, stream.chain)
+        means.keep_leaves()
         self.position: Position = joining.first_position(means, self._applier, position, skip, decisions)
         self.acknowledger = means.open_acknowledger()
         self._cosigner = self.acknowledger.cosigner(settings.audit.checkpoint_every)
@@ -133,6 +134,7 @@ class Pipeline:
         self.acknowledger.poll()
         if refused is not None:
             raise refused
+        self._means.keep_leaves()
         self._cosign()
         self.intake.look_for_lost()
         self.intake.look_for_silence()
@@ -216,6 +218,8 @@ class Pipeline:
             if entry.continues and not self._group.fragments:
                 self._flush()
             self._group.add_shredded(ready, found)
+            if self._group.fragments:
+                self._store_fragment()
             return
         opened, new, kept = found
         if (opened.continues and not self._group.fragments) or self._redefines(new):
@@ -228,12 +232,16 @@ class Pipeline:
             self._park(kept, opened)
         self.copy.batch(opened, self._group)
         if self._group.fragments:
-            self._apply()
-            with errors("writing receipts"):
-                self._group.store_receipts(self._means.applying, self._chain)
+            self._store_fragment()
             if not opened.continues:
                 self._group.fragments = False
                 self._flush()
+
+    def _store_fragment(self) -> None:
+        """Apply what came, and write down what is said of it: a transaction has any number of fragments."""
+        self._apply()
+        with errors("writing receipts"):
+            self._group.store_receipts(self._means.applying, self._chain, self._means.leaves)
 
     def _recall_descriptors(self) -> None:
         """Those that members met, beside ours."""
@@ -255,6 +263,7 @@ class Pipeline:
         if isinstance(found, Shredded):
             self._applier.begin_with(hold)
             part = found.part_receipt(roots)
+            group.take_shredded_parts(found)
         else:
             opened, new, kept = found
             group.take_parts(ready, opened, new)
@@ -271,7 +280,7 @@ class Pipeline:
             part = part_receipt(entry, roots, verdicts, opened.transactions, detail)
 
         def write(conn: Connection) -> None:
-            group.write_parts(conn, self._chain)
+            group.write_parts(conn, self._chain, self._means.leaves)
             shares.save_part(conn, self._chain, part)
             shares.advance(conn, self._chain, which, entry.sequence)
             state.honour_decisions(conn, sorted(group.honoured))
@@ -300,6 +309,10 @@ class Pipeline:
     def members_detail(self) -> dict[str, object]:
         """For the status: who applies the stream, where several do."""
         return {} if self._members is None else self._members.figures()
+
+    def leaf_figures(self) -> dict[str, object]:
+        """For the status: the leaves this node keeps."""
+        return self._means.leaves.figures if self._means.leaves else {}
 
     @property
     def between(self) -> bool:
@@ -482,7 +495,7 @@ class Pipeline:
 
     def _write(self, conn: Connection, group: Group, honoured: list[int]) -> None:
         self.copy.write(conn, group)
-        group.write(conn, self._chain)
+        group.write(conn, self._chain, self._means.leaves)
         if honoured:
             state.honour_decisions(conn, honoured)
 

@@ -69,6 +69,7 @@ class Report:
             "lag_seconds": round(lag_seconds, 3),
             "buffered_bytes": pipeline.intake.collector.buffered,
         }
+        detail |= pipeline.leaf_figures()
         detail |= pipeline.members_detail()
         if pipeline.copy.is_copy:
             detail["copy"] = pipeline.copy.detail()

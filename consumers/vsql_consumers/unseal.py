@@ -224,6 +224,7 @@ def open_batch(
         merkle_root=batch.merkle_root,
         continues=entry.continues,
         transactions=batch.transactions,
+        leaves=batch.leaves,
     )
     new: dict[bytes, Descriptor] = {}
     if batch.changes == len(plaintexts):

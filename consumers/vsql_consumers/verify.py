@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vsql_shared import names
 from vsql_shared.audit import merkle
-from vsql_shared.changes import ALL_OPS, Op, PartitionRoot, TableName, Transaction
+from vsql_shared.audit.leaves import part_leaves
+from vsql_shared.changes import ALL_OPS, Op, PartitionRoot, PartLeaves, TableName, Transaction
 from vsql_shared.crypto.dek import ALGORITHM
 from vsql_shared.errors import DecodeError, RecordError
 from vsql_shared.wire.pack import PackHeader, SealedTuple, decode_tuples, header_digest
@@ -73,6 +74,7 @@ class VerifiedBatch:
     packs: list[PackHeader]  # each pack's header once
     sub_roots: dict[tuple[str, int], bytes] = field(default_factory=dict)  # of the parts, as found here
     changes: int = 0
+    leaves: list[PartLeaves] = field(default_factory=list)  # of the parts, in their order
 
     def name(self, index: int) -> str:
         """Topic, partition and offset of the pack that holds record `index`."""
@@ -101,6 +103,8 @@ def verify_batch(
     headers: list[PackHeader] = []
     offsets: list[int] = []
     sub_roots: list[bytes] = []
+    kept: list[PartLeaves] = []
+    numbers = {(root.topic, root.partition): at for at, root in enumerate(entry.partitions)}
     for part in parts:
         first = len(tuples)
         for pack in part.packs:
@@ -110,7 +114,11 @@ def verify_batch(
             tx_of += _place(part.root, pack, records, places)
             headers += [pack.header] * len(records)
             offsets += [pack.offset] * len(records)
-        sub_roots.append(_sub_root(part, tuples[first:]))
+        records = tuples[first:]
+        leaves = list(map(_LEAF, records))
+        sub_roots.append(_sub_root(part, leaves))
+        number = numbers[part.root.topic, part.root.partition]
+        kept.append(part_leaves(number, leaves))
     root = merkle.batch_root(sub_roots) if whole else entry.merkle_root
     if root != entry.merkle_root:
         raise RecordError(
@@ -121,7 +129,9 @@ def verify_batch(
     roots = {
         (part.root.topic, part.root.partition): root for part, root in zip(parts, sub_roots, strict=True)
     }
-    batch = VerifiedBatch(entry, root, transactions, tuples, tx_of, headers, offsets, packs, roots)
+    batch = VerifiedBatch(
+        entry, root, transactions, tuples, tx_of, headers, offsets, packs, roots, leaves=kept
+    )
     if whole:
         _in_source_order(batch)
     else:
@@ -209,13 +219,13 @@ def _place(
         ) from None
 
 
-def _sub_root(part: Part, records: Sequence[SealedTuple]) -> bytes:
+def _sub_root(part: Part, leaves: Sequence[bytes]) -> bytes:
     """Steps 2 and 3 for one topic-partition."""
     root = part.root
     where = f"{root.topic}/{root.partition}/{root.first_offset}-{root.last_offset}"
-    if len(part.packs) != root.packs or len(records) != root.records:
+    if len(part.packs) != root.packs or len(leaves) != root.records:
         raise RecordError(
-            f"{len(part.packs)} packs with {len(records)} records,"
+            f"{len(part.packs)} packs with {len(leaves)} records,"
             f" the manifest says {root.packs} with {root.records}",
             record=where,
             hint="records were dropped or inserted",
@@ -226,7 +236,7 @@ def _sub_root(part: Part, records: Sequence[SealedTuple]) -> bytes:
             f" {root.first_offset} to {root.last_offset}",
             record=where,
         )
-    found = merkle.root(list(map(_LEAF, records)))
+    found = merkle.root(leaves)
     if found != root.sub_root:
         raise RecordError(
             f"records have root {found.hex()}, the manifest says {root.sub_root.hex()}",

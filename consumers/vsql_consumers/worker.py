@@ -38,6 +38,7 @@ from vsql_consumers.session import open_applying, open_control, own_trust
 from vsql_consumers.source import Source, read_chain
 from vsql_consumers.state import Stream
 from vsql_shared import failpoints, names
+from vsql_shared.audit.leaf_store import LeafKeeper
 from vsql_shared.audit.store import ensure_partitions
 from vsql_shared.crypto.signing import Signer, TrustStore
 from vsql_shared.errors import (
@@ -280,8 +281,13 @@ class Worker:
                 self._report.metrics,
                 self._report.totals,
                 self.stop,
+                self._leaves(conn, stream),
             )
         )
+
+    def _leaves(self, conn: Connection, stream: Stream) -> LeafKeeper | None:
+        audit = self._settings.audit
+        return None if stream.kind == "copy" else LeafKeeper(conn, audit.leaf_retention, audit.leaf_max_size)
 
     def _refuse(self, conn: Connection, stream: Stream, control: Control, refusal: Refusal) -> None:
         """Say what was refused, signed and in the status; stay until an operator decides."""

@@ -24,6 +24,7 @@ from vsql_producers.targets import Targets
 from vsql_producers.volume import AuditVolume
 from vsql_shared import names
 from vsql_shared.audit.chain import Prepared
+from vsql_shared.audit.leaf_store import LeafKeeper
 from vsql_shared.config import Settings
 from vsql_shared.kafka.clients import make_admin, make_consumer, make_producer
 from vsql_shared.kafka.topics import ensure_topic
@@ -56,6 +57,7 @@ class Context:
     targets: Targets
     metrics: StreamMetrics
     closing: ExitStack
+    leaves: LeafKeeper
     tick: Callable[[], None] = _nothing
     """What must go on while something else is waited for: reports to the walsender."""
     wait: Callable[[], None] = _nothing

@@ -132,7 +132,8 @@ class LivePipeline:
             write_seen=c.write_seen(head.epoch),
             spread=Spread(os.urandom(INDEX_KEY_SIZE), partitions) if partitions > 1 else None,
         )
-        self._progress = Progress(c.conn, opened.writer, slot.confirmed_lsn)
+        c.leaves.keep(time.monotonic())
+        self._progress = Progress(c.conn, opened.writer, slot.confirmed_lsn, c.leaves)
         describe = Describer(c.conn, c.stream.publication, scope, binary=binary)
         self._retention = Retention(c.conn, lambda: c.admin, c.stream.chain, settings.kafka.retention)
         last = last_transaction(c.conn, c.stream.chain, head.lsn_end)
@@ -220,6 +221,7 @@ class LivePipeline:
         self._acknowledged += outlet.publisher.poll(pause if reading else _LONG)
         self._settle(wal, outlet, now)
         self._retention.turn(now)
+        self._context.leaves.keep(now)
         if now >= self._next_scope:
             self._next_scope = now + _SCOPE_SECONDS
             self._require_same_scope()
@@ -365,6 +367,7 @@ class LivePipeline:
             "unpublished_batches": self._outlet.publisher.inflight + len(self._ready),
             "dek_id": key.dek_id if key else "",
             "dek_tuples": key.tuples_used if key else 0,
+            **self._context.leaves.figures,
         }
 
     def marks(self) -> Marks | None:

@@ -8,6 +8,8 @@ Not here: Kafka. Rules:
   stream never holds WAL back, and needs no heartbeat.
 * Such a position is noted in `streams` before PostgreSQL is told: what the slot confirms beyond the chain and
   the note, this stream never confirmed (slot.py). A note is a commit, so notes keep their distance.
+* What the records of those batches hash to is kept with their manifests, in the same transaction; of a first
+  copy nothing is.
 * Positions only move forward.
 """
 
@@ -20,6 +22,7 @@ from vsql_producers.stall import Marks
 from vsql_producers.stream import note_confirmed
 from vsql_shared import failpoints
 from vsql_shared.audit.chain import ChainWriter
+from vsql_shared.audit.leaf_store import LeafKeeper
 from vsql_shared.audit.store import insert_entries
 from vsql_shared.pg.connect import Connection
 
@@ -33,8 +36,11 @@ _MUCH_BYTES = 64 * 1024
 class Progress:
     """The stream's confirmed position."""
 
-    def __init__(self, conn: Connection, writer: ChainWriter, confirmed: int) -> None:
+    def __init__(
+        self, conn: Connection, writer: ChainWriter, confirmed: int, leaves: LeafKeeper | None
+    ) -> None:
         self._conn = conn
+        self._leaves = leaves
         self._writer = writer
         self.confirmed = confirmed
         self.published = writer.head.lsn_end
@@ -46,7 +52,17 @@ class Progress:
 
     def record(self, acknowledged: list[Acknowledged]) -> None:
         """Commit manifests to the audit table; then what they cover is done."""
-        insert_entries(self._conn, [(one.prepared.encoded, one.offset) for one in acknowledged])
+        kept = [
+            (one.prepared.entry.sequence, part)
+            for one in acknowledged
+            if one.batch is not None
+            for part in one.batch.leaves
+        ]
+        insert_entries(
+            self._conn,
+            [(one.prepared.encoded, one.offset) for one in acknowledged],
+            lambda conn: self._leaves.write(conn, self._writer.chain, kept) if self._leaves else None,
+        )
         failpoints.hit("producer.audit-committed")
         before = self.published
         for one in acknowledged:

@@ -35,7 +35,8 @@ from vsql_producers.spread import NO_PLACE, Spread
 from vsql_producers.transactions import Descriptor
 from vsql_shared import names
 from vsql_shared.audit import merkle
-from vsql_shared.changes import Op, TableName, Transaction
+from vsql_shared.audit.leaves import part_leaves
+from vsql_shared.changes import Op, PartLeaves, TableName, Transaction
 from vsql_shared.crypto.dek import SealingKey
 from vsql_shared.crypto.seal import seal_tuples
 from vsql_shared.errors import DecodeError
@@ -108,6 +109,8 @@ class SealedBatch(NamedTuple):
     """The transaction that ends where the batch does."""
     described: str = ""
     """SHA-256 of the tables and columns this batch describes, in hex; empty: it describes none."""
+    leaves: tuple[PartLeaves, ...] = ()
+    """What each topic-partition's records hash to, in the order of `topics`."""
 
 
 class Relations:
@@ -291,6 +294,7 @@ def seal(
         oldest_commit_time=batch.transactions[0].commit_time,
         by_row=batch.by_row,
         last=batch.transactions[-1] if batch.end_lsn else None,
+        leaves=tuple(part_leaves(number, leaves[lies]) for number, lies in enumerate(sorted(messages))),
     )
 
 

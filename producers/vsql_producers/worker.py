@@ -37,6 +37,7 @@ from vsql_producers.slot import require_primary
 from vsql_producers.snapshot.pipeline import CopyPipeline
 from vsql_producers.targets import Targets
 from vsql_shared import failpoints, names
+from vsql_shared.audit.leaf_store import LeafKeeper
 from vsql_shared.audit.store import ensure_partitions
 from vsql_shared.config import Settings
 from vsql_shared.errors import (
@@ -166,7 +167,10 @@ class Worker:
             stream.ack_partition,
             allow_unsigned=not settings.is_prod,
         )
-        context = Context(settings, stream, conn, provider, writing, targets, self._report.metrics, closing)
+        leaves = LeafKeeper(conn, settings.audit.leaf_retention, settings.audit.leaf_max_size)
+        context = Context(
+            settings, stream, conn, provider, writing, targets, self._report.metrics, closing, leaves
+        )
         context.volume, context.text_only = self._report.volume, self._text_only
         self._report.opening()
         context.wait = lambda: self._report.say_again(conn)

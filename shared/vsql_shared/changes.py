@@ -138,6 +138,16 @@ class PartitionRoot:
     sub_root: bytes
 
 
+class PartLeaves(NamedTuple):
+    """Leaf hashes of one topic-partition of a batch, in its order (audit/leaves.py).
+
+    `part`: its place in the manifest, from 0. `leaves`: 32 bytes a record.
+    """
+
+    part: int
+    leaves: bytes
+
+
 @dataclass(slots=True)
 class OpenedBatch:
     """A verified and opened batch, in source order.
@@ -165,6 +175,8 @@ class OpenedBatch:
     plaintexts: list[bytes] = field(default_factory=list)
     passed: dict[int, str] = field(default_factory=dict)
     """Transactions, by their number, that an operator has decided not to apply here, and the verdict."""
+    leaves: list[PartLeaves] = field(default_factory=list)
+    """What its records hash to, for whoever asks later which of them differ."""
 
     def passed_over(self) -> dict[int, int]:
         """How many changes of each such transaction are passed over.

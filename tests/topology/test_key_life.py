@@ -270,6 +270,55 @@ def test_what_a_destroyed_kek_version_covered_is_passed_over_by_a_signed_verdict
     pair.stop()
 
 
+_LEAF_BYTES = "SELECT sum(pg_relation_size(relid))::bigint FROM pg_partition_tree('vsql_sync.batch_leaves')"
+
+
+@pytest.mark.timeout(300)
+def test_fragments_whose_key_was_destroyed_are_written_down_as_they_come_and_not_held_to_the_end(
+    pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One transaction of 200 fragments: what is held of each, and not written, is held of 20,000, too."""
+    monkeypatch.delenv("SOFTHSM2_CONF", raising=False)
+    pair = pairs(TABLE, config=QUICK + "batch_max_rows = 20\n")
+    hsm(pair)
+    pair.create(["t(*)"], copy=False)
+    pair.start()
+    pair.a.execute("INSERT INTO t SELECT g, 'applied' FROM generate_series(1, 10) g")
+    pair.wait_in_step()
+    pair.b.stop("consumer")
+    pair.a.execute("INSERT INTO t SELECT g, 'shredded' FROM generate_series(1001, 5000) g")
+    sealed(pair, 4_010)
+    pair.a.ctl("key", "generate", "--kek-pkcs11")
+    pair.a.ctl("key", "rotate-dek")
+    pair.a.execute("INSERT INTO t VALUES (1, 'kept') ON CONFLICT (id) DO UPDATE SET v = 'kept'")
+    sealed(pair, 4_011)
+    people = operators(pair, "alice", "bob")
+    alice, bob = (("--operator", name, "--key", str(key), "--yes") for name, key in people.items())
+    pair.a.ctl(
+        "key", "shred", *alice, "--after", "0s", "--kek", "payments/0001", "--reason", "retention is over"
+    )
+    pair.a.ctl("key", "approve", "1", *bob)
+    pair.a.ctl("key", "destroy", "1", "--yes")
+
+    before = pair.b.query(_LEAF_BYTES)[0][0]
+    slow = {
+        "VSQL_SYNC_ALLOW_FAILPOINTS": "1",
+        "VSQL_SYNC_FAILPOINTS": "consumer.before-apply-commit=sleep:4000",
+    }
+    pair.b.start("consumer", slow)
+    until(lambda: pair.b.query(_LEAF_BYTES)[0][0] > before + 100_000, lambda: pair.b.tail("consumer"))
+    marked = "SELECT count(*) FROM vsql_sync.table_sync WHERE state = 'DIVERGED'"
+    assert pair.b.query(marked) == [(0,)], "written in the transaction that is not committed yet"
+    pair.b.stop("consumer")
+    pair.b.start("consumer")
+    pair.wait_in_step()
+    assert pair.b.query(marked) == [(1,)]
+    assert pair.b.query("SELECT v, count(*) FROM t GROUP BY 1 ORDER BY 1") == [("applied", 9), ("kept", 1)]
+    columns = f"sequence, part, leaves FROM vsql_sync.batch_leaves WHERE chain = '{pair.chain}'"
+    kept = f"SELECT {columns} ORDER BY 1, 2"
+    assert pair.b.query(kept) == pair.a.query(kept)
+
+
 @pytest.mark.timeout(300)
 def test_a_key_is_not_destroyed_by_one_person_nor_before_its_time_nor_while_it_wraps(
     in_token: TwoNodes,

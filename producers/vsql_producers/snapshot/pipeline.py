@@ -116,7 +116,7 @@ class CopyPipeline:
             write_seen=c.write_seen(head.epoch),
             target=c.stream.target,
         )
-        self._progress = Progress(c.conn, opened.writer, 0)
+        self._progress = Progress(c.conn, opened.writer, 0, None)
         self._batches = Batches(batch_limits(c.settings.limits, c.settings.encryption.dek.max_tuples))
         self._history = read_history(stored.entry for stored in iterate(c.conn, c.stream.chain))
         if not self._history.finished:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vsql_ctl.audit_report import Findings, as_json, as_text, words
+from vsql_ctl.commands.audit_diff import diff
 from vsql_ctl.commands.audit_export import export_trail
 from vsql_ctl.commands.audit_proofs import COMMANDS
 from vsql_ctl.context import Operator, OutputFormat, example, output_option, pass_operator
@@ -30,7 +31,7 @@ _MAX_LIMIT = 100_000
 
 @click.group("audit", epilog=example("syncctl audit verify", "syncctl audit list --since 2026-02-01"))
 def audit() -> None:
-    """List, verify, prove and export the signed trail of this node."""
+    """List, verify, compare, prove and export the signed trail of this node."""
 
 
 @audit.command(
@@ -279,5 +280,5 @@ def _verify_kafka(conn: Connection, settings: Settings, trust: TrustStore, findi
     findings.found += history.problems(now)
 
 
-for _command in (export_trail, *COMMANDS):
+for _command in (export_trail, diff, *COMMANDS):
     audit.add_command(_command)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, islice
 from typing import Any
 
@@ -69,11 +69,15 @@ _WRITE_HEAD = (
 )
 
 
-def insert_entries(conn: Connection, entries: Sequence[tuple[bytes, int | None]]) -> None:
+def insert_entries(
+    conn: Connection,
+    entries: Sequence[tuple[bytes, int | None]],
+    also: Callable[[Connection], None] | None = None,
+) -> None:
     """Add accepted documents, oldest first, with their Kafka offsets, and move their chains' heads.
 
-    One COPY and one update a chain, however many entries. Raises ChainError when they do not extend what
-    the table has, DecodeError for what is no entry.
+    One COPY and one update a chain, however many entries; `also` writes what belongs to them. Raises
+    ChainError when they do not extend what the table has, DecodeError for what is no entry.
     """
     if not entries:
         return
@@ -85,6 +89,8 @@ def insert_entries(conn: Connection, entries: Sequence[tuple[bytes, int | None]]
         with conn.cursor() as cursor, cursor.copy(_COPY) as copy:
             for stored in parsed:
                 copy.write_row([*columns_of(stored).values(), stored.kafka_offset])
+        if also is not None:
+            also(conn)
 
 
 def _move_head(conn: Connection, chain: str, group: list[StoredDocument]) -> None:

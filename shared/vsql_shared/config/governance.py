@@ -57,9 +57,10 @@ class AuditSettings(Section):
     audit_table: Identifier = "vsql_sync_audit"
     """Table of the entries, in schema vsql_sync."""
     leaf_retention: Annotated[Duration, Field(ge=timedelta(0), le=timedelta(days=366))] = timedelta(days=7)
-    """How long each side keeps the leaf hashes (32 bytes a tuple) by which a divergent tuple is found.
-    No effect yet."""
-
+    """How long each side keeps the leaf hashes (32 bytes a tuple) by which a divergent tuple is found;
+    "0s" keeps none."""
+    leaf_max_size: Annotated[Size, Field(ge=2**20)] = 10 * 10**9
+    """Bytes all leaf hashes may take in this node's database; beyond it the oldest go before their time."""
     checkpoint_every: Annotated[Duration, Field(ge=timedelta(seconds=1), le=timedelta(days=366))] = timedelta(
         hours=1
     )

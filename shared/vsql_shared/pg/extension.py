@@ -24,7 +24,7 @@ _HEAD = (
     f'\\echo Use "CREATE EXTENSION {EXTENSION}" to load this file. \\quit\n'
 )
 # Rows of extension tables are not dumped unless asked for. Unlogged ones (status) are worth nothing later;
-# schema_version is filled by the script that a restore runs.
+# schema_version is filled by the script that a restore runs; kept leaves are large, and gone within days.
 _DUMP_ROWS = """
 DO $$
 DECLARE
@@ -42,7 +42,7 @@ BEGIN
     FOR v_table IN
         SELECT oid FROM pg_catalog.pg_class
         WHERE relnamespace = 'vsql_sync'::regnamespace AND relkind IN ('r', 'S') AND relpersistence = 'p'
-          AND relname <> 'schema_version'
+          AND relname <> 'schema_version' AND relname !~ '^(batch_leaves_[0-9]+|leaf_slots)$'
         ORDER BY oid
     LOOP
         PERFORM pg_catalog.pg_extension_config_dump(v_table, '');

@@ -21,6 +21,7 @@ import psycopg
 from psycopg import sql
 from pydantic import SecretStr
 
+from vsql_shared.audit.leaf_slots import SLOTS
 from vsql_shared.changes import TableName
 from vsql_shared.errors import RefusedError
 from vsql_shared.pg.connect import Connection, errors
@@ -56,6 +57,10 @@ _SERVICE = {
     "chain_heads": "INSERT, UPDATE",
     "command_results": "INSERT",
     "decisions": "UPDATE (honoured_at)",
+    "batch_leaves": "INSERT",
+    "leaf_slots": "INSERT, UPDATE, DELETE",
+    # Emptied slot by slot.
+    **{f"batch_leaves_{slot:02}": "TRUNCATE" for slot in range(SLOTS)},
 }
 # Table of vsql_sync → what the role may do beside SELECT on all of them.
 WRITES: dict[str, dict[str, str]] = {
