@@ -47,6 +47,7 @@ from vsql_shared.errors import (
     VsqlSyncError,
 )
 from vsql_shared.kafka.clients import from_exception
+from vsql_shared.kafka.schema_registry import pack_frame
 from vsql_shared.kms import open_provider
 from vsql_shared.pg import acts
 from vsql_shared.pg.commands import Command
@@ -111,6 +112,7 @@ class Worker:
         self._acted: list[tuple[int, Command, str]] = []
         """Acts of this epoch on their way to the table: sequence, command, answer."""
         self._stop_by: float | None = None
+        self._frame: bytes | None = None
 
     def run(self) -> int:
         """Epoch after epoch, until told to stop."""
@@ -168,6 +170,7 @@ class Worker:
         )
         context = Context(settings, stream, conn, provider, writing, targets, self._report.metrics, closing)
         context.volume, context.text_only = self._report.volume, self._text_only
+        context.frame = self._pack_frame()
         self._report.opening()
         context.wait = lambda: self._report.say_again(conn)
         context.ensure_control_topics()
@@ -181,6 +184,12 @@ class Worker:
             self._turn_until_stopped(pipeline, control, context)
         finally:
             self._report.ended(pipeline)
+
+    def _pack_frame(self) -> bytes:
+        """What stands before each pack: asked for once, so a registry that is away later is not missed."""
+        if self._frame is None:
+            self._frame = pack_frame(self._settings.kafka.schema_registry)
+        return self._frame
 
     def _raise_when_stopped(self) -> None:
         """What waits while a stream is opened ends at a stop; nothing has been sent yet."""

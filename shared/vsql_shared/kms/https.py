@@ -1,12 +1,14 @@
-"""Calls to a key service over HTTPS: what the providers without an SDK of their own share.
+"""Calls to a service over HTTPS: what key services without an SDK of their own share, and a schema registry.
 
-Not here: what is asked and what the answers mean (azure_kv.py, gcp_kms.py, vault.py). Rules:
+Not here: what is asked and what the answers mean (azure_kv.py, gcp_kms.py, vault.py;
+kafka/schema_registry.py). Rules:
 
 * TLS is verified; a redirect is never followed, because a token goes with each request.
 * Throttling (429), failures of the service (500, 502, 503, 504) and lost connections are tried again, a
   bounded number of times with doubling, scattered pauses (Retries); then TransientError. The rest is the
   provider's.
-* Wrapping and unwrapping may be asked twice: neither changes anything at the service.
+* What is asked may be asked twice: wrapping and unwrapping change nothing at the service, and a schema that
+  is registered again is the same one.
 * An answer has at most 1 MiB. Of one that refuses, code and text go into a message, cut and printable;
   never a header, never what was sent.
 """
@@ -27,7 +29,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from vsql_shared.config.kms_services import is_loopback
-from vsql_shared.errors import DecodeError, KeyUnavailableError, TransientError
+from vsql_shared.errors import DecodeError, EnvironmentFault, KeyUnavailableError, TransientError
 from vsql_shared.kms.base import LONGEST_PAUSE, Retries
 
 _T = TypeVar("_T")
@@ -39,7 +41,7 @@ _BUSY = frozenset({429, 500, 502, 503, 504})
 class Request(NamedTuple):
     """One call; `body` is sent as JSON."""
 
-    method: Literal["GET", "POST"]
+    method: Literal["GET", "POST", "PUT"]
     url: str
     body: Mapping[str, object] | None = None
 
@@ -66,16 +68,29 @@ def _sleep_about(seconds: float) -> None:
 class Https:
     """Calls to one service. `name` stands in messages."""
 
-    def __init__(self, name: str, url: str, retries: Retries, ca_path: Path | None = None) -> None:
-        """`url` is any address of the service. Raises KeyUnavailableError: CA certificates not readable."""
-        self._name, self._retries = name, retries
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        retries: Retries,
+        ca_path: Path | None = None,
+        client: tuple[Path, Path] | None = None,
+        fault: type[EnvironmentFault] = KeyUnavailableError,
+    ) -> None:
+        """`url` is any address of the service, `client` a certificate and its key.
+
+        Raises `fault`, here and later, where an operator must mend something: certificates, trust.
+        """
+        self._name, self._retries, self._fault = name, retries, fault
         try:
             context = ssl.create_default_context(cafile=ca_path)
         except (OSError, ssl.SSLError) as error:
-            raise KeyUnavailableError(
+            raise fault(
                 f"{name}: no CA certificates can be read from {ca_path}",
                 hint="give a file of PEM certificates",
             ) from error
+        if client is not None:
+            _present(context, name, client, fault)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         # Proxies are those of the environment, but what goes to this machine goes there.
         proxies = urllib.request.ProxyHandler({} if is_loopback(urlsplit(url).hostname) else None)
@@ -91,7 +106,7 @@ class Https:
         *,
         final: Callable[[Answer], bool] = lambda _: False,
     ) -> Answer:
-        """The service's answer, whatever it says. Raises TransientError, KeyUnavailableError (TLS).
+        """The service's answer, whatever it says. Raises TransientError; `fault` (TLS).
 
         `final`: answers that look like a service's failure, and will be the same when asked again.
         """
@@ -146,14 +161,29 @@ class Https:
                 return _read(error.code, error.headers.get("Retry-After"), error.read(_MAX_ANSWER))
 
     def _lost(self, error: Exception) -> str:
-        """What became of the connection. Raises KeyUnavailableError where trying again is of no use."""
+        """What became of the connection. Raises `fault` where trying again is of no use."""
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, ssl.SSLCertVerificationError):
-            raise KeyUnavailableError(
+            raise self._fault(
                 f"{self._name}: the server's certificate is not to be trusted ({reason.verify_message})",
                 hint="check the address, and which CA certificates are configured",
             ) from error
         return f"no connection ({type(reason).__name__})"
+
+
+def _present(
+    context: ssl.SSLContext, name: str, client: tuple[Path, Path], fault: type[EnvironmentFault]
+) -> None:
+    """Show a certificate of ours to a server that asks for one."""
+    certificate, key = client
+    try:
+        # Without a password: a key that needs one is refused, where the library would ask at the terminal.
+        context.load_cert_chain(certificate, key, password="")
+    except (OSError, ssl.SSLError) as error:
+        raise fault(
+            f"{name}: {certificate} and {key} are no certificate and its key",
+            hint="give PEM files, the key without a password",
+        ) from error
 
 
 def _read(status: int, retry_after: str | None, data: bytes) -> Answer:
