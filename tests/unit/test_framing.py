@@ -93,7 +93,7 @@ def _chain() -> SealedChain:
 
 def _each_pack(log: Log, change: Callable[[bytes], bytes]) -> Log:
     """The log with every record of its data topics changed."""
-    changed: Log = type(log)(list)
+    changed: Log = {}
     for place, records in log.items():
         data = place not in (AUDIT, KEYS)
         changed[place] = [(key, change(value) if data and value else value) for key, value in records]
@@ -119,11 +119,11 @@ Attack = Callable[[Sequence[bytes]], list[bytes]]
 ATTACKS: dict[str, tuple[Attack, str]] = {
     "a pack is there again, framed": (lambda p: [p[0], frame(1) + p[0], *p[1:]], "packs with"),
     "a pack is there again, bare": (lambda p: [frame(1) + p[0], p[0], *p[1:]], "packs with"),
-    "a frame in a frame": (lambda p: [frame(1) * 2 + p[0], *p[1:]], "pack"),
+    "a frame in a frame": (lambda p: [frame(1) * 2 + p[0], *p[1:]], "not a pack"),
     "a frame without a pack": (lambda p: [frame(1), *p[1:]], "not a pack: 5 bytes"),
     "a frame that is cut": (lambda p: [b"\0\0\1", *p[1:]], "not a pack: 3 bytes"),
-    "one byte of five is missing": (lambda p: [frame(1)[:4] + p[0], *p[1:]], "pack"),
-    "another magic byte": (lambda p: [b"\x01" + frame(1)[1:] + p[0], *p[1:]], "pack"),
+    "one byte of five is missing": (lambda p: [frame(1)[:4] + p[0], *p[1:]], "not a pack"),
+    "another magic byte": (lambda p: [b"\x01" + frame(1)[1:] + p[0], *p[1:]], "not a pack"),
     "a bit behind a frame": (
         lambda p: [frame(1) + p[0][:-9] + bytes((p[0][-9] ^ 1,)) + p[0][-8:], *p[1:]],
         "root",
