@@ -371,16 +371,17 @@ def _say_registry(node: Node, text: str) -> None:
     node.config.write_text(kept + text)
 
 
-def test_what_is_switched_on_and_off_before_a_backlog_is_applied_all_the_same(
+def test_what_is_switched_off_and_on_before_a_backlog_is_applied_all_the_same(
     registry: Registry, subject: str, pairs: Pairs
 ) -> None:
-    pair = pairs(TABLES)
+    framed = section(registry.url, subject)
+    pair = pairs(TABLES, config=framed, target_config="")
+    pair.a.execute("INSERT INTO t SELECT g, 'copied' FROM generate_series(1, 100) g")
     pair.create(["t(*)", "u(*)"])
     pair.start()
-    pair.a.execute("INSERT INTO t VALUES (0, 'before')")
     pair.wait_in_step()
     pair.b.stop("consumer")
-    for number, text in enumerate((None, section(registry.url, subject), ""), 1):
+    for number, text in enumerate((None, "", framed), 1):
         if text is not None:
             _say_registry(pair.a, text)
             pair.a.start("producer")
@@ -391,17 +392,20 @@ def test_what_is_switched_on_and_off_before_a_backlog_is_applied_all_the_same(
         )
         _wait_sent(pair.a)
         pair.a.stop("producer")
-    packs = data_records(read_topics(pair.a.kafka, pair.cluster), pair.cluster)
-    live = [r for r in packs if r.topic == names.data_topic(pair.cluster, pair.chain, "public", "t")]
-    framed = [(record.value or b"")[:1] == b"\0" for record in live]
-    assert [form for form, _ in groupby(framed)] == [False, True, False]
+    topic = names.data_topic(pair.cluster, pair.chain, "public", "t")
+    forms: dict[bool, list[bool]] = {True: [], False: []}
+    for record in data_records(read_topics(pair.a.kafka, pair.cluster), pair.cluster):
+        if record.topic == topic or ".copy." in record.topic:
+            forms[record.topic == topic].append((record.value or b"")[:1] == b"\0")
+    assert [form for form, _ in groupby(forms[True])] == [True, False, True]
+    assert set(forms[False]) <= {True}  # of the first copy, where it was not deleted yet
     pair.start()
     pair.wait_in_step()
     assert pair.differences() == []
     assert pair.b.query("SELECT count(*), sum(id) FROM u") == [(3, 6)]
+    assert pair.b.query("SELECT count(*) FROM t WHERE note = 'copied'") == [(100,)]
     assert pair.acknowledged_rows() == pair.audited_rows()
-    verified = pair.b.ctl("audit", "verify")
-    assert verified.returncode == 0
+    assert pair.b.ctl("audit", "verify").returncode == 0
     pair.stop()
 
 
