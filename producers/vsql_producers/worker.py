@@ -28,6 +28,7 @@ from vsql_producers import stream as streams
 from vsql_producers.context import Context, open_consumer
 from vsql_producers.control import Control
 from vsql_producers.epoch import Writing
+from vsql_producers.framed import frame_of_packs
 from vsql_producers.identity import own_signer, own_trust
 from vsql_producers.outlet import Outlet
 from vsql_producers.pipeline import LivePipeline
@@ -47,7 +48,6 @@ from vsql_shared.errors import (
     VsqlSyncError,
 )
 from vsql_shared.kafka.clients import from_exception
-from vsql_shared.kafka.schema_registry import pack_frame
 from vsql_shared.kms import open_provider
 from vsql_shared.pg import acts
 from vsql_shared.pg.commands import Command
@@ -170,7 +170,7 @@ class Worker:
         )
         context = Context(settings, stream, conn, provider, writing, targets, self._report.metrics, closing)
         context.volume, context.text_only = self._report.volume, self._text_only
-        context.frame = self._pack_frame()
+        context.frame = self._pack_frame(conn)
         self._report.opening()
         context.wait = lambda: self._report.say_again(conn)
         context.ensure_control_topics()
@@ -185,10 +185,18 @@ class Worker:
         finally:
             self._report.ended(pipeline)
 
-    def _pack_frame(self) -> bytes:
+    def _pack_frame(self, conn: Connection) -> bytes:
         """What stands before each pack: asked for once, so a registry that is away later is not missed."""
         if self._frame is None:
-            self._frame = pack_frame(self._settings.kafka.schema_registry)
+            settings = self._settings.kafka.schema_registry
+            self._report.opening(f"asking schema registry {settings.url}")
+
+            def wait(seconds: float) -> None:
+                if self.stop.wait(seconds):
+                    raise Stopped
+                self._report.say_again(conn)
+
+            self._frame = frame_of_packs(settings, conn, wait)
         return self._frame
 
     def _raise_when_stopped(self) -> None:

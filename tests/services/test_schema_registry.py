@@ -21,12 +21,11 @@ import pytest
 
 from tests.busy_service import busy_service
 from tests.certificates import Authority
-from tests.nodes import Node
+from tests.nodes import Node, TwoNodes
 from tests.pairs import Pairs
 from tests.registry_server import Registry, gate, registry_server
 from tests.services.conftest import NewSource
-from tests.services.producer_node import SourceNode
-from tests.services.test_producer_level import make_shorter
+from tests.services.producer_node import SourceNode, make_shorter
 from tests.stack.ports import release_port, reserve_port
 from tests.streams import Record, read_topics
 from tests.waiting import until
@@ -34,8 +33,8 @@ from vsql_shared import names
 from vsql_shared.audit.dsse import SignedDocument
 from vsql_shared.config.schema_registry import SchemaRegistrySettings
 from vsql_shared.errors import RegistryError, TransientError
-from vsql_shared.kafka.schema_registry import pack_frame, pack_schema
-from vsql_shared.wire.framing import FRAME_SIZE
+from vsql_shared.kafka.schema_registry import SchemaRegistry, pack_schema
+from vsql_shared.wire.framing import FRAME_SIZE, frame
 
 _numbers = count()
 PASSWORD = "marker-of-a-password"
@@ -54,7 +53,8 @@ def subject() -> str:
 
 
 def asked(url: str, subject: str, **section: Any) -> bytes:
-    return pack_frame(SchemaRegistrySettings.model_validate({"url": url, "subject": subject, **section}))
+    settings = SchemaRegistrySettings.model_validate({"url": url, "subject": subject, **section})
+    return frame(SchemaRegistry(settings).id_of(pack_schema()))
 
 
 def id_in(message: bytes) -> int:
@@ -117,6 +117,10 @@ def test_reading_is_all_the_right_a_producer_needs_where_the_schema_is_there(
         made = registry.register(subject, pack_schema())
         door.calls.clear()
         assert id_in(asked(door.url, subject)) == made
+        level = f"GET /config/{subject}?defaultToGlobal=true"
+        assert door.calls == [f"POST /subjects/{subject}", level]
+        door.calls.clear()
+        assert id_in(asked(door.url, subject, auto_register=False)) == made
         assert door.calls == [f"POST /subjects/{subject}"]
 
 
@@ -126,6 +130,29 @@ def test_a_level_we_may_not_change_is_a_warning(
     with gate(registry, allows=lambda method, _: method != "PUT") as door, caplog.at_level(logging.WARNING):
         assert asked(door.url, subject)
     assert f"subject {subject} has compatibility NONE, and we may not change that (403" in caplog.text
+
+
+def test_a_subject_that_was_left_without_a_level_is_warned_of_at_the_next_start(
+    registry: Registry, subject: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A producer ended between registering and setting the level."""
+    registry.register(subject, pack_schema())
+    with caplog.at_level(logging.WARNING):
+        assert asked(registry.url, subject, auto_register=False)
+        assert not caplog.records
+        assert asked(registry.url, subject)
+    assert f"subject {subject} has compatibility NONE; set it to BACKWARD" in caplog.text
+
+
+def test_a_level_that_may_not_be_read_is_a_warning_where_the_subject_is_ours(
+    registry: Registry, subject: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        gate(registry, allows=lambda method, _: method == "POST") as door,
+        caplog.at_level(logging.WARNING),
+    ):
+        assert asked(door.url, subject)
+    assert f"subject {subject} has compatibility unknown (403" in caplog.text
 
 
 def test_a_former_version_of_the_schema_is_followed_by_ours(registry: Registry, subject: str) -> None:
@@ -341,6 +368,28 @@ def test_a_registry_is_waited_for_at_start_and_not_missed_later(
     }
 
 
+def test_a_restart_does_not_need_the_registry(
+    registry: Registry, subject: str, new_source: NewSource
+) -> None:
+    port = reserve_port()
+    url = f"http://127.0.0.1:{port}/apis/ccompat/v7"
+    release_port(port)
+    node = new_source(TABLES, ["t", "u"], config=section(url, subject))
+    with gate(registry, port=port):
+        worker = _running(node)
+        node.execute("INSERT INTO t VALUES (1, 'x')")
+        node.wait_confirmed()
+        node.stop(worker)
+    worker = node.start(log="second")
+    node.wait(lambda: node.state()[0] == "running")
+    node.execute("INSERT INTO t VALUES (2, 'y')")
+    node.wait_confirmed()
+    node.stop(worker)
+    packs = data_records(node.records(), node.cluster)
+    assert {id_in(record.value or b"") for record in packs} == {id_in(asked(registry.url, subject))}
+    assert "which it gave before" in node.log("second")
+
+
 def test_a_registry_that_refuses_is_said_in_the_status_without_the_password_and_nothing_is_sent(
     registry: Registry, subject: str, new_source: NewSource
 ) -> None:
@@ -378,7 +427,11 @@ def test_what_is_switched_off_and_on_before_a_backlog_is_applied_all_the_same(
     pair = pairs(TABLES, config=framed, target_config="")
     pair.a.execute("INSERT INTO t SELECT g, 'copied' FROM generate_series(1, 100) g")
     pair.create(["t(*)", "u(*)"])
-    pair.start()
+    pair.a.start("producer")
+    # The topics of a first copy go when it is applied.
+    copied = until(lambda: _forms(pair, ".copy."), 60, lambda: pair.a.tail("producer"))
+    assert set(copied) == {True}
+    pair.b.start("consumer")
     pair.wait_in_step()
     pair.b.stop("consumer")
     for number, text in enumerate((None, "", framed), 1):
@@ -392,13 +445,8 @@ def test_what_is_switched_off_and_on_before_a_backlog_is_applied_all_the_same(
         )
         _wait_sent(pair.a)
         pair.a.stop("producer")
-    topic = names.data_topic(pair.cluster, pair.chain, "public", "t")
-    forms: dict[bool, list[bool]] = {True: [], False: []}
-    for record in data_records(read_topics(pair.a.kafka, pair.cluster), pair.cluster):
-        if record.topic == topic or ".copy." in record.topic:
-            forms[record.topic == topic].append((record.value or b"")[:1] == b"\0")
-    assert [form for form, _ in groupby(forms[True])] == [True, False, True]
-    assert set(forms[False]) <= {True}  # of the first copy, where it was not deleted yet
+    sent = _forms(pair, names.data_topic(pair.cluster, pair.chain, "public", "t"))
+    assert [form for form, _ in groupby(sent)] == [True, False, True]
     pair.start()
     pair.wait_in_step()
     assert pair.differences() == []
@@ -407,6 +455,12 @@ def test_what_is_switched_off_and_on_before_a_backlog_is_applied_all_the_same(
     assert pair.acknowledged_rows() == pair.audited_rows()
     assert pair.b.ctl("audit", "verify").returncode == 0
     pair.stop()
+
+
+def _forms(pair: TwoNodes, part: str) -> list[bool]:
+    """Of the records of topics with this in their name: whether they have a frame."""
+    records = data_records(read_topics(pair.a.kafka, pair.cluster), pair.cluster)
+    return [(one.value or b"")[:1] == b"\0" for one in records if part in one.topic]
 
 
 def _wait_sent(node: Node) -> None:
@@ -441,11 +495,15 @@ def test_records_with_frames_are_read_back_where_kafka_lost_the_end_of_the_chain
 
 
 def test_the_operator_registers_what_a_producer_may_not(
-    registry: Registry, subject: str, new_source: NewSource
+    registry: Registry, subject: str, new_source: NewSource, tmp_path: Path
 ) -> None:
-    writes = basic("admin", PASSWORD)
-    with gate(registry, authorization=writes) as admins, gate(registry) as readers:
-        node = new_source(TABLES, ["t"], config=section(readers.url, subject, "auto_register = false"))
+    writes, reads = basic("admin", PASSWORD), basic("producer", "may read")
+    for name, text in (("reader", "may read"), ("admin", PASSWORD)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o600)
+    own = f'auto_register = false\nusername = "producer"\npassword_file = "{tmp_path / "reader"}"'
+    with gate(registry, authorization=writes) as admins, gate(registry, authorization=reads) as readers:
+        node = new_source(TABLES, ["t"], config=section(readers.url, subject, own))
         worker = node.start()
         node.wait(lambda: node.state()[0] == "waiting")
         said = node.state()[1]["last_error"]
@@ -459,7 +517,7 @@ def test_the_operator_registers_what_a_producer_may_not(
                 **os.environ,
                 "VSQL_SYNC__KAFKA__SCHEMA_REGISTRY__URL": admins.url,
                 "VSQL_SYNC__KAFKA__SCHEMA_REGISTRY__USERNAME": "admin",
-                "VSQL_SYNC__KAFKA__SCHEMA_REGISTRY__PASSWORD": PASSWORD,
+                "VSQL_SYNC__KAFKA__SCHEMA_REGISTRY__PASSWORD_FILE": str(tmp_path / "admin"),
             },
         )  # fmt: skip
         told = json.loads(done.stdout)

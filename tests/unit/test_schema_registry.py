@@ -13,7 +13,7 @@ from tests.unit.test_config import MINIMAL, PROD, parse
 from vsql_shared.config import advice, check_files, masked
 from vsql_shared.config.schema_registry import SchemaRegistrySettings
 from vsql_shared.errors import ConfigError
-from vsql_shared.kafka.schema_registry import pack_frame, pack_schema
+from vsql_shared.kafka.schema_registry import SchemaRegistry, pack_schema
 
 SECRET = "hunter2-marker"
 URL = 'url = "https://registry:8081/apis/ccompat/v7/"'
@@ -34,9 +34,9 @@ def test_the_registered_text_never_changes_while_its_format_is_in_use() -> None:
     assert parsed["name"] == SchemaRegistrySettings().subject == "vsql_sync.v1.Pack"
 
 
-def test_without_an_address_there_is_no_registry_and_no_frame() -> None:
+def test_without_an_address_there_is_no_registry() -> None:
     assert parse(MINIMAL).kafka.schema_registry.url is None
-    assert pack_frame(registry('subject = "x"')) == b""
+    assert registry('subject = "x"').url is None
 
 
 GOOD = {
@@ -56,6 +56,22 @@ BAD = {
     'url = "https://registry:x"': "https://host:port",
     f'url = "https://u:{SECRET}@registry"': "credentials have keys of their own",
     'url = "https://registry?x=1"': "credentials have keys of their own",
+    # Misspelt, with a credential in it.
+    f'url = "user:{SECRET}@registry:8081"': "https://host:port",
+    f'url = "https:/user:{SECRET}@registry"': "https://host:port",
+    f'url = "//u:{SECRET}@registry"': "https://host:port",
+    f'url = "https//u:{SECRET}@registry"': "https://host:port",
+    f'url = "https//registry?apikey={SECRET}"': "https://host:port",
+    f'url = "https://registry/#{SECRET}"': "credentials have keys of their own",
+    f'url = "https//registry?apikey={SECRET}@x-{SECRET}"': "https://host:port",
+    # What no library asks: it would end the process, each time it is started.
+    'url = "https://registry..example"': "https://host:port",
+    f'url = "https://{"x" * 64}.example"': "https://host:port",
+    'url = "http://host/é"': "in ASCII, without blanks",
+    'url = "https://hóst"': "in ASCII, without blanks",
+    'url = "http://host/a b"': "in ASCII, without blanks",
+    'url = "http://host/a\\tb"': "in ASCII, without blanks",
+    'url = "http://ho<st"': "in ASCII, without blanks",
     f'{URL}\nsubject = "a/b"': "subject",
     f'{URL}\nsubject = ""': "subject",
     f'{URL}\nusername = "u"': "given together",
@@ -67,6 +83,9 @@ BAD = {
     f'url = "http://registry:8081"\ntoken = "{SECRET}"': "would cross the network in clear",
     'url = "http://registry"\nusername = "u"\npassword_command = "x"': "would cross the network in clear",
     f'{URL}\ntimeout = "10ms"': "timeout",
+    f'{URL}\ntimeout = "1d"': "timeout",
+    f'{URL}\nusername = "a:b"\npassword = "{SECRET}"': "username",
+    'url = "http://registry:8081"\ncert_path = "c.crt"\nkey_path = "c.key"': "over https alone",
 }
 
 
@@ -90,7 +109,7 @@ def test_what_is_refused_names_the_key_and_no_secret(text: str) -> None:
 def test_a_token_that_is_none_is_refused_before_anybody_is_asked() -> None:
     for token in ("a b", "a\\r\\nX: y", "ü"):
         with pytest.raises(ConfigError, match=r"kafka\.schema_registry\.token: is no bearer token"):
-            pack_frame(registry(f'url = "http://127.0.0.1:1"\ntoken = "{token}"'))
+            SchemaRegistry(registry(f'url = "http://127.0.0.1:1"\ntoken = "{token}"'))
 
 
 def test_plain_http_across_a_network_is_warned_of_in_prod() -> None:

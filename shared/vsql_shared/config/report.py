@@ -120,9 +120,24 @@ def _shown_value(detail: ErrorDetails, at: Location) -> str | None:
     if not may_show(at) or isinstance(detail["input"], dict | list):
         return None
     value = detail["input"]
-    if isinstance(value, str) and "://" in value:  # somebody may have put a password into an address
-        value = mask_conninfo(value)
+    if isinstance(value, str):  # somebody may have put a password into an address
+        if at[-1] in _ADDRESSES:
+            value = _without_credentials(value)
+        elif "://" in value:
+            value = mask_conninfo(value)
     return printable(json.dumps(value, ensure_ascii=False, default=str))
+
+
+_ADDRESSES = frozenset({"url", "address", "endpoint"})
+
+
+def _without_credentials(value: str) -> str:
+    """A refused address, which may be misspelt anywhere: nothing before an "@", nor after a "?" or "#"."""
+    before, at, after = value.rpartition("@")
+    shown = re.split(r"[?#]", after, maxsplit=1)
+    if at and re.search(r"[?#]", before):
+        return MASK  # the "@" may stand in a query
+    return (f"{MASK}@" if at else "") + shown[0] + (f"?{MASK}" if len(shown) > 1 else "")
 
 
 def _text(detail: ErrorDetails, at: Location) -> str:

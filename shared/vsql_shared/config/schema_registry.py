@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
-from vsql_shared.config.kms_services import is_loopback
+from vsql_shared.config.kms_services import is_loopback, split_url
 from vsql_shared.config.secrets import PasswordSource, one_source, read_secret
 from vsql_shared.config.values import ConfigPath, Duration, refusal
 
@@ -23,12 +23,8 @@ PACK_SUBJECT = "vsql_sync.v1.Pack"
 
 def _registry_url(value: str) -> str:
     form = 'write the address as "https://host:port", with the path of its API where it has one'
-    try:
-        parts = urlsplit(value)
-        port_is_fine = parts.port is None or parts.port > 0
-    except ValueError:
-        raise refusal(form) from None
-    if parts.scheme not in ("https", "http") or not parts.hostname or not port_is_fine:
+    parts = split_url(value, form)
+    if parts.scheme not in ("https", "http") or not parts.hostname:
         raise refusal(form)
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise refusal("give host, port and path alone: no user, no query; credentials have keys of their own")
@@ -44,8 +40,8 @@ class SchemaRegistrySettings(PasswordSource):
     """Under which name the schema is registered."""
     auto_register: bool = True
     """Whether a producer registers the schema where it is missing; false: it must be there."""
-    username: Annotated[str, Field(min_length=1)] | None = None
-    """User of basic authentication."""
+    username: Annotated[str, Field(pattern="^[^:]+$")] | None = None
+    """User of basic authentication; without a colon, which ends it there."""
     token: SecretStr | None = None
     """Bearer token, instead of a user. Prefer token_file, token_command or the environment."""
     token_file: ConfigPath | None = None
@@ -58,8 +54,10 @@ class SchemaRegistrySettings(PasswordSource):
     """Client certificate, PEM."""
     key_path: ConfigPath | None = None
     """Key of the client certificate, PEM; readable by this user only."""
-    timeout: Annotated[Duration, Field(ge=timedelta(seconds=1))] = timedelta(seconds=10)
-    """Of one call."""
+    timeout: Annotated[Duration, Field(ge=timedelta(seconds=1), le=timedelta(minutes=1))] = timedelta(
+        seconds=5
+    )
+    """Of one call, to the last byte of its answer; at most a minute."""
 
     @model_validator(mode="after")
     def _complete(self) -> SchemaRegistrySettings:
@@ -70,6 +68,8 @@ class SchemaRegistrySettings(PasswordSource):
             raise refusal("give a user and password, or a token, not both")
         if (self.cert_path is None) != (self.key_path is None):
             raise refusal("cert_path and key_path are given together")
+        if self.cert_path is not None and urlsplit(self.url or "https:").scheme == "http":
+            raise refusal("a client certificate is shown over https alone")
         if self.crosses_in_clear and (self._has_token or self._has_password):
             raise refusal("credentials would cross the network in clear; use https")
         return self

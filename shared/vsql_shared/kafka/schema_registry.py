@@ -6,9 +6,12 @@ from a registry: it is told ours, for other people's tools. Procedure:
 1. Look our schema up under its subject. It is there: that is its id, and reading was all the right we needed.
 2. It is not, and `auto_register` is off: refused, naming the subject.
 3. No such subject: register, and see to it that the subject accepts only what is compatible backwards. A
-   registry that allows anything by itself and does not let us change that is a warning.
+   registry that allows anything by itself and does not let us change that is a warning; so is a subject found
+   like that by whoever may register: a producer may have ended between the two.
 4. A subject with other schemas: it must require backward compatibility already, whoever made it decided; then
    register, and the registry compares. What it refuses is refused here.
+
+`wait` is called before each question and in each pause: whoever waits for this says so, and may raise.
 
 Two producers that register at once get one id: a registry takes equal schemas for one. A registry that does
 not answer is a TransientError; what an operator must mend is a RegistryError. No message holds a credential.
@@ -20,17 +23,23 @@ import base64
 import json
 import logging
 import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from importlib import resources
-from typing import Any, NoReturn
+from typing import Literal, NoReturn
 from urllib.parse import quote
 
 from vsql_shared.config.schema_registry import SchemaRegistrySettings
-from vsql_shared.errors import ConfigError, RegistryError
+from vsql_shared.errors import ConfigError, RegistryError, TransientError
 from vsql_shared.kms.base import Retries
 from vsql_shared.kms.https import Answer, Https, Request
-from vsql_shared.wire.framing import MAX_ID, frame
+from vsql_shared.wire.framing import MAX_ID
 
 _log = logging.getLogger(__name__)
+
+Wait = Callable[[float], None]
+Method = Literal["GET", "POST", "PUT"]
 
 _MEDIA = "application/vnd.schemaregistry.v1+json"
 _ATTEMPTS, _PAUSE = 3, 0.2
@@ -54,26 +63,14 @@ def pack_schema() -> str:
     return json.dumps(json.loads(text), separators=(",", ":"), ensure_ascii=False)
 
 
-def pack_frame(settings: SchemaRegistrySettings) -> bytes:
-    """What stands before each pack; nothing where no registry is configured.
-
-    Raises ConfigError (a secret's source), RegistryError, TransientError.
-    """
-    if settings.url is None:
-        return b""
-    found = SchemaRegistry(settings).id_of(pack_schema())
-    _log.info("packs carry id %d, of subject %s at %s", found, settings.subject, settings.url)
-    return frame(found)
-
-
 class SchemaRegistry:
     """One registry, as `kafka.schema_registry` says."""
 
-    def __init__(self, settings: SchemaRegistrySettings) -> None:
+    def __init__(self, settings: SchemaRegistrySettings, wait: Wait = time.sleep) -> None:
         """Raises RegistryError (certificates), ConfigError (a secret's source)."""
         assert settings.url is not None  # noqa: S101 - who asks has looked
         self._url, self._subject = settings.url, settings.subject
-        self._auto_register = settings.auto_register
+        self._auto_register, self._wait = settings.auto_register, wait
         self._name = f"schema registry {self._url}"
         self._headers = {"Content-Type": _MEDIA, "Accept": f"{_MEDIA}, application/json"} | _credentials(
             settings
@@ -90,6 +87,8 @@ class SchemaRegistry:
         found = self._look_up(path, schema)
         code = found.body.get("error_code")
         if found.status == 200:
+            if self._auto_register:
+                self._warn_of_level()
             return self._id(found)
         if found.status != 404 or code not in (_NO_SUBJECT, _NO_SCHEMA):
             self._refuse("looking up", found)
@@ -127,7 +126,9 @@ class SchemaRegistry:
 
     def _make_strict(self) -> None:
         """Step 3: a subject of our making takes only what is compatible."""
-        if (level := self._level()) in _STRICT_ENOUGH:
+        asked = self._ask_level()
+        level = _level(asked)
+        if asked.status == 200 and level in _STRICT_ENOUGH:
             return
         answer = self._send("PUT", self._config, {"compatibility": _LEVEL})
         if answer.status != 200:
@@ -136,19 +137,33 @@ class SchemaRegistry:
                 self._name, self._subject, level, _said(answer), _LEVEL,
             )  # fmt: skip
 
+    def _warn_of_level(self) -> None:
+        """Whoever made the subject sets it, and may have ended before. Who may not read it need not."""
+        with suppress(TransientError):
+            answer = self._ask_level()
+            if answer.status == 200 and (level := _level(answer)) not in _STRICT_ENOUGH:
+                _log.warning(
+                    "%s: subject %s has compatibility %s; set it to %s",
+                    self._name, self._subject, level, _LEVEL,
+                )  # fmt: skip
+
     @property
     def _config(self) -> str:
         return f"/config/{quote(self._subject, safe='')}"
 
     def _level(self) -> str:
         """The compatibility the subject requires."""
-        answer = self._send("GET", f"{self._config}?defaultToGlobal=true")
+        answer = self._ask_level()
         if answer.status != 200:
-            self._refuse("asking for the compatibility", answer)
-        return _printable(answer.body.get("compatibilityLevel"))
+            self._refuse("asking for the compatibility of", answer)
+        return _level(answer)
 
-    def _send(self, method: Any, path: str, body: dict[str, str] | None = None) -> Answer:
-        return self._https.send(Request(method, f"{self._url}{path}", body), self._headers)
+    def _ask_level(self) -> Answer:
+        return self._send("GET", f"{self._config}?defaultToGlobal=true")
+
+    def _send(self, method: Method, path: str, body: dict[str, str] | None = None) -> Answer:
+        self._wait(0.0)
+        return self._https.send(Request(method, f"{self._url}{path}", body), self._headers, self._wait)
 
     def _id(self, answer: Answer) -> int:
         found = answer.body.get("id")
@@ -161,7 +176,7 @@ class SchemaRegistry:
 
     def _refuse(self, doing: str, answer: Answer) -> NoReturn:
         """Say what the registry said."""
-        if answer.status == 409:
+        if answer.status == 409 and doing == "registering":
             raise RegistryError(
                 f"{self._name}: the schema of packs is not compatible with what subject {self._subject} has:"
                 f" {_said(answer)}",
@@ -169,6 +184,10 @@ class SchemaRegistry:
             )
         if answer.status in (401, 403):
             hint = "check the credentials in [kafka.schema_registry] and what they may do with this subject"
+        elif answer.status == 422:
+            hint = "the registry takes no schema now, or not this one: see whether it is read-only"
+        elif answer.status >= 500:
+            hint = "see the registry's own log"
         else:
             hint = _OTHER_ADDRESS
         raise RegistryError(
@@ -189,6 +208,12 @@ def _credentials(settings: SchemaRegistrySettings) -> dict[str, str]:
         return {}
     pair = f"{settings.username}:{password.get_secret_value()}".encode()
     return {"Authorization": f"Basic {base64.b64encode(pair).decode()}"}
+
+
+def _level(answer: Answer) -> str:
+    """The compatibility an answer names; else what it says instead."""
+    found = _printable(answer.body.get("compatibilityLevel")) if answer.status == 200 else ""
+    return found or f"unknown ({_said(answer)})"
 
 
 def _said(answer: Answer) -> str:

@@ -9,6 +9,7 @@ kafka/schema_registry.py). Rules:
   provider's.
 * What is asked may be asked twice: wrapping and unwrapping change nothing at the service, and a schema that
   is registered again is the same one.
+* A call has one deadline, however its answer comes: a server that sends a byte now and then holds nobody.
 * An answer has at most 1 MiB. Of one that refuses, code and text go into a message, cut and printable;
   never a header, never what was sent.
 """
@@ -19,6 +20,7 @@ import http.client
 import json
 import re
 import secrets
+import socket
 import ssl
 import time
 import urllib.error
@@ -27,6 +29,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
+
+from typing_extensions import override
 
 from vsql_shared.config.kms_services import is_loopback
 from vsql_shared.errors import DecodeError, EnvironmentFault, KeyUnavailableError, TransientError
@@ -54,15 +58,78 @@ class Answer(NamedTuple):
     retry_after: float | None = None
 
 
+class _Timed(socket.socket):
+    """A socket whose reading ends at a moment, not a while after the last byte."""
+
+    by = float("inf")
+
+    @override
+    def recv_into(self, *args: Any, **kwargs: Any) -> int:
+        self.settimeout(_left(self.by))
+        return super().recv_into(*args, **kwargs)
+
+
+class _TimedTls(ssl.SSLSocket):
+    """The same over TLS. A handshake is one call, and ends in time by itself."""
+
+    by = float("inf")
+
+    @override
+    def recv_into(self, *args: Any, **kwargs: Any) -> int:
+        self.settimeout(_left(self.by))
+        return super().recv_into(*args, **kwargs)
+
+
+def _left(by: float) -> float:
+    if (left := by - time.monotonic()) <= 0:
+        raise TimeoutError("the answer takes too long")
+    return left
+
+
+class _Connection(http.client.HTTPConnection):
+    @override
+    def connect(self) -> None:
+        by = time.monotonic() + (self.timeout or 0.0)
+        super().connect()
+        self.sock = _Timed(fileno=self.sock.detach())
+        self.sock.by = by
+
+
+class _TlsConnection(http.client.HTTPSConnection):
+    @override
+    def connect(self) -> None:
+        by = time.monotonic() + (self.timeout or 0.0)
+        super().connect()
+        assert isinstance(self.sock, _TimedTls)  # noqa: S101 - the context makes no other
+        self.sock.by = by
+
+
+class _Http(urllib.request.HTTPHandler):
+    @override
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Connection, req)
+
+
+class _HttpOverTls(urllib.request.HTTPSHandler):
+    def __init__(self, context: ssl.SSLContext) -> None:
+        super().__init__(context=context)
+        self._tls = context
+        context.sslsocket_class = _TimedTls
+
+    @override
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_TlsConnection, req, context=self._tls)
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: object) -> None:
         """Follow none; the answer itself is returned."""
         return
 
 
-def _sleep_about(seconds: float) -> None:
-    """Sleep so long and up to a quarter longer: many workers that were throttled do not come back at once."""
-    time.sleep(min(LONGEST_PAUSE, seconds * (1 + secrets.randbelow(256) / 1024)))
+def _scattered(seconds: float) -> float:
+    """So long and up to a quarter longer: many workers that were throttled do not come back at once."""
+    return min(LONGEST_PAUSE, seconds * (1 + secrets.randbelow(256) / 1024))
 
 
 class Https:
@@ -94,15 +161,13 @@ class Https:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         # Proxies are those of the environment, but what goes to this machine goes there.
         proxies = urllib.request.ProxyHandler({} if is_loopback(urlsplit(url).hostname) else None)
-        self._open = urllib.request.build_opener(
-            proxies, _NoRedirect(), urllib.request.HTTPSHandler(context=context)
-        ).open
+        self._open = urllib.request.build_opener(proxies, _NoRedirect(), _Http(), _HttpOverTls(context)).open
 
     def send(
         self,
         request: Request,
         headers: Mapping[str, str],
-        sleep: Callable[[float], None] = _sleep_about,
+        sleep: Callable[[float], None] = time.sleep,
         *,
         final: Callable[[Answer], bool] = lambda _: False,
     ) -> Answer:
@@ -115,14 +180,14 @@ class Https:
             asked: float | None = None
             try:
                 answer = self._once(request, headers)
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, http.client.HTTPException, UnicodeError) as error:
                 problem = self._lost(error)
             else:
                 if answer.status not in _BUSY or final(answer):
                     return answer
                 problem, asked = f"it answers {answer.status}{refusal_text(answer)}", answer.retry_after
             if attempt < self._retries.attempts:
-                sleep(self._retries.pause_after(attempt, asked))
+                sleep(_scattered(self._retries.pause_after(attempt, asked)))
         raise TransientError(
             f"{self._name} cannot be used now: {problem} ({self._retries.attempts} attempts)",
             hint="it is tried again; if it stays, look at the service's quota and at the way to it",
@@ -163,6 +228,10 @@ class Https:
     def _lost(self, error: Exception) -> str:
         """What became of the connection. Raises `fault` where trying again is of no use."""
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(reason, UnicodeError | http.client.InvalidURL):
+            raise self._fault(
+                f"{self._name}: that is no address", hint="write host and path in ASCII, without blanks"
+            ) from error
         if isinstance(reason, ssl.SSLCertVerificationError):
             raise self._fault(
                 f"{self._name}: the server's certificate is not to be trusted ({reason.verify_message})",
@@ -203,8 +272,9 @@ def refusal_text(answer: Answer) -> str:
         found = [error.get("code"), error.get("status"), error.get("message")]
         inner = error.get("innererror")
         found[1:2] = [inner.get("code")] if isinstance(inner, dict) else found[1:2]
-    else:  # Vault
-        errors = answer.body.get("errors")
+    else:  # Vault, or a schema registry
+        known = [answer.body.get("message")] if "error_code" in answer.body else None
+        errors = answer.body.get("errors", known)
         found = list(errors) if isinstance(errors, list) else []
     text = ": ".join(part for part in found if isinstance(part, str) and part)
     shown = "".join(c if c.isprintable() else " " for c in text)[:_MAX_SHOWN]
