@@ -10,6 +10,7 @@ import os
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, groupby
@@ -23,6 +24,7 @@ from tests.busy_service import busy_service
 from tests.certificates import Authority
 from tests.nodes import Node, TwoNodes
 from tests.pairs import Pairs
+from tests.raw_server import drip, speaking
 from tests.registry_server import Registry, gate, registry_server
 from tests.services.conftest import NewSource
 from tests.services.producer_node import SourceNode, make_shorter
@@ -366,6 +368,22 @@ def test_a_registry_is_waited_for_at_start_and_not_missed_later(
     assert {id_in(r.value or b"") for r in data_records(node.records(), node.cluster)} == {
         id_in(asked(registry.url, subject))
     }
+
+
+def test_a_registry_that_answers_byte_by_byte_is_said_in_the_status_and_a_stop_is_seen(
+    subject: str, new_source: NewSource
+) -> None:
+    with speaking(lambda conn: drip(conn, b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")) as url:
+        node = new_source(TABLES, ["t", "u"], config=section(url, subject))
+        worker = node.start()
+        node.wait(lambda: node.state()[0] == "waiting")
+        assert f"asking schema registry {url}" in node.state()[1]["last_error"]
+        began = time.monotonic()
+        node.stop(worker)
+        # One call's time at most, and not three.
+        assert time.monotonic() - began < 10
+        assert node.state()[0] == "stopped"
+    assert node.topics() == []
 
 
 def test_a_restart_does_not_need_the_registry(

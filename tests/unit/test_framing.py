@@ -13,10 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.sealed_chain import AUDIT, KEYS, Log, SealedChain, read, rows
-from tests.unit.test_batches_seal import LIMITS, PLACE, batch, described, row
+from tests.unit.test_batches_seal import LIMITS, PLACE, batch, described, descriptor, row
 from vsql_producers.level import leaves_of
-from vsql_producers.seal import Relations, SealedBatch, arrange, seal
+from vsql_producers.outlet import pack_limits
+from vsql_producers.pgoutput import relation_key
+from vsql_producers.seal import Place, Relations, SealedBatch, arrange, seal
+from vsql_producers.transactions import RelationChange
 from vsql_shared.audit.entries import AuditEntry
+from vsql_shared.changes import TableName
+from vsql_shared.config import LimitsSettings
 from vsql_shared.crypto.dek import KeyLimits, SealingKey
 from vsql_shared.errors import DecodeError, RecordError
 from vsql_shared.kafka.schema_registry import pack_schema
@@ -59,6 +64,23 @@ def test_a_framed_batch_differs_from_a_bare_one_in_its_frames_alone() -> None:
     for one, other in zip(bare.topics, framed.topics, strict=True):
         assert other.messages == [frame(70_000) + message for message in one.messages]
         assert (one.sub_root, one.records) == (other.sub_root, other.records)
+
+
+def test_a_framed_pack_of_the_largest_tuple_and_the_longest_names_is_no_larger_than_a_message_may_be() -> (
+    None
+):
+    limits = LimitsSettings(message_max_bytes=1_000_000)
+    # PostgreSQL's names have 63 bytes at most, nodes' 31, and 100 is more than any cluster's.
+    long = "é" * 31 + "x"
+    place = Place("c" * 100, f"{'p' * 63}.{'n' * 31}", "n" * 31, 1 << 40, frame(MAX_ID))
+    bounds = pack_limits(limits)
+    named = RelationChange(0, relation_key(1), descriptor("t")._replace(name=TableName(long, long)))
+    for size in (bounds.plaintext - 100, bounds.plaintext, bounds.plaintext + 1, 3 * bounds.plaintext):
+        made = batch([row(1, bytes(size))], relations=[named])
+        key = SealingKey.generate(place.cluster, place.chain, 1, KeyLimits())
+        sent = seal(made, arrange(made, Relations(), bounds.plaintext), 1 << 40, key, place, bounds)
+        largest = max(len(message) for topic in sent.topics for message in topic.messages)
+        assert bounds.plaintext // 2 < largest <= limits.message_max_bytes
 
 
 def _stranger(message: bytes, schema: str) -> dict[str, object]:

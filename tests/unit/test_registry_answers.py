@@ -2,43 +2,19 @@
 
 from __future__ import annotations
 
-import socket
 import ssl
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.certificates import Authority
+from tests.raw_server import drip, speaking
 from vsql_shared.config.schema_registry import SchemaRegistrySettings
 from vsql_shared.errors import RegistryError, TransientError
 from vsql_shared.kafka.schema_registry import SchemaRegistry, pack_schema
-
-Speak = Callable[[socket.socket], None]
-
-
-@contextmanager
-def speaking(speak: Speak, tls: ssl.SSLContext | None = None) -> Iterator[str]:
-    """A server that reads a request and then does as it is told; its address."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=_serve, args=(listener, speak, tls), daemon=True)
-        thread.start()
-        yield f"http{'s' if tls else ''}://127.0.0.1:{listener.getsockname()[1]}"
-        listener.shutdown(socket.SHUT_RDWR)
-        thread.join(10)
-
-
-def _serve(listener: socket.socket, speak: Speak, tls: ssl.SSLContext | None) -> None:
-    with suppress(OSError):
-        while True:
-            came, _ = listener.accept()
-            with suppress(OSError), tls.wrap_socket(came, server_side=True) if tls else came as conn:
-                conn.recv(1 << 16)
-                speak(conn)
 
 
 def asked(url: str, wait: Callable[[float], None] = time.sleep, **section: Any) -> int:
@@ -97,13 +73,6 @@ def test_whatever_a_registry_answers_is_a_typed_refusal_in_words_that_can_be_sho
         assert "not compatible" not in said
 
 
-def _drip(conn: socket.socket, first: bytes) -> None:
-    conn.sendall(first)
-    while True:
-        time.sleep(0.2)
-        conn.sendall(b"x")
-
-
 DRIPS = {
     "in its body": (b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n", False),
     "in its headers": (b"HTTP/1.1 200 OK\r\nX: ", False),
@@ -123,7 +92,7 @@ def test_a_server_that_answers_byte_by_byte_is_given_up_in_time(case: str, tmp_p
         tls.load_cert_chain(issued.certificate, issued.key)
         more = {"ca_path": ca.write(tmp_path / "ca.crt")}
     began = time.monotonic()
-    with speaking(lambda conn: _drip(conn, first), tls) as url, pytest.raises(TransientError) as waited:
+    with speaking(lambda conn: drip(conn, first), tls) as url, pytest.raises(TransientError) as waited:
         asked(url, **more)
     # Three calls of a second, two pauses.
     assert 3 <= time.monotonic() - began < 12
@@ -143,7 +112,7 @@ def test_whoever_waits_for_a_slow_server_says_so_before_each_question_and_can_be
             raise Halted
 
     with (
-        speaking(lambda conn: _drip(conn, DRIPS["in its body"][0])) as url,
+        speaking(lambda conn: drip(conn, DRIPS["in its body"][0])) as url,
         pytest.raises(Halted),
     ):
         asked(url, wait)
