@@ -48,7 +48,7 @@ $(READY): pyproject.toml .ci/setup
 setup: $(READY)  ## Make .venv with everything the other targets need
 
 .PHONY: fetch
-fetch: $(READY)  ## Download Kafka and PostgreSQL 15 to 18 into the cache (about 110 MB, once)
+fetch: $(READY)  ## Download Kafka, a schema registry and PostgreSQL 15 to 18 into the cache (about 220 MB, once)
 	@$(PY) -m tests.stack fetch
 
 # --- checks -----------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ _SCENES = (
     "test_packaging.py",
     "test_partitioned.py",
     "test_prod_mode.py",
+    "test_schema_registry.py",
     "test_size.py",
     "test_tampering.py",
 )

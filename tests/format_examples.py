@@ -36,6 +36,7 @@ from vsql_shared.crypto.announce import KeyAnnouncement, encode_announcement
 from vsql_shared.crypto.dek import ALGORITHM, KeyLimits, SealingKey, key_context
 from vsql_shared.crypto.seal import seal_tuples
 from vsql_shared.names import ack_chain, data_topic
+from vsql_shared.wire.framing import frame
 from vsql_shared.wire.pack import (
     CLEAR,
     PackHeader,
@@ -236,6 +237,7 @@ def examples() -> dict[str, bytes | str]:
         "announcement": told,
         "announcement-document": sign_document(A, KEY_ANNOUNCEMENT, told),
         "pack": sealed.pack,
+        "framed-pack": frame(7) + sealed.pack,
         "pack-header": sealed.header,
         "pack-digest": digest,
         "clear": sealed.clears[1],

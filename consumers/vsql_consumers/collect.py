@@ -42,6 +42,7 @@ from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntr
 from vsql_shared.audit.tree import grow
 from vsql_shared.changes import PartitionRoot
 from vsql_shared.errors import ChainError, DecodeError, RecordError, SignatureError, VerificationError
+from vsql_shared.wire.framing import without_frame
 from vsql_shared.wire.pack import decode_header
 
 if TYPE_CHECKING:
@@ -332,6 +333,7 @@ class Collector:
         if value is None:
             return Unreadable(offset, "an empty message, which is no pack")
         try:
+            value = without_frame(value)
             header, body = decode_header(value)
         except DecodeError as error:
             return Unreadable(offset, error.message)

@@ -3,9 +3,10 @@
 Not here: deciding (`syncctl`), when it is done (pipeline.py), and the way back (replaying.py). Rules
 (docs/design/0011):
 
-* What goes to the topic is what came: each batch's manifest and packs, byte by byte, sealed and signed. Kafka
-  has acknowledged all of it before the target transaction that passes the batch over commits, and that one
-  writes where it lies. A crash in between leaves copies nobody names.
+* What goes to the topic is what came: each batch's manifest and packs, byte by byte, sealed and signed (a
+  schema registry's frame is no part of a pack). Kafka has acknowledged all of it before the target
+  transaction that passes the batch over commits, and that one writes where it lies. A crash in between leaves
+  copies nobody names.
 """
 
 from __future__ import annotations

@@ -68,6 +68,8 @@ class Context:
     volume: AuditVolume = field(default_factory=lambda: AuditVolume(time.monotonic()))
     text_only: bool = False
     """The session before this one met a type that cannot travel in binary."""
+    frame: bytes = b""
+    """What stands before each pack."""
     _admin: AdminClient | None = field(default=None)
 
     def on_tick(self) -> None:
@@ -83,7 +85,7 @@ class Context:
 
     def place(self, epoch: int) -> Place:
         """Where an epoch's records belong."""
-        return Place(self.settings.cluster.name, self.stream.chain, self.stream.origin, epoch)
+        return Place(self.settings.cluster.name, self.stream.chain, self.stream.origin, epoch, self.frame)
 
     def write_seen(self, epoch: int) -> Callable[[int, str], str]:
         """What writes down, by batch, what an epoch describes."""

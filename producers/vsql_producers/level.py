@@ -40,6 +40,7 @@ from vsql_shared.changes import PartitionRoot
 from vsql_shared.errors import DecodeError, DivergedError, TransientError, VsqlSyncError
 from vsql_shared.kafka.clients import from_exception, is_unknown_topic, kafka_error
 from vsql_shared.pg.connect import Connection
+from vsql_shared.wire.framing import without_frame
 from vsql_shared.wire.pack import decode_header, decode_tuples, header_digest
 
 _log = logging.getLogger(__name__)
@@ -226,15 +227,16 @@ def _require_ranges(
                 break
             offset, _, value = found
             if part.first_offset <= offset <= part.last_offset:
-                mine = _leaves(entry, value)
+                mine = leaves_of(entry, value)
                 packs, leaves = packs + bool(mine), leaves + mine
         if packs != part.packs or len(leaves) != part.records or merkle.root(leaves) != part.sub_root:
             raise _gone(lost, entry, f"the records in {name} are not those that were sent")
 
 
-def _leaves(entry: AuditEntry, message: bytes) -> list[bytes]:
+def leaves_of(entry: AuditEntry, message: bytes) -> list[bytes]:
     """Leaves of a pack of this manifest; none of a pack of another batch, or of what is no pack."""
     try:
+        message = without_frame(message)
         header, body = decode_header(message)
         if (header.chain, header.epoch, header.batch) != (entry.chain, entry.epoch, entry.batch):
             return []

@@ -140,9 +140,10 @@ class Report:
         detail |= self._watch(state, now, wal_position(conn), None)
         write_status(conn, self._chain, "out", state, detail)
 
-    def opening(self) -> None:
-        """An attempt begins: until it is open, the stream waits."""
-        self._said = ("waiting", self._alone())
+    def opening(self, doing: str = "") -> None:
+        """An attempt begins: until it is open, the stream waits; for what, where no error has said it."""
+        detail = self._alone()
+        self._said = ("waiting", detail | {"last_error": detail["last_error"] or doing})
 
     def say_alone(
         self, connect: Callable[[], Connection], state: str, stream_state: str | None = None

@@ -76,6 +76,8 @@ class Place(NamedTuple):
     chain: str
     origin: str
     epoch: int
+    frame: bytes = b""
+    """A schema registry's, before each pack; none without one."""
 
 
 class SealedTopic(NamedTuple):
@@ -342,7 +344,7 @@ def _seal_pack(
             pack(local[t], f[LSN], i, f[KIND]) for t, f, i in zip(touched, frames, indexes, strict=True)
         ]
     records, leaves = seal_tuples(key, header_digest(header), clears, [f[PLAINTEXT_AT:] for f in frames])
-    return encode_pack(header, records), leaves
+    return encode_pack(header, records, place.frame), leaves
 
 
 def _pick(transactions: list[Transaction], wanted: list[int]) -> tuple[Transaction, ...]:

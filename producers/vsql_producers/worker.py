@@ -28,6 +28,7 @@ from vsql_producers import stream as streams
 from vsql_producers.context import Context, open_consumer
 from vsql_producers.control import Control
 from vsql_producers.epoch import Writing
+from vsql_producers.framed import frame_of_packs
 from vsql_producers.identity import own_signer, own_trust
 from vsql_producers.outlet import Outlet
 from vsql_producers.pipeline import LivePipeline
@@ -112,6 +113,7 @@ class Worker:
         self._acted: list[tuple[int, Command, str]] = []
         """Acts of this epoch on their way to the table: sequence, command, answer."""
         self._stop_by: float | None = None
+        self._frame: bytes | None = None
 
     def run(self) -> int:
         """Epoch after epoch, until told to stop."""
@@ -172,6 +174,7 @@ class Worker:
             settings, stream, conn, provider, writing, targets, self._report.metrics, closing, leaves
         )
         context.volume, context.text_only = self._report.volume, self._text_only
+        context.frame = self._pack_frame(conn)
         self._report.opening()
         context.wait = lambda: self._report.say_again(conn)
         context.ensure_control_topics()
@@ -185,6 +188,20 @@ class Worker:
             self._turn_until_stopped(pipeline, control, context)
         finally:
             self._report.ended(pipeline)
+
+    def _pack_frame(self, conn: Connection) -> bytes:
+        """What stands before each pack: asked for once, so a registry that is away later is not missed."""
+        if self._frame is None:
+            settings = self._settings.kafka.schema_registry
+            self._report.opening(f"asking schema registry {settings.url}")
+
+            def wait(seconds: float) -> None:
+                if self.stop.wait(seconds):
+                    raise Stopped
+                self._report.say_again(conn)
+
+            self._frame = frame_of_packs(settings, conn, wait)
+        return self._frame
 
     def _raise_when_stopped(self) -> None:
         """What waits while a stream is opened ends at a stop; nothing has been sent yet."""

@@ -55,7 +55,7 @@ COMMANDS: dict[str, Entry] = {
     "run": Entry("run", "Run one service in the foreground, as containers do."),
     "daemon": Entry("daemon", "Start, stop and watch both services of this node."),
     "key": Entry("key", "Make, show and rotate keys."),
-    "kafka": Entry("kafka", "Print or apply what Kafka must allow this node."),
+    "kafka": Entry("kafka", "Print or apply what Kafka must allow this node, and the schema of its records."),
     "audit": Entry("audit", "List, verify, prove and export the signed trail."),
     "tail": Entry("tail", "Open a stream and print its changes."),
     "config": Entry("config", "Check, show and apply the configuration."),

@@ -35,6 +35,7 @@ from vsql_shared.changes import MESSAGES, Column, Op, Relation, TableName, Trans
 from vsql_shared.crypto.announce import MEDIA_TYPE, decode_announcement, encode_announcement, unwrap
 from vsql_shared.crypto.dek import KeyLimits, SealingKey
 from vsql_shared.errors import DivergedError, EnvironmentFault, ProtocolError, VerificationError
+from vsql_shared.wire.framing import frame, without_frame
 from vsql_shared.wire.pack import (
     CLEAR,
     PackHeader,
@@ -201,6 +202,17 @@ def _packs() -> list[bytes]:
     tuples = [SealedTuple(0, 5, at, Op.INSERT, bytes(12), bytes(16 + at * 3000), b"", b"") for at in range(4)]
     several = _HEADER._replace(transactions=tuple(Transaction(x, x * 10, x) for x in range(5)))
     return [_pack_of(_HEADER, tuples), _pack_of(_HEADER, tuples[:1]), _pack_of(several, tuples[1:3])]
+
+
+def _framed(data: bytes) -> None:
+    """As a consumer takes a message, and with a frame of our own before what it was."""
+    pack = without_frame(data)
+    _pack(pack)
+    assert without_frame(frame(7) + pack) == pack
+
+
+def _framed_packs() -> list[bytes]:
+    return [*_packs(), *(frame(number) + pack for number, pack in enumerate(_packs(), 1))]
 
 
 def _relation(data: bytes) -> None:
@@ -441,6 +453,7 @@ PARSERS: dict[str, Parser] = {
     "pgoutput": Parser(_pgoutput, _control_frames),
     "walsender": Parser(_walsender, _sessions),
     "pack": Parser(_pack, _packs),
+    "framed": Parser(_framed, _framed_packs),
     "relation": Parser(_relation, _relations),
     "tuple": Parser(_tuple, _tuples),
     "insert": Parser(_hot_insert, lambda: [seed for seed in _tuples() if seed[1] == Op.INSERT]),

@@ -60,6 +60,7 @@ from vsql_shared.pg import migrate, nodes, publications
 from vsql_shared.pg.connect import connect
 from vsql_shared.pg.publications import PublicationRequest
 from vsql_shared.pg.table_spec import TableSpec
+from vsql_shared.wire.framing import without_frame
 from vsql_shared.wire.pack import decode_header, decode_relation, decode_tuples, header_digest, relation_hash
 
 NODE, PUBLICATION = "node-a", "pub"
@@ -482,9 +483,9 @@ def _open_batch(
         leaves: list[bytes] = []
         for record in _records_of(manifest, part, topics):
             assert record.value is not None
-            header, body = decode_header(record.value)
-            digest = header_digest(record.value[:body])
-            tuples = decode_tuples(record.value, body, digest)
+            pack = without_frame(record.value)
+            header, body = decode_header(pack)
+            tuples = decode_tuples(pack, body, header_digest(pack[:body]))
             for one, plaintext in zip(tuples, open_tuples(keys[header.dek_id], tuples), strict=True):
                 leaves.append(one.leaf)
                 indexes.append(one.index)
@@ -513,7 +514,7 @@ def _records_of(manifest: AuditEntry, part: PartitionRoot, topics: dict[str, lis
     chosen = []
     for record in topics[part.topic]:
         if part.first_offset <= record.offset <= part.last_offset and record.value is not None:
-            header, _ = decode_header(record.value)
+            header, _ = decode_header(without_frame(record.value))
             if (header.epoch, header.batch) == (manifest.epoch, manifest.batch):
                 chosen.append(record)
     assert len(chosen) == part.packs

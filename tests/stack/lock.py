@@ -18,7 +18,7 @@ LOCK_FILE = Path(__file__).with_name("artifacts.lock")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COORDINATES = {
-    "maven": re.compile(r"[\w.-]+:[\w.-]+:[\w.-]+"),
+    "maven": re.compile(r"[\w.-]+:[\w.-]+:[\w.-]+(:[\w.-]+@[\w.-]+)?"),
     "pypi": re.compile(r"[\w.-]+==[\w.]+"),
 }
 
@@ -41,14 +41,16 @@ class Artifact:
 
     @property
     def version(self) -> str:
-        """The version the coordinate ends with."""
-        return re.split(r"==|:", self.coordinate)[-1]
+        """The version the coordinate names."""
+        return re.split(r"==|:", self.coordinate)[1 if self.source == "pypi" else 2]
 
     @property
     def maven_path(self) -> str:
         """The file's place below a Maven repository's root."""
-        group, artifact, version = self.coordinate.split(":")
-        return f"{group.replace('.', '/')}/{artifact}/{version}/{artifact}-{version}.jar"
+        group, artifact, version, *rest = self.coordinate.split(":")
+        classifier, _, extension = rest[0].partition("@") if rest else ("", "", "jar")
+        name = "-".join(filter(None, (artifact, version, classifier)))
+        return f"{group.replace('.', '/')}/{artifact}/{version}/{name}.{extension}"
 
 
 def parse_lock(text: str) -> Iterator[Artifact]:

@@ -205,6 +205,12 @@ def test_a_stranger_computes_the_manifests_root_from_the_pack() -> None:
     assert (ack["chain"], ack["ref_sequence"]) == ("orders.node-a.ack.node-b", 2)
 
 
+def test_a_stranger_takes_a_frame_off() -> None:
+    framed = raw("framed-pack")
+    assert (framed[0], int.from_bytes(framed[1:5], "big"), framed[5:]) == (0, 7, raw("pack"))
+    assert raw("pack")[0] != 0
+
+
 def derived(secret: bytes, label: bytes, context: bytes) -> bytes:
     """HKDF-SHA-256 of one block, from HMAC alone."""
     info = len(label).to_bytes(2, "big") + label + context

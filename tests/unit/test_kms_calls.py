@@ -63,7 +63,8 @@ def test_any_bytes_for_a_context_are_three_names_or_our_error(data: bytes) -> No
     assert key_context(*names) == data
 
 
-REFUSALS = {
+REFUSALS: dict[str, tuple[dict[str, object], str]] = {
+    "a schema registry": ({"error_code": 50003, "message": "the leader is away"}, " (the leader is away)"),
     "Azure": (
         {
             "error": {

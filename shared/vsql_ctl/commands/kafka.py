@@ -1,7 +1,8 @@
-"""`syncctl kafka`: what this node's services must be allowed in Kafka, printed or applied."""
+"""`syncctl kafka`: what Kafka must allow this node, and the schema of its records; printed, or applied."""
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import click
@@ -23,7 +24,7 @@ _EXAMPLES = (
 
 @click.group("kafka", epilog=example(_EXAMPLES[0]))
 def kafka() -> None:
-    """Print or apply what Kafka must allow this node."""
+    """Print or apply what Kafka must allow this node, and the schema of its records."""
 
 
 @kafka.command("acls", epilog=example(*_EXAMPLES))
@@ -55,6 +56,27 @@ def acls(
     bootstrap = settings.kafka.bootstrap_servers
     data = {"bootstrap_servers": bootstrap, "applied": applied, "acls": [_as_json(acl) for acl in wanted]}
     emit(output, data, lambda: "\n".join(commands(wanted, bootstrap)))
+
+
+@kafka.command("schema", epilog=example("syncctl kafka schema", "syncctl kafka schema --register"))
+@click.option("--register", "registered", is_flag=True, help="Register it, as [kafka.schema_registry] says.")
+@output_option
+@pass_operator
+def schema(operator: Operator, output: OutputFormat, registered: bool) -> None:
+    """Print the Avro schema of packs: for tools that read the topics, and for a registry's administrator."""
+    from vsql_shared.kafka.schema_registry import SchemaRegistry, pack_schema
+
+    text = pack_schema()
+    data: dict[str, object] = {"schema": json.loads(text)}
+    if registered:
+        settings = operator.settings.kafka.schema_registry
+        if settings.url is None:
+            raise UserError("no schema registry is configured", hint="set kafka.schema_registry.url")
+        # Whoever gives this command means it, whatever the producer may do.
+        found = SchemaRegistry(settings.model_copy(update={"auto_register": True})).id_of(text)
+        data |= {"url": settings.url, "subject": settings.subject, "id": found}
+        click.echo(f"subject {settings.subject} at {settings.url} has it as id {found}", err=True)
+    emit(output, data, lambda: text)
 
 
 def _wanted(operator: Operator, given: dict[Service, str | None], *, recovery: bool) -> list[Acl]:

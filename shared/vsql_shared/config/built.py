@@ -95,3 +95,8 @@ def _unwise(settings: Settings) -> Iterator[tuple[str, str]]:
             f'kafka.security.protocol = "{kafka.security.protocol}"',
             "records are sealed, but anybody on the network can write to the topics; use SASL_SSL or SSL",
         )
+    if kafka.schema_registry.crosses_in_clear:
+        yield (
+            "kafka.schema_registry.url",
+            "plain HTTP: anybody on the way can tell tools another schema; replication itself is not touched",
+        )

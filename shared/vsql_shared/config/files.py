@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vsql_shared.config.encryption import KmsSettings
+from vsql_shared.config.schema_registry import SchemaRegistrySettings
 from vsql_shared.config.settings import Settings
 from vsql_shared.errors import ConfigError
 from vsql_shared.private_files import open_to_others
@@ -41,10 +42,25 @@ def named_files(settings: Settings) -> Iterator[NamedFile]:
         ("kafka.security.cert_path", settings.kafka.security.cert_path, False),
         ("kafka.security.key_path", settings.kafka.security.key_path, True),
         ("kafka.security.password_file", settings.kafka.security.password_file, True),
+        *_registry_files(settings.kafka.schema_registry),
         ("audit.signing_key_path", settings.audit.signing_key_path, True),
     ]
     candidates += _kms_files(settings.encryption.kms)
     return (NamedFile(key, path, private) for key, path, private in candidates if path is not None)
+
+
+def _registry_files(registry: SchemaRegistrySettings) -> list[tuple[str, Path | None, bool]]:
+    """Those of the schema registry; none where there is none."""
+    if registry.url is None:
+        return []
+    section = "kafka.schema_registry"
+    return [
+        (f"{section}.ca_path", registry.ca_path, False),
+        (f"{section}.cert_path", registry.cert_path, False),
+        (f"{section}.key_path", registry.key_path, True),
+        (f"{section}.password_file", registry.password_file, True),
+        (f"{section}.token_file", registry.token_file, True),
+    ]
 
 
 def _kms_files(kms: KmsSettings) -> list[tuple[str, Path | None, bool]]:
@@ -113,6 +129,8 @@ def holds_secret(settings: Settings) -> bool:
     direct = (
         settings.connection.password,
         settings.kafka.security.password,
+        settings.kafka.schema_registry.password,
+        settings.kafka.schema_registry.token,
         settings.encryption.kms.pkcs11.pin,
         settings.encryption.kms.vault.token,
         settings.encryption.kms.vault.secret_id,

@@ -12,6 +12,7 @@ from cryptography import x509
 from pydantic import Field, field_validator, model_validator
 
 from vsql_shared.config.limits import LimitsSettings
+from vsql_shared.config.schema_registry import SchemaRegistrySettings
 from vsql_shared.config.secrets import PasswordSource
 from vsql_shared.config.section import Section
 from vsql_shared.config.values import Bootstrap, ConfigPath, Duration, Whole, refusal
@@ -137,6 +138,8 @@ class KafkaSettings(Section):
     """Brokers to begin with, host:port, comma-separated or a list."""
     security: KafkaSecurity = KafkaSecurity()
     """TLS and authentication."""
+    schema_registry: SchemaRegistrySettings = SchemaRegistrySettings()
+    """For tools that read the topics."""
     partitions: Annotated[Whole, Field(ge=1, le=1_000)] = 1
     """Partitions of a table's topic where its publication is applied partitioned; others have one."""
     replication_factor: Annotated[Whole, Field(ge=1, le=15)] = 1

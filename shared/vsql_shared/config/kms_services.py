@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
@@ -30,15 +30,29 @@ def is_loopback(host: str | None) -> bool:
         return False
 
 
-def _service_url(value: str) -> str:
-    """Only https, but for a server on this machine; no user, no query: a token goes to this address."""
+def split_url(value: str, form: str) -> SplitResult:
+    """The parts of an address that can be asked; `form` is what a refusal says.
+
+    Raises what pydantic shows. Further on, such an address would be an error of the library's own.
+    """
     try:
         parts = urlsplit(value)
         port_is_fine = parts.port is None or parts.port > 0
+        (parts.hostname or "").encode("idna")  # labels of 1 to 63 characters
     except ValueError:
-        raise refusal('write an address as "https://host:port"') from None
+        raise refusal(form) from None
+    if not value.isascii() or any(not 32 < ord(one) < 127 or one in '<>"\\' for one in value):
+        raise refusal(f"{form}, in ASCII, without blanks")
+    if not port_is_fine:
+        raise refusal(form)
+    return parts
+
+
+def _service_url(value: str) -> str:
+    """Only https, but for a server on this machine; no user, no query: a token goes to this address."""
+    parts = split_url(value, 'write an address as "https://host:port"')
     safe = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname))
-    if not safe or not port_is_fine:
+    if not safe:
         raise refusal('write an address as "https://host:port"; plain http only to this machine')
     if parts.username is not None or parts.query or parts.fragment or not parts.hostname:
         raise refusal("give host and port alone: no user, no query")

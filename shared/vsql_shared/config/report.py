@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from vsql_shared.config.fields import Location, field_at, is_secret_field, may_show, section_at
-from vsql_shared.config.secrets import MASK
+from vsql_shared.config.secrets import MASK, mask_conninfo
 from vsql_shared.errors import ConfigError
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -119,7 +119,25 @@ def _shown_value(detail: ErrorDetails, at: Location) -> str | None:
         return MASK
     if not may_show(at) or isinstance(detail["input"], dict | list):
         return None
-    return printable(json.dumps(detail["input"], ensure_ascii=False, default=str))
+    value = detail["input"]
+    if isinstance(value, str):  # somebody may have put a password into an address
+        if at[-1] in _ADDRESSES:
+            value = _without_credentials(value)
+        elif "://" in value:
+            value = mask_conninfo(value)
+    return printable(json.dumps(value, ensure_ascii=False, default=str))
+
+
+_ADDRESSES = frozenset({"url", "address", "endpoint"})
+
+
+def _without_credentials(value: str) -> str:
+    """A refused address, which may be misspelt anywhere: nothing before an "@", nor after a "?" or "#"."""
+    before, at, after = value.rpartition("@")
+    shown = re.split(r"[?#]", after, maxsplit=1)
+    if at and re.search(r"[?#]", before):
+        return MASK  # the "@" may stand in a query
+    return (f"{MASK}@" if at else "") + shown[0] + (f"?{MASK}" if len(shown) > 1 else "")
 
 
 def _text(detail: ErrorDetails, at: Location) -> str:

@@ -73,6 +73,7 @@ WRITES: dict[str, dict[str, str]] = {
         "pci_columns": "UPDATE (table_oid, attnum)",
         "scopes": "INSERT",
         "scope_seen": "INSERT",
+        "registry_ids": "INSERT, UPDATE (id, answered_at)",
     },
     CONSUMER: _SERVICE
     | {

@@ -133,9 +133,12 @@ def header_digest(header_bytes: bytes) -> bytes:
     return hashlib.sha256(header_bytes).digest()
 
 
-def encode_pack(header_bytes: bytes, records: list[bytes]) -> bytes:
-    """Join the header and the encoded tuples (each clear ‖ nonce ‖ length ‖ ciphertext) to one message."""
-    return b"".join((header_bytes, _varint(len(records)), *records, b"\0"))
+def encode_pack(header_bytes: bytes, records: list[bytes], frame: bytes = b"") -> bytes:
+    """Join the header and the encoded tuples (each clear ‖ nonce ‖ length ‖ ciphertext) to one message.
+
+    `frame` stands before it, and is no part of the pack (framing.py).
+    """
+    return b"".join((frame, header_bytes, _varint(len(records)), *records, b"\0"))
 
 
 def decode_header(message: bytes) -> tuple[PackHeader, int]:
