@@ -1,4 +1,4 @@
-"""A small evidence bundle, the same in every run: shown in docs/formats.md, attacked by tests. No test itself."""
+"""A small evidence bundle, the same in every run: docs/formats.md shows it, tests attack it. Not a test."""
 
 from __future__ import annotations
 

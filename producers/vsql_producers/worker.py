@@ -239,6 +239,8 @@ class Worker:
             message = f"the stream is {control.desired}"
         elif command.verb == "retry":
             message = "the stream is running; nothing to retry"
+        elif command.verb == "note-break":
+            message = "the break stands in the chain"
         else:
             control.answer(command, ok=False, message=f"a producer does not know the command {command.verb}")
             return

@@ -71,6 +71,14 @@ def node(
 ) -> Iterator[Node]:
     """A has a stream that B acknowledges and has co-signed once; all of it is in Kafka, too."""
     made = Node(tmp_path, new_database("node_a"), new_database("node_b"), capsys, cluster_name)
+    try:
+        replicate(made, kafka, cluster_name)
+        yield made
+    finally:
+        made.close()
+
+
+def replicate(made: Node, kafka: Kafka, cluster_name: str) -> None:
     made.bootstrap = kafka.bootstrap_servers
     source, acks = History(cluster=cluster_name), History(ACKS, B, cluster=cluster_name)
     source.open()
@@ -93,14 +101,12 @@ def node(
     store(made.conns["node-b"], acks)
     remember_head(made.conns["node-b"], CHAIN, source.head, None)
     publish_all(made, cluster_name, source, acks)
-    conn.execute("CREATE TABLE payments (id int PRIMARY KEY, amount int, pan text)")
-    conn.execute("INSERT INTO payments VALUES (1, 5, %s)", (ROW,))
+    conn.execute("CREATE TABLE public.payments (id int PRIMARY KEY, amount int, pan text)")
+    conn.execute("INSERT INTO public.payments VALUES (1, 5, %s)", (ROW,))
     code, _, err = made.syncctl(
         "node-a", "publication", "create", "orders", "--table", "payments(id, amount)", "--exclude-pci"
     )
     assert code == 0, err
-    yield made
-    made.close()
 
 
 def publish_all(made: Node, cluster: str, *histories: History) -> None:

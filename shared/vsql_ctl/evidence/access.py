@@ -41,6 +41,7 @@ WITH ours AS (
     FROM ours JOIN pg_catalog.pg_class c USING (oid) JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 )
 """
+# ruff: noqa: S608 - constants of this module, put together
 _OWNERS = _TABLES + "SELECT name, pg_get_userbyid(relowner), relrowsecurity FROM named ORDER BY name"
 _GRANTS = (
     _TABLES

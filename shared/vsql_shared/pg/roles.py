@@ -56,6 +56,8 @@ _SERVICE = {
     "chain_heads": "INSERT, UPDATE",
     "command_results": "INSERT",
     "decisions": "UPDATE (honoured_at)",
+    "audit_watch": "INSERT, UPDATE",
+    "audit_breaks": "UPDATE (gone_at)",
 }
 # Table of vsql_sync → what the role may do beside SELECT on all of them.
 WRITES: dict[str, dict[str, str]] = {
@@ -96,6 +98,7 @@ WRITES: dict[str, dict[str, str]] = {
 # Tables a viewer sees only in part: the rest holds rows of users' tables.
 _HIDDEN_COLUMNS = {"conflict_log": ("local_tuple", "remote_tuple")}
 _LOG_AUDIT = "vsql_sync.log_audit(text, text, text, jsonb, jsonb, boolean, text)"
+_NOTE_BREAK = "vsql_sync.note_audit_break(text, text, bigint, text, text)"
 _PARTITION = "vsql_sync.ensure_audit_partition(timestamp with time zone)"
 
 
@@ -165,6 +168,7 @@ def grant_schema(conn: Connection) -> None:
             _grant(conn, f"EXECUTE ON FUNCTION {_LOG_AUDIT}", role)
         for role in (PRODUCER, CONSUMER, ADMIN):
             _grant(conn, f"EXECUTE ON FUNCTION {_PARTITION}", role)
+            _grant(conn, f"EXECUTE ON FUNCTION {_NOTE_BREAK}", role)
         for name in names:
             _grant(conn, f"{_viewer_select(conn, name)} ON TABLE vsql_sync.{name}", VIEWER)
         _grant(conn, "ALL ON ALL TABLES IN SCHEMA vsql_sync", ADMIN)

@@ -22,6 +22,7 @@ from vsql_shared import names
 from vsql_shared.errors import DatabaseError, RefusedError, TransientError, VsqlSyncError
 from vsql_shared.observe import shared_metrics
 from vsql_shared.pg.connect import Connection, connect, errors
+from vsql_shared.service.auditor import Auditor
 from vsql_shared.service.stopping import set_on_signals
 from vsql_shared.service.workers import Workers, member_name
 
@@ -75,6 +76,8 @@ class Supervisor:
         """The loop, until a signal; returns the exit code."""
         set_on_signals(self._stop)
         warned = float("-inf")
+        auditor = Auditor(self._settings, self._role)
+        auditor.start()
         try:
             while not self._stop.is_set():
                 self._last_seen = time.monotonic()
@@ -87,6 +90,7 @@ class Supervisor:
         finally:
             _log.info("stopping: workers finish their batch")
             graceful = self._workers.stop()
+            auditor.stop(_POLL_SECONDS)
             for connection in (self._connection, self._watching):
                 if connection is not None:
                     connection.close()

@@ -1,0 +1,226 @@
+"""The background verification: breaks of trail and topic are found, told once, and a restart goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.audit_history import CHAIN, CLUSTER, A, History, ordinary, trust
+from tests.conftest import NewDatabase
+from tests.services.test_audit_trail import TABLE, as_attacker, copy_of, node, store
+from vsql_shared.audit import tree, watch_state
+from vsql_shared.audit.checkpoint import Checkpoint, Log
+from vsql_shared.audit.watch import TrailWatch
+from vsql_shared.pg import nodes, roles
+from vsql_shared.pg.connect import Connection
+
+SIZE = len(ordinary().entries)
+EVERY = 1000.0
+
+
+@pytest.fixture
+def conn(new_database: NewDatabase) -> Iterator[Connection]:
+    """A node with an ordinary history."""
+    with node(new_database("watch")) as conn:
+        nodes.register_local(conn, 1, "node-a", CLUSTER, A.public_key)
+        store(conn, ordinary())
+        yield conn
+
+
+def watch(conn: Connection, size: int = 3) -> TrailWatch:
+    return TrailWatch(conn, CLUSTER, size, EVERY)
+
+
+def passed(watching: TrailWatch, now: float = 0.0) -> list[Any]:
+    """Turn until a pass has ended; the breaks that were new."""
+    found = []
+    for _ in range(100):
+        found += watching.turn(trust(), now)
+        if not watching.busy:
+            return found
+    raise AssertionError("the pass does not end")
+
+
+def state(conn: Connection, chain: str = CHAIN) -> watch_state.Progress:
+    return next(one for one in watch_state.progress(conn) if one.chain == chain)
+
+
+def test_a_true_trail_is_verified_in_slices_and_said_to_be_whole(conn: Connection) -> None:
+    watching = watch(conn)
+    assert watching.turn(trust(), 0.0) == []
+    assert state(conn).verified_to == 3
+    assert passed(watching) == []
+    assert (state(conn).verified_to, state(conn).whole_to) == (SIZE, SIZE)
+    assert watch_state.open_breaks(conn) == []
+
+
+def test_new_entries_are_verified_as_they_come(conn: Connection) -> None:
+    watching = watch(conn)
+    passed(watching)
+    history = History(head=ordinary().head)
+    history.open()
+    store(conn, history)
+    assert watching.turn(trust(), 1.0) == []
+    assert (state(conn).verified_to, state(conn).whole_to) == (SIZE + 1, SIZE)
+
+
+def test_another_service_goes_on_where_the_one_before_was(conn: Connection) -> None:
+    watch(conn).turn(trust(), 0.0)
+    second = watch(conn)
+    assert second.busy
+    at = conn.execute("SELECT (pass->>'sequence')::int FROM vsql_sync.audit_watch").fetchone()
+    assert at == (3,)
+    # What lies before the position is not read again in this pass, and is in the next one.
+    as_attacker(conn, f"UPDATE {TABLE} SET row_count = 99 WHERE sequence = 2")
+    assert passed(second) == []
+    assert [one.sequence for one in passed(second, EVERY + 1)] == [2]
+
+
+def test_a_service_that_starts_often_does_not_begin_anew_each_time(conn: Connection) -> None:
+    passed(watch(conn))
+    again = watch(conn)
+    again.turn(trust(), 0.0)
+    assert not again.busy
+
+
+# What a superuser does to the rows → the entry, and words of what is said.
+BREAKS: dict[str, tuple[str, int | None, str]] = {
+    "a column is altered": (
+        f"UPDATE {TABLE} SET row_count = 99 WHERE sequence = 5",
+        5,
+        "differs from its signed",
+    ),
+    "a document is altered": (
+        f"UPDATE {TABLE} SET document = set_byte(document, 300, 0) WHERE sequence = 6",
+        6,
+        "signature",
+    ),
+    "an entry is deleted": (f"DELETE FROM {TABLE} WHERE sequence = 4", 4, "missing"),
+    "an entry at the edge of a slice is deleted": (f"DELETE FROM {TABLE} WHERE sequence = 3", 3, "missing"),
+    "the first entry is deleted": (f"DELETE FROM {TABLE} WHERE sequence = 1", 1, "missing"),
+    "the end is cut": (f"DELETE FROM {TABLE} WHERE sequence > 8", 9, "cut at its end"),
+    "all is deleted": (f"DELETE FROM {TABLE}", 1, "cut at its end"),
+    "a row is doubled": (copy_of(4), 4, "a row too many"),
+    "a row of no chain": (
+        f"UPDATE {TABLE} SET chain = NULL WHERE sequence = 7",
+        7,
+        "a row without a chain",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BREAKS)
+def test_a_break_is_found_named_and_told_once(conn: Connection, case: str) -> None:
+    statement, sequence, words = BREAKS[case]
+    conn.execute(f"ALTER TABLE {TABLE} ALTER chain DROP NOT NULL")
+    as_attacker(conn, statement)
+    watching = watch(conn)
+    found = passed(watching)
+    assert sequence in {one.sequence for one in found}
+    assert words in " ".join(one.what for one in found)
+    assert passed(watching, EVERY + 1) == []
+    shown = watch_state.open_breaks(conn)
+    assert {(one.source, one.sequence) for one in shown} == {("trail", one.sequence) for one in found}
+    logged = conn.execute("SELECT target_id FROM vsql_sync.audit_log WHERE action = 'audit.break'").fetchall()
+    assert sorted(logged) == sorted((one.chain,) for one in found)
+
+
+def test_a_row_behind_the_position_that_is_altered_is_found_when_it_is_the_last_one(conn: Connection) -> None:
+    watching = watch(conn)
+    watching.turn(trust(), 0.0)
+    as_attacker(conn, f"UPDATE {TABLE} SET document = set_byte(document, 300, 0) WHERE sequence = 3")
+    found = passed(watching)
+    assert (found[0].sequence, "not the one that was verified before" in found[0].what) == (3, True)
+
+
+def test_a_cut_together_with_the_remembered_head_is_found_by_what_was_verified_before(
+    conn: Connection,
+) -> None:
+    watching = watch(conn)
+    passed(watching)
+    as_attacker(conn, f"DELETE FROM {TABLE} WHERE sequence > 4")
+    conn.execute(
+        f"UPDATE vsql_sync.chain_heads SET sequence = 4, entry_hash = (SELECT sha256(document) FROM {TABLE}"
+        " WHERE sequence = 4)"
+    )
+    found = watching.turn(trust(), 1.0)
+    assert [(one.sequence, "was verified before" in one.what) for one in found] == [(SIZE, True)]
+
+
+def test_a_chain_rewritten_with_the_key_is_found_by_what_was_verified_before(conn: Connection) -> None:
+    watching = watch(conn, size=2)
+    passed(watching)
+    other = History()
+    other.open()
+    for _ in range(SIZE):
+        other.batch(9)
+    as_attacker(conn, f"DELETE FROM {TABLE}")
+    conn.execute("DELETE FROM vsql_sync.chain_heads")
+    store(conn, other)
+    found = passed(watching, EVERY + 1)
+    assert found
+    assert "not the one that was verified before" in found[0].what
+
+
+def test_a_break_that_is_mended_is_gone_and_stays_written(conn: Connection) -> None:
+    as_attacker(conn, f"UPDATE {TABLE} SET row_count = row_count + 1 WHERE sequence = 5")
+    watching = watch(conn)
+    assert len(passed(watching)) == 1
+    as_attacker(conn, f"UPDATE {TABLE} SET row_count = row_count - 1 WHERE sequence = 5")
+    assert passed(watching, EVERY + 1) == []
+    assert watch_state.open_breaks(conn) == []
+    assert conn.execute(
+        "SELECT count(*) FROM vsql_sync.audit_breaks WHERE gone_at IS NOT NULL"
+    ).fetchone() == (1,)
+    assert state(conn).whole_to == SIZE
+
+
+@pytest.mark.parametrize(("size", "sequence"), [(4, 4), (SIZE + 5, SIZE + 1)])
+def test_a_head_a_target_cosigned_must_be_in_the_trail(conn: Connection, size: int, sequence: int) -> None:
+    watching = watch(conn)
+    watching.cosigned = {CHAIN: {"node-b": (size, "00" * 32)}}
+    found = passed(watching)
+    assert [one.sequence for one in found] == [sequence]
+    assert "co-signed" in found[0].what
+
+
+def test_the_head_a_target_truly_cosigned_is_no_break(conn: Connection) -> None:
+    root = tree.root_of(ordinary().head.tree)
+    assert Checkpoint(Log(CLUSTER, CHAIN), SIZE, root).size == SIZE
+    watching = watch(conn)
+    watching.cosigned = {CHAIN: {"node-b": (SIZE, root.hex())}}
+    assert passed(watching) == []
+
+
+def test_other_chains_are_verified_where_one_is_broken(conn: Connection) -> None:
+    store(conn, acknowledged_by_a())
+    as_attacker(conn, f"UPDATE {TABLE} SET row_count = 99 WHERE sequence = 2 AND chain = '{CHAIN}'")
+    watching = watch(conn)
+    assert [one.chain for one in passed(watching)] == [CHAIN]
+    assert state(conn, "bills.node-a").whole_to == 2
+
+
+def acknowledged_by_a() -> History:
+    history = History("bills.node-a")
+    history.open()
+    history.note()
+    return history
+
+
+def test_services_note_breaks_with_their_own_rights_and_can_order_nothing_else(conn: Connection) -> None:
+    roles.create(conn)
+    as_attacker(conn, f"UPDATE {TABLE} SET row_count = 99 WHERE sequence = 5")
+    conn.execute(
+        "INSERT INTO vsql_sync.streams (chain, direction, kind, publication, origin, target, state, desired)"
+        " VALUES (%s, 'out', 'live', 'orders', 'node-a', '*', 'SYNCHRONIZED', 'running')",
+        (CHAIN,),
+    )
+    conn.execute(f"SET ROLE {roles.PRODUCER}")
+    assert len(passed(watch(conn))) == 1
+    conn.execute("RESET ROLE")
+    orders = conn.execute("SELECT role, chain, verb, args FROM vsql_sync.commands").fetchall()
+    line = conn.execute("SELECT id FROM vsql_sync.audit_log WHERE action = 'audit.break'").fetchone()
+    assert line is not None
+    assert orders == [("producer", CHAIN, "note-break", {"audit_log": line[0]})]
