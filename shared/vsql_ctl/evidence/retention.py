@@ -35,6 +35,7 @@ _STREAMS = "SELECT chain, direction, state, pruned_sequence FROM vsql_sync.strea
 
 def trail(conn: Connection, settings: Settings) -> dict[str, Any]:
     """The trail in this node's database, its exports, and the settings that count."""
+    from vsql_shared.audit import watch_state
     from vsql_shared.pg.connect import errors
 
     with errors("reading the state of retention"):
@@ -42,6 +43,8 @@ def trail(conn: Connection, settings: Settings) -> dict[str, Any]:
             "partitions": _rows(conn, ("table", "bounds", "entries_estimate", "bytes"), _PARTITIONS),
             "chains": _rows(conn, ("chain", "own", "last_sequence", "remembered_at", "first"), _CHAINS),
             "streams": _rows(conn, ("chain", "direction", "state", "pruned_sequence"), _STREAMS),
+            "verified_in_background": watch_state.progress(conn),
+            "breaks": watch_state.open_breaks(conn),
             "exports": _rows(conn, ("at", "by", "file"), _EXPORTS),
             "settings": {
                 "kafka.retention": format_duration(settings.kafka.retention),
