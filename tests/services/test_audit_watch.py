@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +11,10 @@ import pytest
 
 from tests.audit_history import CHAIN, CLUSTER, A, History, ordinary, trust
 from tests.conftest import NewDatabase
+from tests.nodes import Node
+from tests.pairs import Pairs
 from tests.services.test_audit_trail import TABLE, as_attacker, copy_of, node, store
+from tests.waiting import until
 from vsql_shared.audit import tree, watch_state
 from vsql_shared.audit.checkpoint import Checkpoint, Log
 from vsql_shared.audit.watch import TrailWatch
@@ -92,8 +97,8 @@ BREAKS: dict[str, tuple[str, int | None, str]] = {
         5,
         "differs from its signed",
     ),
-    "a document is altered": (
-        f"UPDATE {TABLE} SET document = set_byte(document, 300, 0) WHERE sequence = 6",
+    "a signature is altered": (
+        f"UPDATE {TABLE} SET document = set_byte(document, octet_length(document) - 2, 7) WHERE sequence = 6",
         6,
         "signature",
     ),
@@ -130,7 +135,7 @@ def test_a_break_is_found_named_and_told_once(conn: Connection, case: str) -> No
 def test_a_row_behind_the_position_that_is_altered_is_found_when_it_is_the_last_one(conn: Connection) -> None:
     watching = watch(conn)
     watching.turn(trust(), 0.0)
-    as_attacker(conn, f"UPDATE {TABLE} SET document = set_byte(document, 300, 0) WHERE sequence = 3")
+    as_attacker(conn, f"UPDATE {TABLE} SET document = sha256('x') WHERE sequence = 3")
     found = passed(watching)
     assert (found[0].sequence, "not the one that was verified before" in found[0].what) == (3, True)
 
@@ -224,3 +229,57 @@ def test_services_note_breaks_with_their_own_rights_and_can_order_nothing_else(c
     line = conn.execute("SELECT id FROM vsql_sync.audit_log WHERE action = 'audit.break'").fetchone()
     assert line is not None
     assert orders == [("producer", CHAIN, "note-break", {"audit_log": line[0]})]
+
+
+# A running service
+
+
+@pytest.mark.timeout(240)
+def test_a_running_service_finds_a_break_tells_it_everywhere_and_signs_it(pairs: Pairs) -> None:
+    pair = pairs("CREATE TABLE t (id int PRIMARY KEY, v text)")
+    pair.create(["t(*)"], copy=False)
+    for each in (pair.a, pair.b):
+        text = each.config.read_text()
+        own = 'verify_every = "2s"\nverify_slice = 50\nverify_pause = "50ms"\n'
+        each.config.write_text(text.replace("[metrics]", f"{own}\n[metrics]"))
+    pair.start()
+    for number in range(10):
+        pair.a.execute(f"INSERT INTO t VALUES ({number}, 'x')")
+    pair.wait_in_step()
+    until(lambda: whole(pair.a, pair.chain) and whole(pair.b, f"{pair.chain}.ack.node-b"), timeout=60)
+    until(lambda: whole(pair.a, "") and whole(pair.b, ""), timeout=60)
+    assert pair.a.ctl_json("status")["audit"]["breaks"] == []
+    altered = pair.a.query(
+        "SELECT min(sequence) FROM vsql_sync.vsql_sync_audit WHERE event_type = 'replication_batch'"
+    )[0][0]
+    with node(pair.a.conninfo) as conn:
+        as_attacker(conn, f"UPDATE {TABLE} SET row_count = 99 WHERE sequence = {altered}")
+    until(lambda: pair.a.ctl_json("status")["audit"]["breaks"], timeout=60)
+    (found,) = pair.a.ctl_json("status")["audit"]["breaks"]
+    assert (found["source"], found["chain"], found["sequence"]) == ("trail", pair.chain, altered)
+    assert "AUDIT BREAK" in pair.a.ctl("status").stdout
+    assert "the audit trail does not verify" in pair.a.log_file("producer").read_text()
+    assert f'vsql_sync_audit_chain_breaks{{node="node-a",stream="{pair.chain}"}} 1.0' in metrics(pair.a)
+    acts = "SELECT count(*) FROM vsql_sync.vsql_sync_audit WHERE event_type = 'operator_action'"
+    until(lambda: pair.a.query(acts) == [(1,)], timeout=30)
+    # The stream itself goes on, and the target has nothing to say against it.
+    pair.a.execute("INSERT INTO t VALUES (100, 'after')")
+    pair.wait_in_step()
+    assert pair.differences() == []
+    assert pair.b.ctl_json("status")["audit"]["breaks"] == []
+    done = pair.a.ctl("audit", "verify", check=False)
+    assert (done.returncode, f"entry {altered}" in done.stderr) == (9, True)
+
+
+def whole(of: Node, chain: str) -> bool:
+    rows = of.query("SELECT whole_at IS NOT NULL FROM vsql_sync.audit_watch WHERE chain = %s", chain)
+    return bool(rows == [(True,)])
+
+
+def metrics(of: Node) -> str:
+    """What the producer's service shows."""
+    for line in of.log_file("producer").read_text().splitlines():
+        if '"health"' in line:
+            with urllib.request.urlopen(json.loads(line)["health"] + "/metrics", timeout=10) as answer:
+                return str(answer.read().decode())
+    raise AssertionError("no address of the service in its log")

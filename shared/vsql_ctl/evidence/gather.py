@@ -7,7 +7,7 @@ row of a user's table or a secret: configuration is masked as `config show` does
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vsql_ctl.evidence import access, connections, retention
 from vsql_ctl.evidence.bundle import Bundle
@@ -92,11 +92,15 @@ def _connections(conn: Connection, settings: Settings, bundle: Bundle) -> None:
 
 
 def _retention(conn: Connection, settings: Settings, bundle: Bundle) -> None:
-    found: dict[str, object] = {}
+    from vsql_shared import names
+
+    found: dict[str, Any] = {}
     with bundle.trying("retention of the trail"):
         found["trail"] = retention.trail(conn, settings)
-    with bundle.trying("settings of the audit and keys topics"):
-        found["topics"] = retention.topics(settings)
+    topics = found["topics"] = []
+    for name in (names.audit_topic(settings.cluster.name), names.keys_topic(settings.cluster.name)):
+        with bundle.trying(f"settings of topic {name}"):
+            topics.append(retention.topic(settings, name))
     bundle.table("retention.json", "how far back the trail goes, and what decides how long it stays", found)
 
 

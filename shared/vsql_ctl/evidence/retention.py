@@ -58,18 +58,13 @@ def _rows(conn: Connection, columns: Sequence[str], query: str) -> list[dict[str
     return [dict(zip(columns, row, strict=True)) for row in conn.execute(query.encode())]
 
 
-def topics(settings: Settings) -> list[dict[str, Any]]:
-    """Audit and keys topics as the brokers keep them."""
-    from vsql_shared import names
+def topic(settings: Settings, name: str) -> dict[str, Any]:
+    """A topic as the brokers keep it."""
     from vsql_shared.kafka.clients import make_admin
     from vsql_shared.kafka.topics import describe_topic, require_broker
 
     admin = make_admin(settings)
     require_broker(admin, settings)
-    found = []
-    for name in (names.audit_topic(settings.cluster.name), names.keys_topic(settings.cluster.name)):
-        config, partitions = describe_topic(admin, name, settings)
-        keys = ("cleanup.policy", "retention.ms", "retention.bytes", "min.insync.replicas")
-        shown = {key: config.get(key) for key in keys}
-        found.append({"topic": name, "partitions": partitions, **shown})
-    return found
+    config, partitions = describe_topic(admin, name, settings)
+    keys = ("cleanup.policy", "retention.ms", "retention.bytes", "min.insync.replicas")
+    return {"topic": name, "partitions": partitions, **{key: config.get(key) for key in keys}}

@@ -163,14 +163,15 @@ class TrailWatch:
             reader = ChainReader(self._cluster, chain, writer_of(chain), trust, head)
         except ChainError as error:
             return head, Problem(chain, None, None, error.message), True
-        rows = rows_from(self._conn, chain, head.sequence, self._slice + 1)
+        limit = self._slice + bool(head.sequence)  # the head's own row comes with them
+        rows = rows_from(self._conn, chain, head.sequence, limit)
         report = ChainReport(chain, sequence=head.sequence, entry_hash=head.entry_hash)
         for row in _behind(chain, rows, head):
             problem = row if isinstance(row, Problem) else check_row(reader, row, report)
             problem = problem or self._contradicted(chain, reader.head, known)
             if problem is not None:
                 return reader.head, problem, True
-        ended = len(rows) <= self._slice
+        ended = len(rows) < limit
         problem = None
         if ended:
             problem = unnumbered(self._conn, chain)
