@@ -280,6 +280,7 @@ def metrics(of: Node) -> str:
     """What the producer's service shows."""
     for line in of.log_file("producer").read_text().splitlines():
         if '"health"' in line:
-            with urllib.request.urlopen(json.loads(line)["health"] + "/metrics", timeout=10) as answer:
+            address = json.loads(line)["health"].removeprefix("http://")
+            with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
                 return str(answer.read().decode())
     raise AssertionError("no address of the service in its log")
