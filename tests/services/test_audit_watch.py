@@ -107,7 +107,7 @@ BREAKS: dict[str, tuple[str, int | None, str]] = {
     "the first entry is deleted": (f"DELETE FROM {TABLE} WHERE sequence = 1", 1, "missing"),
     "the end is cut": (f"DELETE FROM {TABLE} WHERE sequence > 8", 9, "cut at its end"),
     "all is deleted": (f"DELETE FROM {TABLE}", 1, "cut at its end"),
-    "a row is doubled": (copy_of(4), 4, "a row too many"),
+    "a row is doubled": (copy_of(4), 4, "differs from its signed document"),
     "a row of no chain": (
         f"UPDATE {TABLE} SET chain = NULL WHERE sequence = 7",
         7,

@@ -101,12 +101,12 @@ def verify_table(conn: Connection, trust: TrustStore, cluster: str, chain: str |
     with errors("reading the audit trail"), conn.transaction():
         conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
         names = [chain] if chain is not None else _chains(conn)
-        heads = own_heads(conn)
+        heads = _own_heads(conn)
         reports = [_verify_chain(conn, trust, cluster, name, heads.get(name)) for name in names]
-        warnings = unprotected(conn) + _head_warnings(reports, heads)
+        warnings = _unprotected(conn) + _head_warnings(reports, heads)
         problems = [report.problem for report in reports if report.problem]
         if chain is None:
-            problems += nameless(conn)
+            problems += _nameless(conn)
     return Report(tuple(reports), tuple(problems), tuple(warnings))
 
 
@@ -130,8 +130,7 @@ def _chains(conn: Connection) -> list[str]:
     return [name for (name,) in rows]
 
 
-def own_heads(conn: Connection) -> dict[str, tuple[int, bytes]]:
-    """Own chains and the heads remembered beside the trail."""
+def _own_heads(conn: Connection) -> dict[str, tuple[int, bytes]]:
     rows = conn.execute("SELECT chain, sequence, entry_hash FROM vsql_sync.chain_heads WHERE own").fetchall()
     return {name: (sequence, bytes(entry_hash)) for name, sequence, entry_hash in rows}
 
@@ -147,12 +146,12 @@ def _verify_chain(
         report.problem = Problem(chain, None, None, error.message)
         return report
     for row in _rows(conn, chain):
-        what = check_row(reader, row, report)
+        what = _check_row(reader, row, report)
         if what is not None:
             report.problem = what
             return report
     if remembered is not None:
-        report.problem = cut(report, *remembered, "this node's own")
+        report.problem = _cut(report, *remembered, "this node's own")
     return report
 
 
@@ -176,18 +175,7 @@ def _rows(conn: Connection, chain: str) -> Iterator[dict[str, Any]]:
             yield dict(zip(COLUMNS, row, strict=True))
 
 
-def rows_from(conn: Connection, chain: str, sequence: int, limit: int) -> list[dict[str, Any]]:
-    """At most `limit` rows of a chain from this sequence on, in order; 0: whatever is first in it."""
-    place = sql.SQL("chain = {}").format(sql.Literal(chain))
-    if sequence:
-        place = sql.SQL("{} AND sequence >= {}").format(place, sql.Literal(sequence))
-    query = sql.SQL(
-        "SELECT {} FROM vsql_sync.vsql_sync_audit WHERE {} ORDER BY sequence, event_id, document LIMIT {}"
-    ).format(_SELECTED, place, sql.Literal(limit))
-    return [dict(zip(COLUMNS, row, strict=True)) for row in conn.execute(query)]
-
-
-def check_row(reader: ChainReader, row: dict[str, Any], report: ChainReport) -> Problem | None:
+def _check_row(reader: ChainReader, row: dict[str, Any], report: ChainReport) -> Problem | None:
     """Check one row against the chain so far.
 
     1. Its place: nothing is missing before it, nothing stands there twice (deleted, inserted, moved rows).
@@ -222,7 +210,7 @@ def check_row(reader: ChainReader, row: dict[str, Any], report: ChainReport) -> 
     return None
 
 
-def cut(report: ChainReport, sequence: int, entry_hash: bytes, whose: str) -> Problem | None:
+def _cut(report: ChainReport, sequence: int, entry_hash: bytes, whose: str) -> Problem | None:
     """Compare a chain's end with a head remembered at the same time or earlier."""
     if sequence > report.sequence:
         return Problem(
@@ -241,21 +229,12 @@ def cut(report: ChainReport, sequence: int, entry_hash: bytes, whose: str) -> Pr
     return None
 
 
-def nameless(conn: Connection) -> list[Problem]:
+def _nameless(conn: Connection) -> list[Problem]:
     """Rows of no chain at all: NOT NULL must have been dropped to make them."""
     rows = conn.execute(
         "SELECT sequence, event_id FROM vsql_sync.vsql_sync_audit WHERE chain IS NULL LIMIT 1"
     ).fetchall()
     return [Problem("", sequence, str(event_id), "a row without a chain") for sequence, event_id in rows]
-
-
-def unnumbered(conn: Connection, chain: str) -> Problem | None:
-    """A row of a chain without a place in it: NOT NULL must have been dropped to make it."""
-    row = conn.execute(
-        "SELECT event_id FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND sequence IS NULL LIMIT 1",
-        (chain,),
-    ).fetchone()
-    return None if row is None else Problem(chain, None, str(row[0]), "a row without a sequence")
 
 
 def _head_warnings(reports: list[ChainReport], heads: dict[str, tuple[int, bytes]]) -> list[str]:
@@ -272,7 +251,7 @@ def _head_warnings(reports: list[ChainReport], heads: dict[str, tuple[int, bytes
     return out
 
 
-def unprotected(conn: Connection) -> list[str]:
+def _unprotected(conn: Connection) -> list[str]:
     """Tables of the trail whose append-only rules or TRUNCATE trigger are gone or switched off."""
     rows = conn.execute(
         "SELECT c.relname FROM pg_partition_tree('vsql_sync.vsql_sync_audit') t"
@@ -287,3 +266,27 @@ def unprotected(conn: Connection) -> list[str]:
         "trigger no_truncate were dropped or disabled"
         for (name,) in rows
     ]
+
+
+def rows_from(conn: Connection, chain: str, sequence: int, limit: int) -> list[dict[str, Any]]:
+    """At most `limit` rows of a chain from this sequence on, in order; 0: whatever is first in it."""
+    place = sql.SQL("chain = {}").format(sql.Literal(chain))
+    if sequence:
+        place = sql.SQL("{} AND sequence >= {}").format(place, sql.Literal(sequence))
+    query = sql.SQL(
+        "SELECT {} FROM vsql_sync.vsql_sync_audit WHERE {} ORDER BY sequence, event_id, document LIMIT {}"
+    ).format(_SELECTED, place, sql.Literal(limit))
+    return [dict(zip(COLUMNS, row, strict=True)) for row in conn.execute(query)]
+
+
+def unnumbered(conn: Connection, chain: str) -> Problem | None:
+    """A row of a chain without a place in it: NOT NULL must have been dropped to make it."""
+    row = conn.execute(
+        "SELECT event_id FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND sequence IS NULL LIMIT 1",
+        (chain,),
+    ).fetchone()
+    return None if row is None else Problem(chain, None, str(row[0]), "a row without a sequence")
+
+
+# The same checks, for whoever reads a chain slice by slice (watch.py).
+check_row, cut, nameless, own_heads, unprotected = _check_row, _cut, _nameless, _own_heads, _unprotected
