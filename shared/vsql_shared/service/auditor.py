@@ -4,7 +4,7 @@ Not here: what is verified (audit/watch.py, watch_topic.py). Rules:
 
 * Its own connection to the database and to Kafka, in the supervisor's process: no worker waits for it. Where
   the system lets it, its thread is the last to get the processor.
-* One at a time for a node: a session lock; the other service stands by.
+* One at a time for a node: a session lock; the other service asks for it every few seconds.
 * Between two slices it rests for `audit.verify_pause`.
 * A break is a row in audit_breaks, a line of the log, a line of the operators' log that the worker of the
   chain signs, and a gauge. Nothing is stopped: what streams apply is verified by whoever applies it.
@@ -97,8 +97,9 @@ class Auditor:
             migrate.require_current(conn)
             with errors("setting up the session"):
                 conn.execute("SET synchronous_commit = local")  # what is noted here waits for no standby
-            if not _lock(conn, settings.cluster.node_name):
-                return
+            while not _lock(conn, settings.cluster.node_name):
+                if self._stop.wait(_AGAIN_SECONDS):
+                    return
             trail = TrailWatch(
                 conn, settings.cluster.name, audit.verify_slice, audit.verify_every.total_seconds()
             )

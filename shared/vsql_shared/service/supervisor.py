@@ -35,6 +35,7 @@ Role = Literal["producer", "consumer"]
 _DIRECTION: dict[Role, str] = {"producer": "out", "consumer": "in"}
 _POLL_SECONDS = 0.5
 _STANDBY_SECONDS = 1.0
+_AUDIT_STOP_SECONDS = 6.0
 _SILENT_SECONDS = 60.0
 _UNSIGNED_WARNING_SECONDS = 60.0
 _WORKING_STATES = frozenset({"running", "paused", "copying"})
@@ -90,7 +91,7 @@ class Supervisor:
         finally:
             _log.info("stopping: workers finish their batch")
             graceful = self._workers.stop()
-            auditor.stop(_POLL_SECONDS)
+            auditor.stop(_AUDIT_STOP_SECONDS)
             for connection in (self._connection, self._watching):
                 if connection is not None:
                     connection.close()

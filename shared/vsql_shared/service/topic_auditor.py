@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_ASK_SECONDS = 10.0
+_ASK_SECONDS = 5.0
 _READ_SECONDS = 0.5
 _AWAY_SECONDS = 30.0
 
