@@ -14,10 +14,11 @@ import pytest
 
 from tests.audit_history import ACKS, CHAIN, B, History
 from tests.conftest import NewDatabase
+from tests.guarded_kafka import PASSWORDS, GuardedKafka
 from tests.services.test_audit_cli import publish
 from tests.services.test_audit_proofs import Logs
 from tests.services.test_audit_trail import TABLE, as_attacker, store
-from tests.stack import Kafka
+from tests.stack import Kafka, Stack
 from vsql_ctl.cli import main
 from vsql_shared.audit import tree
 from vsql_shared.audit.checkpoint import Checkpoint, Log
@@ -32,13 +33,17 @@ RACK = "planted-client-option"
 class Node(Logs):
     """Node A with secrets wherever it may have some, and syncctl on it."""
 
+    security = ""
+    """[kafka.security], if it is not the planted one."""
+
     def config(self, node: str) -> Path:
         path = super().config(node)
         kek = self.file("dev.kek")
         if not kek.exists():
             generate_kek_file(kek, "test-kek")
         text = path.read_text().replace("[server]", f'password = "{PASSWORD}"\n[server]')
-        text += f'[kafka.security]\nusername = "planted-user"\npassword = "{PASSWORD}"\n'
+        planted = f'[kafka.security]\nusername = "planted-user"\npassword = "{PASSWORD}"\n'
+        text += self.security or planted
         text += f'[kafka.client_options]\n"client.rack" = "{RACK}"\n'
         text += '[encryption.kms]\nprovider = "file"\nkek_id = "test-kek"\n'
         text += f'[encryption.kms.file]\npath = "{kek}"\n'
@@ -265,3 +270,36 @@ def test_a_bundle_is_noted_in_the_operators_log(node: Node) -> None:
         "SELECT target_id FROM vsql_sync.audit_log WHERE action = 'compliance.evidence'"
     )
     assert logged.fetchall() == [(str(target),)]
+
+
+def test_tls_and_rights_of_brokers_that_guard_themselves_are_in_the_bundle(
+    node: Node, stack: Stack, tmp_path: Path
+) -> None:
+    guarded = GuardedKafka(stack, tmp_path)
+    try:
+        node.bootstrap, node.security = guarded.address, guarded.scram("admin")
+        topic = {"resource_type": "topic", "pattern_type": "literal", "operations": ["Read"], "host": "*"}
+        for name in (f"{node.cluster}.audit", "somebody-elses", "*"):
+            guarded.allow(
+                [topic | {"principal": "User:producer", "resource_name": name, "permission": "allow"}]
+            )
+        code, err, target = node.evidence()
+        assert code == 0, err
+        (broker,) = json.loads((target / "connections.json").read_text())["kafka"]
+        assert (broker["protocol"], broker["tls"], broker["verifies"]) == ("SASL_SSL", True, True)
+        assert broker["version"] in ("TLSv1.2", "TLSv1.3")
+        assert broker["certificate"]["subject"] == "CN=broker"
+        acls = json.loads((target / "access.json").read_text())["kafka_acls"]
+        assert {one["name"] for one in acls} == {f"{node.cluster}.audit", "*"}
+        configured = json.loads((target / "connections.json").read_text())["configured_certificates"]
+        assert [one["key"] for one in configured] == ["kafka.security.ca_path"]
+        assert all(
+            word.encode() not in raw for word in PASSWORDS.values() for raw in files_of(target).values()
+        )
+        # A principal that may not look says so.
+        node.security = guarded.scram("consumer")
+        _, _, target = node.evidence("another")
+        missing = {one["what"]: one["reason"] for one in manifest_of(target)["not_gathered"]}
+        assert "AUTHORIZATION" in missing["ACLs of Kafka"].upper()
+    finally:
+        guarded.remove()
