@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vsql_shared.audit.evidence import Verified
+    from vsql_shared.crypto.signing import Signer
+    from vsql_shared.pg.connect import Connection
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -77,7 +79,7 @@ def evidence(operator: Operator, target: Path, no_trail: bool) -> None:
     )
 
 
-def _signer(operator: Operator, conn: Any) -> Any:
+def _signer(operator: Operator, conn: Connection) -> Signer | None:
     """This node's key; None only in dev mode."""
     from vsql_ctl.commands.audit_proofs import signing_key
 

@@ -14,6 +14,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from vsql_shared import names
 from vsql_shared.audit import watch_state
+from vsql_shared.audit.history import SILENCE_SECONDS
 from vsql_shared.audit.verify import Problem, own_heads
 from vsql_shared.audit.watch_topic import Named, TopicPass
 from vsql_shared.errors import BrokerError, TransientError
@@ -51,6 +52,8 @@ class TopicAuditor:
         self._pass = TopicPass.from_json(cluster, node, text) if text else None
         self._next = 0.0
         self._said = ""
+        self._heard: float | None = None
+        """When the partition under way gave something last."""
         self.cosigned: Cosigned = {}
         """What targets co-signed, as the last whole pass has it."""
 
@@ -62,13 +65,17 @@ class TopicAuditor:
 
     def turn(self, trust: TrustStore, now: float) -> list[Problem]:
         """Read the next slice; the breaks that are new."""
-        if self._pass is None and now < self._next:
+        if now < self._next:
             return []
         try:
             found, ended = self._slice(trust)
         except (TransientError, BrokerError) as error:
             self.close()
             self._next = now + min(_AWAY_SECONDS, self._every)
+            if isinstance(error, BrokerError) and self._pass is not None:
+                # Positions of a topic that is not there any more, or begins later, lead nowhere.
+                self._pass = None
+                watch_state.save_topic(self._conn, None)
             if self._said != error.message:
                 self._said = error.message
                 _log.warning("the audit topic is not verified now: %s", error)
@@ -132,12 +139,13 @@ class TopicAuditor:
     def _assign(self, consumer: Consumer, partition: int, offset: int) -> None:
         if self._assigned != partition:
             consumer.assign([TopicPartition(self._topic, partition, offset)])
-            self._assigned = partition
+            self._assigned, self._heard = partition, None
 
     def _read(
         self, consumer: Consumer, state: TopicPass, partition: int, trust: TrustStore, found: list[Problem]
     ) -> list[Named]:
         named = []
+        before = state.next[partition]
         for message in consumer.consume(self._settings.audit.verify_slice, timeout=_READ_SECONDS):
             if (error := message.error()) is not None:
                 if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - a public name of librdkafka
@@ -154,7 +162,18 @@ class TopicAuditor:
             elif outcome is not None:
                 named.append(outcome)
         state.broken = state.broken or bool(found)
+        self._require_answer(state, partition, before)
         return named
+
+    def _require_answer(self, state: TopicPass, partition: int, before: int) -> None:
+        """Raise TransientError where a partition has more and gives nothing for a while."""
+        now = time.monotonic()
+        if state.next[partition] > before or self._heard is None:
+            self._heard = now
+        elif now - self._heard > SILENCE_SECONDS:
+            self._heard = None
+            where = f"{self._topic}/{partition}"
+            raise TransientError(f"Kafka: {where} gives nothing below offset {state.ends[partition]}")
 
     def _compare(self, state: TopicPass, named: Iterable[Named]) -> list[Problem]:
         """Hold what was read against the trail, in one query."""
