@@ -51,8 +51,11 @@ class Bundle:
     @contextmanager
     def trying(self, what: str) -> Iterator[None]:
         """What fails inside is noted as not gathered."""
+        from vsql_shared.pg.connect import errors
+
         try:
-            yield
+            with errors("gathering evidence"):
+                yield
         except VsqlSyncError as error:
             self.missing(what, str(error))
 

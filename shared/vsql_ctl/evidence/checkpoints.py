@@ -20,6 +20,7 @@ from vsql_shared.audit.entries import CHECKPOINT_COSIGNED, AuditEntry, peek_chai
 from vsql_shared.audit.evidence import CHECKPOINT, PREFIX_PROOF
 from vsql_shared.errors import ChainError, DecodeError, SignatureError
 from vsql_shared.pg import signers
+from vsql_shared.pg.connect import errors
 
 if TYPE_CHECKING:
     from vsql_shared.audit.checkpoint import Checkpoint
@@ -46,20 +47,20 @@ class Checkpoints:
 
     def gather(self) -> None:
         """Own chains, each with what targets co-signed of it; then chains of others."""
-        own = [str(row[0]) for row in self._conn.execute(_OWN).fetchall()]
+        with errors("reading which chains there are"):
+            own = [str(row[0]) for row in self._conn.execute(_OWN)]
+            remembered = [str(row[0]) for row in self._conn.execute(_REMEMBERED)]
         heads_now: dict[str, tuple[Checkpoint, str]] = {}
         for chain in own:
             with self._bundle.trying(f"checkpoint of chain {chain}"):
                 head = heads.own_checkpoint(self._conn, self._trust, Log(self._cluster, chain))
-                heads_now[chain] = head, self._add(f"{chain}", head, "this node's chain, signed now")
+                heads_now[chain] = head, self._add(chain, head, "this node's chain, signed now")
         with self._bundle.trying("co-signatures of targets, from the audit topic"):
             self._cosigned(heads_now)
-        for (chain,) in self._conn.execute(_REMEMBERED).fetchall():
+        for chain in remembered:
             with self._bundle.trying(f"checkpoint of chain {chain}, as this node has verified it"):
-                head = heads.remembered_checkpoint(self._conn, Log(self._cluster, str(chain)))
-                self._add(
-                    str(chain), head, "a peer's chain as far as this node has verified it, co-signed now"
-                )
+                head = heads.remembered_checkpoint(self._conn, Log(self._cluster, chain))
+                self._add(chain, head, "a peer's chain as far as this node has verified it, co-signed now")
 
     def _add(self, name: str, head: Checkpoint, about: str) -> str:
         note = head.sign(self._signer, int(time.time())).encode()

@@ -64,7 +64,7 @@ NOT_CLAIMED = (
     ),
 )
 
-_PART = r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,200}"
+_PART = r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,240}"
 _PATH = re.compile(rf"{_PART}(?:/{_PART}){{0,3}}")
 
 
