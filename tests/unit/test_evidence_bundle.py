@@ -76,12 +76,16 @@ def test_a_place_that_is_taken_is_refused_before_anything_is_done(tmp_path: Path
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def fail(error: Exception) -> None:
+    raise error
+
+
 def test_what_fails_is_noted_with_its_reason_and_a_defect_is_none_of_it(tmp_path: Path) -> None:
     with new_bundle(tmp_path / "bundle") as making:
         with making.trying("rights"):
-            raise TransientError("nobody answers", hint="wait")
+            fail(TransientError("nobody answers", hint="wait"))
         with pytest.raises(KeyError), making.trying("a defect"):
-            raise KeyError("x")
+            fail(KeyError("x"))
         assert making.not_gathered == [("rights", "nobody answers; wait")]
 
 
