@@ -163,10 +163,12 @@ class TrailWatch:
             reader = ChainReader(self._cluster, chain, writer_of(chain), trust, head)
         except ChainError as error:
             return head, Problem(chain, None, None, error.message), True
-        limit = self._slice + bool(head.sequence)  # the head's own row comes with them
+        # The head's own row comes with those behind it, where the chain does not begin at this head.
+        inside = head.sequence > EMPTY_HEAD.sequence
+        limit = self._slice + inside
         rows = rows_from(self._conn, chain, head.sequence, limit)
         report = ChainReport(chain, sequence=head.sequence, entry_hash=head.entry_hash)
-        for row in _behind(chain, rows, head):
+        for row in _behind(chain, rows, head) if inside else rows:
             problem = row if isinstance(row, Problem) else check_row(reader, row, report)
             problem = problem or self._contradicted(chain, reader.head, known)
             if problem is not None:
@@ -221,8 +223,6 @@ class TrailWatch:
 
 def _behind(chain: str, rows: list[dict[str, Any]], head: ChainHead) -> list[dict[str, Any] | Problem]:
     """The rows behind a head, whose own row comes first and must still be what it was."""
-    if not head.sequence:
-        return list(rows)
     first = rows[0] if rows else None
     if first is None or first["sequence"] != head.sequence:
         what = f"missing: sequence {head.sequence} was verified before and is not there"
