@@ -210,6 +210,8 @@ class TrailWatch:
     def _settle(self, found: Found) -> list[Problem]:
         """Keep what was found; the breaks nobody knew."""
         new: list[Problem] = []
+        if not (found.moved or found.whole or found.breaks):
+            return new
         with errors("noting what was verified"), self._conn.transaction():
             watch_state.save(self._conn, found.moved.values())
             for chain, sequence in found.whole.items():

@@ -67,6 +67,11 @@ class TopicAuditor:
         """Read the next slice; the breaks that are new."""
         if now < self._next:
             return []
+        if self._pass is None and not own_heads(self._conn) and not watch_state.load(self._conn):
+            self._next = now + min(
+                _AWAY_SECONDS, self._every
+            )  # a node without streams: there may be no topic
+            return []
         try:
             found, ended = self._slice(trust)
         except (TransientError, BrokerError) as error:
