@@ -5,21 +5,30 @@ from __future__ import annotations
 import json
 import urllib.request
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
+from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]  # no stubs say so
 
 from tests.audit_history import CHAIN, CLUSTER, A, History, ordinary, trust
 from tests.conftest import NewDatabase
 from tests.nodes import Node
 from tests.pairs import Pairs
 from tests.services.test_audit_trail import TABLE, as_attacker, copy_of, node, store
+from tests.stack import Kafka
 from tests.waiting import until
 from vsql_shared.audit import tree, watch_state
 from vsql_shared.audit.checkpoint import Checkpoint, Log
+from vsql_shared.audit.verify import Problem
 from vsql_shared.audit.watch import TrailWatch
+from vsql_shared.config import Settings, load_settings
+from vsql_shared.names import audit_topic
 from vsql_shared.pg import nodes, roles
 from vsql_shared.pg.connect import Connection
+from vsql_shared.service.topic_auditor import TopicAuditor
 
 SIZE = len(ordinary().entries)
 EVERY = 1000.0
@@ -229,6 +238,67 @@ def test_services_note_breaks_with_their_own_rights_and_can_order_nothing_else(c
     line = conn.execute("SELECT id FROM vsql_sync.audit_log WHERE action = 'audit.break'").fetchone()
     assert line is not None
     assert orders == [("producer", CHAIN, "note-break", {"audit_log": line[0]})]
+
+
+# The topic
+
+
+def settings_for(folder: Path, kafka: str) -> Settings:
+    path = folder / "node.toml"
+    path.write_text(
+        f'[cluster]\nname = "{CLUSTER}"\nnode_id = 1\nnode_name = "node-a"\n'
+        f'[connection]\ndatabase = "x"\n[server]\nmode = "dev"\n[kafka]\nbootstrap_servers = "{kafka}"\n'
+        "[audit]\nverify_slice = 3\n"
+    )
+    return load_settings(path)
+
+
+def published(kafka: Kafka, name: str, documents: list[bytes]) -> None:
+    """The audit topic of the histories' cluster, made anew with these records."""
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap_servers})
+    if name in admin.list_topics(timeout=10).topics:
+        admin.delete_topics([name])[name].result(30)
+        until(lambda: name not in admin.list_topics(timeout=10).topics)
+    admin.create_topics([NewTopic(name, 1)])[name].result(30)
+    producer = Producer({"bootstrap.servers": kafka.bootstrap_servers})
+    for document in documents:
+        producer.produce(name, document)
+    assert producer.flush(30) == 0
+
+
+def read_whole(conn: Connection, settings: Settings, most: int = 200) -> list[Problem]:
+    """Turn until a pass has ended; a new reader for every slice, as after a restart."""
+    found: list[Problem] = []
+    for number in range(most):
+        with closing(TopicAuditor(conn, settings)) as reader:
+            found += reader.turn(trust(), 1.0 + number)
+        if watch_state.load_topic(conn) is None and number:
+            return found
+    raise AssertionError("the pass does not end")
+
+
+def test_the_topic_is_read_slice_by_slice_and_a_cut_of_it_is_found(
+    conn: Connection, kafka: Kafka, tmp_path: Path
+) -> None:
+    settings, topic = settings_for(tmp_path, kafka.bootstrap_servers), audit_topic(CLUSTER)
+    documents = ordinary().documents
+    published(kafka, topic, documents)
+    assert read_whole(conn, settings) == []
+    assert state(conn, watch_state.TOPIC).whole_to == SIZE
+    published(kafka, topic, documents[:6])
+    found = read_whole(conn, settings)
+    assert [(one.chain, one.sequence) for one in found] == [(CHAIN, 7)]
+    assert "Kafka lost entries" in found[0].what
+    published(kafka, topic, documents)
+    assert read_whole(conn, settings) == []
+    assert watch_state.open_breaks(conn) == []
+
+
+def test_a_topic_that_cannot_be_read_keeps_the_trail_from_nothing(conn: Connection, tmp_path: Path) -> None:
+    with closing(TopicAuditor(conn, settings_for(tmp_path, "127.0.0.1:1"))) as reader:
+        assert reader.turn(trust(), 1.0) == []
+    assert passed(watch(conn)) == []
+    assert state(conn).whole_to == SIZE
 
 
 # A running service
