@@ -145,3 +145,27 @@ def test_forged_records_in_a_targets_name_and_chains_of_others_count_for_nothing
     strange = History("bills.node-x", signer("node-x"))
     strange.open()
     assert read([*SOURCE.documents, *forged.documents, *strange.documents], reading()) == []
+
+
+def test_rubbish_makes_one_break_for_each_chain_and_no_flood() -> None:
+    strangers = [History(f"x{number}.node-a", signer("node-a", "stolen")) for number in range(5)]
+    for one in strangers:
+        one.open()
+    forged = History(by=signer("node-a", "stolen"))
+    forged.open()
+    forged.batch()
+    rubbish = [b"garbage", b"more", *(one.documents[0] for one in strangers), *forged.documents]
+    found = read([*SOURCE.documents, *rubbish], reading())
+    assert [one.chain for one in found] == ["", CHAIN]
+    assert len(read([*SOURCE.documents, *acknowledged(other()).documents], reading())) == 1
+
+
+def test_a_chain_of_this_node_that_the_trail_does_not_have_is_found() -> None:
+    hidden = History("bills.node-a")
+    hidden.open()
+    hidden.note()
+    state = reading()
+    assert read([*SOURCE.documents, *hidden.documents], state) == []
+    assert [(one.chain, one.sequence) for one in state.overdue(NOW + SETTLE_SECONDS + 1)] == [
+        ("bills.node-a", 1)
+    ]

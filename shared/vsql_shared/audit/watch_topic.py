@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vsql_shared.audit.chain import EMPTY_HEAD, Accepted, ChainHead, ChainReader, writer_of
-from vsql_shared.audit.checkpoint import cosigned_in
+from vsql_shared.audit.checkpoint import Log, cosigned_in
 from vsql_shared.audit.compare import ack_target
-from vsql_shared.audit.dsse import SignedDocument
-from vsql_shared.audit.entries import ZERO_HASH, peek_chain
+from vsql_shared.audit.dsse import AUDIT_ENTRY, SignedDocument, verify_document
+from vsql_shared.audit.entries import ZERO_HASH, AuditEntry, peek_chain, signed_place
 from vsql_shared.audit.verify import Problem
 from vsql_shared.audit.watch_state import decode_head, encode_head
 from vsql_shared.errors import ChainError, DecodeError, SignatureError
@@ -72,46 +72,57 @@ class TopicPass:
         """Take the next document: an entry to be held against the trail, a break, or nothing."""
         chain = ""
         try:
-            chain = peek_chain(SignedDocument.decode(encoded).payload)[1]
+            document = SignedDocument.decode(encoded)
+            chain = peek_chain(document.payload)[1]
             acknowledged = ack_target(chain)
-            own = writer_of(chain) == self.node
-            if chain in self.bad or not (own or (acknowledged and writer_of(acknowledged[0]) == self.node)):
-                return None
-            outcome = self._read(trust, chain, encoded, where)
+            if writer_of(chain) == self.node:
+                return self._own(trust, chain, encoded, where)
+            if acknowledged is not None and writer_of(acknowledged[0]) == self.node:
+                return self._told(trust, *acknowledged, document, where)
         except (DecodeError, SignatureError, ChainError) as error:
             return self._unread(chain, error.message, where)
+        return None
+
+    def _own(self, trust: TrustStore, chain: str, encoded: bytes, where: str) -> Named | None:
+        """An entry of an own chain, if it counts."""
+        if chain in self.bad:
+            return None
+        head = self.heads.get(chain, EMPTY_HEAD)
+        outcome = ChainReader(self.cluster, chain, self.node, trust, head).accept(encoded, where)
         if not isinstance(outcome, Accepted):
             return None
         self.heads[chain] = outcome.new_head
-        entry = outcome.entry
-        if own:
-            return Named(chain, entry.sequence, outcome.entry_hash, where)
-        if acknowledged is None:
+        return Named(chain, outcome.entry.sequence, outcome.entry_hash, where)
+
+    def _told(
+        self, trust: TrustStore, chain: str, target: str, document: SignedDocument, where: str
+    ) -> Named | None:
+        """What a target says of an own chain. Its signature is enough: true once said is true."""
+        entry = AuditEntry.decode(verify_document(trust, target, document, AUDIT_ENTRY, signed_place))
+        if (entry.cluster, entry.signer_node_id) != (self.cluster, target):
             return None
         claimed = cosigned_in(entry)
-        if claimed is not None and claimed.log.chain == acknowledged[0]:
-            heads = self.cosigned.setdefault(acknowledged[0], {})
-            heads[acknowledged[1]] = (claimed.size, claimed.root.hex())
-        if entry.ref_sequence and entry.ref_hash != ZERO_HASH:
-            by = f"target {acknowledged[1]} in {where}"
-            return Named(acknowledged[0], entry.ref_sequence, entry.ref_hash, by)
-        return None
-
-    def _read(self, trust: TrustStore, chain: str, encoded: bytes, where: str) -> Any:
-        head = self.heads.get(chain, EMPTY_HEAD)
-        return ChainReader(self.cluster, chain, writer_of(chain), trust, head).accept(encoded, where)
+        if claimed is not None and claimed.log == Log(self.cluster, chain):
+            known = self.cosigned.setdefault(chain, {})
+            known[target] = max(known.get(target, (0, "")), (claimed.size, claimed.root.hex()))
+        if not entry.ref_sequence or entry.ref_hash == ZERO_HASH:
+            return None
+        return Named(chain, entry.ref_sequence, entry.ref_hash, f"target {target} in {where}")
 
     def _unread(self, chain: str, what: str, where: str) -> Problem | None:
-        """A record that does not verify: a break where it is in this node's name, or in nobody's."""
+        """A record that does not verify: a break where it is in this node's name, or in nobody's.
+
+        One for each chain the node has, and one for all others: rubbish makes no flood of them.
+        """
         try:
             own = not chain or writer_of(chain) == self.node
         except ChainError:
             own = True
-        if not own:
+        known = chain if chain in self.trail else ""
+        if not own or known in self.bad:
             return None
-        if chain:
-            self.bad.add(chain)
-        return Problem(chain, None, None, f"{where}: {what}")
+        self.bad.add(known)
+        return Problem(known, None, None, f"{where}: {what}")
 
     def compare(
         self,
@@ -123,6 +134,8 @@ class TopicPass:
         """Hold entries against the trail: `stored` hashes, and each own chain's `last` sequence there."""
         found = []
         for one in named:
+            if one.chain in self.bad:
+                continue
             there = stored.get((one.chain, one.sequence))
             if there is None and one.sequence > last.get(one.chain, 0):
                 self.ahead.setdefault(one.chain, (one.sequence, one.entry_hash.hex(), now))
@@ -132,7 +145,7 @@ class TopicPass:
             elif there != one.entry_hash:
                 what = f"the trail has another entry {one.sequence} than {one.by} has"
                 found.append(Problem(one.chain, one.sequence, None, what))
-        self.bad |= {one.chain for one in found}
+            self.bad |= {problem.chain for problem in found}
         return found
 
     def overdue(self, now: float) -> list[Named]:
