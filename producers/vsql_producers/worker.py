@@ -61,6 +61,12 @@ _DIVERGED_POLL = 1.0
 _STOP_SHARE = 0.8
 # Between two tries: well below what `syncctl status` takes for silence.
 _WAITING_SAYS_SECONDS = 5.0
+# Commands whose answer is always the same.
+_ANSWERS = {
+    "rotate-dek": "the next batch is sealed under a new data key",
+    "retry": "the stream is running; nothing to retry",
+    "note-break": "the break stands in the chain",
+}
 
 
 class Stopped(Exception):
@@ -228,8 +234,8 @@ class Worker:
         """Do what an operator orders, and put the act into the chain."""
         if any(command.id == acted.id for _, acted, _ in self._acted):
             return  # obeyed; its entry is under way
-        if command.verb == "rotate-dek":
-            message = "the next batch is sealed under a new data key"
+        if command.verb in _ANSWERS:
+            message = _ANSWERS[command.verb]
         elif command.verb in key_orders.VERBS:
             done, message = key_orders.obey(conn, command, pipeline.outlet, self._chain)
             if not done:
@@ -237,10 +243,6 @@ class Worker:
                 return
         elif command.verb in ("pause", "resume"):
             message = f"the stream is {control.desired}"
-        elif command.verb == "retry":
-            message = "the stream is running; nothing to retry"
-        elif command.verb == "note-break":
-            message = "the break stands in the chain"
         else:
             control.answer(command, ok=False, message=f"a producer does not know the command {command.verb}")
             return
