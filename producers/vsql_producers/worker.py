@@ -310,6 +310,8 @@ class Worker:
                             self._owed.append(command)
                             streams.set_state(conn, self._chain, "PREPARING", command.reason)
                             return
+                        if command.verb == "note-break":
+                            continue  # stays owed in the table until there is an epoch to put it into
                         control.answer(command, ok=False, message=f"the stream is diverged: {error}")
                     control.say("diverged", self._report.alone(conn, "diverged"), time.monotonic())
             except (VsqlSyncError, psycopg.Error):

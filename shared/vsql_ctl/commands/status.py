@@ -72,8 +72,8 @@ def _as_dict(node: NodeInfo, streams: Sequence[StreamStatus], trail: _Trail) -> 
         "cluster": node.cluster,
         "streams": list(streams),
         "audit": {
-            "chains": [one for one in trail.chains if one.chain],
-            "topic": next((one for one in trail.chains if not one.chain), None),
+            "chains": [one for one in trail.chains if one.source == "trail"],
+            "topic": next((one for one in trail.chains if one.source == "topic"), None),
             "breaks": trail.breaks,
         },
     }
@@ -91,11 +91,15 @@ def _verified(trail: _Trail) -> Iterator[str]:
     """How far the trail is verified, and what of it does not verify."""
     for one in trail.chains:
         whole = "not once all of it" if one.whole_at is None else f"all of it at {printable(one.whole_at)}"
-        if one.chain and one.verified_at is not None:
-            at = printable(one.verified_at)
-            yield f"audit {one.chain}: verified up to {one.verified_to} at {at}; {whole}"
-        elif not one.chain:
-            yield f"audit topic: {'not yet compared' if one.whole_at is None else f'compared, {whole}'}"
+        if one.source == "trail":
+            last = (
+                "" if one.verified_at is None else f", the newest there was at {printable(one.verified_at)}"
+            )
+            yield f"audit {printable(one.chain)}: verified up to {one.verified_to}{last}; {whole}"
+        else:
+            yield f"audit topic: compared, {whole}"
+    if trail.chains and all(one.source != "topic" for one in trail.chains):
+        yield "audit topic: not once compared, all of it"
     for found in trail.breaks:
         place = f"entry {found.sequence}" if found.sequence is not None else "an entry"
         where = f"{found.chain or '(no chain)'}, {place}, in the {found.source}"

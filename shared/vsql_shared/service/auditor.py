@@ -8,6 +8,7 @@ Not here: what is verified (audit/watch.py, watch_topic.py). Rules:
 * Between two slices it rests for `audit.verify_pause`.
 * A break is a row in audit_breaks, a line of the log, a line of the operators' log that the worker of the
   chain signs, and a gauge. Nothing is stopped: what streams apply is verified by whoever applies it.
+* A service that does not verify shows no breaks: the other one does, or the age of what is whole says so.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from vsql_shared.pg.connect import Connection, connect, errors, translate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from datetime import datetime
 
     from vsql_shared.audit.verify import Problem
     from vsql_shared.config import Settings
@@ -110,27 +112,33 @@ class Auditor:
         pause = self._settings.audit.verify_pause.total_seconds()
         shown = float("-inf")
         show = _Gauges(self._settings.cluster.node_name)
-        while not self._stop.is_set():
-            now = time.monotonic()
-            trust = TrustStore(signers.load(conn), allow_unsigned=not self._settings.is_prod)
-            new = trail.turn(trust, now)
-            new += topic.turn(trust, now)
-            trail.cosigned = topic.cosigned
-            for problem in new:
-                _tell(problem)
-            if new or now - shown > _SHOWN_SECONDS:
-                show(conn)
-                shown = now
-            self._said = ""
-            self._stop.wait(pause)
+        with contextlib.closing(show):
+            while not self._stop.is_set():
+                now = time.monotonic()
+                trust = TrustStore(signers.load(conn), allow_unsigned=not self._settings.is_prod)
+                # Each is told at once: what was noted is known, and would not be told by the next turn.
+                new = _told(trail.turn(trust, now)) + _told(topic.turn(trust, now))
+                trail.cosigned = topic.cosigned
+                if new or now - shown > _SHOWN_SECONDS:
+                    show(conn)
+                    shown = now
+                self._said = ""
+                self._stop.wait(pause)
 
 
-def _tell(problem: Problem) -> None:
-    _log.error(
-        "the audit trail does not verify: %s",
-        problem.what,
-        extra={"chain": problem.chain, "sequence": problem.sequence, "event_id": problem.event_id},
-    )
+def _told(problems: list[Problem]) -> int:
+    """Say them in the log; how many they are."""
+    for problem in problems:
+        _log.error(
+            "the audit trail does not verify: %s",
+            watch_state.printable(problem.what),
+            extra={
+                "chain": watch_state.printable(problem.chain),
+                "sequence": problem.sequence,
+                "event_id": problem.event_id,
+            },
+        )
+    return len(problems)
 
 
 def _lock(conn: Connection, node: str) -> bool:
@@ -148,13 +156,26 @@ class _Gauges:
         # Only now: prometheus_client decides at import whether values are shared between processes.
         from vsql_shared.observe import metrics
 
-        self._show: Callable[..., None] = metrics.audit_watched
+        self._breaks: Callable[..., None] = metrics.audit_broken
+        self._watched: Callable[..., None] = metrics.audit_watched
         self._node = node
+        self._shown: set[str] = set()
 
     def __call__(self, conn: Connection) -> None:
+        watched = watch_state.progress(conn)
         counts = Counter(found.chain for found in watch_state.open_breaks(conn))
-        for one in watch_state.progress(conn):
-            at = one.verified_at.timestamp() if one.verified_at else None
-            self._show(one.chain, self._node, counts.pop(one.chain, 0), one.verified_to, at)
-        for chain, count in counts.items():
-            self._show(chain, self._node, count, 0, None)
+        for one in watched:
+            self._watched(one.chain, self._node, one.verified_to, _unix(one.verified_at), _unix(one.whole_at))
+        # Also those that were shown once and are in no table any more: a gauge keeps its last value.
+        self._shown |= counts.keys() | {one.chain for one in watched}
+        for chain in self._shown:
+            self._breaks(chain, self._node, counts[chain])
+
+    def close(self) -> None:
+        """Whoever verifies next shows what is broken."""
+        for chain in self._shown:
+            self._breaks(chain, self._node, 0)
+
+
+def _unix(at: datetime | None) -> float | None:
+    return None if at is None else at.timestamp()
