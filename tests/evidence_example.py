@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from tests.audit_history import START, A, B
 from vsql_shared.audit import evidence, scope_report, tree
+from vsql_shared.audit import evidence_documents as documents
 from vsql_shared.audit.checkpoint import Checkpoint, Log
 from vsql_shared.audit.notes import SignedNote
 from vsql_shared.audit.proofs import ConsistencyProof
 from vsql_shared.crypto.signing import Signer
 
 CLUSTER, CHAIN = "shop", "orders.node-a"
-AT = "2025-10-09T08:54:00Z"
+BEGUN, AT = "2025-10-09T08:53:20Z", "2025-10-09T08:54:00Z"
 CONFIGURATION = '[cluster]\nname = "shop"\nnode_id = 1\nnode_name = "node-a"\n'
 _HASHES = [bytes([number]) * 32 for number in range(1, 6)]
 
@@ -44,11 +45,11 @@ def report(cluster: str = CLUSTER, node: str = "node-a", by: Signer = A) -> str:
 def contents() -> dict[str, tuple[str, bytes]]:
     """Path → (kind, content)."""
     texts = {
-        f"checkpoints/{CHAIN}.checkpoint": (evidence.CHECKPOINT, note(5, A)),
-        f"checkpoints/{CHAIN}.cosigned-by.node-b.checkpoint": (evidence.CHECKPOINT, note(3, A, B)),
-        f"checkpoints/{CHAIN}.cosigned-by.node-b.proof": (evidence.PREFIX_PROOF, prefix(3, 5)),
+        f"checkpoints/{CHAIN}.checkpoint": (documents.CHECKPOINT, note(5, A)),
+        f"checkpoints/{CHAIN}.cosigned-by.node-b.checkpoint": (documents.CHECKPOINT, note(3, A, B)),
+        f"checkpoints/{CHAIN}.cosigned-by.node-b.proof": (documents.PREFIX_PROOF, prefix(3, 5)),
         "configuration.toml": (evidence.PLAIN, CONFIGURATION),
-        "scope/orders.json": (evidence.SCOPE_REPORT, report()),
+        "scope/orders.json": (documents.SCOPE_REPORT, report()),
     }
     return {path: (kind, text.encode()) for path, (kind, text) in texts.items()}
 
@@ -64,7 +65,7 @@ def envelope(
         evidence.file_of(path, kind, f"{kind} of the example", raw) for path, (kind, raw) in files.items()
     ]
     missing = [("ACLs of Kafka", "the brokers have no authorizer")]
-    return evidence.seal(evidence.build(cluster, node, AT, "vsql-sync 0.1", named, missing), signer)
+    return evidence.seal(evidence.build(cluster, node, (BEGUN, AT), "vsql-sync 0.1", named, missing), signer)
 
 
 def bundle() -> dict[str, bytes]:

@@ -22,6 +22,7 @@ from vsql_producers.scope import Scope, document
 from vsql_producers.scope_record import seen
 from vsql_producers.transactions import Descriptor
 from vsql_shared.audit import evidence, tree
+from vsql_shared.audit import evidence_documents as documents
 from vsql_shared.audit.chain import EMPTY_HEAD, ChainWriter, Prepared
 from vsql_shared.audit.checkpoint import Checkpoint, Log, cosigner_key
 from vsql_shared.audit.dsse import AUDIT_ENTRY, KEY_ANNOUNCEMENT, SignedDocument, pae, sign_document
@@ -202,12 +203,14 @@ def _evidence(checkpoint: str) -> dict[str, bytes | str]:
     configuration = '[cluster]\nname = "shop"\nnode_id = 1\nnode_name = "node-a"\n'
     files = [
         evidence.file_of(
-            f"checkpoints/{CHAIN}.checkpoint", evidence.CHECKPOINT, "this node's chain", checkpoint.encode()
+            f"checkpoints/{CHAIN}.checkpoint", documents.CHECKPOINT, "this node's chain", checkpoint.encode()
         ),
         evidence.file_of("configuration.toml", evidence.PLAIN, "secrets masked", configuration.encode()),
     ]
     missing = [("ACLs of Kafka", "the brokers have no authorizer")]
-    made = evidence.build(CLUSTER, "node-a", "2025-10-09T08:54:00Z", "vsql-sync 0.1", files, missing)
+    made = evidence.build(
+        CLUSTER, "node-a", ("2025-10-09T08:53:20Z", "2025-10-09T08:54:00Z"), "vsql-sync 0.1", files, missing
+    )
     envelope = evidence.seal(made, A)
     return {
         "evidence-configuration": configuration,

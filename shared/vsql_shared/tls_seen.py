@@ -2,11 +2,13 @@
 
 Not here: the connections that carry something, and judging why one fails (tls.py). Rules: a handshake of our
 own, nothing is sent but the handshake; certificates are written down whether they verify or not, beside what
-is wrong with them; private keys are never read, also where they lie in the same file.
+is wrong with them, and a malformed one as such; our client certificate is shown only to servers that verify;
+private keys are never read, also where they lie in the same file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import ssl
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, rsa
 
 from vsql_shared import tls
@@ -24,12 +26,19 @@ _MAX_FILE = 4 << 20
 
 def server(host: str, port: int, means: tls.Means, preface: bytes = b"") -> dict[str, Any]:
     """What a handshake with a server gives. Raises OSError where nobody answers or speaks TLS."""
+    fault = tls.refusal(host, port, means, preface)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    # Written down, not believed: whether it verifies is said beside it.
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    if means.certificate is not None:
-        context.load_cert_chain(means.certificate, means.key, password="")
+    if fault is None:  # this handshake verifies, too: nobody else can be in its place meanwhile
+        if means.ca is not None:
+            context.load_verify_locations(means.ca)
+        else:
+            context.load_default_certs()
+        if means.certificate is not None:
+            context.load_cert_chain(means.certificate, means.key, password="")
+    else:
+        # Written down, not believed: whether it verifies is said beside it.
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
     with socket.create_connection((host, port), tls.TIMEOUT_SECONDS) as raw:
         if preface:
             raw.sendall(preface)
@@ -38,7 +47,6 @@ def server(host: str, port: int, means: tls.Means, preface: bytes = b"") -> dict
         with context.wrap_socket(raw, server_hostname=host) as secured:
             cipher, version = secured.cipher(), secured.version()
             encoded = secured.getpeercert(binary_form=True)
-    fault = tls.refusal(host, port, means, preface)
     return {
         "host": host,
         "port": port,
@@ -46,17 +54,27 @@ def server(host: str, port: int, means: tls.Means, preface: bytes = b"") -> dict
         "version": version,
         "cipher": cipher[0] if cipher else None,
         "cipher_bits": cipher[2] if cipher else None,
-        "certificate": describe(x509.load_der_x509_certificate(encoded)) if encoded else None,
+        "certificate": parsed(encoded) if encoded else None,
         "verifies": fault is None,
         "fault": fault.text if fault else None,
     }
+
+
+def parsed(encoded: bytes) -> dict[str, Any]:
+    """Whatever a server gave: a malformed certificate is told, and ends nothing."""
+    try:
+        return describe(x509.load_der_x509_certificate(encoded))
+    except Exception as error:  # noqa: BLE001 - of the parser's, of which not all are documented
+        fingerprint = hashlib.sha256(encoded).hexdigest()
+        return {"not_read": f"malformed: {type(error).__name__}", "sha256": fingerprint}
 
 
 def file(path: Path) -> list[dict[str, Any]]:
     """The certificates in a PEM file. Raises OSError, ValueError."""
     with path.open("rb") as opened:
         raw = opened.read(_MAX_FILE)
-    return [describe(one) for one in x509.load_pem_x509_certificates(raw)]
+    found = x509.load_pem_x509_certificates(raw)
+    return [parsed(one.public_bytes(serialization.Encoding.DER)) for one in found]
 
 
 def describe(certificate: x509.Certificate) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from tests import evidence_example as example
 from tests.audit_history import A
 from vsql_shared.audit import evidence
+from vsql_shared.audit import evidence_documents as documents
 from vsql_shared.audit.dsse import pae
 
 _FILES = {path: raw for path, (_, raw) in example.contents().items()}
-_KEYS = evidence.Keys(A.public_key, {})
+_KEYS = documents.Keys(A.public_key)
 
 
 def manifest(data: bytes) -> None:

@@ -20,14 +20,18 @@ from tests.services.test_audit_proofs import Logs
 from tests.services.test_audit_trail import TABLE, as_attacker, store
 from tests.stack import Kafka, Stack
 from vsql_ctl.cli import main
-from vsql_shared.audit import tree
+from vsql_ctl.evidence import connections
+from vsql_shared.audit import tree, watch_state
 from vsql_shared.audit.checkpoint import Checkpoint, Log
 from vsql_shared.audit.entries import CHECKPOINT_COSIGNED, canonical_json
 from vsql_shared.audit.store import remember_head
+from vsql_shared.audit.verify import Problem
 from vsql_shared.kms.file import generate_kek_file
+from vsql_shared.pg import roles
 
 PASSWORD, ROW, REMOTE = "planted-password-4711", "4111111111111111", "planted-remote-row"
 RACK = "planted-client-option"
+ARGUMENT = "planted-argument-of-a-command"
 
 
 class Node(Logs):
@@ -44,6 +48,10 @@ class Node(Logs):
         text = path.read_text().replace("[server]", f'password = "{PASSWORD}"\n[server]')
         planted = f'[kafka.security]\nusername = "planted-user"\npassword = "{PASSWORD}"\n'
         text += self.security or planted
+        text += f'[encryption.kms.pkcs11]\npin_command = "pin --with {ARGUMENT}"\n'
+        text += f'[encryption.kms.vault]\ntoken_command = "token {ARGUMENT}"\n'
+        text += f'secret_id_command = "id {ARGUMENT}"\n'
+        text += f'[[peers]]\nnode_id = 7\nnode_name = "planted"\nconnection = "host=h password={ARGUMENT}"\n'
         text += f'[kafka.client_options]\n"client.rack" = "{RACK}"\n'
         text += '[encryption.kms]\nprovider = "file"\nkek_id = "test-kek"\n'
         text += f'[encryption.kms.file]\npath = "{kek}"\n'
@@ -164,9 +172,9 @@ def test_no_secret_and_no_row_is_in_a_bundle(node: Node) -> None:
     assert code == 0, err
     private = node.key_files("node-a")[0]
     seed = hashlib.sha256(b"node-a").digest()
-    secrets = [PASSWORD, ROW, REMOTE, RACK, "BEGIN PRIVATE", *_forms(seed)]
+    secrets = [PASSWORD, ROW, REMOTE, RACK, ARGUMENT, "BEGIN PRIVATE", *_forms(seed)]
     secrets += [word for word in node.file("dev.kek").read_text().split()[-1:] if len(word) > 30]
-    assert len(secrets) == 9
+    assert len(secrets) == 10
     secrets += [line for line in private.read_text().splitlines() if not line.startswith("-----")]
     files = files_of(target) | {"payload": json.dumps(manifest_of(target)).encode()}
     shown = [(name, secret) for name, raw in files.items() for secret in secrets if secret.encode() in raw]
@@ -206,8 +214,10 @@ def test_what_cannot_be_gathered_is_listed_with_its_reason(node: Node) -> None:
         f"settings of topic {node.cluster}.audit",
         f"settings of topic {node.cluster}.keys",
         "ACLs of Kafka",
+        "names of the cluster's topics",
     }
     assert all(missing.values())
+    assert PASSWORD not in str(missing)
     assert f"not gathered: checkpoint of chain {CHAIN}" in err
     code, out, err = node.check(target)
     assert (code, "left out by --no-trail" in out) == (0, True), err
@@ -219,6 +229,49 @@ def test_a_trail_that_does_not_verify_is_shown_as_such(node: Node) -> None:
     assert code == 0, err
     found = json.loads((target / "trail.json").read_text())
     assert (found["ok"], found["problems"][0]["sequence"]) == (False, 3)
+    # Whoever makes it and whoever verifies it is told without opening that file.
+    assert f"found: 1 problem of the trail: chain {CHAIN}, entry 3" in err
+    code, out, _ = node.check(target)
+    assert (code, "verifying every entry of this node's trail found 1 problem" in out) == (0, True)
+
+
+def test_breaks_of_the_past_are_in_a_bundle(node: Node) -> None:
+    conn = node.conns["node-a"]
+    for sequence in (3, 4):
+        watch_state.note(conn, "trail", Problem(CHAIN, sequence, None, "altered"))
+    watch_state.end(conn, "trail", CHAIN)
+    watch_state.note(conn, "topic", Problem(CHAIN, 9, None, "lost"))
+    code, err, target = node.evidence()
+    assert (code, "finds 1 break now, and found 3 ever" in err) == (0, True), err
+    breaks = json.loads((target / "retention.json").read_text())["trail"]["breaks"]
+    assert [(one["sequence"], one["gone_at"] is None) for one in breaks] == [
+        (3, False),
+        (4, False),
+        (9, True),
+    ]
+
+
+def test_rights_that_nobody_has_granted_are_in_a_bundle(node: Node) -> None:
+    """PostgreSQL gives PUBLIC some where no rights were ever granted."""
+    _, _, target = node.evidence()
+    grants = json.loads((target / "access.json").read_text())["postgresql"]["grants"]
+    public = {(one["object"], one["privilege"]) for one in grants if one["grantee"] == "PUBLIC"}
+    assert ("database", "CONNECT") in public
+    assert ("schema public", "USAGE") in public
+    functions = {
+        one["object"] for one in grants if one["object"].startswith("function vsql_sync.note_audit_break")
+    }
+    assert len(functions) == 1
+    assert all(name not in functions for name, _ in public)
+
+
+def test_a_user_who_does_not_see_all_sessions_says_so(node: Node) -> None:
+    conn = node.conns["node-a"]
+    assert connections.sees_all(conn)
+    roles.create(conn)
+    conn.execute(f"SET ROLE {roles.VIEWER}")
+    assert not connections.sees_all(conn)
+    conn.execute("RESET ROLE")
 
 
 def test_a_directory_with_something_in_it_is_left_alone(node: Node) -> None:

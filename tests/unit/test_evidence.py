@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import evidence_example as example
-from tests.audit_history import A, B, signer
+from tests.audit_history import START, A, B, signer
 from tests.evidence_example import CHAIN, bundle, contents, envelope, note, prefix, report
 from vsql_ctl.cli import main
 from vsql_shared.audit import evidence
+from vsql_shared.audit import evidence_documents as documents
 from vsql_shared.audit.dsse import pae
 from vsql_shared.audit.entries import canonical_json
 from vsql_shared.crypto.signing import public_pem
@@ -32,14 +33,14 @@ STRANGER = signer("node-x")
 
 def verify(files: Files, *, cosigned: bool = True) -> evidence.Verified:
     """As an assessor does, who has the keys of both nodes."""
-    keys = evidence.Keys(A.public_key, {"node-b": B.public_key} if cosigned else {})
+    keys = documents.Keys(A.public_key, [("node-b", B.public_key)] if cosigned else [])
     others = {path: raw for path, raw in files.items() if path != evidence.MANIFEST}
     return evidence.verify(files[evidence.MANIFEST], others.keys(), others.__getitem__, keys)
 
 
 def test_a_bundle_verifies_and_names_who_cosigned() -> None:
     found = verify(bundle())
-    assert found.cosigned == ((COSIGNED, "node-b"),)
+    assert found.cosigned == ((COSIGNED, "node-b", 3, START // 1_000_000),)
     assert found.signed_by == A.fingerprint
     assert [one["path"] for one in found.manifest["files"]] == sorted(contents())
     assert verify(bundle(), cosigned=False).cosigned == ()
@@ -162,34 +163,55 @@ MANIPULATIONS: dict[str, tuple[Callable[[], Files], str]] = {
         "a manifest of version 2",
     ),
     "a scope report of another cluster": (
-        lambda: with_file("scope/orders.json", evidence.SCOPE_REPORT, report("shop2")),
+        lambda: with_file("scope/orders.json", documents.SCOPE_REPORT, report("shop2")),
         "scope/orders.json: it is a report",
     ),
     "a scope report signed by another node": (
-        lambda: with_file("scope/orders.json", evidence.SCOPE_REPORT, report(by=B)),
+        lambda: with_file("scope/orders.json", documents.SCOPE_REPORT, report(by=B)),
         "scope/orders.json: the report names",
     ),
     "a checkpoint nobody signed who may": (
-        lambda: with_file(CHECKPOINT, evidence.CHECKPOINT, note(5, STRANGER)),
+        lambda: with_file(CHECKPOINT, documents.CHECKPOINT, note(5, STRANGER)),
         "no signature by a known key",
     ),
     "a checkpoint only the target signed": (
-        lambda: with_file(CHECKPOINT, evidence.CHECKPOINT, note(5, B)),
+        lambda: with_file(CHECKPOINT, documents.CHECKPOINT, note(5, B)),
         "is not signed by node node-a",
     ),
     "a co-signature is taken off": (
-        lambda: with_file(COSIGNED, evidence.CHECKPOINT, note(3, A)),
+        lambda: with_file(COSIGNED, documents.CHECKPOINT, note(3, A)),
         "is co-signed by node node-b",
     ),
     "a co-signed head of another history": (
-        lambda: with_file(COSIGNED, evidence.CHECKPOINT, note(3, A, B, first=9)),
+        lambda: with_file(COSIGNED, documents.CHECKPOINT, note(3, A, B, first=9)),
         f"{PROOF}: ",
     ),
     "a proof between other heads": (
-        lambda: with_file(PROOF, evidence.PREFIX_PROOF, prefix(2, 5)),
+        lambda: with_file(PROOF, documents.PREFIX_PROOF, prefix(2, 5)),
         f"{PROOF}: the proof is from 2 entries",
     ),
     "a proof without the head it begins at": (lambda: without(COSIGNED), "is missing"),
+    "two histories: the head is another than what was co-signed leads to": (
+        lambda: with_file(CHECKPOINT, documents.CHECKPOINT, note(5, A, first=9)),
+        f"{PROOF}: it leads to 5 entries",
+    ),
+    "two histories: the proof ends before the head": (
+        lambda: with_file(PROOF, documents.PREFIX_PROOF, prefix(3, 4)),
+        f"{PROOF}: it leads to 4 entries",
+    ),
+    "two histories: a co-signed head without a proof": (
+        lambda: without(PROOF),
+        f"{COSIGNED}: the proof that it is a prefix of the chain is missing",
+    ),
+    "two histories: a co-signed head without the chain's own": (lambda: without(CHECKPOINT), f"{PROOF}: "),
+    "two histories: another head under another chain's name": (
+        lambda: with_file("checkpoints/bills.node-a.checkpoint", documents.CHECKPOINT, note(5, A, first=9)),
+        "which has no such place",
+    ),
+    "two histories: another head under a directory": (
+        lambda: with_file(f"checkpoints/x/{CHAIN}.checkpoint", documents.CHECKPOINT, note(5, A, first=9)),
+        "which has no such place",
+    ),
 }
 
 
@@ -200,6 +222,25 @@ def test_a_manipulated_bundle_is_found_and_the_place_is_named(case: str) -> None
         verify(make())
     assert isinstance(found.value, RecordError | SignatureError | DecodeError)
     assert named in found.value.message, found.value.message
+
+
+def others(files: Files, *cosigners: tuple[str, bytes], node: bytes = A.public_key) -> evidence.Verified:
+    rest = {path: raw for path, raw in files.items() if path != evidence.MANIFEST}
+    keys = documents.Keys(node, cosigners)
+    return evidence.verify(files[evidence.MANIFEST], rest.keys(), rest.__getitem__, keys)
+
+
+@pytest.mark.parametrize("name", ["node-a", "node-b"])
+def test_the_makers_own_signature_is_no_cosignature(name: str) -> None:
+    with pytest.raises(SignatureError, match="no co-signature"):
+        others(bundle(), (name, A.public_key))
+
+
+def test_of_a_node_that_changed_its_key_one_of_both_has_cosigned() -> None:
+    found = others(bundle(), ("node-b", STRANGER.public_key), ("node-b", B.public_key))
+    assert [(one.node, one.size) for one in found.cosigned] == [("node-b", 3)]
+    with pytest.raises(SignatureError, match="is co-signed by node node-b"):
+        others(bundle(), ("node-b", STRANGER.public_key))
 
 
 MALFORMED: dict[str, Callable[[], Files]] = {
@@ -223,6 +264,18 @@ MALFORMED: dict[str, Callable[[], Files]] = {
     ),
     "an absolute path": lambda: inner(bundle(), lambda m: m["files"][0].update(path="/x"), resigned=True),
     "a path that is no text": lambda: inner(bundle(), lambda m: m["files"][0].update(path=1), resigned=True),
+    "a kind that is no text": lambda: inner(bundle(), lambda m: m["files"][0].update(kind=[]), resigned=True),
+    "a size that is no number": lambda: inner(
+        bundle(), lambda m: m["files"][0].update(size=True), resigned=True
+    ),
+    "a version that is no number": lambda: inner(bundle(), lambda m: m.update(version=True), resigned=True),
+    "a reason of another form": lambda: inner(
+        bundle(), lambda m: m.update(not_gathered=["x"]), resigned=True
+    ),
+    "a reason that is no text": lambda: inner(
+        bundle(), lambda m: m.update(not_gathered=[{"what": "x", "reason": 1}]), resigned=True
+    ),
+    "a claim that is no text": lambda: inner(bundle(), lambda m: m.update(not_claimed=[1]), resigned=True),
     "a kind nobody knows": lambda: inner(bundle(), lambda m: m["files"][0].update(kind="x"), resigned=True),
 }
 
@@ -288,7 +341,10 @@ def test_the_command_needs_no_configuration_and_says_what_is_not_claimed(
     )
     assert code == 0, err
     found = json.loads(out)
-    assert (found["verifies"], found["cosigned"]) == (True, [{"path": COSIGNED, "node": "node-b"}])
+    assert found["verifies"] is True
+    assert found["cosigned"] == [
+        {"path": COSIGNED, "node": "node-b", "size": 3, "at": "2025-10-09T08:53:20Z"}
+    ]
     code, out, _ = command(folder, capsys)
     assert (code, "It does not claim:" in out, "Not gathered:" in out) == (0, True, True)
     assert "compliant" not in out

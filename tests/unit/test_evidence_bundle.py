@@ -11,14 +11,17 @@ from tests.audit_history import A
 from vsql_ctl.evidence.access import reaches
 from vsql_ctl.evidence.bundle import new_bundle
 from vsql_shared.audit import evidence
+from vsql_shared.audit.evidence_documents import Keys
 from vsql_shared.errors import RefusedError, TransientError, UserError
+
+TIMES = datetime(2026, 1, 31, tzinfo=UTC), datetime(2026, 2, 1, tzinfo=UTC)
 
 
 def made(target: Path) -> None:
     with new_bundle(target) as making:
         making.table("facts/keys.json", "keys", {"keys": []})
         making.missing("ACLs", "nobody answers")
-        making.seal("shop", "node-a", datetime(2026, 2, 1, tzinfo=UTC), "vsql-sync 0.1", A)
+        making.seal("shop", "node-a", TIMES, "vsql-sync 0.1", A)
 
 
 def test_a_bundle_appears_whole_for_its_owner_only(tmp_path: Path) -> None:
@@ -31,9 +34,10 @@ def test_a_bundle_appears_whole_for_its_owner_only(tmp_path: Path) -> None:
         "manifest.json": 0o600,
     }
     manifest = (target / evidence.MANIFEST).read_bytes()
-    keys = evidence.Keys(A.public_key, {})
+    keys = Keys(A.public_key)
     found = evidence.verify(manifest, {"facts/keys.json"}, lambda path: (target / path).read_bytes(), keys)
-    assert found.manifest["generated_at"] == "2026-02-01T00:00:00Z"
+    times = found.manifest["begun_at"], found.manifest["generated_at"]
+    assert times == ("2026-01-31T00:00:00Z", "2026-02-01T00:00:00Z")
     assert found.manifest["not_gathered"] == [{"what": "ACLs", "reason": "nobody answers"}]
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 

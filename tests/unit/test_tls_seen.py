@@ -10,18 +10,35 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from tests.certificates import Authority, Issued
+from vsql_ctl.evidence import connections
 from vsql_shared import tls, tls_seen
+from vsql_shared.errors import VsqlSyncError
 
 
 @contextmanager
-def serving(issued: Issued | None, *, preface: bool = False, answer: bytes = b"S") -> Iterator[int]:
-    """A server of that certificate on a free port, as PostgreSQL begins it where there is a preface."""
+def serving(
+    issued: Issued | None,
+    *,
+    preface: bool = False,
+    answer: bytes = b"S",
+    clients: Path | None = None,
+    shown: list[bytes | None] | None = None,
+) -> Iterator[int]:
+    """A server of that certificate on a free port, as PostgreSQL begins it where there is a preface.
+
+    `clients`: it asks for certificates of this authority; `shown` gets what clients show.
+    """
     context = None
     if issued is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(issued.certificate, issued.key)
+        if clients is not None:
+            context.load_verify_locations(clients)
+            context.verify_mode = ssl.CERT_OPTIONAL
     listener = socket.create_server(("127.0.0.1", 0))
     listener.settimeout(10)
 
@@ -39,6 +56,8 @@ def serving(issued: Issued | None, *, preface: bool = False, answer: bytes = b"S
                         raw.sendall(answer)
                     if context is not None:
                         with context.wrap_socket(raw, server_side=True) as secured:
+                            if shown is not None:
+                                shown.append(secured.getpeercert(binary_form=True))
                             secured.recv(1)
                 except OSError:
                     continue
@@ -109,3 +128,40 @@ def test_what_holds_no_certificate_is_refused(tmp_path: Path) -> None:
         tls_seen.file(empty)
     with pytest.raises(OSError, match="No such file"):
         tls_seen.file(tmp_path / "none.pem")
+
+
+@pytest.mark.parametrize("raw", [b"", b"no certificate", bytes([0x30, 0x80]) + bytes(40)])
+def test_a_malformed_certificate_is_told_and_ends_nothing(raw: bytes) -> None:
+    found = tls_seen.parsed(raw)
+    assert set(found) == {"not_read", "sha256"}
+    assert str(found["not_read"]).startswith("malformed: ")
+
+
+def test_no_flipped_byte_of_a_certificate_ends_the_inventory(tmp_path: Path) -> None:
+    issued = Authority.make("ours").issue(tmp_path / "x", "broker", ["127.0.0.1"])
+    whole = x509.load_pem_x509_certificate(issued.certificate.read_bytes()).public_bytes(Encoding.DER)
+    for at in range(len(whole)):
+        raw = bytearray(whole)
+        raw[at] ^= 0x5A
+        assert "sha256" in tls_seen.parsed(bytes(raw)), at
+
+
+@pytest.mark.parametrize(
+    ("host", "port"), [("x" * 64 + ".example", 9092), ("127.0.0.1", 70_000), ("a..b", 1)]
+)
+def test_a_place_a_hostile_broker_names_is_a_typed_error(host: str, port: int) -> None:
+    with pytest.raises(VsqlSyncError):
+        connections.seen(host, port, tls.Means())
+
+
+@pytest.mark.parametrize("verifies", [True, False])
+def test_our_certificate_is_shown_only_to_a_server_that_verifies(tmp_path: Path, verifies: bool) -> None:
+    ours, theirs = Authority.make("ours"), Authority.make("theirs")
+    issued = (ours if verifies else theirs).issue(tmp_path / "x", "broker", ["127.0.0.1"])
+    own = ours.issue(tmp_path / "own", "us", [])
+    means = tls.Means(ours.write(tmp_path / "ca.crt"), own.certificate, own.key)
+    shown: list[bytes | None] = []
+    with serving(issued, clients=means.ca, shown=shown) as port:
+        found = tls_seen.server("127.0.0.1", port, means)
+    assert (found["verifies"], found["certificate"]["subject"]) == (verifies, "CN=broker")
+    assert any(shown) is verifies

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vsql_shared.audit.evidence import Verified
+    from vsql_shared.audit.evidence_documents import Cosigned
     from vsql_shared.crypto.signing import Signer
     from vsql_shared.pg.connect import Connection
 
@@ -67,10 +68,13 @@ def evidence(operator: Operator, target: Path, no_trail: bool) -> None:
         node = nodes.local(conn)
         signer = _signer(operator, conn)
         with new_bundle(target) as bundle:
+            begun = datetime.now(UTC)
             with errors("noting the bundle in the operators' log"):
                 oplog.record(conn, "compliance.evidence", "directory", str(target))
             gather(conn, settings, signer, trusted_keys(conn, settings), bundle, verify=not no_trail)
-            bundle.seal(node.cluster, node.name, datetime.now(UTC), _software(), signer)
+            bundle.seal(node.cluster, node.name, (begun, datetime.now(UTC)), _software(), signer)
+    for what in bundle.found:
+        click.echo(f"found: {printable(what)}", err=True)
     for what, reason in bundle.not_gathered:
         click.echo(f"not gathered: {printable(what)}: {printable(reason)}", err=True)
     click.echo(
@@ -124,7 +128,7 @@ def _software() -> str:
     "cosigners",
     multiple=True,
     metavar="NODE=FILE",
-    help="A node that must have co-signed a checkpoint, and its key.",
+    help="A node that must have co-signed a checkpoint, and its key; twice if it has changed it.",
 )
 @output_option
 def verify(folder: Path, key_file: Path, cosigners: tuple[str, ...], output: OutputFormat) -> None:
@@ -135,10 +139,11 @@ def verify(folder: Path, key_file: Path, cosigners: tuple[str, ...], output: Out
     """
     from vsql_ctl.commands.audit_offline import cosigner
     from vsql_shared.audit import evidence as bundles
+    from vsql_shared.audit.evidence_documents import Keys
     from vsql_shared.crypto.signing import load_public_key
 
-    brought = {node: load_public_key(path) for node, path in map(cosigner, cosigners)}
-    keys = bundles.Keys(load_public_key(key_file), brought)
+    brought = [(node, load_public_key(path)) for node, path in map(cosigner, cosigners)]
+    keys = Keys(load_public_key(key_file), brought)
     present = _present(folder)
     if bundles.MANIFEST not in present:
         raise RecordError(
@@ -187,8 +192,11 @@ def _read(path: Path, limit: int) -> bytes:
 
 def _as_dict(found: Verified) -> dict[str, Any]:
     manifest = found.manifest
-    names = ("cluster", "node", "generated_at", "software", "files", "not_gathered", "not_claimed")
-    cosigned = [{"path": path, "node": node} for path, node in found.cosigned]
+    names = (
+        *("cluster", "node", "begun_at", "generated_at", "software"),
+        *("files", "not_gathered", "not_claimed"),
+    )
+    cosigned = [one._asdict() | {"at": _time(one.at)} for one in found.cosigned]
     return {"verifies": True, "signed_by": found.signed_by, "cosigned": cosigned} | {
         name: manifest[name] for name in names
     }
@@ -198,17 +206,28 @@ def _text(found: Verified) -> str:
     manifest = found.manifest
     pairs = {
         "signatures": "verify",
-        "signed by": f"{manifest['node']}, key {found.signed_by}",
-        "cluster": manifest["cluster"],
-        "generated": manifest["generated_at"],
-        "co-signed": ", ".join(f"{path} by {node}" for path, node in found.cosigned)
-        or "no key of a co-signer given",
+        "signed by": f"the key given, {found.signed_by}",
+        "calls itself": f"node {manifest['node']} of cluster {manifest['cluster']}",
+        "made": f"{manifest['begun_at']} to {manifest['generated_at']}",
+        "co-signed": "; ".join(_cosigned(one) for one in found.cosigned) or "no key of a co-signer given",
     }
     files = [(one["path"], one["size"], one["about"]) for one in manifest["files"]]
     parts = [render_pairs(pairs), "", render_table(("FILE", "BYTES", "WHAT"), files)]
     parts += _listed("Not gathered:", [f"{one['what']}: {one['reason']}" for one in manifest["not_gathered"]])
     parts += _listed("It does not claim:", manifest["not_claimed"])
     return "\n".join(parts)
+
+
+def _cosigned(one: Cosigned) -> str:
+    return f"{one.path}, {one.size} entries, by {one.node} at {_time(one.at)}"
+
+
+def _time(at: int) -> str:
+    """Unix time for people; as it is, where no calendar has it."""
+    try:
+        return datetime.fromtimestamp(at, UTC).isoformat().replace("+00:00", "Z")
+    except (OverflowError, ValueError, OSError):
+        return str(at)
 
 
 def _listed(head: str, lines: Sequence[str]) -> list[str]:

@@ -34,10 +34,13 @@ WITH ours AS (
     UNION SELECT c.oid FROM vsql_sync.publication_tables t
     JOIN pg_catalog.pg_class c ON c.oid = pg_catalog.to_regclass(
         pg_catalog.format('%I.%I', t.table_schema, t.table_name))
+    UNION SELECT c.oid FROM pg_catalog.pg_publication_tables t
+    JOIN pg_catalog.pg_namespace n ON n.nspname = t.schemaname
+    JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = t.tablename
     UNION SELECT c.oid FROM pg_catalog.pg_class c WHERE c.relacl::text ~ 'vsql_sync_(producer|consumer)='
 ), named AS (
     SELECT c.oid, pg_catalog.format('%I.%I', n.nspname, c.relname) AS name, c.relowner, c.relacl,
-           c.relrowsecurity, c.relkind
+           c.relrowsecurity, c.relkind, c.relnamespace
     FROM ours JOIN pg_catalog.pg_class c USING (oid) JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 )
 """
@@ -47,11 +50,19 @@ _GRANTS = (
     _TABLES
     + """
 , granted AS (
-    SELECT name, '' AS part, relacl AS acl FROM named
-    UNION ALL SELECT name, t.attname, t.attacl FROM named JOIN pg_catalog.pg_attribute t ON t.attrelid = oid
-    UNION ALL SELECT 'schema ' || nspname, '', nspacl FROM pg_catalog.pg_namespace WHERE nspname = 'vsql_sync'
-    UNION ALL SELECT 'database', '', datacl FROM pg_catalog.pg_database
-    WHERE datname = pg_catalog.current_database()
+    -- Where nobody has granted anything the built-in rights count, which give PUBLIC some.
+    SELECT name, ''::text AS part, coalesce(relacl, pg_catalog.acldefault(
+        (CASE relkind WHEN 'S' THEN 's' ELSE 'r' END)::"char", relowner)) AS acl FROM named
+    UNION ALL SELECT name, t.attname::text, t.attacl
+    FROM named JOIN pg_catalog.pg_attribute t ON t.attrelid = oid
+    UNION ALL SELECT 'schema ' || nspname, '', coalesce(nspacl, pg_catalog.acldefault('n', nspowner))
+    FROM pg_catalog.pg_namespace n WHERE n.oid IN (SELECT relnamespace FROM named)
+    UNION ALL SELECT 'function ' || p.oid::pg_catalog.regprocedure::text,
+        CASE WHEN prosecdef THEN 'SECURITY DEFINER' ELSE '' END,
+        coalesce(proacl, pg_catalog.acldefault('f', proowner))
+    FROM pg_catalog.pg_proc p WHERE pronamespace = 'vsql_sync'::pg_catalog.regnamespace
+    UNION ALL SELECT 'database', '', coalesce(datacl, pg_catalog.acldefault('d', datdba))
+    FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()
 )
 SELECT name, part, coalesce(g.rolname, 'PUBLIC'), a.privilege_type, a.is_grantable
 FROM granted CROSS JOIN LATERAL pg_catalog.aclexplode(acl) a

@@ -33,6 +33,8 @@ class Bundle:
         self._folder = folder
         self.files: list[evidence.File] = []
         self.not_gathered: list[tuple[str, str]] = []
+        self.found: list[str] = []
+        """What is not as it should be, for whoever makes the bundle; the files say it, too."""
 
     def add(self, path: str, kind: str, about: str, content: str) -> None:
         """Write one file."""
@@ -59,10 +61,12 @@ class Bundle:
         except VsqlSyncError as error:
             self.missing(what, str(error))
 
-    def seal(self, cluster: str, node: str, at: datetime, software: str, signer: Signer | None) -> None:
-        """Write the manifest, the last file."""
-        when = at.isoformat(timespec="seconds").replace("+00:00", "Z")
-        made = evidence.build(cluster, node, when, software, self.files, self.not_gathered)
+    def seal(
+        self, cluster: str, node: str, times: tuple[datetime, datetime], software: str, signer: Signer | None
+    ) -> None:
+        """Write the manifest, the last file. `times`: when gathering began, and ended."""
+        begun, ended = (at.isoformat(timespec="seconds").replace("+00:00", "Z") for at in times)
+        made = evidence.build(cluster, node, (begun, ended), software, self.files, self.not_gathered)
         self._write(self._folder / evidence.MANIFEST, evidence.seal(made, signer))
 
     def _write(self, path: Path, raw: bytes) -> None:

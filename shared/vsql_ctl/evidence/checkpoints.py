@@ -17,7 +17,7 @@ from vsql_shared.audit.checkpoint import Log, cosigned_in, open_checkpoint
 from vsql_shared.audit.compare import ack_target
 from vsql_shared.audit.dsse import AUDIT_ENTRY, SignedDocument, verify_document
 from vsql_shared.audit.entries import CHECKPOINT_COSIGNED, AuditEntry, peek_chain, signed_place
-from vsql_shared.audit.evidence import CHECKPOINT, PREFIX_PROOF
+from vsql_shared.audit.evidence_documents import CHECKPOINT, PREFIX_PROOF
 from vsql_shared.errors import ChainError, DecodeError, SignatureError
 from vsql_shared.pg import signers
 from vsql_shared.pg.connect import errors
@@ -35,6 +35,9 @@ _REMEMBERED = (
 )
 
 
+_TARGETS = "SELECT chain, target FROM vsql_sync.stream_targets ORDER BY 1, 2"
+
+
 class Checkpoints:
     """Makes the files below `checkpoints/`."""
 
@@ -50,13 +53,17 @@ class Checkpoints:
         with errors("reading which chains there are"):
             own = [str(row[0]) for row in self._conn.execute(_OWN)]
             remembered = [str(row[0]) for row in self._conn.execute(_REMEMBERED)]
+        # First what was co-signed: heads that are taken afterwards have it in them.
+        cosigned: dict[tuple[str, str], AuditEntry] | None = None
+        with self._bundle.trying("co-signatures of targets, from the audit topic"):
+            cosigned = self._read_cosigned()
         heads_now: dict[str, tuple[Checkpoint, str]] = {}
         for chain in own:
             with self._bundle.trying(f"checkpoint of chain {chain}"):
                 head = heads.own_checkpoint(self._conn, self._trust, Log(self._cluster, chain))
                 heads_now[chain] = head, self._add(chain, head, "this node's chain, signed now")
-        with self._bundle.trying("co-signatures of targets, from the audit topic"):
-            self._cosigned(heads_now)
+        if cosigned is not None:
+            self._cosigned(cosigned, heads_now)
         for chain in remembered:
             with self._bundle.trying(f"checkpoint of chain {chain}, as this node has verified it"):
                 head = heads.remembered_checkpoint(self._conn, Log(self._cluster, chain))
@@ -67,7 +74,8 @@ class Checkpoints:
         self._bundle.add(f"checkpoints/{name}.checkpoint", CHECKPOINT, about, note)
         return note
 
-    def _cosigned(self, heads_now: dict[str, tuple[Checkpoint, str]]) -> None:
+    def _read_cosigned(self) -> dict[tuple[str, str], AuditEntry]:
+        """(own chain, target) → the newest entry by which it co-signed a head."""
         from vsql_shared.audit.history import read_topic
         from vsql_shared.kafka.clients import make_consumer
         from vsql_shared.names import audit_topic
@@ -78,16 +86,25 @@ class Checkpoints:
             read_topic(consumer, audit_topic(self._cluster), found)
         finally:
             consumer.close()
-        for (chain, target), entry in sorted(found.last.items()):
+        return found.last
+
+    def _cosigned(
+        self, last: dict[tuple[str, str], AuditEntry], heads_now: dict[str, tuple[Checkpoint, str]]
+    ) -> None:
+        for (chain, target), entry in sorted(last.items()):
             if chain in heads_now:
                 with self._bundle.trying(f"what {target} co-signed of chain {chain}"):
                     self._add_cosigned(chain, target, entry, *heads_now[chain])
-        for chain in heads_now.keys() - {chain for chain, _ in found.last}:
+        with errors("reading the targets"):
+            targets = {(str(row[0]), str(row[1])) for row in self._conn.execute(_TARGETS)}
+        for chain, target in sorted(targets - last.keys()):
+            self._bundle.missing(
+                f"co-signature of chain {chain} by {target}",
+                "there is none of a head of it on the audit topic",
+            )
+        for chain in sorted(heads_now.keys() - {chain for chain, _ in targets | last.keys()}):
             if ack_target(chain) is None:
-                self._bundle.missing(
-                    f"co-signature of chain {chain}",
-                    "no target has co-signed a head of it on the audit topic",
-                )
+                self._bundle.missing(f"co-signature of chain {chain}", "it has no target")
 
     def _add_cosigned(self, chain: str, target: str, entry: AuditEntry, head: Checkpoint, note: str) -> None:
         claimed = cosigned_in(entry)
@@ -101,11 +118,11 @@ class Checkpoints:
             [(key.node, key.public_key) for key in signers.load(self._conn, target) if not key.revoked],
         )
         both = claimed.signed_by(self._signer, int(time.time()), opened.note).encode()
+        proof = heads.prove_prefix(self._conn, claimed, head, note).encode()
         name = f"checkpoints/{chain}.cosigned-by.{target}"
         self._bundle.add(
             f"{name}.checkpoint", CHECKPOINT, f"this node's chain, co-signed by {target}, newest", both
         )
-        proof = heads.prove_prefix(self._conn, claimed, head, note).encode()
         self._bundle.add(
             f"{name}.proof", PREFIX_PROOF, f"what {target} co-signed is a prefix of the chain now", proof
         )

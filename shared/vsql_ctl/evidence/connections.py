@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vsql_shared import tls, tls_seen
-from vsql_shared.errors import EnvironmentFault, TransientError
+from vsql_shared.errors import EnvironmentFault, TransientError, VsqlSyncError
 
 if TYPE_CHECKING:
     from vsql_shared.config import Settings
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _SESSIONS = """
 SELECT a.application_name, a.usename, a.client_addr::text, s.ssl, s.version, s.cipher, s.bits, s.client_dn,
        s.client_serial::text, s.issuer_dn, a.pid = pg_catalog.pg_backend_pid()
-FROM pg_catalog.pg_stat_activity a JOIN pg_catalog.pg_stat_ssl s USING (pid)
+FROM pg_catalog.pg_stat_activity a LEFT JOIN pg_catalog.pg_stat_ssl s USING (pid)
 WHERE a.datname = pg_catalog.current_database() AND a.application_name ~ '^vsql[-_]sync' ORDER BY 1, 2, 3
 """
 _SESSION_COLUMNS = (
@@ -38,13 +38,22 @@ def sessions(conn: Connection) -> list[dict[str, Any]]:
     return [dict(zip(_SESSION_COLUMNS, row, strict=True)) for row in rows]
 
 
+def sees_all(conn: Connection) -> bool:
+    """Whether this user is shown the sessions of others: where not, they are simply not there."""
+    from vsql_shared.pg.connect import errors
+
+    with errors("reading the rights on sessions"):
+        row = conn.execute("SELECT pg_catalog.pg_has_role('pg_read_all_stats', 'USAGE')").fetchone()
+    return row is not None and bool(row[0])
+
+
 def postgres(settings: Settings) -> dict[str, Any]:
     """What the database's server shows."""
     c = settings.connection
     asked = {"sslmode": c.sslmode}
     if c.host.startswith("/"):
         return asked | {"host": c.host, "port": c.port, "tls": False, "unix_socket": True}
-    return asked | _seen(c.host, c.port, tls.Means(c.sslrootcert, c.sslcert, c.sslkey), tls.POSTGRES)
+    return asked | seen(c.host, c.port, tls.Means(c.sslrootcert, c.sslcert, c.sslkey), tls.POSTGRES)
 
 
 def brokers(settings: Settings) -> list[dict[str, Any]]:
@@ -53,13 +62,14 @@ def brokers(settings: Settings) -> list[dict[str, Any]]:
     places = sorted({*_configured(settings), *_named(settings)})
     asked = {"protocol": security.protocol, "mechanism": security.mechanism if security.uses_sasl else None}
     if not security.uses_tls:
-        return [asked | {"host": host, "port": port, "tls": False} for host, port in places]
+        about = {"tls": False, "seen": "nobody was asked: it is this node's configuration that has no TLS"}
+        return [asked | about | {"host": host, "port": port} for host, port in places]
     means = tls.Means(security.ca_path, security.cert_path, security.key_path)
     found = []
     for host, port in places:
         try:
-            found.append(asked | _seen(host, port, means))
-        except EnvironmentFault as error:
+            found.append(asked | seen(host, port, means))
+        except VsqlSyncError as error:  # what one of them shows must not lose what the others do
             found.append(asked | {"host": host, "port": port, "not_seen": error.message})
     return found
 
@@ -85,7 +95,8 @@ def _named(settings: Settings) -> list[tuple[str, int]]:
     return [(str(one.host), int(one.port)) for one in found]
 
 
-def _seen(host: str, port: int, means: tls.Means, preface: bytes = b"") -> dict[str, Any]:
+def seen(host: str, port: int, means: tls.Means, preface: bytes = b"") -> dict[str, Any]:
+    """What a server shows, whatever it and its name are. Raises our errors only."""
     try:
         return tls_seen.server(host, port, means, preface)
     except ssl.SSLError as error:
@@ -93,6 +104,8 @@ def _seen(host: str, port: int, means: tls.Means, preface: bytes = b"") -> dict[
         raise EnvironmentFault(f"the TLS handshake with {host}:{port} fails: {reason}") from error
     except OSError as error:
         raise TransientError(f"{host}:{port} does not answer: {error.strerror or 'timeout'}") from error
+    except (ValueError, OverflowError) as error:  # brokers name places nobody can connect to
+        raise EnvironmentFault(f"{host[:100]!r}, port {port}, is no place to connect to") from error
 
 
 def configured(settings: Settings) -> list[dict[str, Any]]:

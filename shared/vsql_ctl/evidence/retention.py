@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vsql_shared.pg.connect import Connection
 
 _PARTITIONS = """
-SELECT c.relname, pg_catalog.pg_get_expr(c.relpartbound, c.oid), greatest(c.reltuples, 0)::bigint,
+SELECT c.relname, pg_catalog.pg_get_expr(c.relpartbound, c.oid), nullif(c.reltuples, -1)::bigint,
        pg_catalog.pg_total_relation_size(c.oid)
 FROM pg_catalog.pg_partition_tree('vsql_sync.vsql_sync_audit') t JOIN pg_catalog.pg_class c ON c.oid = t.relid
 WHERE t.isleaf ORDER BY 1
@@ -28,7 +28,7 @@ FROM vsql_sync.chain_heads h ORDER BY 1
 """
 _EXPORTS = """
 SELECT occurred_at, actor, target_id FROM vsql_sync.audit_log
-WHERE action = 'audit.export' ORDER BY id DESC LIMIT 100
+WHERE action = 'audit.export' ORDER BY id DESC
 """
 _STREAMS = "SELECT chain, direction, state, pruned_sequence FROM vsql_sync.streams ORDER BY 1, 2"
 
@@ -44,7 +44,7 @@ def trail(conn: Connection, settings: Settings) -> dict[str, Any]:
             "chains": _rows(conn, ("chain", "own", "last_sequence", "remembered_at", "first"), _CHAINS),
             "streams": _rows(conn, ("chain", "direction", "state", "pruned_sequence"), _STREAMS),
             "verified_in_background": watch_state.progress(conn),
-            "breaks": watch_state.open_breaks(conn),
+            "breaks": watch_state.breaks(conn),
             "exports": _rows(conn, ("at", "by", "file"), _EXPORTS),
             "settings": {
                 "kafka.retention": format_duration(settings.kafka.retention),
@@ -56,6 +56,24 @@ def trail(conn: Connection, settings: Settings) -> dict[str, Any]:
 
 def _rows(conn: Connection, columns: Sequence[str], query: str) -> list[dict[str, Any]]:
     return [dict(zip(columns, row, strict=True)) for row in conn.execute(query.encode())]
+
+
+def topics(settings: Settings) -> set[str]:
+    """Names of the topics of this cluster that this principal may see."""
+    from confluent_kafka import KafkaException
+
+    from vsql_shared import names
+    from vsql_shared.kafka.clients import from_exception, make_admin
+    from vsql_shared.kafka.topics import TIMEOUT_SECONDS, require_broker
+
+    admin = make_admin(settings)
+    require_broker(admin, settings)
+    try:
+        found = admin.list_topics(timeout=TIMEOUT_SECONDS).topics
+    except KafkaException as error:
+        raise from_exception(error, "list the topics") from error
+    ours = names.topic_prefix(f"{names.topic_part(settings.cluster.name)}.")
+    return {str(name) for name in found if str(name).startswith(ours)}
 
 
 def topic(settings: Settings, name: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """An evidence bundle: files for an assessor, and one signed manifest that names each by its hash. Pure.
 
-Not here: gathering the files (vsql_ctl/evidence) and directories (the command). The format is in
-docs/formats.md, with a worked example. Rules:
+Not here: gathering the files (vsql_ctl/evidence), directories (the command), and what verifies by itself in a
+bundle (evidence_documents.py). The format is in docs/formats.md, with a worked example. Rules:
 
 * The manifest is a DSSE envelope in JSON: signed are the exact bytes of its payload. Nothing else counts.
 * What could not be gathered is in the manifest, with the reason: a bundle looks no fuller than it is.
@@ -23,13 +23,12 @@ from typing import Any, Final
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from vsql_shared.audit import scope_report
-from vsql_shared.audit.checkpoint import Opened, cosigner_key, open_checkpoint
+from vsql_shared.audit import evidence_documents
 from vsql_shared.audit.dsse import pae
 from vsql_shared.audit.entries import canonical_json
-from vsql_shared.audit.proofs import ConsistencyProof
+from vsql_shared.audit.evidence_documents import CHECKPOINT, PREFIX_PROOF, SCOPE_REPORT, Cosigned, Keys
 from vsql_shared.crypto.signing import Signer, fingerprint
-from vsql_shared.errors import DecodeError, RecordError, SignatureError, VsqlSyncError
+from vsql_shared.errors import DecodeError, RecordError, SignatureError
 
 FORMAT = "vsql-sync-evidence"
 VERSION = 1
@@ -40,11 +39,8 @@ MAX_MANIFEST = 16 << 20
 MAX_FILE = 256 << 20
 """Bytes of a manifest, and of one file, that are read."""
 
-SCOPE_REPORT: Final = "scope-report"
-CHECKPOINT: Final = "checkpoint"
-PREFIX_PROOF: Final = "prefix-proof"
 PLAIN: Final = "plain"
-"""Kinds of file. The first three carry signatures of their own, which are verified too."""
+"""A file without a signature of its own; the other kinds have one, which is verified, too."""
 KINDS = frozenset({SCOPE_REPORT, CHECKPOINT, PREFIX_PROOF, PLAIN})
 
 NOT_CLAIMED = (
@@ -55,8 +51,13 @@ NOT_CLAIMED = (
     "That what is listed under not_gathered does not exist.",
     (
         "That servers, brokers and key services are as they say: their answers are recorded as they came,"
-        " at generated_at. Handshakes are this program's own, beside those of the services."
+        " between begun_at and generated_at. Handshakes are this program's own, beside those of the services."
     ),
+    (
+        "That it is the newest bundle of the node, or the only one: an older one stays true, and of several"
+        " one can be shown. What a co-signature says, it says of so many entries, at its time."
+    ),
+    "That the key it is signed with was still the node's at generated_at: its operators know.",
     (
         "That the node's database and this program were sound: whoever rules both, and has the signing"
         " key, can sign what he likes. Co-signatures by other nodes, and their own bundles, are there to"
@@ -89,18 +90,19 @@ def file_of(path: str, kind: str, about: str, content: bytes) -> File:
 def build(
     cluster: str,
     node: str,
-    generated_at: str,
+    times: tuple[str, str],
     software: str,
     files: Iterable[File],
     not_gathered: Iterable[tuple[str, str]],
 ) -> dict[str, Any]:
-    """The manifest, not signed yet. `generated_at` in ISO 8601; `not_gathered`: (what, reason)."""
+    """The manifest, not signed yet. `times`: begun and ended, ISO 8601; `not_gathered`: (what, reason)."""
     return {
         "format": FORMAT,
         "version": VERSION,
         "cluster": cluster,
         "node": node,
-        "generated_at": generated_at,
+        "begun_at": times[0],
+        "generated_at": times[1],
         "software": software,
         "files": [
             {"path": f.path, "kind": f.kind, "about": f.about, "sha256": f.sha256, "size": f.size}
@@ -128,21 +130,12 @@ def seal(manifest: Mapping[str, Any], signer: Signer | None) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """A bundle that verified: its manifest, and who signed which of the checkpoints in it."""
+    """A bundle that verified: its manifest, and who co-signed which of the heads in it."""
 
     manifest: dict[str, Any]
     signed_by: str
     """Fingerprint of the key that signed the manifest."""
-    cosigned: tuple[tuple[str, str], ...]
-    """(path, node) of each checkpoint whose co-signature was verified."""
-
-
-@dataclass(frozen=True, slots=True)
-class Keys:
-    """Public keys the verifier brings: of the node that made the bundle, and of nodes that co-signed."""
-
-    node: bytes
-    cosigners: Mapping[str, bytes]
+    cosigned: tuple[Cosigned, ...]
 
 
 def verify(envelope: bytes, present: Collection[str], read: Callable[[str], bytes], keys: Keys) -> Verified:
@@ -154,7 +147,10 @@ def verify(envelope: bytes, present: Collection[str], read: Callable[[str], byte
     4. There is no other file (added afterwards). RecordError.
     5. What is signed by itself verifies: scope reports, checkpoints, proofs; and is of this node and cluster
        (a true document of elsewhere, or of before a change of keys). SignatureError, DecodeError, ChainError.
-    6. A co-signer whose key was given has co-signed something (a co-signature left out). SignatureError.
+    6. Each head of an own chain that others co-signed is proven a prefix of the one head the bundle has of
+       that chain (two histories in one bundle). RecordError, ChainError.
+    7. A co-signer whose key was given has co-signed something (a co-signature left out), and is not the node
+       itself. SignatureError.
     """
     # 1. and 2.
     manifest = open_manifest(envelope, keys.node)
@@ -173,11 +169,16 @@ def verify(envelope: bytes, present: Collection[str], read: Callable[[str], byte
     for path in sorted(set(present) - {file.path for file in files}):
         raise RecordError(f"{path} is not in the manifest: it was added", record=path)
     # 5. and 6.
-    cosigned = _verify_inside(manifest, files, contents, keys)
-    for node in keys.cosigners:
-        if node not in {one for _, one in cosigned}:
+    of_kind = {kind: [file.path for file in files if file.kind == kind] for kind in KINDS}
+    cosigned = evidence_documents.verify(manifest, of_kind, contents, keys)
+    # 7.
+    for node, key in keys.cosigners:
+        if node == manifest["node"] or key == keys.node:
+            raise SignatureError(f"node {node} made the bundle: its own signature is no co-signature")
+        if node not in {one.node for one in cosigned}:
             raise SignatureError(
-                f"no checkpoint of the bundle is co-signed by node {node} with the key given"
+                f"no checkpoint of the bundle is co-signed by node {node} with the key given",
+                hint="if that node has changed its key since, give the earlier one too",
             )
     return Verified(manifest, fingerprint(keys.node), tuple(cosigned))
 
@@ -218,16 +219,24 @@ def _manifest(payload: bytes) -> dict[str, Any]:
     manifest = _parse(payload, "manifest")
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DecodeError(f"not a manifest: expected an object with format {FORMAT!r}")
-    if manifest.get("version") != VERSION:
+    if type(manifest.get("version")) is not int or manifest["version"] != VERSION:
         raise DecodeError(
             f"a manifest of version {manifest.get('version')}, expected {VERSION}", hint="upgrade"
         )
-    texts = ("cluster", "node", "generated_at", "software")
+    texts = ("cluster", "node", "begun_at", "generated_at", "software")
     lists = ("files", "not_gathered", "not_claimed")
     if any(not isinstance(manifest.get(name), str) for name in texts) or any(
         not isinstance(manifest.get(name), list) for name in lists
     ):
         raise DecodeError("the manifest lacks a member, or has one of another type")
+    listed = [
+        (one.get("what"), one.get("reason")) if isinstance(one, dict) else (one,)
+        for one in manifest["not_gathered"]
+    ]
+    if any(len(one) != 2 or any(not isinstance(text, str) for text in one) for one in listed) or any(
+        not isinstance(text, str) for text in manifest["not_claimed"]
+    ):
+        raise DecodeError("the manifest lists something in another form")
     return manifest
 
 
@@ -236,84 +245,14 @@ def _files(manifest: Mapping[str, Any]) -> list[File]:
     for one in manifest["files"]:
         if not isinstance(one, dict) or one.keys() != {"path", "kind", "about", "sha256", "size"}:
             raise DecodeError("the manifest names a file in another form")
-        path, kind = one["path"], one["kind"]
-        if not isinstance(path, str) or _PATH.fullmatch(path) is None or kind not in KINDS:
-            raise DecodeError(f"the manifest names a file {str(path)[:100]!r} that no bundle has")
-        file = File(**one)
-        found.append(file)
+        if any(not isinstance(one[name], str) for name in ("path", "kind", "about", "sha256")):
+            raise DecodeError("the manifest names a file with something that is no text")
+        if _PATH.fullmatch(one["path"]) is None or one["kind"] not in KINDS or type(one["size"]) is not int:
+            raise DecodeError(f"the manifest names a file {one['path'][:100]!r} that no bundle has")
+        found.append(File(**one))
     if len({file.path for file in found}) != len(found):
         raise DecodeError("the manifest names a file twice")
     return found
-
-
-def _verify_inside(
-    manifest: Mapping[str, Any], files: Iterable[File], contents: Mapping[str, bytes], keys: Keys
-) -> list[tuple[str, str]]:
-    """Documents with signatures of their own; (path, node) of the co-signatures that verified."""
-    cosigned: list[tuple[str, str]] = []
-    for file in files:
-        if file.kind == PLAIN:
-            continue
-        try:
-            if file.kind == SCOPE_REPORT:
-                _scope(manifest, contents[file.path], keys)
-            elif file.kind == CHECKPOINT:
-                opened = _checkpoint(manifest, _text(contents[file.path]), keys)
-                cosigned += [(file.path, node) for node in _cosigners(opened, keys)]
-            else:
-                _proof(manifest, file.path, contents, keys)
-        except VsqlSyncError as error:
-            error.message = f"{file.path}: {error.message}"
-            error.args = (error.message,)
-            raise
-    return cosigned
-
-
-def _scope(manifest: Mapping[str, Any], content: bytes, keys: Keys) -> None:
-    report = scope_report.verify(content, keys.node)
-    if (report.get("cluster"), report.get("node")) != (manifest["cluster"], manifest["node"]):
-        raise SignatureError("it is a report of another node or cluster")
-
-
-def _checkpoint(manifest: Mapping[str, Any], text: str, keys: Keys) -> Opened:
-    """An own chain's is signed by the node, a peer's co-signed by it."""
-    node = str(manifest["node"])
-    opened = open_checkpoint(text, [(node, keys.node), *keys.cosigners.items()])
-    log = opened.checkpoint.log
-    if log.cluster != manifest["cluster"]:
-        raise SignatureError("it is of another cluster")
-    if log.writer == node:
-        opened.require_writer()
-        return opened
-    own = cosigner_key(log.cluster, node, keys.node)
-    if own.name not in {one.key.name for one in opened.signatures if one.at is not None}:
-        raise SignatureError(f"it is of a chain of node {log.writer} and is not co-signed by {node}")
-    return opened
-
-
-def _cosigners(opened: Opened, keys: Keys) -> list[str]:
-    """Nodes beside the maker whose co-signature, by a key that was given, is on a checkpoint."""
-    cluster = opened.checkpoint.log.cluster
-    names = {one.key.name for one in opened.signatures if one.at is not None}
-    return [node for node, key in keys.cosigners.items() if cosigner_key(cluster, node, key).name in names]
-
-
-def _proof(manifest: Mapping[str, Any], path: str, contents: Mapping[str, bytes], keys: Keys) -> None:
-    """A proof lies beside the earlier checkpoint it begins at, under the same name."""
-    earlier = f"{path.removesuffix('.proof')}.checkpoint"
-    if earlier not in contents:
-        raise RecordError(f"the checkpoint it begins at, {earlier}, is missing", record=path)
-    before = _checkpoint(manifest, _text(contents[earlier]), keys).checkpoint
-    proof = ConsistencyProof.decode(_text(contents[path]))
-    node = str(manifest["node"])
-    proof.verify(before, [(node, keys.node), *keys.cosigners.items()]).require_writer()
-
-
-def _text(content: bytes) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise DecodeError("no UTF-8 text") from error
 
 
 def _unbase64(text: object, what: str) -> bytes:

@@ -11,8 +11,8 @@ Not here: the thread that calls this (service/auditor.py), the topic (watch_topi
   of the pass, in one short snapshot.
 * The head that was verified last is remembered: a chain that is cut or rewritten *with* the head beside it
   is a break, as long as the rows of audit_watch were not altered with it. The topic is for that.
-* After a broken link a chain proves nothing more, until a pass finds it linked. A row whose columns differ from
-  its document breaks no link, nor does what another node says: they are noted, and reading goes on.
+* After a broken link a chain proves nothing more, until a pass finds it linked. A row that differs from
+  its document breaks no link, nor does what another node says: it is noted, and reading goes on.
 """
 
 from __future__ import annotations
