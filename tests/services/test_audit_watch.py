@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]  # no stubs say so
+from psycopg.errors import InsufficientPrivilege
 from psycopg.types.json import Jsonb
 
 from tests.audit_history import (
@@ -43,6 +44,7 @@ from vsql_shared.errors import VsqlSyncError
 from vsql_shared.names import audit_topic
 from vsql_shared.pg import nodes, roles
 from vsql_shared.pg.connect import Connection, connect
+from vsql_shared.service.auditor import Gauges
 from vsql_shared.service.topic_auditor import TopicAuditor
 
 SIZE = len(ordinary().entries)
@@ -367,6 +369,49 @@ def test_services_note_breaks_with_their_own_rights_and_can_order_nothing_else(c
     line = conn.execute("SELECT id FROM vsql_sync.audit_log WHERE action = 'audit.break'").fetchone()
     assert line is not None
     assert orders == [("producer", CHAIN, "note-break", {"audit_log": line[0]})]
+
+
+def test_a_stream_that_is_stopped_owes_the_signed_note_until_it_runs(conn: Connection) -> None:
+    conn.execute(
+        "INSERT INTO vsql_sync.streams (chain, direction, kind, publication, origin, target, state, desired)"
+        " VALUES (%s, 'out', 'live', 'orders', 'node-a', '*', 'SYNCHRONIZED', 'stopped')",
+        (CHAIN,),
+    )
+    assert watch_state.note(conn, "trail", Problem(CHAIN, 5, None, "altered"))
+    assert conn.execute("SELECT role, chain, verb FROM vsql_sync.commands").fetchall() == [
+        ("producer", CHAIN, "note-break")
+    ]
+
+
+def test_no_service_makes_a_break_go_without_a_line_of_the_operators_log(conn: Connection) -> None:
+    roles.create(conn)
+    watch_state.note(conn, "trail", Problem(CHAIN, 5, None, "altered"))
+    conn.execute(f"SET ROLE {roles.PRODUCER}")
+    with pytest.raises(InsufficientPrivilege):
+        conn.execute("UPDATE vsql_sync.audit_breaks SET gone_at = now()")
+    watch_state.end(conn, "trail", CHAIN)
+    conn.execute("RESET ROLE")
+    lines = conn.execute("SELECT count(*) FROM vsql_sync.audit_log WHERE action = 'audit.break-gone'")
+    assert lines.fetchone() == (1,)
+
+
+def test_the_gauge_of_a_break_that_is_gone_or_that_another_shows_is_zero(conn: Connection) -> None:
+    from vsql_shared.observe import metrics
+
+    def shown(chain: str) -> float | None:
+        labels = {"stream": chain, "node": "gauged"}
+        return metrics.REGISTRY.get_sample_value("vsql_sync_audit_chain_breaks", labels)
+
+    show = Gauges("gauged")
+    for chain in ("", "gone.node-a"):
+        watch_state.note(conn, "topic", Problem(chain, None, None, "x"))
+        show(conn)
+        assert shown(chain) == 1
+    watch_state.end(conn, "topic", "gone.node-a")
+    show(conn)
+    assert (shown(""), shown("gone.node-a")) == (1, 0)
+    show.close()
+    assert shown("") == 0
 
 
 # The topic

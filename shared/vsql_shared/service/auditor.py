@@ -111,7 +111,7 @@ class Auditor:
     def _turns(self, conn: Connection, trail: TrailWatch, topic: TopicAuditor) -> None:
         pause = self._settings.audit.verify_pause.total_seconds()
         shown = float("-inf")
-        show = _Gauges(self._settings.cluster.node_name)
+        show = Gauges(self._settings.cluster.node_name)
         with contextlib.closing(show):
             while not self._stop.is_set():
                 now = time.monotonic()
@@ -149,7 +149,7 @@ def _lock(conn: Connection, node: str) -> bool:
     return row is not None and bool(row[0])
 
 
-class _Gauges:
+class Gauges:
     """Shows what is in the tables as metrics."""
 
     def __init__(self, node: str) -> None:
