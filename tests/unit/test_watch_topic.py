@@ -282,6 +282,16 @@ def test_what_a_target_says_falsely_is_one_break_and_hides_nothing_of_the_chain(
     assert [(one.chain, one.sequence) for one in found] == [(CHAIN, 2), (CHAIN, 6)]
 
 
+def test_what_a_target_says_of_chains_there_are_not_is_no_flood() -> None:
+    made_up = [History(f"x{number}.node-a.ack.node-b", B) for number in range(5)]
+    for one in made_up:
+        one.open()
+        one.acknowledge(SOURCE.entries[1])
+    state = reading()
+    assert read([*SOURCE.documents, *(raw for one in made_up for raw in one.documents)], state) == []
+    assert (state.waits, state.cosigned) == (False, {})
+
+
 def test_an_entry_of_another_cluster_by_the_same_key_hides_nothing() -> None:
     elsewhere = History(cluster="shop2")
     elsewhere.open()

@@ -82,7 +82,11 @@ def require_free(target: Path) -> None:
     """Raise RefusedError where something is at the bundle's place already."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise RefusedError(f"{target} is no directory", hint="name a directory that is not there yet")
-    if target.is_dir() and any(target.iterdir()):
+    try:
+        full = target.is_dir() and any(target.iterdir())
+    except OSError as error:
+        raise UserError(f"cannot read {target}: {error.strerror}", hint="check the path") from error
+    if full:
         raise RefusedError(f"{target} is not empty", hint="name a directory that is not there yet, or empty")
 
 

@@ -63,7 +63,8 @@ class Checkpoints:
                 head = heads.own_checkpoint(self._conn, self._trust, Log(self._cluster, chain))
                 heads_now[chain] = head, self._add(chain, head, "this node's chain, signed now")
         if cosigned is not None:
-            self._cosigned(cosigned, heads_now)
+            with self._bundle.trying("which targets have co-signed what"):
+                self._cosigned(cosigned, heads_now)
         for chain in remembered:
             with self._bundle.trying(f"checkpoint of chain {chain}, as this node has verified it"):
                 head = heads.remembered_checkpoint(self._conn, Log(self._cluster, chain))
@@ -80,7 +81,7 @@ class Checkpoints:
         from vsql_shared.kafka.clients import make_consumer
         from vsql_shared.names import audit_topic
 
-        found = _Cosigned(self._trust, self._signer.node)
+        found = _Cosigned(self._trust, self._cluster, self._signer.node)
         consumer = make_consumer(self._settings, "syncctl", "vsql-sync.audit-verify")
         try:
             read_topic(consumer, audit_topic(self._cluster), found)
@@ -131,8 +132,8 @@ class Checkpoints:
 class _Cosigned:
     """The newest co-signing entry of each chain of acknowledgements of this node's chains."""
 
-    def __init__(self, trust: TrustStore, node: str) -> None:
-        self._trust, self._node = trust, node
+    def __init__(self, trust: TrustStore, cluster: str, node: str) -> None:
+        self._trust, self._cluster, self._node = trust, cluster, node
         self.last: dict[tuple[str, str], AuditEntry] = {}
 
     def feed(self, encoded: bytes, where: str) -> None:  # noqa: ARG002 - what reads the topic gives it
@@ -149,7 +150,11 @@ class _Cosigned:
             )
         except (DecodeError, SignatureError, ChainError):
             return
-        before = self.last.get(named)
-        newer = before is None or entry.sequence > before.sequence
-        if entry.event_type == CHECKPOINT_COSIGNED and entry.signer_node_id == named[1] and newer:
+        if (entry.cluster, entry.signer_node_id) != (self._cluster, named[1]):
+            return
+        claimed, before = cosigned_in(entry), self.last.get(named)
+        # One that cannot be read hides no other; of the others the newest counts.
+        if claimed is None or claimed.log != Log(self._cluster, named[0]):
+            return
+        if before is None or entry.sequence > before.sequence:
             self.last[named] = entry

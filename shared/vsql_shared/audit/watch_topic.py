@@ -133,10 +133,13 @@ class TopicPass:
     def _told(
         self, trust: TrustStore, chain: str, target: str, document: SignedDocument, where: str
     ) -> Named | None:
-        """What a target says of an own chain. Its signature is enough: true once said is true."""
-        entry = self._genuine(trust, target, document)
-        if not is_name(chain):
+        """What a target says of an own chain. Its signature is enough: true once said is true.
+
+        Of chains the trail does not have it can say anything; those this node wrote are on the topic.
+        """
+        if chain not in self.trail:
             return None
+        entry = self._genuine(trust, target, document)
         claimed = cosigned_in(entry)
         if claimed is not None and claimed.log == Log(self.cluster, chain):
             known = self.cosigned.setdefault(chain, {})

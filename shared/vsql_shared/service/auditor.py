@@ -162,6 +162,7 @@ class Gauges:
         self._shown: set[str] = set()
 
     def __call__(self, conn: Connection) -> None:
+        """Show what the tables say now."""
         watched = watch_state.progress(conn)
         counts = Counter(found.chain for found in watch_state.open_breaks(conn))
         for one in watched:
