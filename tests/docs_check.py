@@ -2,12 +2,15 @@
 
 * A fenced block whose first line is `$ syncctl … --help` holds exactly what the command prints.
 * A relative link points at a file that is there.
+* A file of the repository that stands in code is there, and so are the test and the case of it that are named
+  behind it: `tests/unit/test_x.py::test_y[a case]`.
 
 It changes nothing: it says which block or link of which file is wrong, and the fix is made by hand.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -19,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 _FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _HELP = re.compile(r"\$ (syncctl(?: [a-z-]+)* --help)\n(.*)", re.DOTALL)
+_ROOTS = "tests|shared|producers|consumers|schemas|bench|docs|compose"
+_NAMED = re.compile(rf"`((?:{_ROOTS})/[\w./-]*)(?:::(\w+)(?:\[([^]`]+)\])?)?`")
 _LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
@@ -35,6 +40,29 @@ def relative_links(text: str) -> list[str]:
     return [target for target in targets if "://" not in target and not target.startswith("mailto:")]
 
 
+def named_files(text: str) -> list[tuple[str, str, str]]:
+    """Return (file or folder, test, case) of each name in code; what is not named is ''."""
+    return _NAMED.findall(_FENCE.sub("", text))
+
+
+def untrue_name(file: str, test: str, case: str) -> str | None:
+    """What of a name does not exist; None when all of it does."""
+    path = ROOT / file
+    if not path.exists():
+        return f"{file}, which is not there"
+    if test and not re.search(rf"^def {test}\(", path.read_text(), re.MULTILINE):
+        return f"{file}::{test}, and there is no such test"
+    if case and json.dumps(case, ensure_ascii=False) not in _cases(path):
+        return f"{file}::{test}[{case}], and there is no such case"
+    return None
+
+
+def _cases(path: Path) -> str:
+    """The texts a case may stand in: the test's file, and the table of attacks beside it."""
+    beside = path.parent / "attacks.py"
+    return path.read_text() + (beside.read_text() if beside.exists() else "")
+
+
 def check(path: Path) -> Iterator[str]:
     """Yield a sentence for everything in a Markdown file that is not true."""
     text = path.read_text()
@@ -45,6 +73,9 @@ def check(path: Path) -> Iterator[str]:
     for target in relative_links(text):
         if not (path.parent / target).exists():
             yield f"{path.relative_to(ROOT)}: link to {target}, which is not there"
+    for name in named_files(text):
+        if (what := untrue_name(*name)) is not None:
+            yield f"{path.relative_to(ROOT)}: names {what}"
 
 
 def _run(command: str) -> str:

@@ -21,7 +21,8 @@ from vsql_producers.joining import opening_detail
 from vsql_producers.scope import Scope, document
 from vsql_producers.scope_record import seen
 from vsql_producers.transactions import Descriptor
-from vsql_shared.audit import tree
+from vsql_shared.audit import evidence, tree
+from vsql_shared.audit import evidence_documents as documents
 from vsql_shared.audit.chain import EMPTY_HEAD, ChainWriter, Prepared
 from vsql_shared.audit.checkpoint import Checkpoint, Log, cosigner_key
 from vsql_shared.audit.dsse import AUDIT_ENTRY, KEY_ANNOUNCEMENT, SignedDocument, pae, sign_document
@@ -198,6 +199,27 @@ def export(entries: list[Prepared]) -> str:
     return json.dumps(whole, indent=1) + "\n"
 
 
+def _evidence(checkpoint: str) -> dict[str, bytes | str]:
+    """A bundle of two files: a checkpoint of the page, and a configuration."""
+    configuration = '[cluster]\nname = "shop"\nnode_id = 1\nnode_name = "node-a"\n'
+    files = [
+        evidence.file_of(
+            f"checkpoints/{CHAIN}.checkpoint", documents.CHECKPOINT, "this node's chain", checkpoint.encode()
+        ),
+        evidence.file_of("configuration.toml", evidence.PLAIN, "secrets masked", configuration.encode()),
+    ]
+    missing = [("ACLs of Kafka", "the brokers have no authorizer")]
+    made = evidence.build(
+        CLUSTER, "node-a", ("2025-10-09T08:53:20Z", "2025-10-09T08:54:00Z"), "vsql-sync 0.1", files, missing
+    )
+    envelope = evidence.seal(made, A)
+    return {
+        "evidence-configuration": configuration,
+        "evidence-payload": base64.b64decode(json.loads(envelope)["payload"]).decode() + "\n",
+        "evidence-manifest": envelope.decode(),
+    }
+
+
 def _log_examples(entries: list[Prepared]) -> dict[str, bytes | str]:
     hashes = [one.entry_hash for one in entries]
     heads = [
@@ -208,6 +230,7 @@ def _log_examples(entries: list[Prepared]) -> dict[str, bytes | str]:
     path = tree.range_roots(hashes, tree.inclusion_ranges(1, 2))
     prefix = tree.range_roots(hashes, tree.consistency_ranges(1, 2))
     return {
+        **_evidence(both),
         "tree-root": head.root,
         "checkpoint": both,
         "old-checkpoint": heads[0].signed_by(A, 0, SignedNote(heads[0].text, ())).encode(),

@@ -63,7 +63,7 @@ _log = logging.getLogger(__name__)
 
 _HOLD_SECONDS = 0.2
 _CONNECT_AGAIN_SECONDS = 2.0
-_VERBS = frozenset({"pause", "resume", "retry"})
+_VERBS = frozenset({"pause", "resume", "retry", "note-break"})
 
 
 def _nothing() -> None:

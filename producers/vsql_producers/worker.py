@@ -63,6 +63,12 @@ _DIVERGED_POLL = 1.0
 _STOP_SHARE = 0.8
 # Between two tries: well below what `syncctl status` takes for silence.
 _WAITING_SAYS_SECONDS = 5.0
+# Commands whose answer is always the same.
+_ANSWERS = {
+    "rotate-dek": "the next batch is sealed under a new data key",
+    "retry": "the stream is running; nothing to retry",
+    "note-break": "the break stands in the chain",
+}
 
 
 class Stopped(Exception):
@@ -249,8 +255,8 @@ class Worker:
         """Do what an operator orders, and put the act into the chain."""
         if any(command.id == acted.id for _, acted, _ in self._acted):
             return  # obeyed; its entry is under way
-        if command.verb == "rotate-dek":
-            message = "the next batch is sealed under a new data key"
+        if command.verb in _ANSWERS:
+            message = _ANSWERS[command.verb]
         elif command.verb in key_orders.VERBS:
             done, message = key_orders.obey(conn, command, pipeline.outlet, self._chain)
             if not done:
@@ -258,8 +264,6 @@ class Worker:
                 return
         elif command.verb in ("pause", "resume"):
             message = f"the stream is {control.desired}"
-        elif command.verb == "retry":
-            message = "the stream is running; nothing to retry"
         else:
             control.answer(command, ok=False, message=f"a producer does not know the command {command.verb}")
             return
@@ -327,6 +331,8 @@ class Worker:
                             self._owed.append(command)
                             streams.set_state(conn, self._chain, "PREPARING", command.reason)
                             return
+                        if command.verb == "note-break":
+                            continue  # stays owed in the table until there is an epoch to put it into
                         control.answer(command, ok=False, message=f"the stream is diverged: {error}")
                     control.say("diverged", self._report.alone(conn, "diverged"), time.monotonic())
             except (VsqlSyncError, psycopg.Error):

@@ -57,6 +57,7 @@ COMMANDS: dict[str, Entry] = {
     "key": Entry("key", "Make, show and rotate keys."),
     "kafka": Entry("kafka", "Print or apply what Kafka must allow this node, and the schema of its records."),
     "audit": Entry("audit", "List, verify, prove and export the signed trail."),
+    "compliance": Entry("compliance", "Gather evidence for an assessor; verify it off-line."),
     "tail": Entry("tail", "Open a stream and print its changes."),
     "config": Entry("config", "Check, show and apply the configuration."),
     "completion": Entry("completion", "Print the completion script of a shell."),

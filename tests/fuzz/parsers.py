@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
-from tests.fuzz import log_files
+from tests.fuzz import bundles, log_files
 from tests.unit import sealed_chain
 from tests.unit.apply_tuples import UNSENT, delete, insert, tuple_data, update
 from vsql_consumers import frames
@@ -467,4 +467,6 @@ PARSERS: dict[str, Parser] = {
     "signed": Parser(_signed, _signed_seeds),
     "checkpoint": Parser(log_files.checkpoint, log_files.checkpoints),
     "proof": Parser(log_files.proof, log_files.proofs),
+    "evidence": Parser(bundles.manifest, bundles.manifests),
+    "evidence-payload": Parser(bundles.payload, bundles.payloads),
 }

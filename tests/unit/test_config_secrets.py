@@ -70,6 +70,32 @@ def test_no_secret_stands_in_any_form_the_settings_are_shown_in() -> None:
     assert "host=b" in to_toml(masked(settings))
 
 
+COMMANDS_OF_SECRETS = f"""
+[kafka.security]
+protocol = "SASL_SSL"
+username = "u"
+password_command = "/usr/bin/curl -H X-Vault-Token:{SECRET} https://vault/v1/x"
+[encryption.kms.pkcs11]
+pin_command = "TOKEN={SECRET}"
+[encryption.kms.vault]
+token_command = "'{SECRET} x' y"
+secret_id_command = "vault-secret"
+"""
+
+
+def test_of_a_command_that_prints_a_secret_the_program_is_shown_only() -> None:
+    shown = to_toml(masked(_parse(f'password_command = "cat {SECRET}"', COMMANDS_OF_SECRETS)))
+    assert SECRET not in shown
+    commands = [line for line in shown.splitlines() if "_command = " in line]
+    assert commands == [
+        'password_command = "cat ********"',
+        'password_command = "/usr/bin/curl ********"',
+        'pin_command = "********"',
+        'token_command = "******** ********"',
+        'secret_id_command = "vault-secret"',
+    ]
+
+
 MISTAKES = {
     "list": f'password = ["{SECRET}"]',
     "misspelt": f'pasword = "{SECRET}"',

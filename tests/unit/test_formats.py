@@ -295,6 +295,24 @@ def test_a_stranger_reads_the_export() -> None:
     assert export["end"]["chains"]["orders.node-a"]["last_hash"] == sha(documents[1]).hex()
 
 
+def test_a_stranger_verifies_the_evidence_bundle() -> None:
+    envelope = json.loads(text("evidence-manifest"))
+    kind, payload = envelope["payloadType"].encode(), base64.b64decode(envelope["payload"])
+    message = b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
+    (named,) = envelope["signatures"]
+    assert named["keyid"] == text("fingerprint").strip()
+    Ed25519PublicKey.from_public_bytes(raw("public-key")).verify(base64.b64decode(named["sig"]), message)
+    assert payload == text("evidence-payload").rstrip("\n").encode()
+    files = {one["path"]: one for one in json.loads(payload)["files"]}
+    for path, shown_as in (
+        ("checkpoints/orders.node-a.checkpoint", "checkpoint"),
+        ("configuration.toml", "evidence-configuration"),
+    ):
+        content = text(shown_as).encode()
+        assert (files[path]["sha256"], files[path]["size"]) == (sha(content).hex(), len(content))
+    assert len(files) == 2
+
+
 def _page_type(kind: Any, found: dict[str, list[tuple[str, str]]], fixed: dict[str, int]) -> str:
     """An Avro type in the page's words; records inside of it are noted in `found`."""
     if isinstance(kind, str):

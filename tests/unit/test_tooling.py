@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.coverage_gate import shortfalls
-from tests.docs_check import help_blocks, relative_links
+from tests.docs_check import help_blocks, named_files, relative_links, untrue_name
 from tests.stack.fetch import POSTGRES_VERSIONS
 from tests.stack.lock import LOCK_FILE, LockFileError, fingerprint, group_artifacts, parse_lock
 from tests.syncctl import syncctl
@@ -109,3 +109,33 @@ def _fifo(folder: Path) -> str:
     """Whoever opens it waits for ever."""
     os.mkfifo(folder / "fifo")
     return str(folder / "fifo")
+
+
+HERE = "tests/unit/test_tooling.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "untrue"),
+    [
+        (HERE, None),
+        ("tests/unit/", None),
+        ("tests/unit/test_nowhere.py", "which is not there"),
+        (f"{HERE}::test_a_name_in_the_documentation_that_names_nothing_is_found", None),
+        (f"{HERE}::test_nobody_wrote", "no such test"),
+        (f"{HERE}::test_a_name_in_the_documentation_that_names_nothing_is_found[no such test]", None),
+        ("tests/services/test_audit_trail.py::test_superuser_without_the_key_is_found_out[delete one]", None),
+        (
+            "tests/services/test_audit_trail.py::test_superuser_without_the_key_is_found_out[" + "delete 1]",
+            "no such case",
+        ),
+    ],
+)
+def test_a_name_in_the_documentation_that_names_nothing_is_found(name: str, untrue: str | None) -> None:
+    (found,) = named_files(f"see `{name}` and `syncctl status`")
+    said = untrue_name(*found)
+    assert (said is None) == (untrue is None), said
+    assert untrue is None or untrue in str(said)
+
+
+def test_names_in_blocks_are_examples_and_are_not_held_against_the_tree() -> None:
+    assert named_files("```\n`tests/nowhere.py`\n```\n") == []

@@ -151,7 +151,7 @@ def verify(
 
     settings = operator.settings
     with node_database(settings) as conn:
-        findings, trust = _verify_own(conn, settings, chain)
+        findings, trust = verify_own(conn, settings, chain)
         if peer_connection:
             with connect(peer_connection, application_name="vsql_sync_ctl") as peer:
                 _verify_peer(conn, peer, settings, trust, findings, chain)
@@ -169,7 +169,8 @@ def verify(
         )
 
 
-def _verify_own(conn: Connection, settings: Settings, chain: str | None) -> tuple[Findings, TrustStore]:
+def verify_own(conn: Connection, settings: Settings, chain: str | None) -> tuple[Findings, TrustStore]:
+    """This node's own trail, by itself: entries, receipts, operators' acts."""
     from vsql_shared.audit.acts import compare_acts
     from vsql_shared.audit.compare import compare_receipts
     from vsql_shared.audit.verify import has_chain, verify_table

@@ -60,7 +60,7 @@ def verify_proof(
     """
     from vsql_shared.audit.proofs import MAX_PROOF_SIZE
 
-    known, before = _Keys(keys, dict(map(_cosigner, cosigners))), None
+    known, before = _Keys(keys, dict(map(cosigner, cosigners))), None
     if old is not None:
         with about(old):
             before = known.open(read_text(old, MAX_PROOF_SIZE)).checkpoint
@@ -76,7 +76,8 @@ def _shown(found: dict[str, Any]) -> dict[str, object]:
     return {**shown, "keys": ", ".join(found["keys"]), "cosigned": ", ".join(cosigned)}
 
 
-def _cosigner(value: str) -> tuple[str, Path]:
+def cosigner(value: str) -> tuple[str, Path]:
+    """A value of --cosigner."""
     node, mark, path = value.partition("=")
     if not mark or not node:
         raise UserError(f"--cosigner {value!r}", hint="write NODE=FILE, for example node-b=node-b.pub")

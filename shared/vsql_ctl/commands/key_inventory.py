@@ -65,32 +65,38 @@ _WRAPPED = (
 @pass_operator
 def inventory(operator: Operator, output: OutputFormat, limit: int) -> None:
     """List data keys, KEK versions and signing keys, with their state, age, use and strength."""
-    from vsql_shared.kms.base import weakness
     from vsql_shared.pg.connect import connect
     from vsql_shared.pg.migrate import require_current
 
     settings = operator.settings
-    versions, problem = _kek_versions(settings.encryption.kms, strict=settings.server.mode == "prod")
     with connect(settings.connection.conninfo(), application_name="vsql_sync_ctl") as conn:
         require_current(conn)
-        orders = _rows(conn, _ORDER_COLUMNS, "shred_orders ORDER BY id")
-        found: dict[str, Any] = {
-            "deks": _deks(conn, settings, orders, limit),
-            "deks_total": conn.execute("SELECT count(*) FROM vsql_sync.deks").fetchall()[0][0],
-            "dek_limits": {
-                "tuples": settings.encryption.dek.max_tuples,
-                "bytes": settings.encryption.dek.max_bytes,
-                "rotation": settings.encryption.dek.rotation,
-            },
-            "keks": _keks(conn, settings.encryption.kms, None if problem else versions, orders),
-            "kek_problem": problem,
-            "kek_warnings": [text for text in map(weakness, versions) if text]
-            + _still_there(settings.encryption.kms.provider, versions, orders),
-            "signing_keys": [_signer(row) for row in _rows(conn, _SIGNER_COLUMNS, _BY_NODE)],
-            "operator_keys": _rows(conn, _OPERATOR_COLUMNS, "operator_keys ORDER BY operator, enrolled_at"),
-            "shred_orders": orders,
-        }
+        found = collect(conn, settings, limit)
     emit(output, found, lambda: _text(found))
+
+
+def collect(conn: Connection, settings: Settings, limit: int = 0) -> dict[str, Any]:
+    """The inventory as `--output json` has it; 0: all data keys."""
+    from vsql_shared.kms.base import weakness
+
+    versions, problem = _kek_versions(settings.encryption.kms, strict=settings.server.mode == "prod")
+    orders = _rows(conn, _ORDER_COLUMNS, "shred_orders ORDER BY id")
+    return {
+        "deks": _deks(conn, settings, orders, limit),
+        "deks_total": conn.execute("SELECT count(*) FROM vsql_sync.deks").fetchall()[0][0],
+        "dek_limits": {
+            "tuples": settings.encryption.dek.max_tuples,
+            "bytes": settings.encryption.dek.max_bytes,
+            "rotation": settings.encryption.dek.rotation,
+        },
+        "keks": _keks(conn, settings.encryption.kms, None if problem else versions, orders),
+        "kek_problem": problem,
+        "kek_warnings": [text for text in map(weakness, versions) if text]
+        + _still_there(settings.encryption.kms.provider, versions, orders),
+        "signing_keys": [_signer(row) for row in _rows(conn, _SIGNER_COLUMNS, _BY_NODE)],
+        "operator_keys": _rows(conn, _OPERATOR_COLUMNS, "operator_keys ORDER BY operator, enrolled_at"),
+        "shred_orders": orders,
+    }
 
 
 _BY_NODE = "signers ORDER BY node_name, pinned_at"

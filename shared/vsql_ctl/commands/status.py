@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -15,6 +15,7 @@ from vsql_ctl.session import open_node
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from vsql_shared.audit.watch_state import Break, Progress
     from vsql_shared.pg.connect import Connection
     from vsql_shared.pg.nodes import NodeInfo
     from vsql_shared.pg.status import StreamStatus
@@ -40,37 +41,70 @@ def status(operator: Operator, output: OutputFormat, watch: bool, interval: floa
     """
     with open_node(operator) as conn:
         while True:
-            node, streams = _look(conn)
+            node, streams, trail = _look(conn)
             if watch and output == "table":
                 click.clear()
-            emit(output, _as_dict(node, streams), lambda: _text(node, streams))  # noqa: B023 - called at once
+            emit(output, _as_dict(node, streams, trail), lambda: _text(node, streams, trail))  # noqa: B023 - called at once
             if not watch:
                 return
             time.sleep(interval)
 
 
-def _look(conn: Connection) -> tuple[NodeInfo, list[StreamStatus]]:
+class _Trail(NamedTuple):
+    """What the background verification says of the audit trail."""
+
+    chains: list[Progress]
+    breaks: list[Break]
+
+
+def _look(conn: Connection) -> tuple[NodeInfo, list[StreamStatus], _Trail]:
+    from vsql_shared.audit import watch_state
     from vsql_shared.pg import nodes
     from vsql_shared.pg import status as stream_status
 
-    return nodes.local(conn), stream_status.read(conn)
+    trail = _Trail(watch_state.progress(conn), watch_state.open_breaks(conn))
+    return nodes.local(conn), stream_status.read(conn), trail
 
 
-def _as_dict(node: NodeInfo, streams: Sequence[StreamStatus]) -> dict[str, object]:
+def _as_dict(node: NodeInfo, streams: Sequence[StreamStatus], trail: _Trail) -> dict[str, object]:
     return {
         "node": node.name,
         "number": node.number,
         "cluster": node.cluster,
         "streams": list(streams),
+        "audit": {
+            "chains": [one for one in trail.chains if one.source == "trail"],
+            "topic": next((one for one in trail.chains if one.source == "topic"), None),
+            "breaks": trail.breaks,
+        },
     }
 
 
-def _text(node: NodeInfo, streams: Sequence[StreamStatus]) -> str:
+def _text(node: NodeInfo, streams: Sequence[StreamStatus], trail: _Trail) -> str:
     head = f"node {node.name} ({node.number}) of cluster {node.cluster}"
     if not streams:
-        return f"{head}\nno streams; add a peer: `syncctl node add-peer`"
+        return "\n".join([head, "no streams; add a peer: `syncctl node add-peer`", *_verified(trail)])
     table = render_table(_HEADERS, [_row(one) for one in streams])
-    return "\n".join([head, table, *(line for one in streams for line in _remarks(one))])
+    return "\n".join([head, table, *(line for one in streams for line in _remarks(one)), *_verified(trail)])
+
+
+def _verified(trail: _Trail) -> Iterator[str]:
+    """How far the trail is verified, and what of it does not verify."""
+    for one in trail.chains:
+        whole = "not once all of it" if one.whole_at is None else f"all of it at {printable(one.whole_at)}"
+        if one.source == "trail":
+            last = (
+                "" if one.verified_at is None else f", the newest there was at {printable(one.verified_at)}"
+            )
+            yield f"audit {printable(one.chain)}: verified up to {one.verified_to}{last}; {whole}"
+        else:
+            yield f"audit topic: compared, {whole}"
+    if trail.chains and all(one.source != "topic" for one in trail.chains):
+        yield "audit topic: not once compared, all of it"
+    for found in trail.breaks:
+        place = f"entry {found.sequence}" if found.sequence is not None else "an entry"
+        where = f"{found.chain or '(no chain)'}, {place}, in the {found.source}"
+        yield f"AUDIT BREAK: {where}, since {printable(found.found_at)}: {printable(found.what)}"
 
 
 def _row(one: StreamStatus) -> tuple[object, ...]:

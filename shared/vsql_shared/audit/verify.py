@@ -273,3 +273,27 @@ def _unprotected(conn: Connection) -> list[str]:
         "trigger no_truncate were dropped or disabled"
         for (name,) in rows
     ]
+
+
+def rows_from(conn: Connection, chain: str, sequence: int, limit: int) -> list[dict[str, Any]]:
+    """At most `limit` rows of a chain from this sequence on, in order; 0: whatever is first in it."""
+    place = sql.SQL("chain = {}").format(sql.Literal(chain))
+    if sequence:
+        place = sql.SQL("{} AND sequence >= {}").format(place, sql.Literal(sequence))
+    query = sql.SQL(
+        "SELECT {} FROM vsql_sync.vsql_sync_audit WHERE {} ORDER BY sequence, event_id, document LIMIT {}"
+    ).format(_SELECTED, place, sql.Literal(limit))
+    return [dict(zip(COLUMNS, row, strict=True)) for row in conn.execute(query)]
+
+
+def unnumbered(conn: Connection, chain: str) -> Problem | None:
+    """A row of a chain without a place in it: NOT NULL must have been dropped to make it."""
+    row = conn.execute(
+        "SELECT event_id FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND sequence IS NULL LIMIT 1",
+        (chain,),
+    ).fetchone()
+    return None if row is None else Problem(chain, None, str(row[0]), "a row without a sequence")
+
+
+# The same checks, for whoever reads a chain slice by slice (watch.py).
+check_row, cut, nameless, own_heads, unprotected = _check_row, _cut, _nameless, _own_heads, _unprotected

@@ -66,6 +66,17 @@ class AuditSettings(Section):
     )
     """How often a target cosigns the head of its source's chain, in its own chain of acknowledgements."""
 
+    verify_every: Annotated[Duration, Field(ge=timedelta(seconds=1), le=timedelta(days=366))] = timedelta(
+        hours=1
+    )
+    """How long after the last one a pass over the whole trail, and over the audit topic, begins."""
+    verify_slice: Annotated[Whole, Field(ge=1, le=100_000)] = 200
+    """Entries such a pass verifies at a time; new ones are verified as they come, as many at a time."""
+    verify_pause: Annotated[Duration, Field(ge=timedelta(milliseconds=1), le=timedelta(hours=1))] = timedelta(
+        seconds=1
+    )
+    """How long it rests after each slice."""
+
     @model_validator(mode="after")
     def _one_key(self) -> AuditSettings:
         if self.signing_key_path is not None and self.signing_key_label is not None:

@@ -19,6 +19,7 @@ from vsql_shared.config.secrets import MASK, ConnectionString
 from vsql_shared.config.settings import Settings
 from vsql_shared.config.values import format_duration
 
+_PROGRAM = re.compile(r"[A-Za-z0-9_./+-]+")
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -30,9 +31,21 @@ def masked(settings: Settings) -> dict[str, object]:
 def _section(section: BaseModel) -> dict[str, object]:
     fields = {name: getattr(section, name) for name in type(section).model_fields}
     shown = {name: _plain(inner) for name, inner in fields.items() if inner is not None}
+    shown |= {
+        name: _program(inner)
+        for name, inner in fields.items()
+        if name.endswith("_command") and isinstance(inner, str)
+    }
     if isinstance(section, KafkaSettings):  # free keys: any of them may hold a secret
         shown["client_options"] = dict.fromkeys(section.client_options, MASK)
     return shown
+
+
+def _program(command: str) -> str:
+    """A command that prints a secret: its program; arguments may hold one that opens the other."""
+    program, *arguments = command.split() or [""]
+    shown = program if _PROGRAM.fullmatch(program) else MASK
+    return f"{shown} {MASK}" if arguments else shown
 
 
 def _plain(value: object) -> object:

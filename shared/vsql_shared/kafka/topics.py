@@ -108,7 +108,7 @@ def _silent(settings: Settings, doing: str) -> TransientError:
 
 def check_topic(admin: AdminClient, name: str, kind: Kind, settings: Settings, partitions: int = 1) -> None:
     """Raise BrokerError unless the topic has the shape this kind needs."""
-    found, count = _describe(admin, name, settings)
+    found, count = describe_topic(admin, name, settings)
     wanted = _wanted(kind, settings)
     wrong = [
         f"{key} = {found.get(key)}, expected {value}"
@@ -132,7 +132,7 @@ def _fits(key: str, found: str | None, wanted: str) -> bool:
     return found == wanted
 
 
-def _describe(admin: AdminClient, name: str, settings: Settings) -> tuple[dict[str, str | None], int]:
+def describe_topic(admin: AdminClient, name: str, settings: Settings) -> tuple[dict[str, str | None], int]:
     """(settings, number of partitions) of a topic that is there.
 
     One that another process created this moment is there for the controller and not yet for every broker.

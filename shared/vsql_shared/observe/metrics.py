@@ -112,6 +112,14 @@ DEK_ROTATIONS = _counter("dek_rotations", "Data keys made, by reason.", "reason"
 KMS_CALLS = _counter("kms_calls", "Calls to the key management system, by act and outcome.", "act", "outcome")
 AUDIT_ENTRIES = _counter("audit_entries", "Entries appended to the chain.")
 AUDIT_BYTES = _counter("audit_bytes", "Bytes of those entries.")
+AUDIT_BREAKS = _gauge("audit_chain_breaks", "Breaks of the chain that the background verification finds now.")
+AUDIT_VERIFIED = _gauge("audit_verified_sequence", "The newest entry of the chain it has verified.")
+AUDIT_VERIFIED_AT = _gauge(
+    "audit_verified_timestamp_seconds", "When that was last seen to be the newest there is (Unix time)."
+)
+AUDIT_WHOLE_AT = _gauge(
+    "audit_whole_timestamp_seconds", "When a pass over all of it ended that found nothing (Unix time)."
+)
 BUFFER_BYTES = _gauge("buffer_bytes", "Bytes held of batches that are not whole.")
 RESIDENT_BYTES = _gauge("resident_bytes", "Resident memory of the stream's worker.")
 LAST_PROGRESS = _gauge("last_progress_timestamp_seconds", "When the stream last moved forward (Unix time).")
@@ -211,6 +219,21 @@ class StreamMetrics:
         """The stream is in this state, and in no other."""
         for state in StreamState:
             STATE.labels(self.stream, self.node, state.value).set(1 if state is now else 0)
+
+
+def audit_broken(chain: str, node: str, breaks: int) -> None:
+    """What the background verification finds of a chain now; '': of records of no chain."""
+    AUDIT_BREAKS.labels(chain, node).set(breaks)
+
+
+def audit_watched(chain: str, node: str, sequence: int, at: float | None, whole: float | None) -> None:
+    """How far the background verification is with a chain of this node; the topic is the chain ''."""
+    if chain:
+        AUDIT_VERIFIED.labels(chain, node).set(sequence)
+    if at is not None:
+        AUDIT_VERIFIED_AT.labels(chain, node).set(at)
+    if whole is not None:
+        AUDIT_WHOLE_AT.labels(chain, node).set(whole)
 
 
 def exposition() -> bytes:

@@ -61,6 +61,7 @@ _SERVICE = {
     "leaf_slots": "INSERT, UPDATE, DELETE",
     # Emptied slot by slot.
     **{f"batch_leaves_{slot:02}": "TRUNCATE" for slot in range(SLOTS)},
+    "audit_watch": "INSERT, UPDATE",
 }
 # Table of vsql_sync → what the role may do beside SELECT on all of them.
 WRITES: dict[str, dict[str, str]] = {
@@ -102,6 +103,8 @@ WRITES: dict[str, dict[str, str]] = {
 # Tables a viewer sees only in part: the rest holds rows of users' tables.
 _HIDDEN_COLUMNS = {"conflict_log": ("local_tuple", "remote_tuple")}
 _LOG_AUDIT = "vsql_sync.log_audit(text, text, text, jsonb, jsonb, boolean, text)"
+_NOTE_BREAK = "vsql_sync.note_audit_break(text, text, bigint, text, text)"
+_END_BREAKS = "vsql_sync.end_audit_breaks(text, text)"
 _PARTITION = "vsql_sync.ensure_audit_partition(timestamp with time zone)"
 
 
@@ -171,6 +174,8 @@ def grant_schema(conn: Connection) -> None:
             _grant(conn, f"EXECUTE ON FUNCTION {_LOG_AUDIT}", role)
         for role in (PRODUCER, CONSUMER, ADMIN):
             _grant(conn, f"EXECUTE ON FUNCTION {_PARTITION}", role)
+            _grant(conn, f"EXECUTE ON FUNCTION {_NOTE_BREAK}", role)
+            _grant(conn, f"EXECUTE ON FUNCTION {_END_BREAKS}", role)
         for name in names:
             _grant(conn, f"{_viewer_select(conn, name)} ON TABLE vsql_sync.{name}", VIEWER)
         _grant(conn, "ALL ON ALL TABLES IN SCHEMA vsql_sync", ADMIN)

@@ -22,6 +22,7 @@ from vsql_shared import names
 from vsql_shared.errors import DatabaseError, RefusedError, TransientError, VsqlSyncError
 from vsql_shared.observe import shared_metrics
 from vsql_shared.pg.connect import Connection, connect, errors
+from vsql_shared.service.auditor import Auditor
 from vsql_shared.service.stopping import set_on_signals
 from vsql_shared.service.workers import Workers, member_name
 
@@ -34,6 +35,7 @@ Role = Literal["producer", "consumer"]
 _DIRECTION: dict[Role, str] = {"producer": "out", "consumer": "in"}
 _POLL_SECONDS = 0.5
 _STANDBY_SECONDS = 1.0
+_AUDIT_STOP_SECONDS = 6.0
 _SILENT_SECONDS = 60.0
 _UNSIGNED_WARNING_SECONDS = 60.0
 _WORKING_STATES = frozenset({"running", "paused", "copying"})
@@ -75,6 +77,8 @@ class Supervisor:
         """The loop, until a signal; returns the exit code."""
         set_on_signals(self._stop)
         warned = float("-inf")
+        auditor = Auditor(self._settings, self._role)
+        auditor.start()
         try:
             while not self._stop.is_set():
                 self._last_seen = time.monotonic()
@@ -87,6 +91,7 @@ class Supervisor:
         finally:
             _log.info("stopping: workers finish their batch")
             graceful = self._workers.stop()
+            auditor.stop(_AUDIT_STOP_SECONDS)
             for connection in (self._connection, self._watching):
                 if connection is not None:
                     connection.close()
