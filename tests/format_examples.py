@@ -26,7 +26,7 @@ from vsql_shared.audit.chain import EMPTY_HEAD, ChainWriter, Prepared
 from vsql_shared.audit.checkpoint import Checkpoint, Log, cosigner_key
 from vsql_shared.audit.dsse import AUDIT_ENTRY, KEY_ANNOUNCEMENT, SignedDocument, pae, sign_document
 from vsql_shared.audit.entries import REPLICATION_BATCH, canonical_json
-from vsql_shared.audit.export import FORMAT, VERSION, readable
+from vsql_shared.audit.export_format import FORMAT, VERSION, readable
 from vsql_shared.audit.merkle import batch_root, root
 from vsql_shared.audit.notes import SignedNote
 from vsql_shared.audit.proofs import ConsistencyProof, InclusionProof

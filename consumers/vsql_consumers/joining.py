@@ -4,7 +4,8 @@ Not here: applying the copy (copying.py) and leaving out rows the copy has seen 
 before anything of the stream was applied (docs/design/0006, "A target that joins later"):
 
 1. The chain is read from its first entry: every signature and link is verified as ever, no record is asked
-   for.
+   for. Where the chain was pruned it says so itself (`trail_pruned`), and is read from the base it names
+   last.
 2. It is read as long as each batch ends at or below the position of *every* table's copy and names only
    tables that were copied (a batch that straddles the position, a table the copy does not have, a copy that
    was declined: none of their rows may be left out).
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,16 +31,20 @@ from vsql_consumers.source import read_chain
 from vsql_consumers.state import Position, Receipt
 from vsql_consumers.verify import record_name
 from vsql_shared import failpoints, lsn, names
-from vsql_shared.audit.chain import Accepted, ChainReader
-from vsql_shared.audit.entries import COVERED, EPOCH_OPENED, REPLICATION_BATCH, AuditEntry
+from vsql_shared.audit.base import base_in
+from vsql_shared.audit.chain import EMPTY_HEAD, Accepted, ChainHead, ChainReader
+from vsql_shared.audit.checkpoint import Log
+from vsql_shared.audit.dsse import AUDIT_ENTRY, SignedDocument, verify_document
+from vsql_shared.audit.entries import COVERED, EPOCH_OPENED, REPLICATION_BATCH, AuditEntry, signed_place
 from vsql_shared.audit.merkle import EMPTY_ROOT
 from vsql_shared.changes import SIGNALS, TableName
-from vsql_shared.errors import DecodeError, RecordError, VerificationError
+from vsql_shared.errors import DecodeError, RecordError, SignatureError, VerificationError
 
 if TYPE_CHECKING:
     from vsql_consumers.apply import Applier
     from vsql_consumers.collected import Decisions
     from vsql_consumers.means import Means
+    from vsql_shared.crypto.signing import TrustStore
     from vsql_shared.pg.connect import Connection
 
 _log = logging.getLogger(__name__)
@@ -49,12 +54,15 @@ _NO_TABLES = frozenset(SIGNALS.values())
 
 
 class JoinPoint(NamedTuple):
-    """Where a stream begins; what lies below: batches that count, their changes, the receipt for all."""
+    """Where a stream begins; what lies below: batches that count, their changes, the receipt for all.
+
+    No receipt: every batch the copy covers was pruned.
+    """
 
     position: Position
     batches: int
     rows: int
-    receipt: Receipt
+    receipt: Receipt | None
 
 
 @dataclass(slots=True)
@@ -74,6 +82,7 @@ class JoinScan:
     def __init__(self, reader: ChainReader, copied: Mapping[TableName, int]) -> None:
         """`copied`: table → position of its copy; not empty."""
         self._reader = reader
+        self._is_pruned = reader.head.sequence > 0
         self._copied = frozenset(copied)
         self._upto = min(copied.values())
         self._whole, self._open = _Sum(), _Sum()
@@ -128,6 +137,8 @@ class JoinScan:
 
     def _note(self, position: Position) -> None:
         if self._last is None:
+            if self._is_pruned:
+                self.point = JoinPoint(position, 0, 0, None)
             return
         entry, encoded = self._last
         verdicts = {COVERED: self._whole.rows}
@@ -171,8 +182,14 @@ def _scan(means: Means, copied: Mapping[TableName, int], decisions: Decisions) -
     topic, partition = names.audit_topic(cluster), stream.audit_partition
     group = names.group_id(cluster, stream.chain, settings.cluster.node_name)
     client = f"vsql-sync-consumer-{stream.chain}"
-    scan = JoinScan(ChainReader(cluster, stream.chain, stream.origin, means.trust), copied)
-    for offset, encoded in read_chain(settings, client, group, (topic, partition), stream.chain, 0):
+
+    def entries() -> Iterator[tuple[int, bytes]]:
+        return read_chain(settings, client, group, (topic, partition), stream.chain, 0)
+
+    head = pruned_at((encoded for _, encoded in entries()), Log(cluster, stream.chain), means.trust)
+    reader = ChainReader(cluster, stream.chain, stream.origin, means.trust, head, pruned=head.sequence)
+    scan = JoinScan(reader, copied)
+    for offset, encoded in entries():
         if means.stop.is_set():
             return None
         if (topic, partition, offset) in decisions.ignored:
@@ -187,11 +204,34 @@ def _scan(means: Means, copied: Mapping[TableName, int], decisions: Decisions) -
     return scan.point
 
 
+def pruned_at(documents: Iterable[bytes], log: Log, trust: TrustStore) -> ChainHead:
+    """The base a chain says last that it was pruned at; EMPTY_HEAD where it says none.
+
+    Its writer has signed it, and that it follows is what reading on from it shows. Whether another target
+    cosigned the checkpoint is for whoever knows that target's key: this node may not.
+    """
+    found = EMPTY_HEAD
+    for encoded in documents:
+        try:
+            document = SignedDocument.decode(encoded)
+            if document.payload_type != AUDIT_ENTRY:
+                continue
+            payload = verify_document(trust, log.writer, document, AUDIT_ENTRY, signed_place)
+            entry = AuditEntry.decode(payload)
+            base = base_in(entry) if (entry.cluster, entry.chain) == log else None
+        except (DecodeError, SignatureError):
+            continue  # whoever reads the chain names it
+        if base is not None and base.head.sequence > found.sequence:
+            base.require_tree(log)
+            found = base.head
+    return found
+
+
 def _commit(chain: str, applier: Applier, point: JoinPoint) -> None:
     """Progress and receipt, in one transaction of the stream's origin."""
 
     def write(conn: Connection) -> None:
-        state.save_receipts(conn, chain, [point.receipt])
+        state.save_receipts(conn, chain, [point.receipt] if point.receipt else [])
         state.save_position(conn, chain, point.position)
 
     failpoints.hit("consumer.before-join-commit")

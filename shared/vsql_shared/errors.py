@@ -9,6 +9,7 @@
     │   ├── DatabaseError           PostgreSQL refuses (privilege, setting, missing object)
     │   │   └── RowError            … a row: the stream stops until somebody decides, or alters the table
     │   ├── BrokerError             Kafka refuses (topic shape, authorization, size)
+    │   ├── StoreError              an object store refuses (authorization, no such bucket)
     │   └── KeyUnavailableError     a key file, a KEK or a KMS refuses
     ├── TransientError              nobody: retried with back-off; the message says what is waited for
     ├── ProtocolError               a developer or an attacker: bytes that do not follow a format
@@ -97,6 +98,10 @@ class RowError(DatabaseError):
 
 class BrokerError(EnvironmentFault):
     """Kafka refuses: a topic of the wrong shape, no authorization, a message too large."""
+
+
+class StoreError(EnvironmentFault):
+    """An object store refuses: no authorization, no such bucket."""
 
 
 class KeyUnavailableError(EnvironmentFault):

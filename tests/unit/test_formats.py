@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tests.format_examples import PAGE, blocks, entry_fields, examples, shown
 from vsql_shared.audit.entries import AuditEntry
-from vsql_shared.audit.export import readable
+from vsql_shared.audit.export_format import readable
 from vsql_shared.crypto.announce import decode_announcement
 from vsql_shared.wire.pack import decode_relation
 

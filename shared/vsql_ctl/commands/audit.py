@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vsql_ctl.audit_report import Findings, as_json, as_text, words
+from vsql_ctl.commands.audit_archive import COMMANDS as ARCHIVE
 from vsql_ctl.commands.audit_export import export_trail
 from vsql_ctl.commands.audit_proofs import COMMANDS
 from vsql_ctl.context import Operator, OutputFormat, example, output_option, pass_operator
@@ -256,13 +257,17 @@ def _other_side(chain: str, peer: str) -> str:
 
 
 def _verify_kafka(conn: Connection, settings: Settings, trust: TrustStore, findings: Findings) -> None:
+    from vsql_shared.audit.bases import last_base
+    from vsql_shared.audit.checkpoint import Log
     from vsql_shared.audit.history import KafkaHistory, read_topic
     from vsql_shared.audit.store import recall_head
     from vsql_shared.kafka.clients import make_consumer
     from vsql_shared.names import audit_topic
 
     report = findings.reports[findings.node]
-    history = KafkaHistory(settings.cluster.name, findings.node, trust, report)
+    bases = {one.chain: last_base(conn, Log(settings.cluster.name, one.chain)) for one in report.chains}
+    heads_before = {name: base.head for name, base in bases.items() if base is not None}
+    history = KafkaHistory(settings.cluster.name, findings.node, trust, report, heads_before)
     consumer = make_consumer(settings, "syncctl", "vsql-sync.audit-verify")
     try:
         read_topic(consumer, audit_topic(settings.cluster.name), history)
@@ -279,5 +284,5 @@ def _verify_kafka(conn: Connection, settings: Settings, trust: TrustStore, findi
     findings.found += history.problems(now)
 
 
-for _command in (export_trail, *COMMANDS):
+for _command in (export_trail, *COMMANDS, *ARCHIVE):
     audit.add_command(_command)

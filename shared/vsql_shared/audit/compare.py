@@ -75,20 +75,28 @@ def ack_target(chain: str) -> tuple[str, str] | None:
 
 
 def compare_roots(
-    chain: str, target: str, manifests: Iterable[StoredDocument], acks: Iterable[StoredDocument]
+    chain: str,
+    target: str,
+    manifests: Iterable[StoredDocument],
+    acks: Iterable[StoredDocument],
+    pruned: int = 0,
 ) -> Comparison:
-    """Walk both chains side by side, in memory of one manifest at a time."""
+    """Walk both chains side by side, in memory of one manifest at a time.
+
+    `pruned`: manifests up to this sequence are gone. What acknowledges them is passed over, and what
+    `batch_covered` counts of them cannot be counted again.
+    """
     source = _Manifests(manifests)
     compared = counted = passed_over = replayed = 0
     for stored in acks:
         ack = stored.entry
         if ack.event_type == TRANSACTION_REPLAYED:
             replayed += _replayed(ack)
-        if ack.event_type not in _ANSWERS or not ack.ref_sequence:
+        if ack.event_type not in _ANSWERS or ack.ref_sequence <= pruned:
             continue
         manifest = source.find(ack.ref_sequence)
         what = _disagreement(manifest, ack)
-        if what is None and ack.event_type == BATCH_COVERED:
+        if what is None and ack.event_type == BATCH_COVERED and not pruned:
             what = _miscounted(source.rows - counted, ack)
         elif what is None and compared and source.passed is not None:
             ack, what = source.passed.entry, f"target {target} did not acknowledge this batch"
@@ -211,7 +219,8 @@ def compare_nodes(
             continue
         found = ack_target(name)
         if found and chain in (None, found[0], name) and found[0] in manifests:
-            out.append(compare_roots(*found, iterate(source, found[0]), iterate(target, name)))
+            pruned = first_sequence(source, found[0]) - 1
+            out.append(compare_roots(*found, iterate(source, found[0]), iterate(target, name), pruned))
     return out
 
 
@@ -220,6 +229,15 @@ def chain_names(conn: Connection) -> list[str]:
     with errors("reading the audit trail"):
         rows = conn.execute("SELECT DISTINCT chain FROM vsql_sync.vsql_sync_audit ORDER BY 1").fetchall()
     return [name for (name,) in rows]
+
+
+def first_sequence(conn: Connection, chain: str) -> int:
+    """The first entry this database has of an own chain; 1 where it has none. verify.py holds the rest."""
+    with errors("reading the audit trail"):
+        row = conn.execute(
+            "SELECT min(sequence) FROM vsql_sync.vsql_sync_audit WHERE chain = %s", (chain,)
+        ).fetchone()
+    return int(row[0]) if row is not None and row[0] is not None else 1
 
 
 def compare_memory(
@@ -254,6 +272,8 @@ def _still_there(conn: Connection, chain: str, sequence: int, entry_hash: bytes 
             "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND sequence = %s",
             (chain, sequence),
         ).fetchall()
+    if not rows and sequence < first_sequence(conn, chain):
+        return None  # pruned; that the chain may begin there is what verify.py holds
     if not rows:
         return f"entry {sequence}, which is not here: the chain was cut"
     if entry_hash is not None and all(document_hash(bytes(one)) != bytes(entry_hash) for (one,) in rows):

@@ -4,6 +4,8 @@ Not here: comparing the two sides of a stream (compare.py) and reading Kafka (hi
 
 * Only a signature makes an entry true. Everything else in the database is held against the signed documents.
 * Each chain is read from its first entry; the first bad one is named, and what follows it proves nothing.
+* A pruned chain is read from its base. The base's checkpoint must be signed and cosigned, and the chain
+  itself must say, further on, that it was pruned there: else it was cut at its beginning.
 * One snapshot (REPEATABLE READ) for all of it, so that a node at work verifies like one at rest.
 * Somebody who owns the database and rewinds the trail *and* the heads remembered in it is only caught
   by those who remember the chain elsewhere: the peer (`PeerMemory`) and Kafka.
@@ -17,8 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from psycopg import sql
 
-from vsql_shared.audit.chain import ChainReader, Void, writer_of
-from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry
+from vsql_shared.audit.base import Base, base_in
+from vsql_shared.audit.bases import base_of
+from vsql_shared.audit.chain import EMPTY_HEAD, ChainReader, Void, writer_of
+from vsql_shared.audit.checkpoint import Log
+from vsql_shared.audit.dsse import AUDIT_ENTRY, open_document
+from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry, signed_place
 from vsql_shared.audit.rows import COLUMNS, columns_of, parse
 from vsql_shared.errors import ChainError, DecodeError, SignatureError
 from vsql_shared.pg.connect import Connection, errors
@@ -60,7 +66,10 @@ class ChainReport:
     sequence: int = 0
     entry_hash: bytes = b""
     problem: Problem | None = None
+    pruned: int = 0
+    """Entries up to here were pruned; they are in the archive."""
     _unfinished: int = 0
+    _bases: set[str] = field(default_factory=set)
 
     def count(self, entry: AuditEntry, entry_hash: bytes) -> None:
         """Take one verified entry."""
@@ -76,6 +85,12 @@ class ChainReport:
         self.tuples += entry.row_count
         if entry.event_type == REPLICATION_BATCH:
             self._unfinished = self._unfinished + entry.row_count if entry.continues else 0
+        if (base := base_in(entry)) is not None:
+            self._bases.add(base.encode())
+
+    def says(self, base: Base) -> bool:
+        """Whether an entry that was counted says that the chain was pruned there."""
+        return base.encode() in self._bases
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,18 +156,48 @@ def _verify_chain(
     """Read a chain from its first row; then hold its end against the head remembered beside it."""
     report = ChainReport(chain)
     try:
-        reader = ChainReader(cluster, chain, writer_of(chain), trust)
-    except ChainError as error:
+        writer = writer_of(chain)
+        base = base_of(conn, Log(cluster, chain))
+    except (ChainError, SignatureError, DecodeError) as error:
         report.problem = Problem(chain, None, None, error.message)
         return report
+    reader = ChainReader(cluster, chain, writer, trust, EMPTY_HEAD if base is None else base.head)
+    report.pruned = reader.head.sequence
     for row in _rows(conn, chain):
         what = _check_row(reader, row, report)
         if what is not None:
             report.problem = what
             return report
-    if remembered is not None:
+    if base is not None and not report.says(base):
+        said = f"cut at its beginning: no entry of it says that it was pruned up to {report.pruned}"
+        report.problem = Problem(chain, report.pruned + 1, None, said)
+    elif (kept := _kept(conn, trust, writer, Log(cluster, chain), report.pruned)) is not None:
+        report.problem = kept
+    elif remembered is not None:
         report.problem = _cut(report, *remembered, "this node's own")
     return report
+
+
+def _kept(conn: Connection, trust: TrustStore, writer: str, log: Log, pruned: int) -> Problem | None:
+    """The first entry kept from below the base that its writer has not signed, or that is not of there.
+
+    Their links are in the archive. Which of them are missing is what they are held against (acts.py).
+    """
+    rows = conn.execute(
+        "SELECT sequence, event_type, source_node_id, document FROM vsql_sync.audit_kept WHERE chain = %s"
+        " ORDER BY sequence",
+        (log.chain,),
+    )
+    for sequence, event_type, source, document in rows:
+        try:
+            payload = open_document(trust, writer, bytes(document), AUDIT_ENTRY, signed_place)
+            entry = AuditEntry.decode(payload)
+        except (DecodeError, SignatureError) as error:
+            return Problem(log.chain, sequence, None, f"kept beside the trail: {error.message}")
+        found = (entry.cluster, entry.chain, entry.sequence, entry.event_type, entry.source_node_id)
+        if found != (*log, sequence, event_type, source) or sequence > pruned:
+            return Problem(log.chain, sequence, None, "kept beside the trail: it is not what its row says")
+    return None
 
 
 # event_timestamp as a number: a value beyond Python's calendar must be reported, not stop the report.
@@ -195,6 +240,7 @@ def _check_row(reader: ChainReader, row: dict[str, Any], report: ChainReport) ->
     encoded = bytes(row["document"] or b"")
     try:
         stored = parse(encoded)
+        base_in(stored.entry)
         outcome = reader.accept(encoded, TABLE)
     except (DecodeError, ChainError, SignatureError) as error:
         return problem(error.message)

@@ -18,13 +18,14 @@ from contextlib import closing
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
-from vsql_shared.audit.checkpoint import Checkpoint, cosigned_in, split_view
+from vsql_shared.audit.bases import linked_start
+from vsql_shared.audit.checkpoint import Checkpoint, Log, cosigned_in, split_view
 from vsql_shared.audit.compare import ack_target, chain_names
 from vsql_shared.audit.entries import CHECKPOINT_COSIGNED, ZERO_HASH, AuditEntry
 from vsql_shared.audit.heads import entry_hashes
 from vsql_shared.audit.rows import parse
 from vsql_shared.audit.store import iterate
-from vsql_shared.audit.tree import Tree, grow, root_of
+from vsql_shared.audit.tree import grow, root_of
 from vsql_shared.audit.verify import Problem
 from vsql_shared.pg.connect import errors
 
@@ -112,7 +113,8 @@ def compare_cosigned(
     found = []
     for stream, acks in _acknowledged(target, skip).items():
         if stream in streams and chain in (None, stream, acks):
-            problem = _first_wrong(source, stream, acks, list(_cosigned(target, acks)))
+            cosigned = list(_cosigned(target, acks))
+            problem = _first_wrong(source, stream, acks, cosigned) if cosigned else None
             if problem is not None:
                 found.append(problem)
     return found
@@ -138,14 +140,19 @@ def _cosigned(conn: Connection, acks: str) -> Iterator[_Cosigned]:
 
 
 def _first_wrong(source: Connection, stream: str, acks: str, heads: list[_Cosigned]) -> Problem | None:
-    """One pass over the source's entries, stopping at each size that was cosigned."""
-    tree: Tree = ()
-    size = 0
+    """One pass over the source's entries, stopping at each size that was cosigned.
+
+    Heads below the source's base are passed over: what they were of is in the archive.
+    """
     with source.transaction(), closing(entry_hashes(source, stream)) as hashes:
+        base = linked_start(source, Log(heads[0].entry.cluster, stream))
+        tree, size = base.tree, base.size
         for entry, claimed in heads:
             event = str(uuid.UUID(bytes=entry.event_id))
             if claimed is None or (claimed.log.cluster, claimed.log.chain) != (entry.cluster, stream):
                 return Problem(acks, entry.sequence, event, f"cosigns no head of chain {stream}")
+            if claimed.size < base.size:
+                continue
             if claimed.size < size:
                 what = f"cosigns {claimed.size} entries of chain {stream} after {size}"
                 return Problem(acks, entry.sequence, event, what)

@@ -68,6 +68,8 @@ WRITES: dict[str, dict[str, str]] = {
         "pci_columns": "UPDATE (table_oid, attnum)",
         "scopes": "INSERT",
         "scope_seen": "INSERT",
+        "audit_cosigned": "INSERT",
+        "audit_bases": "INSERT",
     },
     CONSUMER: _SERVICE
     | {
@@ -90,6 +92,8 @@ WRITES: dict[str, dict[str, str]] = {
         "decisions": "INSERT (chain, kind, topic, partition, kafka_offset, sequence, reason,"
         " xid, commit_lsn, commit_time)",
         "streams": "UPDATE (desired, desired_reason, slot_created, confirmed_lsn)",
+        "audit_cosigned": "INSERT (chain, size, node, note)",
+        "audit_segments": "INSERT, UPDATE (verified_at, retain_until)",
     },
     ADMIN: dict.fromkeys(("commands", "decisions"), "INSERT, DELETE"),
 }
@@ -97,6 +101,7 @@ WRITES: dict[str, dict[str, str]] = {
 _HIDDEN_COLUMNS = {"conflict_log": ("local_tuple", "remote_tuple")}
 _LOG_AUDIT = "vsql_sync.log_audit(text, text, text, jsonb, jsonb, boolean, text)"
 _PARTITION = "vsql_sync.ensure_audit_partition(timestamp with time zone)"
+_PRUNE = ("vsql_sync.prune_audit(text, bigint)", "vsql_sync.drop_empty_audit_partitions()")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +170,8 @@ def grant_schema(conn: Connection) -> None:
             _grant(conn, f"EXECUTE ON FUNCTION {_LOG_AUDIT}", role)
         for role in (PRODUCER, CONSUMER, ADMIN):
             _grant(conn, f"EXECUTE ON FUNCTION {_PARTITION}", role)
+        for function in _PRUNE:
+            _grant(conn, f"EXECUTE ON FUNCTION {function}", ADMIN)
         for name in names:
             _grant(conn, f"{_viewer_select(conn, name)} ON TABLE vsql_sync.{name}", VIEWER)
         _grant(conn, "ALL ON ALL TABLES IN SCHEMA vsql_sync", ADMIN)

@@ -1,0 +1,223 @@
+"""What of a chain may be pruned, and the last step: rows that are archived leave the database.
+
+Not here: archiving (archive.py), saying it in the chain and on the topic (vsql_producers/prune_orders.py).
+A chain of a live stream is pruned up to the end of an archived segment, when (docs/design/0020)
+
+1. every entry up to there is older than the months that stay on-line;
+2. every target of the stream has acknowledged the batches up to there, without a mismatch, and one of them
+   has cosigned the checkpoint of exactly these entries;
+3. what its writer and its readers start from stays: the last opening of an epoch, the last batch that ended;
+4. each segment, from the first entry that is still on-line, is in the archive: read back, verified, locked.
+
+Whatever is not so is said, and nothing is pruned.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from vsql_shared.audit.archive import Node, Row, before, needed_until, read_back, rows_of
+from vsql_shared.audit.base import Base, base_in
+from vsql_shared.audit.bases import base_of, last_base, pinned
+from vsql_shared.audit.chain import EMPTY_HEAD, writer_of
+from vsql_shared.audit.cosigned import cosigners
+from vsql_shared.audit.dsse import AUDIT_ENTRY, open_document
+from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, TRAIL_PRUNED, AuditEntry, signed_place
+from vsql_shared.audit.rows import parse
+from vsql_shared.errors import DecodeError, RecordError, RefusedError, SignatureError
+from vsql_shared.pg.connect import Connection, errors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vsql_shared.audit.checkpoint import Log
+    from vsql_shared.crypto.signing import TrustStore
+    from vsql_shared.objects.s3 import S3Store
+
+
+class Candidate(NamedTuple):
+    """How far a chain may be pruned as far as the database knows; '' or what is in the way of more."""
+
+    log: Log
+    segments: tuple[Row, ...]
+    why: str
+
+
+def live_chains(conn: Connection) -> list[str]:
+    """The chains of this node's outgoing live streams."""
+    with errors("reading the streams"):
+        rows = conn.execute(
+            "SELECT chain FROM vsql_sync.streams WHERE direction = 'out' AND kind = 'live' ORDER BY 1"
+        ).fetchall()
+    return [name for (name,) in rows]
+
+
+def limits(conn: Connection, chain: str) -> dict[str, int]:
+    """How far each of rules 2 and 3 lets the chain be pruned: reason → sequence."""
+    with errors("looking how far a chain may be pruned"):
+        targets = conn.execute(
+            "SELECT target, acked_sequence, mismatch IS NOT NULL FROM vsql_sync.stream_targets"
+            " WHERE chain = %s AND target <> '*' ORDER BY target",
+            (chain,),
+        ).fetchall()
+        opened, ended = conn.execute(
+            "SELECT max(sequence) FILTER (WHERE event_type = %(opened)s), max(sequence) FILTER (WHERE"
+            " event_type = %(batch)s) FROM vsql_sync.vsql_sync_audit WHERE chain = %(chain)s",
+            {"chain": chain, "opened": EPOCH_OPENED, "batch": REPLICATION_BATCH},
+        ).fetchall()[0]
+    if not targets:
+        return {"the stream has no target that acknowledges it": 0}
+    found = {
+        f"target {target} has acknowledgements that do not hold"
+        if wrong
+        else f"target {target} has acknowledged up to {acked}": 0 if wrong else int(acked)
+        for target, acked, wrong in targets
+    }
+    # What goes on from the table goes back to its last batch that ended (store.load_head).
+    found["its last epoch begins there"] = int(opened or 1) - 1
+    found["its last batch is there"] = _last_ended(conn, chain, int(ended or 0)) - 1
+    return found
+
+
+def _last_ended(conn: Connection, chain: str, last: int) -> int:
+    """Sequence of the last batch that ended its transaction, from `last` down; 0 where there is none."""
+    while last > 0:
+        row = conn.execute(
+            "SELECT sequence, document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND event_type = %s"
+            " AND sequence <= %s ORDER BY sequence DESC LIMIT 1",
+            (chain, REPLICATION_BATCH, last),
+        ).fetchone()
+        if row is None:
+            return 0
+        if not parse(bytes(row[1])).entry.continues:
+            return int(row[0])
+        last = int(row[0]) - 1
+    return 0
+
+
+def candidate(node: Node, chain: str, online_months: int) -> Candidate:
+    """Rules 1 to 3, and which archived segments are not pruned yet."""
+    log = node.log(chain)
+    base = base_of(node.conn, log)
+    start = base.head.sequence if base else 0
+    found = limits(node.conn, chain)
+    with errors("looking for entries that stay on-line"):
+        row = node.conn.execute(
+            "SELECT min(sequence) - 1 FROM vsql_sync.vsql_sync_audit WHERE chain = %s"
+            " AND event_timestamp >= %s",
+            (chain, before(node.conn, online_months)),
+        ).fetchone()
+    if row is not None and row[0] is not None:
+        found[f"what follows is younger than {online_months} months"] = int(row[0])
+    why = min(found, key=lambda one: found[one])
+    segments, due = [], start + 1
+    for one in rows_of(node.conn, chain):
+        if one.place.last <= start:
+            continue
+        if one.place.first != due:
+            why = f"no archived segment begins at {due}"
+            break
+        if one.place.last > found[why]:
+            break
+        segments.append(one)
+        due = one.place.last + 1
+    else:
+        if found[why] >= due:
+            why = f"entries from {due} on are not archived"
+    return Candidate(log, tuple(segments), why)
+
+
+def require_archived(
+    node: Node, store: S3Store, found: Candidate, said: Callable[[str], None] = lambda _: None
+) -> Base:
+    """Rule 4, and the base that follows. Raises RecordError, ChainError, SignatureError, RefusedError.
+
+    Nothing the database says of a segment is believed: each is read behind the one before it.
+    """
+    base = base_of(node.conn, found.log)
+    head = base.head if base else EMPTY_HEAD
+    note = ""
+    for row in found.segments:
+        stored = store.look(row.key, row.version)
+        if stored is None or row.bucket != store.bucket:
+            raise RecordError(f"{row.key} is not in bucket {store.bucket} any more", record=row.key)
+        verified, digest, _ = read_back(node, store, found.log, stored, row.place, head)
+        if digest != row.sha256 or (stored.sha256 and stored.sha256 != digest):
+            raise RecordError(f"{row.key} is not what was archived: it has another SHA-256", record=row.key)
+        store.require_locked(stored, needed_until(node, verified))
+        head, note = verified.head, verified.note
+        said(row.key)
+    made = Base(head, note)
+    require_cosigned_by(node.conn, made, found.log)
+    return made
+
+
+def require_cosigned_by(conn: Connection, base: Base, log: Log) -> None:
+    """Raise unless the base holds and one of the stream's targets has cosigned it."""
+    opened = base.verify(log, pinned(conn))
+    rows = conn.execute(
+        "SELECT target FROM vsql_sync.stream_targets WHERE chain = %s AND target <> '*'", (log.chain,)
+    ).fetchall()
+    if cosigners(opened).isdisjoint(name for (name,) in rows):
+        raise SignatureError(
+            f"the checkpoint of {base.head.sequence} entries of {log.chain} is cosigned by no target of it",
+            hint="targets cosign each audit.checkpoint_every; see `syncctl audit archive --cosigned`",
+        )
+
+
+def require_prunable(conn: Connection, log: Log, base: Base) -> None:
+    """What the chain's writer holds an order to prune against, before it says so.
+
+    The entry at the base is the one the table has; rules 2 and 3; and the archive's rows cover all of it.
+    """
+    require_cosigned_by(conn, base, log)
+    size = base.head.sequence
+    row = conn.execute(
+        "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND sequence = %s", (log.chain, size)
+    ).fetchone()
+    entry = None if row is None else parse(bytes(row[0]))
+    mine = (base.head.entry_hash, base.head.epoch, base.head.incarnation, base.head.event_timestamp)
+    if entry is None or mine != (
+        entry.entry_hash, entry.entry.epoch, entry.entry.incarnation, entry.entry.event_timestamp,
+    ):  # fmt: skip
+        raise RefusedError(f"entry {size} of chain {log.chain} is not the one of the base")
+    found = limits(conn, log.chain)
+    why = min(found, key=lambda one: found[one])
+    if size > found[why]:
+        raise RefusedError(f"chain {log.chain} cannot be pruned up to {size}: {why}")
+    covered = conn.execute(
+        "SELECT coalesce(sum(last_sequence - first_sequence + 1), 0) FROM vsql_sync.audit_segments"
+        " WHERE chain = %s AND last_sequence <= %s",
+        (log.chain, size),
+    ).fetchall()[0][0]
+    if covered != size:
+        raise RefusedError(f"chain {log.chain}: archived segments cover {covered} of {size} entries")
+
+
+def said_base(conn: Connection, trust: TrustStore, log: Log) -> Base | None:
+    """The last base that stands in the chain itself, signed; None where it was never pruned."""
+    found = last_base(conn, log)
+    if found is None:
+        return None
+    rows = conn.execute(
+        "SELECT document FROM vsql_sync.audit_documents WHERE chain = %s AND event_type = %s"
+        " ORDER BY sequence DESC",
+        (log.chain, TRAIL_PRUNED),
+    ).fetchall()
+    for (document,) in rows:
+        try:
+            payload = open_document(trust, writer_of(log.chain), bytes(document), AUDIT_ENTRY, signed_place)
+        except (DecodeError, SignatureError):
+            continue
+        if base_in(AuditEntry.decode(payload)) == found:
+            return found
+    return None
+
+
+def delete(conn: Connection, base: Base, log: Log) -> tuple[int, int]:
+    """Delete the rows up to a base the chain names; how many, and how many empty months went with them."""
+    with errors("pruning the audit trail"), conn.transaction():
+        row = conn.execute("SELECT vsql_sync.prune_audit(%s, %s)", (log.chain, base.head.sequence)).fetchone()
+    with errors("dropping empty partitions of the audit trail"):
+        dropped = conn.execute("SELECT vsql_sync.drop_empty_audit_partitions()").fetchone()
+    return (int(row[0]) if row else 0), (int(dropped[0]) if dropped else 0)
