@@ -64,10 +64,10 @@ def linked_start(conn: Connection, log: Log) -> Linked:
     return Linked(head.tree, head.sequence, b"", head.entry_hash)
 
 
-def require_online(start: int, size: int, log: Log) -> None:
+def require_online(start: int, size: int, chain: str) -> None:
     """Raise RefusedError where a question is about entries that were pruned."""
     if size < start:
         raise RefusedError(
-            f"chain {log.chain} is pruned up to entry {start}: entry {size} is in the archive only",
+            f"chain {chain} is pruned: entry {size} is in the archive only",
             hint="its segment proves it: `syncctl audit archive --verify`, docs/operations/audit.md",
         )

@@ -93,7 +93,7 @@ def _held(conn: Connection, trust: TrustStore, log: Log, size: int | None) -> Ch
     ):
         start = linked_start(conn, log)
         if size is not None:
-            require_online(start.size, size, log)
+            require_online(start.size, size, log.chain)
         linked = follow(islice(found, None if size is None else size - start.size), log, start)
     if linked.last:  # else it is the base itself, whose checkpoint is signed
         require_signed(linked, log, trust)
@@ -108,7 +108,7 @@ def own_head(conn: Connection, log: Log, size: int) -> Checkpoint:
         closing(entry_hashes(conn, log.chain)) as hashes,
     ):
         start = linked_start(conn, log)
-        require_online(start.size, size, log)
+        require_online(start.size, size, log.chain)
         tree, found = tree_of(islice(hashes, size - start.size), start.tree, start.size)
     if found != size:
         raise RefusedError(f"chain {log.chain} has {found} entries, not {size}", hint=_HINT)
@@ -170,8 +170,15 @@ def place_of(conn: Connection, name: str) -> tuple[str, int]:
             (event, chain, sequence),
         ).fetchone()
     if row is None:
+        if sequence is not None:
+            require_online(_pruned_up_to(conn, chain) + 1, sequence, chain)
         raise RefusedError(f"this node has no entry {name}", hint=_HINT)
     return str(row[0]), int(row[1])
+
+
+def _pruned_up_to(conn: Connection, chain: str) -> int:
+    row = conn.execute("SELECT max(size) FROM vsql_sync.audit_bases WHERE chain = %s", (chain,)).fetchone()
+    return int(row[0]) if row is not None and row[0] is not None else 0
 
 
 def prove_entry(conn: Connection, sequence: int, checkpoint: Checkpoint, note: str) -> InclusionProof:
@@ -189,7 +196,7 @@ def prove_entry(conn: Connection, sequence: int, checkpoint: Checkpoint, note: s
             (log.chain, sequence),
         ).fetchone()
         start = linked_start(conn, log)
-        require_online(start.size + 1, sequence, log)
+        require_online(start.size + 1, sequence, log.chain)
         with closing(entry_hashes(conn, log.chain)) as hashes:
             path = range_roots(hashes, wanted, start.tree, start.size)
     document = bytes(row[0]) if row else b""
@@ -213,7 +220,7 @@ def prove_prefix(conn: Connection, old: Checkpoint, new: Checkpoint, note: str) 
         closing(entry_hashes(conn, new.log.chain)) as hashes,
     ):
         start = linked_start(conn, new.log)
-        require_online(start.size, old.size or start.size, new.log)
+        require_online(start.size, old.size or start.size, new.log.chain)
         path = range_roots(hashes, wanted, start.tree, start.size)
     with _as_held(new.log):
         require_prefix(old, new, tuple(path))

@@ -67,8 +67,8 @@ class AuditSettings(Section):
     """How often a target cosigns the head of its source's chain, in its own chain of acknowledgements."""
     retention_months: Annotated[Whole, Field(ge=1, le=1200)] = 12
     """Months an archived segment of the trail is locked for."""
-    online_months: Annotated[Whole, Field(ge=1, le=1200)] = 3
-    """Months an entry stays in the database before it may be pruned."""
+    online_months: Annotated[Whole, Field(ge=0, le=1200)] = 3
+    """Months an entry stays in the database before it may be archived and pruned."""
     archive: ArchiveSettings = ArchiveSettings()
     """The bucket archived segments go to."""
 
