@@ -146,7 +146,7 @@ def verify(
     head = reader.head
     if ended is None or head.sequence != place.last:
         raise ChainError(
-            f"chain {log.chain}: the segment is cut: it ends at {head.sequence}, not {place.last}"
+            f"chain {log.chain}: the segment is cut: it ends at {head.sequence}, not at {place.last}"
         )
     note = _end(ended, log, place, start, head)
     # 5.
