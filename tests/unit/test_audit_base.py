@@ -56,6 +56,8 @@ def test_a_base_that_is_not_signed_as_it_must_be_is_refused(case: str) -> None:
 
 CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a member more": lambda one: one.update(x=1),
+    "another format": lambda one: one.update(format=2),
+    "a format that is none": lambda one: one.update(format=True),
     "no head": lambda one: one.pop("head"),
     "a member of the head more": lambda one: one["head"].update(x=1),
     "a member of the head less": lambda one: one["head"].pop("batch"),

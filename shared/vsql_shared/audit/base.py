@@ -23,6 +23,7 @@ from vsql_shared.audit.notes import COSIGNATURE, MAX_NOTE_SIZE, SignedNote
 from vsql_shared.audit.tree import MAX_SIZE, is_known, root_of
 from vsql_shared.errors import ChainError, DecodeError, SignatureError
 
+FORMAT = 1
 _UUID_SIZE = 16
 _MAX_TIMELINE = (1 << 31) - 1
 _MAX_SYSTEM = 64
@@ -78,7 +79,7 @@ class Base:
 
     def detail(self) -> dict[str, Any]:
         """What the entry `trail_pruned` says."""
-        return {"head": head_value(self.head), "checkpoint": self.note}
+        return {"format": FORMAT, "head": head_value(self.head), "checkpoint": self.note}
 
     def encode(self) -> str:
         """As it is stored."""
@@ -91,8 +92,10 @@ class Base:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DecodeError("no base of a chain: not JSON") from error
-        if not isinstance(value, dict) or value.keys() != {"head", "checkpoint"}:
+        if not isinstance(value, dict) or value.keys() != {"format", "head", "checkpoint"}:
             raise DecodeError("no base of a chain: it has other members")
+        if type(value["format"]) is not int or value["format"] != FORMAT:
+            raise DecodeError(f"base of a chain: format {str(value['format'])[:20]}, expected {FORMAT}")
         note = value["checkpoint"]
         if not isinstance(note, str) or len(note) > MAX_NOTE_SIZE:
             raise DecodeError("no base of a chain: its checkpoint is no text")
