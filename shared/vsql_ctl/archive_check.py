@@ -11,6 +11,7 @@ Not here: verifying one segment (vsql_shared/audit/segment.py). Rules:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ class _Seen:
     chain: str
     head: ChainHead = EMPTY_HEAD
     segments: int = 0
+    expired: int = 0
     cosigned: set[str] = field(default_factory=set)
 
     def take(self, verified: Verified) -> None:
@@ -49,6 +51,7 @@ class _Seen:
         return {
             "chain": self.chain,
             "segments": self.segments,
+            "expired": self.expired,
             "last": self.head.sequence,
             "cosigned": sorted(self.cosigned),
         }
@@ -77,8 +80,16 @@ def verify_bucket(node: Node, store: S3Store, only: str | None) -> tuple[Rows, P
 
 def _verify_row(node: Node, store: S3Store, row: Row, seen: _Seen) -> None:
     from vsql_shared.audit.archive import needed_until, read_back
+    from vsql_shared.audit.base import Base
+    from vsql_shared.audit.bases import pinned
 
     stored = store.look(row.key, row.version)
+    if stored is None and row.retain_until < datetime.now(UTC):
+        # Its time is over, and so it may be gone. What it proved, its signed checkpoint says.
+        base = Base(row.head, row.note)
+        base.verify(node.log(row.chain), pinned(node.conn))
+        seen.head, seen.expired = row.head, seen.expired + 1
+        return
     if stored is None or row.bucket != store.bucket:
         raise RefusedError(f"{row.key} is missing: it is not in bucket {store.bucket}")
     verified, digest, _ = read_back(node, store, node.log(row.chain), stored, row.place, seen.head)

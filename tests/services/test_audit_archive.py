@@ -164,7 +164,7 @@ def test_downloaded_segments_verify_off_line_with_public_keys_alone(logs: Archiv
     assert code == 0, err
     assert found == {
         "ok": True,
-        "chains": [{"chain": CHAIN, "segments": 2, "last": 11, "cosigned": ["node-b"]}],
+        "chains": [{"chain": CHAIN, "segments": 2, "expired": 0, "last": 11, "cosigned": ["node-b"]}],
         "problems": [],
     }
     stranger = logs.key_files("node-b", "x")[1]

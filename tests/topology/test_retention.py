@@ -13,6 +13,7 @@ from tests.moto_server import ENVIRONMENT, REGION, moto_server, s3_bucket
 from tests.nodes import Node, TwoNodes
 from tests.pairs import Pairs
 from tests.stack import Stack, kill_tree
+from tests.streams import alter_topic
 from tests.topology.test_joining import ADD_C, COMMON, TABLES
 from tests.waiting import until
 from vsql_shared import names
@@ -76,11 +77,11 @@ def prunable(pair: TwoNodes) -> int:
     return size
 
 
-def on_topic(pair: TwoNodes) -> dict[int, int]:
-    """A's chain on the audit topic: sequence → 1 where its key's last record is a tombstone, else 0."""
+def on_topic(pair: TwoNodes) -> list[tuple[int, bool]]:
+    """A's chain on the audit topic, in order: sequence, and whether it is a tombstone."""
     consumer = Consumer({"bootstrap.servers": pair.a.kafka, "group.id": "look"})
     topic = names.audit_topic(pair.cluster)
-    found: dict[int, int] = {}
+    found: list[tuple[int, bool]] = []
     for number in consumer.list_topics(topic, timeout=20).topics[topic].partitions:
         place = TopicPartition(topic, number, OFFSET_BEGINNING)
         high = consumer.get_watermark_offsets(place, timeout=20)[1]
@@ -93,9 +94,28 @@ def on_topic(pair: TwoNodes) -> dict[int, int]:
             at = message.offset() or 0
             chain, _, _, sequence = bytes(message.key() or b"").decode().split("/")
             if chain == pair.chain:
-                found[int(sequence)] = int(message.value() is None)
+                found.append((int(sequence), message.value() is None))
     consumer.close()
     return found
+
+
+def compact(pair: TwoNodes, upto: int) -> None:
+    """Have Kafka take away what is buried."""
+    alter_topic(
+        pair.a.kafka,
+        names.audit_topic(pair.cluster),
+        segment_ms="100",
+        min_cleanable_dirty_ratio="0.0001",
+        max_compaction_lag_ms="100",
+    )
+    number = [600]
+
+    def gone() -> bool:
+        insert(pair, number[0], 1)  # a segment is closed by what is written behind it
+        number[0] += 1
+        return not [one for one, dead in on_topic(pair) if one <= upto and not dead]
+
+    until(gone, 120)
 
 
 def rows(node: Node, chain: str) -> list[int]:
@@ -115,6 +135,12 @@ def test_a_pruned_chain_verifies_goes_on_and_is_joined(pair: TwoNodes, stack: St
     checked = pair.a.ctl_json("audit", "archive", "--verify")
     assert checked["ok"]
     before = pair.a.ctl("audit", "checkpoint", "--chain", pair.chain).stdout
+    # Whoever gives up waiting has removed nothing; the next one goes on where the order was obeyed.
+    assert pair.a.ctl("audit", "prune", "--timeout", "0", check=False).returncode == 7
+    said = "SELECT 1 FROM vsql_sync.vsql_sync_audit WHERE event_type = 'trail_pruned'"
+    until(lambda: pair.a.query(said), tell=lambda: pair.a.tail("producer"))
+    assert rows(pair.a, pair.chain)[0] == 1
+    pair.a.ctl("audit", "verify", "--kafka")
     pruned = {one["chain"]: one for one in pair.a.ctl_json("audit", "prune", "--reason", "a year is over")}
     upto = pruned[pair.chain]["pruned"]
     assert upto >= size
@@ -122,8 +148,7 @@ def test_a_pruned_chain_verifies_goes_on_and_is_joined(pair: TwoNodes, stack: St
 
     # The table, and the topic: what is left begins behind the base.
     assert rows(pair.a, pair.chain)[0] == upto + 1
-    tombs = on_topic(pair)
-    assert {sequence for sequence, dead in tombs.items() if dead} == set(range(1, upto + 1))
+    assert {sequence for sequence, dead in dict(on_topic(pair)).items() if dead} == set(range(1, upto + 1))
 
     # The chain is proven as before, here, against Kafka and against the peer.
     for arguments in ((), ("--kafka",), ("--peer-connection", pair.b.conninfo)):
@@ -146,6 +171,7 @@ def test_a_pruned_chain_verifies_goes_on_and_is_joined(pair: TwoNodes, stack: St
     report = pair.a.ctl("publication", "scope-report", "pub")
     assert json.loads(report.stdout)["streams"]
 
+    compact(pair, upto)
     third = join(pair, stack)
     try:
         _third_in_step(pair, third)

@@ -243,7 +243,7 @@ def _shown(output: OutputFormat, rows: list[dict[str, Any]], problems: list[dict
     found = {"ok": not problems, "chains": rows, "problems": problems}
 
     def text() -> str:
-        names = ("chain", "segments", "last", "cosigned")
+        names = ("chain", "segments", "expired", "last", "cosigned")
         parts = [render_table(names, [[row[name] for name in names] for row in rows])]
         return "\n".join([*parts, *(f"bad: {one['what']}" for one in problems)])
 

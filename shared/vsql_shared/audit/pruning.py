@@ -24,6 +24,7 @@ from vsql_shared.audit.cosigned import cosigners
 from vsql_shared.audit.dsse import AUDIT_ENTRY, open_document
 from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, TRAIL_PRUNED, AuditEntry, signed_place
 from vsql_shared.audit.rows import parse
+from vsql_shared.audit.tree import MAX_SIZE
 from vsql_shared.errors import DecodeError, RecordError, RefusedError, SignatureError
 from vsql_shared.pg.connect import Connection, errors
 
@@ -60,11 +61,11 @@ def limits(conn: Connection, chain: str) -> dict[str, int]:
             " WHERE chain = %s AND target <> '*' ORDER BY target",
             (chain,),
         ).fetchall()
-        opened, ended = conn.execute(
-            "SELECT max(sequence) FILTER (WHERE event_type = %(opened)s), max(sequence) FILTER (WHERE"
-            " event_type = %(batch)s) FROM vsql_sync.vsql_sync_audit WHERE chain = %(chain)s",
-            {"chain": chain, "opened": EPOCH_OPENED, "batch": REPLICATION_BATCH},
-        ).fetchall()[0]
+        opened = conn.execute(
+            "SELECT sequence FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND event_type = %s"
+            " ORDER BY sequence DESC LIMIT 1",
+            (chain, EPOCH_OPENED),
+        ).fetchone()
     if not targets:
         return {"the stream has no target that acknowledges it": 0}
     found = {
@@ -74,13 +75,14 @@ def limits(conn: Connection, chain: str) -> dict[str, int]:
         for target, acked, wrong in targets
     }
     # What goes on from the table goes back to its last batch that ended (store.load_head).
-    found["its last epoch begins there"] = int(opened or 1) - 1
-    found["its last batch is there"] = _last_ended(conn, chain, int(ended or 0)) - 1
+    found["its last epoch begins there"] = (int(opened[0]) if opened else 1) - 1
+    found["its last batch is there"] = max(0, _last_ended(conn, chain) - 1)
     return found
 
 
-def _last_ended(conn: Connection, chain: str, last: int) -> int:
-    """Sequence of the last batch that ended its transaction, from `last` down; 0 where there is none."""
+def _last_ended(conn: Connection, chain: str) -> int:
+    """Sequence of the last batch that ended its transaction; 0 where there is none."""
+    last = MAX_SIZE
     while last > 0:
         row = conn.execute(
             "SELECT sequence, document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND event_type = %s"
