@@ -383,7 +383,8 @@ def test_two_at_once_are_one(logs: Archive) -> None:
 
 
 def say(conn: Connection, more: History, made: Base) -> None:
-    """What its producer does with an order to prune the chain."""
+    """What its producer, in a new epoch, does with an order to prune the chain."""
+    more.open()
     said = canonical_json(made.detail())
     more.add(event_type=TRAIL_PRUNED, batch_lsn_start=9, batch_lsn_end=9, detail=said)
     note_base(conn, made)
@@ -424,7 +425,7 @@ def test_a_pruned_chain_verifies_from_its_base_and_its_proofs_go_on(pruned: tupl
     report = check(conn)
     assert report.ok, report.problems
     assert report.warnings == ()
-    assert [(one.chain, one.pruned, one.entries) for one in report.chains] == [(CHAIN, 6, 7)]
+    assert [(one.chain, one.pruned, one.entries) for one in report.chains] == [(CHAIN, 6, 8)]
     assert load_head(conn, CHAIN) == more.head
     head = logs.make("node-a", "head", "checkpoint", "--chain", CHAIN)
     proof = logs.make("node-a", "proof", "prove", f"{CHAIN}/9")
@@ -442,7 +443,7 @@ def test_a_pruned_chain_verifies_from_its_base_and_its_proofs_go_on(pruned: tupl
     code, _, err = logs.syncctl("node-a", "audit", "export", "--proofs", "--output", str(report_file))
     assert code == 0, err
     done = run_example(report_file, A)
-    assert done.stdout == f"{CHAIN}: verified up to 13\n{CHAIN}: in a checkpoint of 13 entries\n", done.stderr
+    assert done.stdout == f"{CHAIN}: verified up to 14\n{CHAIN}: in a checkpoint of 14 entries\n", done.stderr
 
 
 def test_the_peer_s_side_is_compared_from_the_base_on(pruned: tuple[Archive, History]) -> None:
@@ -459,7 +460,7 @@ def test_the_peer_s_side_is_compared_from_the_base_on(pruned: tuple[Archive, His
 
 
 def test_signed_acts_below_the_base_are_kept_and_verified(logs: Archive) -> None:
-    """The operator's note of the history is entry 7: with it, the prefix of nine goes."""
+    """The operator's note of the history is entry 8: with it, the first nine go."""
     archived(logs)
     conn = logs.conns["node-a"]
     conn.execute("UPDATE vsql_sync.audit_segments SET last_sequence = 9 WHERE first_sequence = 7")
@@ -475,7 +476,7 @@ def test_signed_acts_below_the_base_are_kept_and_verified(logs: Archive) -> None
     store(conn, more)
     assert delete(conn, made, LOG)[0] == 9
     kept = conn.execute("SELECT sequence, event_type, document FROM vsql_sync.audit_kept").fetchall()
-    assert kept == [(7, "operator_action", source.entries[6].encoded)]
+    assert kept == [(8, "operator_action", source.entries[7].encoded)]
     assert check(conn).ok
     for statement, what in (
         ("UPDATE vsql_sync.audit_kept SET event_type = 'key_rotated'", "not what its row says"),
@@ -489,7 +490,7 @@ def test_signed_acts_below_the_base_are_kept_and_verified(logs: Archive) -> None
             conn.execute(statement.encode())
             conn.execute("ALTER TABLE vsql_sync.audit_kept ENABLE ALWAYS RULE no_update")
         found = check(conn).problems
-        assert found[0].sequence == 7
+        assert found[0].sequence == 8
         assert "kept beside the trail" in found[0].what
         assert what in found[0].what
 
@@ -518,7 +519,7 @@ FORGERIES: dict[str, tuple[Callable[[Connection], object], str]] = {
     "cut to a base the chain does not say": (_cut_further, "no entry of it says that it was pruned up to 9"),
     "another head in the base": (
         lambda conn: _as_owner(
-            conn, "UPDATE vsql_sync.audit_bases SET base = replace(base, '\"batch\":4', '\"batch\":3')"
+            conn, "UPDATE vsql_sync.audit_bases SET base = replace(base, '\"batch\":5', '\"batch\":4')"
         ),
         "batch number",
     ),
@@ -568,7 +569,7 @@ def prune(logs: Archive, *arguments: str) -> tuple[int, Any, str]:
 def test_prune_says_what_is_in_the_way_of_more(logs: Archive) -> None:
     conn = logs.conns["node-a"]
     stream(conn, 11)
-    assert prune(logs, "--dry-run")[1][0]["why"] == "no archived segment begins at 1"
+    assert prune(logs, "--dry-run")[1][0]["why"] == "entries from 1 on are not archived"
     archived(logs)
     code, found, err = prune(logs, "--dry-run")
     assert (code, [(one["pruned"], one["why"]) for one in found]) == (
@@ -579,13 +580,12 @@ def test_prune_says_what_is_in_the_way_of_more(logs: Archive) -> None:
     assert (code, "no live stream" in err) == (4, True)
 
 
-def _further(logs: Archive) -> History:
+def _further(logs: Archive) -> None:
     """An epoch and a batch behind the ordinary history: what its writer starts from."""
     more = History(head=ordinary().head)
     more.open()
     more.batch()
     store(logs.conns["node-a"], more)
-    return more
 
 
 def test_prune_is_refused_while_a_target_is_behind_or_does_not_hold(logs: Archive) -> None:
@@ -639,7 +639,7 @@ def test_prune_is_refused_where_the_archive_is_not_what_it_was(logs: Archive, ca
 
 def test_the_writer_holds_an_order_against_its_own_tables(logs: Archive) -> None:
     archived(logs)
-    more = _further(logs)
+    _further(logs)
     conn = logs.conns["node-a"]
     stream(conn, 11)
     source = ordinary()
@@ -655,7 +655,6 @@ def test_the_writer_holds_an_order_against_its_own_tables(logs: Archive) -> None
     conn.execute("UPDATE vsql_sync.stream_targets SET acked_sequence = 5")
     with pytest.raises(RefusedError, match="cannot be pruned up to 6"):
         require_prunable(conn, LOG, base(source, 6))
-    assert more.head.sequence == 13
 
 
 def _other() -> History:

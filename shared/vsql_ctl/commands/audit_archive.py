@@ -148,6 +148,8 @@ def _take_notes(node: Node, notes: tuple[Path, ...], chain: str | None) -> None:
     from vsql_shared.audit.bases import pinned
     from vsql_shared.audit.checkpoint import open_checkpoint
     from vsql_shared.audit.notes import MAX_NOTE_SIZE
+    from vsql_shared.pg import oplog
+    from vsql_shared.pg.connect import errors
 
     for path in notes:
         text = read_text(path, MAX_NOTE_SIZE)
@@ -155,7 +157,9 @@ def _take_notes(node: Node, notes: tuple[Path, ...], chain: str | None) -> None:
         if chain not in (None, head.log.chain):
             raise UserError(f"{path} is of chain {head.log.chain}")
         heads.require_own(node.conn, node.trust, head)
-        cosigned.remember(node.conn, node.log(head.log.chain), text)
+        with errors("taking a cosigned checkpoint"), node.conn.transaction():
+            cosigned.remember(node.conn, node.log(head.log.chain), text)
+            oplog.record(node.conn, "audit.cosigned", "chain", head.log.chain, new={"size": head.size})
 
 
 def _plans(node: Node, settings: Settings, chain: str | None) -> list[Plan]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _TIMEOUT_SECONDS = 60.0
 _BUSY = frozenset({"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling"})
-_GONE = frozenset({"404", "NoSuchKey", "NoSuchVersion"})
+_GONE = frozenset({"404", "405", "NoSuchKey", "NoSuchVersion"})  # 405: the mark of a deletion
 _TAKEN = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409"})
 _NO_LOCK = "ObjectLockConfigurationNotFoundError"
 _HINTS = {
