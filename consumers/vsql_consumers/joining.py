@@ -54,7 +54,7 @@ _NO_TABLES = frozenset(SIGNALS.values())
 
 
 class JoinPoint(NamedTuple):
-    """Where a stream begins; what lies below: batches that count, their changes, the receipt for all.
+    """Where a stream begins; what lies below: batches that count, their changes, one receipt for all.
 
     No receipt: every batch the copy covers was pruned.
     """
@@ -62,7 +62,7 @@ class JoinPoint(NamedTuple):
     position: Position
     batches: int
     rows: int
-    receipt: Receipt | None
+    receipts: tuple[Receipt, ...]
 
 
 @dataclass(slots=True)
@@ -138,12 +138,12 @@ class JoinScan:
     def _note(self, position: Position) -> None:
         if self._last is None:
             if self._is_pruned:
-                self.point = JoinPoint(position, 0, 0, None)
+                self.point = JoinPoint(position, 0, 0, ())
             return
         entry, encoded = self._last
         verdicts = {COVERED: self._whole.rows}
         receipt = Receipt(entry.sequence, entry.epoch, entry.batch, encoded, EMPTY_ROOT, verdicts)
-        self.point = JoinPoint(position, self._whole.batches, self._whole.rows, receipt)
+        self.point = JoinPoint(position, self._whole.batches, self._whole.rows, (receipt,))
 
 
 def first_position(
@@ -231,7 +231,7 @@ def _commit(chain: str, applier: Applier, point: JoinPoint) -> None:
     """Progress and receipt, in one transaction of the stream's origin."""
 
     def write(conn: Connection) -> None:
-        state.save_receipts(conn, chain, [point.receipt] if point.receipt else [])
+        state.save_receipts(conn, chain, point.receipts)
         state.save_position(conn, chain, point.position)
 
     failpoints.hit("consumer.before-join-commit")

@@ -526,8 +526,8 @@ FORGERIES: dict[str, tuple[Callable[[Connection], object], str]] = {
     "another tree in the base": (
         lambda conn: _as_owner(
             conn,
-            "UPDATE vsql_sync.audit_bases SET base = jsonb_set(base::jsonb, '{head,tree,0}',"
-            " to_jsonb(repeat('00', 32)))::text",
+            "UPDATE vsql_sync.audit_bases SET base ="
+            " regexp_replace(base, '\"tree\":\\[\"[0-9a-f]{64}', '\"tree\":[\"' || repeat('00', 32))",
         ),
         "the checkpoint of its base",
     ),
@@ -572,10 +572,8 @@ def test_prune_says_what_is_in_the_way_of_more(logs: Archive) -> None:
     assert prune(logs, "--dry-run")[1][0]["why"] == "entries from 1 on are not archived"
     archived(logs)
     code, found, err = prune(logs, "--dry-run")
-    assert (code, [(one["pruned"], one["why"]) for one in found]) == (
-        0,
-        [(0, "its last epoch begins there")],
-    ), err
+    assert code == 0, err
+    assert [(one["pruned"], one["why"]) for one in found] == [(6, "its last epoch begins there")]
     code, _, err = prune(logs, "--chain", "other.node-a")
     assert (code, "no live stream" in err) == (4, True)
 

@@ -86,6 +86,12 @@ def test_a_malformed_base_is_one_error_of_ours(case: str) -> None:
         Base.decode(json.dumps(value))
 
 
+def test_a_base_has_one_encoding() -> None:
+    for text in (f" {BASE.encode()}", json.dumps(json.loads(BASE.encode()))):
+        with pytest.raises(DecodeError, match="not in its one encoding"):
+            Base.decode(text)
+
+
 @given(st.text(max_size=60))
 def test_no_text_leads_to_another_error_than_ours(text: str) -> None:
     with pytest.raises(DecodeError):
@@ -157,7 +163,7 @@ def test_a_join_begins_behind_an_opening_though_every_covered_batch_was_pruned()
         if not scan.feed(at, document, ""):
             break
     assert scan.point is not None
-    assert (scan.point.position.head, scan.point.batches, scan.point.receipt) == (opened, 0, None)
+    assert (scan.point.position.head, scan.point.batches, scan.point.receipts) == (opened, 0, ())
 
 
 def test_a_topic_is_compared_from_the_base_on() -> None:

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from vsql_shared.audit.chain import ChainHead
 from vsql_shared.audit.checkpoint import Checkpoint, Log, Opened, open_checkpoint
-from vsql_shared.audit.entries import TRAIL_PRUNED, AuditEntry
+from vsql_shared.audit.entries import TRAIL_PRUNED, AuditEntry, canonical_json
 from vsql_shared.audit.merkle import HASH_SIZE
 from vsql_shared.audit.notes import COSIGNATURE, MAX_NOTE_SIZE, SignedNote
 from vsql_shared.audit.tree import MAX_SIZE, is_known, root_of
@@ -83,11 +83,11 @@ class Base:
 
     def encode(self) -> str:
         """As it is stored."""
-        return json.dumps(self.detail(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return canonical_json(self.detail())
 
     @classmethod
     def decode(cls, text: str) -> Self:
-        """Parse without verifying. Raises DecodeError."""
+        """Parse without verifying. One content has one encoding. Raises DecodeError."""
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -99,7 +99,10 @@ class Base:
         note = value["checkpoint"]
         if not isinstance(note, str) or len(note) > MAX_NOTE_SIZE:
             raise DecodeError("no base of a chain: its checkpoint is no text")
-        return cls(parse_head(value["head"]), note)
+        made = cls(parse_head(value["head"]), note)
+        if made.encode() != text:
+            raise DecodeError("base of a chain: not in its one encoding")
+        return made
 
     def verify(self, log: Log, keys: Iterable[tuple[str, bytes]], *, cosigned: bool = True) -> Opened:
         """Raise unless the checkpoint holds the head. `keys`: (node, public key) of those who are believed.
