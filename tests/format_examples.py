@@ -22,7 +22,8 @@ from vsql_producers.scope import Scope, document
 from vsql_producers.scope_record import seen
 from vsql_producers.transactions import Descriptor
 from vsql_shared.audit import tree
-from vsql_shared.audit.chain import EMPTY_HEAD, ChainWriter, Prepared
+from vsql_shared.audit.base import Base
+from vsql_shared.audit.chain import EMPTY_HEAD, ChainHead, ChainWriter, Prepared, advance
 from vsql_shared.audit.checkpoint import Checkpoint, Log, cosigner_key
 from vsql_shared.audit.dsse import AUDIT_ENTRY, KEY_ANNOUNCEMENT, SignedDocument, pae, sign_document
 from vsql_shared.audit.entries import REPLICATION_BATCH, canonical_json
@@ -214,7 +215,15 @@ def _log_examples(entries: list[Prepared]) -> dict[str, bytes | str]:
         "cosigner-vkey": cosigner_key(CLUSTER, "node-b", B.public_key).vkey + "\n",
         "inclusion-proof": InclusionProof(entries[1].encoded, 1, tuple(path), both).encode(),
         "consistency-proof": ConsistencyProof(1, tuple(prefix), both).encode(),
+        "base": Base(_head(entries), both).encode() + "\n",
     }
+
+
+def _head(entries: list[Prepared]) -> ChainHead:
+    head = EMPTY_HEAD
+    for one in entries:
+        head = advance(head, one.entry, one.entry_hash)
+    return head
 
 
 def examples() -> dict[str, bytes | str]:

@@ -279,6 +279,20 @@ def test_a_stranger_verifies_checkpoints_and_proofs() -> None:
     )
 
 
+def test_a_stranger_goes_on_behind_a_base() -> None:
+    found = json.loads(text("base"))
+    assert found["format"] == 1
+    head, (size, root) = found["head"], check_checkpoint(found["checkpoint"])
+    assert {name for name, _ in signatures(found["checkpoint"])[1]} == {
+        "vsql-sync/shop/orders.node-a",
+        "vsql-sync/shop/node-b",
+    }
+    assert (head["sequence"], head["batch"], head["epoch"]) == (size, 1, 1)
+    # Two entries are one complete subtree, whose root is the checkpoint's.
+    assert [bytes.fromhex(one) for one in head["tree"]] == [root]
+    assert bytes.fromhex(head["entry_hash"]) == raw("entry-2-hash")
+
+
 def test_a_stranger_reads_the_export() -> None:
     export = json.loads(text("export"))
     assert (export["header"]["format"], export["header"]["version"]) == ("vsql-sync-audit-export", 1)
