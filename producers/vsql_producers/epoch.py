@@ -24,7 +24,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPar
 from vsql_producers.publish import Publisher
 from vsql_producers.replication import Identity
 from vsql_shared import failpoints, lsn
-from vsql_shared.audit.bases import last_base
+from vsql_shared.audit.bases import said_base
 from vsql_shared.audit.chain import (
     EMPTY_HEAD,
     Accepted,
@@ -246,7 +246,7 @@ def read_chain(
 
 def base_head(conn: Connection, writing: Writing) -> ChainHead:
     """The head before the first entry that Kafka must still have of our chain."""
-    base = last_base(conn, Log(writing.cluster, writing.chain))
+    base = said_base(conn, writing.trust, Log(writing.cluster, writing.chain))
     return EMPTY_HEAD if base is None else base.head
 
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 from vsql_shared import names
 from vsql_shared.audit.base import Base
-from vsql_shared.audit.bases import last_base
+from vsql_shared.audit.bases import base_at, said_base
 from vsql_shared.audit.checkpoint import Log
 from vsql_shared.audit.entries import TRAIL_PRUNED
-from vsql_shared.audit.pruning import require_prunable, said_base
+from vsql_shared.audit.pruning import require_prunable
 from vsql_shared.errors import RefusedError, VsqlSyncError
 from vsql_shared.pg.connect import Connection, errors
 
@@ -50,13 +50,16 @@ def _say(conn: Connection, command: Command, outlet: Outlet, writing: Writing, l
     base = Base.decode(str(command.args.get("base")))
     size = base.head.sequence
     text = f"chain {log.chain} begins behind entry {size}"
-    if said_base(conn, writing.trust, log) == base:
-        return text
-    known = last_base(conn, log)
-    if known is not None and known.head.sequence > size:
-        raise RefusedError(f"chain {log.chain} was pruned up to {known.head.sequence} already")
+    said = said_base(conn, writing.trust, log)
+    if said is not None and said.head.sequence >= size:
+        if said.head == base.head:
+            return text
+        raise RefusedError(f"chain {log.chain} was pruned up to {said.head.sequence} already")
+    # Noted by a worker that died before it could say so: that one is said, there is no other of its size.
+    known = base_at(conn, log, size)
+    base = known or base
     require_prunable(conn, log, base)
-    if known != base:
+    if known is None:
         with errors("noting where a chain begins"):
             conn.execute(
                 "INSERT INTO vsql_sync.audit_bases (chain, size, base) VALUES (%s, %s, %s)",

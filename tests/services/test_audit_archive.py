@@ -20,9 +20,10 @@ from tests.services.test_audit_trail import TABLE, as_attacker, check, store
 from tests.stack.ports import release_port, reserve_port
 from vsql_shared.audit import cosigned
 from vsql_shared.audit.base import Base
+from vsql_shared.audit.bases import said_base
 from vsql_shared.audit.checkpoint import Log
 from vsql_shared.audit.entries import TRAIL_PRUNED, canonical_json
-from vsql_shared.audit.pruning import delete, require_prunable, said_base
+from vsql_shared.audit.pruning import delete, require_prunable
 from vsql_shared.audit.store import load_head, remember_head
 from vsql_shared.errors import RefusedError, SignatureError, VsqlSyncError
 from vsql_shared.pg.connect import Connection

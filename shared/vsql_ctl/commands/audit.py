@@ -257,7 +257,7 @@ def _other_side(chain: str, peer: str) -> str:
 
 
 def _verify_kafka(conn: Connection, settings: Settings, trust: TrustStore, findings: Findings) -> None:
-    from vsql_shared.audit.bases import last_base
+    from vsql_shared.audit.bases import said_base
     from vsql_shared.audit.checkpoint import Log
     from vsql_shared.audit.history import KafkaHistory, read_topic
     from vsql_shared.audit.store import recall_head
@@ -265,7 +265,9 @@ def _verify_kafka(conn: Connection, settings: Settings, trust: TrustStore, findi
     from vsql_shared.names import audit_topic
 
     report = findings.reports[findings.node]
-    bases = {one.chain: last_base(conn, Log(settings.cluster.name, one.chain)) for one in report.chains}
+    bases = {
+        one.chain: said_base(conn, trust, Log(settings.cluster.name, one.chain)) for one in report.chains
+    }
     heads_before = {name: base.head for name, base in bases.items() if base is not None}
     history = KafkaHistory(settings.cluster.name, findings.node, trust, report, heads_before)
     consumer = make_consumer(settings, "syncctl", "vsql-sync.audit-verify")

@@ -304,8 +304,7 @@ def prune(
 
 def _unfinished(node: Node, chain: str) -> Base | None:
     """A base the chain says already, whose rows are still here: a crash, or a timeout, came between."""
-    from vsql_shared.audit.bases import start_of
-    from vsql_shared.audit.pruning import said_base
+    from vsql_shared.audit.bases import said_base, start_of
 
     base = said_base(node.conn, node.trust, node.log(chain))
     return base if base is not None and start_of(node.conn, node.log(chain)) != base.head else None

@@ -9,13 +9,20 @@ Not here: what a base is (base.py). Rules:
 
 from __future__ import annotations
 
-from vsql_shared.audit.base import Base
-from vsql_shared.audit.chain import EMPTY_HEAD, ChainHead
+from typing import TYPE_CHECKING
+
+from vsql_shared.audit.base import Base, base_in
+from vsql_shared.audit.chain import EMPTY_HEAD, ChainHead, writer_of
 from vsql_shared.audit.checkpoint import Log
+from vsql_shared.audit.dsse import AUDIT_ENTRY, open_document
+from vsql_shared.audit.entries import TRAIL_PRUNED, AuditEntry, signed_place
 from vsql_shared.audit.links import Linked
-from vsql_shared.errors import RefusedError
+from vsql_shared.errors import DecodeError, RefusedError, SignatureError
 from vsql_shared.pg import signers
 from vsql_shared.pg.connect import Connection, errors
+
+if TYPE_CHECKING:
+    from vsql_shared.crypto.signing import TrustStore
 
 
 def base_of(conn: Connection, log: Log) -> Base | None:
@@ -32,11 +39,30 @@ def base_of(conn: Connection, log: Log) -> Base | None:
     return None if row is None else _verified(conn, log, str(row[0]))
 
 
-def last_base(conn: Connection, log: Log) -> Base | None:
-    """The last base the chain was pruned at, whether its rows are gone yet or not."""
+def said_base(conn: Connection, trust: TrustStore, log: Log) -> Base | None:
+    """The last base that stands in the chain itself, signed, and is noted; None where it was never pruned."""
+    with errors("looking where a chain says it was pruned"):
+        rows = conn.execute(
+            "SELECT document FROM vsql_sync.audit_documents WHERE chain = %s AND event_type = %s"
+            " ORDER BY sequence DESC",
+            (log.chain, TRAIL_PRUNED),
+        ).fetchall()
+    for (document,) in rows:
+        try:
+            payload = open_document(trust, writer_of(log.chain), bytes(document), AUDIT_ENTRY, signed_place)
+            base = base_in(AuditEntry.decode(payload))
+        except (DecodeError, SignatureError):
+            continue
+        if base is not None and base_at(conn, log, base.head.sequence) == base:
+            return base
+    return None
+
+
+def base_at(conn: Connection, log: Log, size: int) -> Base | None:
+    """The base of this size that was noted, said in the chain or not."""
     with errors("looking where a chain was pruned"):
         row = conn.execute(
-            "SELECT base FROM vsql_sync.audit_bases WHERE chain = %s ORDER BY size DESC LIMIT 1", (log.chain,)
+            "SELECT base FROM vsql_sync.audit_bases WHERE (chain, size) = (%s, %s)", (log.chain, size)
         ).fetchone()
     return None if row is None else _verified(conn, log, str(row[0]))
 

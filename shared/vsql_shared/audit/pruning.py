@@ -17,22 +17,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from vsql_shared.audit.archive import Node, Row, before, needed_until, read_back, rows_of
-from vsql_shared.audit.base import Base, base_in
-from vsql_shared.audit.bases import base_of, last_base, pinned
-from vsql_shared.audit.chain import EMPTY_HEAD, writer_of
+from vsql_shared.audit.base import Base
+from vsql_shared.audit.bases import base_of, pinned
+from vsql_shared.audit.chain import EMPTY_HEAD
 from vsql_shared.audit.cosigned import cosigners
-from vsql_shared.audit.dsse import AUDIT_ENTRY, open_document
-from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, TRAIL_PRUNED, AuditEntry, signed_place
+from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH
 from vsql_shared.audit.rows import parse
 from vsql_shared.audit.tree import MAX_SIZE
-from vsql_shared.errors import DecodeError, RecordError, RefusedError, SignatureError
+from vsql_shared.errors import RecordError, RefusedError, SignatureError
 from vsql_shared.pg.connect import Connection, errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vsql_shared.audit.checkpoint import Log
-    from vsql_shared.crypto.signing import TrustStore
     from vsql_shared.objects.s3 import S3Store
 
 
@@ -194,26 +192,6 @@ def require_prunable(conn: Connection, log: Log, base: Base) -> None:
     ).fetchall()[0][0]
     if covered != size:
         raise RefusedError(f"chain {log.chain}: archived segments cover {covered} of {size} entries")
-
-
-def said_base(conn: Connection, trust: TrustStore, log: Log) -> Base | None:
-    """The last base that stands in the chain itself, signed; None where it was never pruned."""
-    found = last_base(conn, log)
-    if found is None:
-        return None
-    rows = conn.execute(
-        "SELECT document FROM vsql_sync.audit_documents WHERE chain = %s AND event_type = %s"
-        " ORDER BY sequence DESC",
-        (log.chain, TRAIL_PRUNED),
-    ).fetchall()
-    for (document,) in rows:
-        try:
-            payload = open_document(trust, writer_of(log.chain), bytes(document), AUDIT_ENTRY, signed_place)
-        except (DecodeError, SignatureError):
-            continue
-        if base_in(AuditEntry.decode(payload)) == found:
-            return found
-    return None
 
 
 def delete(conn: Connection, base: Base, log: Log) -> tuple[int, int]:
