@@ -5,9 +5,14 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import get_args, get_origin
 
@@ -32,7 +37,9 @@ def _sections(model: type[BaseModel], at: tuple[str, ...]) -> Iterator[str]:
     keys = [(name, field) for name, field in model.model_fields.items() if model_of(field.annotation) is None]
     if keys:
         yield from (f"### `{_header(at)}`", "", "| key | default | meaning |", "|---|---|---|")
-        yield from (f"| `{name}` | {_default(field)} | {_meaning(field)} |" for name, field in keys)
+        yield from (
+            f"| `{name}` | {_default(field)} | {_meaning(model, name, field)} |" for name, field in keys
+        )
         yield ""
     for name, field in model.model_fields.items():
         inner = model_of(field.annotation)
@@ -58,8 +65,32 @@ def _default(field: FieldInfo) -> str:
     return f"`{json.dumps(value)}`"
 
 
-def _meaning(field: FieldInfo) -> str:
-    text = " ".join((field.description or "").split()).replace("|", "\\|")
+def meaning(model: type[BaseModel], name: str) -> str:
+    """The docstring of a key, which stands below it in its class; empty where there is none.
+
+    Read from the source, here and not by pydantic: that would cost each start of each program a sixth.
+    """
+    where = next(one for one in model.__mro__ if name in inspect.get_annotations(one))
+    return _docstrings(where).get(name, "")
+
+
+@cache
+def _docstrings(model: type) -> Mapping[str, str]:
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(model))).body
+    assert isinstance(tree, ast.ClassDef)
+    return {
+        key.target.id: inspect.cleandoc(text.value.value)
+        for key, text in pairwise(tree.body)
+        if isinstance(key, ast.AnnAssign)
+        and isinstance(key.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }
+
+
+def _meaning(model: type[BaseModel], name: str, field: FieldInfo) -> str:
+    text = " ".join(meaning(model, name).split()).replace("|", "\\|")
     choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
     return f"{text} One of {', '.join(f'`{choice}`' for choice in choices)}." if len(choices) > 1 else text
 

@@ -11,8 +11,9 @@ A target whose own, signed acknowledgements do not hold is marked with the first
 marked; the stream itself goes on, because other targets are not to blame.
 
 What is not signed by the target, or cannot be read, says nothing of it and is passed over: whoever can write
-to the topic must not be able to mark a target. Its key may be pinned later, though, so when an entry then
-does not follow, reading goes back once to the last one that did.
+to the topic must not be able to mark a target. Its key may be pinned later, though, and a topic may have been
+made anew; so when an entry does not follow, all there is is read once more before the target is marked. A
+place that was noted is held against the entry that lay there.
 """
 
 from __future__ import annotations
@@ -205,10 +206,10 @@ class Targets:
             self._go_back = True
 
     def _assign(self) -> None:
-        """Read from behind the last entry of each target that is read; what others have had is left out."""
+        """Read from the last entry of each target that is read; what others have had is left out."""
         self._go_back = False
         offsets = [target.offset for target in self._targets.values() if not target.mismatch]
-        starts = [offset + 1 for offset in offsets if offset is not None]
+        starts = [offset for offset in offsets if offset is not None]
         start = min(starts, default=OFFSET_END) if len(starts) == len(offsets) else OFFSET_BEGINNING
         try:
             self._consumer.assign([TopicPartition(self._topic, self._partition, start)])
@@ -222,7 +223,11 @@ class Targets:
     def _take(self, offset: int, value: bytes) -> None:
         where = f"{self._topic}/{self._partition}/{offset}"
         for target in self._targets.values():
-            if target.mismatch or (target.offset is not None and offset <= target.offset):
+            if target.mismatch or (target.offset is not None and offset < target.offset):
+                continue
+            if offset == target.offset:
+                if document_hash(value) != target.reader.head.entry_hash:
+                    self._read_again(target)
                 continue
             try:
                 found = target.reader.accept(value, where)
@@ -247,11 +252,16 @@ class Targets:
 
     def _unfit(self, target: Target, problem: str) -> None:
         """An entry of the target does not follow: what was passed over before may be what is missing."""
-        if target.doubt and not target.went_back:
+        if not target.went_back:
             target.went_back = True
-            self._go_back = True
+            self._read_again(target)
         else:
             self._mark(target, f"{problem}; before it, {target.doubt}" if target.doubt else problem)
+
+    def _read_again(self, target: Target) -> None:
+        """From the beginning: the partition is not the one that was read before, or was not read well."""
+        target.offset = None
+        self._go_back = True
 
     def _note(self, target: Target, entry: AuditEntry) -> None:
         if entry.event_type in _COUNTED and entry.ref_sequence:

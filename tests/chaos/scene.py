@@ -43,6 +43,7 @@ status_interval_ms = 500
 command_poll_ms = 500
 """
 """Small batches, so that a transaction often needs several; and waits that are short beside a run."""
+_LATE_SECONDS = 15.0
 _POSTGRES = {"wal_sender_timeout": "10s"}
 
 
@@ -190,10 +191,22 @@ class Scene:
         steps = plan(result.seed, result.seconds, faults)
         with checker.under_load(pair, result.seed) as watch:
             result.faults = play(steps, faults, result.seconds, log.append)
+            if any(name.startswith("disk-full") for name in result.faults):
+                self._start_whoever_ends_late(log)
         result.commits, result.snapshots = len(watch.commits), watch.snapshots
         pair.stop()
         if left := _left(pair.folder):
             raise checker.CheckError(f"outlived their daemon: {[one.info['cmdline'] for one in left]}")
+
+    def _start_whoever_ends_late(self, log: list[str]) -> None:
+        """A server whose disk was full may end of it when there is room again."""
+        until = time.monotonic() + _LATE_SECONDS
+        while time.monotonic() < until:
+            for server in (self.source, self.target, self.kafka):
+                if server.pid is None:
+                    log.append(f"{type(server).__name__} ended late, and is started")
+                    server.start()
+            time.sleep(0.5)
 
 
 def _new_database(server: PostgresServer, name: str) -> str:

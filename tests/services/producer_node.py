@@ -23,7 +23,7 @@ from confluent_kafka.cimpl import NewTopic
 from psycopg.conninfo import conninfo_to_dict
 
 from tests.stack import Stack, spawn
-from tests.streams import Record, cluster_topics, read_topics
+from tests.streams import Record, append, cluster_topics, read_topics
 from vsql_shared import names
 from vsql_shared.audit import merkle
 from vsql_shared.audit.chain import (
@@ -53,6 +53,7 @@ from vsql_shared.crypto.signing import (
     load_public_key,
     load_signer,
 )
+from vsql_shared.kafka.topics import ensure_topic
 from vsql_shared.kms import open_provider
 from vsql_shared.kms.file import generate_kek_file
 from vsql_shared.pg import migrate, nodes, publications
@@ -355,6 +356,10 @@ class PeerNode:
         for chain, old in list(self._writers.items()):
             self._again[chain] = old.tip
 
+    def begin_anew(self) -> None:
+        """Go on in a new epoch, as after a restart."""
+        self.sign_with(self._signer)
+
     def prepare_next(self, chain: str, signer: Signer) -> bytes:
         """The next entry of the target's chain as another signer would make it; it is not sent."""
         known = self._writers[chain].tip
@@ -513,3 +518,15 @@ def _records_of(manifest: AuditEntry, part: PartitionRoot, topics: dict[str, lis
                 chosen.append(record)
     assert len(chosen) == part.packs
     return chosen
+
+
+def make_shorter(node: SourceNode, topic: str, records: list[Record]) -> None:
+    """Delete the topic and make it anew with these records only."""
+    admin = AdminClient({"bootstrap.servers": node.kafka})
+    admin.delete_topics([topic])[topic].result(20)
+    kind = "audit" if topic.endswith(".audit") else "data"
+    deadline = time.monotonic() + 20
+    while topic in node.topics() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    ensure_topic(admin, topic, kind, node.settings)  # type: ignore[arg-type]  # one of the kinds
+    append(node.kafka, records)

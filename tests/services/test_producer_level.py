@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import pytest
@@ -10,11 +9,10 @@ from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from tests.services.conftest import NewSource
-from tests.services.producer_node import SourceNode
+from tests.services.producer_node import SourceNode, make_shorter
 from tests.stack import Stack
-from tests.streams import Record, append
+from tests.streams import Record
 from vsql_shared import names
-from vsql_shared.kafka.topics import ensure_topic
 
 TABLE = "CREATE TABLE t (id bigint PRIMARY KEY, note text); CREATE TABLE u (id bigint PRIMARY KEY)"
 QUICK = "[limits]\nbatch_linger_ms = 1\nbatch_max_rows = 50\nstatus_interval_ms = 100\n"
@@ -32,18 +30,6 @@ def source(new_source: NewSource) -> tuple[SourceNode, list[Record]]:
     node.wait_confirmed()
     node.stop(worker)
     return node, [r for r in node.records() if r.topic == names.audit_topic(node.cluster)]
-
-
-def make_shorter(node: SourceNode, topic: str, records: list[Record]) -> None:
-    """Delete the topic and make it anew with these records only."""
-    admin = AdminClient({"bootstrap.servers": node.kafka})
-    admin.delete_topics([topic])[topic].result(20)
-    kind = "audit" if topic.endswith(".audit") else "data"
-    deadline = time.monotonic() + 20
-    while topic in node.topics() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    ensure_topic(admin, topic, kind, node.settings)  # type: ignore[arg-type]  # one of the kinds
-    append(node.kafka, records)
 
 
 @pytest.mark.parametrize("kept", [0, 1, -4, -1])

@@ -9,8 +9,9 @@ import psycopg
 import pytest
 
 from tests.services.conftest import NewSource
-from tests.services.producer_node import CHAIN, PeerNode, SourceNode
+from tests.services.producer_node import CHAIN, PeerNode, SourceNode, make_shorter
 from vsql_producers.joining import uncovered
+from vsql_shared import names
 from vsql_shared.audit.entries import BATCH_COVERED
 from vsql_shared.crypto.signing import fingerprint, generate_signing_key, load_public_key, load_signer
 
@@ -66,6 +67,31 @@ def test_acknowledgements_move_the_target_forward_across_restarts(new_source: Ne
     last = node.read().manifests[-1].sequence
     node.wait(lambda: said(node).get("acked_sequence") == last)
     assert said(node) == {"acked_sequence": last, "lag_batches": 0, "mismatch": None, "passed_over": None}
+    node.stop(worker)
+
+
+def test_acknowledgements_in_a_topic_made_anew_are_found_wherever_they_lie(new_source: NewSource) -> None:
+    """Before the place up to which they were read in the old one, some of them were never read."""
+    node, target, worker, _ = acknowledged(new_source)
+    node.execute("INSERT INTO t VALUES (2, 'b')")
+    node.wait_confirmed()
+    node.stop(worker)
+    target.begin_anew()
+    target.acknowledge(CHAIN)
+    topic = names.audit_topic(node.cluster)
+    records = [one for one in node.records() if one.topic == topic]
+    acks = [one for one in records if b".ack." in (one.key or b"")]
+    assert len(acks) == 4
+    make_shorter(node, topic, [*acks, *(one for one in records if one not in acks)])
+    worker = node.start(log="second")
+    last = node.read().manifests[-1].sequence
+    node.wait(lambda: said(node).get("acked_sequence") == last)
+    assert said(node)["mismatch"] is None
+    node.execute("INSERT INTO t VALUES (3, 'c')")
+    node.wait_confirmed()
+    target.acknowledge(CHAIN)
+    last = node.read().manifests[-1].sequence
+    node.wait(lambda: said(node).get("acked_sequence") == last)
     node.stop(worker)
 
 

@@ -75,7 +75,6 @@ class LayeredSettings(BaseSettings):
         extra="forbid",
         frozen=True,
         hide_input_in_errors=True,
-        use_attribute_docstrings=True,
         validate_default=True,
         env_prefix=ENV_PREFIX.lower(),
         env_nested_delimiter=DELIMITER,
