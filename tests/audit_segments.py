@@ -39,7 +39,8 @@ def note(history: History, size: int, *by: Signer) -> str:
 
 def base(history: History, size: int, *by: Signer) -> Base:
     """Where the chain begins when so many entries are pruned."""
-    return Base(head_at(history, size), note(history, size, *by))
+    named = {name for one in history.entries[:size] for name in one.entry.tables_affected}
+    return Base(head_at(history, size), note(history, size, *by), tuple(sorted(named)))
 
 
 def segment(history: History, first: int, last: int) -> list[dict[str, Any]]:

@@ -237,7 +237,8 @@ class Worker:
                 control.answer(command, ok=False, message=message)
                 return
         elif command.verb in prune_orders.VERBS:
-            done, message = prune_orders.obey(conn, command, pipeline.outlet, context.writing)
+            months = self._settings.audit.online_months
+            done, message = prune_orders.obey(conn, command, pipeline.outlet, context.writing, months)
             if not done:
                 control.answer(command, ok=False, message=message)
                 return

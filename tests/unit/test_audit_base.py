@@ -11,17 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.audit_history import CHAIN, CLUSTER, A, B, History, ordinary, signer, trust
+from tests.audit_history import CHAIN, CLUSTER, START, A, B, History, ordinary, signer, trust
 from tests.audit_segments import KEYS, base, head_at
 from vsql_consumers.joining import JoinScan, pruned_at
 from vsql_shared.audit import merkle, tree
 from vsql_shared.audit.base import Base, base_in, head_value, parse_head
-from vsql_shared.audit.chain import EMPTY_HEAD, Accepted, ChainReader, Void
+from vsql_shared.audit.chain import Accepted, ChainReader, Void
 from vsql_shared.audit.checkpoint import Log
-from vsql_shared.audit.entries import TRAIL_PRUNED, canonical_json
+from vsql_shared.audit.dsse import AUDIT_ENTRY, SignedDocument, verify_document
+from vsql_shared.audit.entries import TRAIL_PRUNED, AuditEntry, canonical_json, signed_place
 from vsql_shared.audit.history import KafkaHistory
 from vsql_shared.audit.verify import ChainReport, Report
 from vsql_shared.changes import TableName
+from vsql_shared.crypto.signing import PinnedKey, TrustStore
 from vsql_shared.errors import ChainError, DecodeError, RecordError, SignatureError
 
 HISTORY = ordinary()
@@ -74,6 +76,11 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a tree that is none": lambda one: one["head"].update(tree="00"),
     "a system that is none": lambda one: one["head"].update(system_identifier=7),
     "a checkpoint that is no text": lambda one: one.update(checkpoint=7),
+    "tables that are none": lambda one: one.update(tables="public.orders"),
+    "a table that is no name": lambda one: one.update(tables=[7]),
+    "an empty name": lambda one: one.update(tables=[""]),
+    "a table twice": lambda one: one.update(tables=["public.a", "public.a"]),
+    "tables in another order": lambda one: one.update(tables=["public.b", "public.a"]),
     "a checkpoint without end": lambda one: one.update(checkpoint="x" * (1 << 17)),
 }
 
@@ -136,34 +143,166 @@ def test_a_reader_goes_on_from_the_base_whatever_compaction_has_left_below_it(le
     assert reader.head == made.head
 
 
-def test_a_joining_target_finds_the_base_in_the_chain() -> None:
+def found(documents: list[bytes], by: TrustStore | None = None) -> Base | None:
+    return pruned_at(lambda: iter(documents), LOG, by or trust(A))
+
+
+def test_a_joining_target_finds_the_base_its_chain_leads_on_from() -> None:
     made = pruned()
-    assert pruned_at(made.documents[6:], LOG, trust(A)) == BASE.head
-    assert pruned_at(ordinary().documents, LOG, trust(A)) == EMPTY_HEAD
-    # What its writer has not signed says nothing.
-    assert pruned_at(made.documents, LOG, trust(signer("node-a", "x"))) == EMPTY_HEAD
-    assert pruned_at([b"", b"x" * 100, *made.documents], LOG, trust(A)) == BASE.head
+    assert found(made.documents[6:]) == BASE
+    # What compaction has left below it changes nothing; a chain that is whole is read whole.
+    assert found([*made.documents[:2], *made.documents[6:]]) == BASE
+    assert found(made.documents) is None
+    assert found(ordinary().documents) is None
+    # What its writer has not signed says nothing, and ends nothing.
+    assert found(made.documents[6:], trust(signer("node-a", "x"))) is None
+    assert found([b"", b"x" * 100, *made.documents[6:]]) == BASE
     later = base(made, 12)
-    made.add(
-        event_type=TRAIL_PRUNED, batch_lsn_start=9, batch_lsn_end=9, detail=canonical_json(later.detail())
-    )
-    assert pruned_at(made.documents[12:], LOG, trust(A)) == later.head
-    with pytest.raises(ChainError, match="the checkpoint of its base"):
-        pruned_at(pruned(FORGED["another size"]).documents, LOG, trust(A))
+    say(made, later)
+    assert found(made.documents[6:]) == BASE
+    for left in (made.documents[12:], made.documents[10:11] + made.documents[12:]):
+        assert found(left) == later
+    # Without what lies between the base and the entry that says it, the chain does not lead there.
+    assert found(made.documents[13:]) is None
 
 
-def test_a_join_begins_behind_an_opening_though_every_covered_batch_was_pruned() -> None:
+@pytest.mark.parametrize("case", ["another size", "another tree", "no tree", "not signed by its writer"])
+def test_a_joining_target_begins_behind_no_base_whose_checkpoint_does_not_hold(case: str) -> None:
+    assert found(pruned(FORGED[case]).documents[6:]) is None
+
+
+def say(made: History, by: Base) -> None:
+    """Have the chain say that it was pruned there."""
+    detail = canonical_json(by.detail())
+    made.add(event_type=TRAIL_PRUNED, batch_lsn_start=9, batch_lsn_end=9, detail=detail)
+
+
+NEW = signer("node-a", "next")
+"""The key that followed A's, which a thief has now."""
+
+
+def handed_over() -> History:
+    """A chain pruned at 3 whose writer has another key behind entry 8."""
+    source = ordinary()
+    made = History(head=head_at(source, 8))
+    made.entries = source.entries[:8]
+    made.by = NEW
+    made._clock = source.entries[7].entry.event_timestamp
+    made.open()
+    say(made, base(made, 3, NEW))
+    for _ in range(3):
+        made.batch()
+    return made
+
+
+def thief(at: int) -> list[bytes]:
+    """By A's key, behind entry `at`, dated back: an epoch, and a base at the chain's end.
+
+    The head is of his own making; the checkpoint is of the genuine tree, which everybody can compute.
+    """
+    made = handed_over()
+    late = History(head=head_at(made, at))
+    late._clock = START
+    late.open()
+    end = base(made, 13, A)
+    say(late, replace(end, head=replace(end.head, event_timestamp=1, lsn_end=1), tables=()))
+    return late.documents
+
+
+def behind_it() -> list[bytes]:
+    """The same, behind the head that base names itself: its time is the thief's own."""
+    made = handed_over()
+    end = base(made, 13, A)
+    named = replace(end, head=replace(end.head, event_timestamp=1, lsn_end=1), tables=())
+    late = History(head=named.head)
+    late._clock = START
+    late.open()
+    say(late, named)
+    return late.documents
+
+
+def ended(retired_at: int | None = None) -> TrustStore:
+    """A's key retired at a time, or revoked; its successor counts."""
+    old = PinnedKey("node-a", A.public_key, A.fingerprint, retired_at is None, retired_at, {CHAIN: 8})
+    return TrustStore([old, PinnedKey("node-a", NEW.public_key, NEW.fingerprint, revoked=False)])
+
+
+RETIRED = handed_over().entries[7].entry.event_timestamp + 1
+UNCHAINED: dict[str, tuple[list[bytes], TrustStore]] = {
+    "by a revoked key, in the place of a known entry": (thief(5), ended()),
+    "by a retired key, dated back": (thief(13), ended(RETIRED)),
+    "by a retired key, behind a head it names itself": (behind_it(), ended(RETIRED)),
+    "by a writer whose epoch was lost": (thief(8), trust(A, NEW)),
+}
+
+
+@pytest.mark.parametrize("case", UNCHAINED)
+def test_a_genuine_signature_on_an_entry_of_no_chain_lets_nobody_begin_behind_it(case: str) -> None:
+    forged, keys = UNCHAINED[case]
+    document = SignedDocument.decode(forged[-1])
+    entry = AuditEntry.decode(verify_document(keys, "node-a", document, AUDIT_ENTRY, signed_place))
+    assert entry.event_type == TRAIL_PRUNED  # by itself it verifies
+    made = handed_over()
+    for late in (forged, forged[-1:]):
+        assert found([*made.documents, *late], keys) is None  # nothing is missing: read from the first on
+        assert found([*made.documents[3:], *late], keys) == base(made, 3, NEW)
+        assert found([*made.documents[:1], *made.documents[3:], *late], keys) == base(made, 3, NEW)
+
+
+def joined(
+    copied: dict[TableName, int], by: Callable[[History], Base] = lambda one: base(one, 13)
+) -> JoinScan:
+    """A scan of a chain pruned at 13, whose batches end at 950, up to an opening behind it."""
     made = pruned()
     made.open()
-    opened = made.head
     made.batch()
-    reader = ChainReader(CLUSTER, CHAIN, "node-a", trust(A), base(made, 13).head, pruned=13)
-    scan = JoinScan(reader, {TableName("public", "orders"): 1})
+    known = by(made)
+    reader = ChainReader(CLUSTER, CHAIN, "node-a", trust(A), known.head, pruned=known.head.sequence)
+    scan = JoinScan(reader, copied, known)
     for at, document in enumerate(made.documents[11:]):
         if not scan.feed(at, document, ""):
             break
+    return scan
+
+
+ORDERS = TableName("public", "orders")
+
+
+@pytest.mark.parametrize("position", [850, 851, 10_000])
+def test_a_join_begins_behind_an_opening_though_every_covered_batch_was_pruned(position: int) -> None:
+    made = pruned()
+    assert base(made, 13).head.lsn_end == 850 + 100 * (made.head.batch - 8)
+    scan = joined({ORDERS: position + made.head.lsn_end - 850})
+    opened = made.open()
     assert scan.point is not None
-    assert (scan.point.position.head, scan.point.batches, scan.point.receipts) == (opened, 0, ())
+    assert (scan.point.position.head.entry_hash, scan.point.receipts) == (opened.entry_hash, ())
+
+
+NOT_COVERED: dict[str, tuple[dict[TableName, int], Callable[[History], Base]]] = {
+    "a copy that ends below the base": ({ORDERS: 1}, lambda one: base(one, 13)),
+    "a copy that ends one position below it": (
+        {ORDERS: pruned().head.lsn_end - 1},
+        lambda one: base(one, 13),
+    ),
+    "one of several copies": (
+        {ORDERS: 10_000, TableName("public", "other"): 1},
+        lambda one: base(one, 13),
+    ),
+    "a table that was not copied": (
+        {ORDERS: 10_000},
+        lambda one: replace(base(one, 13), tables=("public.orders", "public.refunds")),
+    ),
+    "a table without a name": ({ORDERS: 10_000}, lambda one: replace(base(one, 13), tables=("x",))),
+    "a transaction under way": (
+        {ORDERS: 10_000},
+        lambda one: replace(base(one, 13), head=replace(base(one, 13).head, unfinished_from=4)),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_COVERED)
+def test_what_the_copy_does_not_have_is_not_passed_over_below_a_base(case: str) -> None:
+    assert joined(*NOT_COVERED[case]).point is None
 
 
 def test_a_topic_is_compared_from_the_base_on() -> None:

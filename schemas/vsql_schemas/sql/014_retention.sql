@@ -27,7 +27,7 @@ CREATE TABLE vsql_sync.audit_segments (
     PRIMARY KEY (chain, first_sequence)
 );
 
--- Where a pruned chain begins, each as a signed entry `trail_pruned` of that chain has it.
+-- Where a pruned chain begins: a row with each signed entry `trail_pruned` of it, in the same transaction.
 CREATE TABLE vsql_sync.audit_bases (
     chain           TEXT NOT NULL,
     size            BIGINT NOT NULL CHECK (size > 0),   -- entries up to here may be gone
@@ -47,6 +47,7 @@ CREATE TABLE vsql_sync.audit_kept (
 );
 CREATE INDEX audit_kept_event ON vsql_sync.audit_kept (event_type);
 SELECT vsql_sync.make_append_only('vsql_sync.audit_bases');
+SELECT vsql_sync.make_append_only('vsql_sync.audit_segments');
 SELECT vsql_sync.make_append_only('vsql_sync.audit_kept');
 
 -- Signed entries this node has, on-line or kept.
@@ -55,47 +56,58 @@ SELECT chain, sequence, event_type, source_node_id, document FROM vsql_sync.vsql
 UNION ALL
 SELECT chain, sequence, event_type, source_node_id, document FROM vsql_sync.audit_kept;
 
+-- What may be deleted from the trail: entries up to a base that the chain says (audit_bases gets its row with
+-- that entry), by the table's owner, as whom prune_audit runs. Rows are locked, and no table: all others go on.
+-- A partition named directly keeps its own rule, without exception.
+CREATE OR REPLACE RULE no_delete AS ON DELETE TO vsql_sync.vsql_sync_audit
+    WHERE NOT EXISTS (
+        SELECT FROM vsql_sync.audit_bases b
+        JOIN pg_catalog.pg_class c ON c.oid = 'vsql_sync.vsql_sync_audit'::pg_catalog.regclass
+        WHERE b.chain = OLD.chain AND b.size >= OLD.sequence
+          AND pg_catalog.pg_get_userbyid(c.relowner) = current_user)
+    DO INSTEAD NOTHING;
+ALTER TABLE vsql_sync.vsql_sync_audit ENABLE ALWAYS RULE no_delete;
+
+-- How many entries of a chain the archive's segments cover from the first one on, without a gap or an overlap.
+CREATE FUNCTION vsql_sync.archived_entries(p_chain TEXT, p_size BIGINT) RETURNS BIGINT
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+AS $$
+    SELECT CASE WHEN bool_and(first_sequence = due) THEN max(last_sequence) ELSE 0 END FROM (
+        SELECT first_sequence, last_sequence,
+            lag(last_sequence, 1, 0::bigint) OVER (ORDER BY first_sequence) + 1 AS due
+        FROM vsql_sync.audit_segments WHERE chain = p_chain AND last_sequence <= p_size) s
+$$;
+
 -- Delete the rows of a chain up to the base its signed entry names; returns how many. All of it or nothing.
--- Entries that bring a batch or open an epoch go, the others are kept apart. Whole partitions are dropped when
--- nothing is left in them and nobody is in the way; else the next time.
+-- Entries that bring a batch or open an epoch go, the others are kept apart.
 CREATE FUNCTION vsql_sync.prune_audit(p_chain TEXT, p_size BIGINT) RETURNS BIGINT
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET timezone = 'UTC'
     SET lock_timeout = '2s'
 AS $$
 DECLARE
-    v_parts   REGCLASS[];
-    v_part    REGCLASS;
     v_deleted BIGINT;
-    v_total   BIGINT := 0;
-    v_covered BIGINT;
+    v_covered BIGINT := coalesce(vsql_sync.archived_entries(p_chain, p_size), 0);
 BEGIN
     IF NOT EXISTS (SELECT FROM vsql_sync.audit_bases WHERE chain = p_chain AND size = p_size) THEN
         RAISE EXCEPTION 'chain % was not pruned at %: no signed entry says so', p_chain, p_size
             USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
     -- Every entry lies in a segment that was read back.
-    SELECT coalesce(sum(last_sequence - first_sequence + 1), 0) INTO v_covered
-        FROM vsql_sync.audit_segments WHERE chain = p_chain AND last_sequence <= p_size;
     IF v_covered <> p_size THEN
         RAISE EXCEPTION 'chain %: segments in the archive cover % of % entries', p_chain, v_covered, p_size
             USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
-    PERFORM pg_advisory_xact_lock(hashtextextended('vsql_sync.ensure_audit_partition', 0));
     INSERT INTO vsql_sync.audit_kept (chain, sequence, event_type, source_node_id, document)
         SELECT chain, sequence, event_type, source_node_id, document FROM vsql_sync.vsql_sync_audit
         WHERE chain = p_chain AND sequence <= p_size AND event_type NOT IN
             ('replication_batch', 'batch_applied', 'epoch_opened', 'checkpoint_cosigned');
-    -- Only partitions that hold such rows are touched: this month's is written to all the time.
-    SELECT coalesce(array_agg(DISTINCT tableoid::regclass), '{}') INTO v_parts
-        FROM vsql_sync.vsql_sync_audit WHERE chain = p_chain AND sequence <= p_size;
-    FOREACH v_part IN ARRAY v_parts LOOP
-        EXECUTE format('ALTER TABLE %s DISABLE RULE no_delete', v_part);
-        EXECUTE format('DELETE FROM %s WHERE chain = $1 AND sequence <= $2', v_part) USING p_chain, p_size;
-        GET DIAGNOSTICS v_deleted = ROW_COUNT;
-        v_total := v_total + v_deleted;
-        EXECUTE format('ALTER TABLE %s ENABLE ALWAYS RULE no_delete', v_part);
-    END LOOP;
-    RETURN v_total;
+    DELETE FROM vsql_sync.vsql_sync_audit WHERE chain = p_chain AND sequence <= p_size;
+    GET DIAGNOSTICS v_deleted = ROW_COUNT;
+    IF EXISTS (SELECT FROM vsql_sync.vsql_sync_audit WHERE chain = p_chain AND sequence <= p_size) THEN
+        RAISE EXCEPTION 'chain %: its entries up to % cannot be deleted: is prune_audit owned by whoever owns'
+            ' the table?', p_chain, p_size USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    RETURN v_deleted;
 END
 $$;
 REVOKE EXECUTE ON FUNCTION vsql_sync.prune_audit(TEXT, BIGINT) FROM PUBLIC;
@@ -118,6 +130,10 @@ BEGIN
           AND to_date(right(c.relname, 6), 'YYYYMM') < date_trunc('month', now()) - INTERVAL '1 month'
         ORDER BY 1
     LOOP
+        EXECUTE format('SELECT EXISTS (SELECT FROM vsql_sync.%I)', v_name) INTO v_found;
+        CONTINUE WHEN v_found;
+        -- Whoever writes an entry dated back into it comes before this lock, and is seen, or after the drop.
+        EXECUTE format('LOCK TABLE vsql_sync.%I IN ACCESS EXCLUSIVE MODE', v_name);
         EXECUTE format('SELECT EXISTS (SELECT FROM vsql_sync.%I)', v_name) INTO v_found;
         CONTINUE WHEN v_found;
         EXECUTE format('DROP TABLE vsql_sync.%I', v_name);

@@ -281,7 +281,7 @@ def prune(
     of the stream's targets must have cosigned the checkpoint at its end, all must have acknowledged it. The
     stream's producer says so in the chain, signed, before anything is removed.
     """
-    from vsql_shared.audit.pruning import candidate, live_chains
+    from vsql_shared.audit.pruning import candidate, live_chains, require_still_archived
 
     with _working(operator.settings) as (node, opened):
         names = live_chains(node.conn)
@@ -293,11 +293,14 @@ def prune(
         rows: list[dict[str, Any]] = []
         store: S3Store | None = None
         for one in [name for name in names if chain in (None, name)]:
-            unfinished = _unfinished(node, one)
+            base = _unfinished(node, one)
             found = candidate(node, one, operator.settings.audit.online_months)
-            base = unfinished
-            if base is None and found.segments and not dry_run:
-                base = _order(node, store := store or opened(), found, reason, timeout)
+            if not dry_run and (base is not None or found.segments):
+                store = store or opened()
+                if base is not None:
+                    require_still_archived(node, store, base, found.log, _verified)
+                else:
+                    base = _order(node, store, found, operator.settings, reason, timeout)
             rows.append(_pruned(node, found, base, reason, timeout, dry_run=dry_run))
         emit(output, rows, lambda: _prunings(rows))
 
@@ -310,11 +313,17 @@ def _unfinished(node: Node, chain: str) -> Base | None:
     return base if base is not None and start_of(node.conn, node.log(chain)) != base.head else None
 
 
-def _order(node: Node, store: S3Store, found: Candidate, reason: str, timeout: float) -> Base:
+def _verified(key: str) -> None:
+    click.echo(f"verified {key}", err=True)
+
+
+def _order(
+    node: Node, store: S3Store, found: Candidate, settings: Settings, reason: str, timeout: float
+) -> Base:
     from vsql_shared.audit.pruning import require_archived, require_prunable
 
-    base = require_archived(node, store, found, lambda key: click.echo(f"verified {key}", err=True))
-    require_prunable(node.conn, found.log, base)
+    base = require_archived(node, store, found.log, found.segments, _verified)
+    require_prunable(node.conn, found.log, base, settings.audit.online_months)
     _obeyed(node.conn, found.log.chain, "prune-chain", {"base": base.encode()}, base, reason, timeout)
     return base
 

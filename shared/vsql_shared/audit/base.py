@@ -6,6 +6,7 @@ Not here: pruning, and the tables bases lie in (bases.py). Pure. Rules:
   head's size, with the root of the head's tree.
 * The chain says itself where it was pruned: `trail_pruned`, whose detail is the base. So the rest of the
   head (epoch, incarnation, hash, batch) is signed, too, and readers of the topic find it there.
+* It names every table a batch below it had rows of: who joins must have a copy of each.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _UUID_SIZE = 16
 _MAX_TIMELINE = (1 << 31) - 1
 _MAX_SYSTEM = 64
 _NUMBERS = ("epoch", "sequence", "batch", "lsn_end", "unfinished_from", "event_timestamp", "timeline")
+_MAX_NAME = 1024
 _TEXTS = ("incarnation", "entry_hash", "system_identifier")
 
 
@@ -70,16 +72,33 @@ def _unhex(text: object, size: int) -> bytes:
     return bytes.fromhex(text)
 
 
+def _tables(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(
+        isinstance(one, str) and 0 < len(one) <= _MAX_NAME for one in value
+    ):
+        raise DecodeError("base of a chain: its tables are no names")
+    if value != sorted(set(value)):
+        raise DecodeError("base of a chain: its tables are not in their one order")
+    return tuple(value)
+
+
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A head, and its checkpoint with signature and cosignatures."""
+    """A head, its checkpoint with signature and cosignatures, and the tables of the batches below."""
 
     head: ChainHead
     note: str
+    tables: tuple[str, ...] = ()
+    """`schema.table` as entries name them, sorted."""
 
     def detail(self) -> dict[str, Any]:
         """What the entry `trail_pruned` says."""
-        return {"format": FORMAT, "head": head_value(self.head), "checkpoint": self.note}
+        return {
+            "format": FORMAT,
+            "head": head_value(self.head),
+            "checkpoint": self.note,
+            "tables": list(self.tables),
+        }
 
     def encode(self) -> str:
         """As it is stored."""
@@ -92,14 +111,14 @@ class Base:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DecodeError("no base of a chain: not JSON") from error
-        if not isinstance(value, dict) or value.keys() != {"format", "head", "checkpoint"}:
+        if not isinstance(value, dict) or value.keys() != {"format", "head", "checkpoint", "tables"}:
             raise DecodeError("no base of a chain: it has other members")
         if type(value["format"]) is not int or value["format"] != FORMAT:
             raise DecodeError(f"base of a chain: format {str(value['format'])[:20]}, expected {FORMAT}")
         note = value["checkpoint"]
         if not isinstance(note, str) or len(note) > MAX_NOTE_SIZE:
             raise DecodeError("no base of a chain: its checkpoint is no text")
-        made = cls(parse_head(value["head"]), note)
+        made = cls(parse_head(value["head"]), note, _tables(value["tables"]))
         if made.encode() != text:
             raise DecodeError("base of a chain: not in its one encoding")
         return made

@@ -59,7 +59,7 @@ def said_base(conn: Connection, trust: TrustStore, log: Log) -> Base | None:
 
 
 def base_at(conn: Connection, log: Log, size: int) -> Base | None:
-    """The base of this size that was noted, said in the chain or not."""
+    """The base of this size; its row stands there since the entry that says it."""
     with errors("looking where a chain was pruned"):
         row = conn.execute(
             "SELECT base FROM vsql_sync.audit_bases WHERE (chain, size) = (%s, %s)", (log.chain, size)

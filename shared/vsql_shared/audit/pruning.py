@@ -14,22 +14,25 @@ Whatever is not so is said, and nothing is pruned.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from vsql_shared.audit.archive import Node, Row, before, needed_until, read_back, rows_of
 from vsql_shared.audit.base import Base
-from vsql_shared.audit.bases import base_of, pinned
+from vsql_shared.audit.bases import base_of, pinned, start_of
 from vsql_shared.audit.chain import EMPTY_HEAD
 from vsql_shared.audit.cosigned import cosigners
 from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH
 from vsql_shared.audit.rows import parse
+from vsql_shared.audit.store import load_head
 from vsql_shared.audit.tree import MAX_SIZE
-from vsql_shared.errors import RecordError, RefusedError, SignatureError
+from vsql_shared.errors import ChainError, RecordError, RefusedError, SignatureError
 from vsql_shared.pg.connect import Connection, errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from vsql_shared.audit.chain import ChainHead
     from vsql_shared.audit.checkpoint import Log
     from vsql_shared.objects.s3 import S3Store
 
@@ -95,20 +98,25 @@ def _last_ended(conn: Connection, chain: str) -> int:
     return 0
 
 
+def young(conn: Connection, chain: str, online_months: int) -> dict[str, int]:
+    """How far rule 1 lets the chain be pruned, where it does not let all of it."""
+    with errors("looking for entries that stay on-line"):
+        row = conn.execute(
+            "SELECT min(sequence) - 1 FROM vsql_sync.vsql_sync_audit WHERE chain = %s"
+            " AND event_timestamp >= %s",
+            (chain, before(conn, online_months)),
+        ).fetchone()
+    if row is None or row[0] is None:
+        return {}
+    return {f"what follows is younger than {online_months} months": int(row[0])}
+
+
 def candidate(node: Node, chain: str, online_months: int) -> Candidate:
     """Rules 1 to 3, and which archived segments are not pruned yet."""
     log = node.log(chain)
     base = base_of(node.conn, log)
     start = base.head.sequence if base else 0
-    found = limits(node.conn, chain)
-    with errors("looking for entries that stay on-line"):
-        row = node.conn.execute(
-            "SELECT min(sequence) - 1 FROM vsql_sync.vsql_sync_audit WHERE chain = %s"
-            " AND event_timestamp >= %s",
-            (chain, before(node.conn, online_months)),
-        ).fetchone()
-    if row is not None and row[0] is not None:
-        found[f"what follows is younger than {online_months} months"] = int(row[0])
+    found = limits(node.conn, chain) | young(node.conn, chain, online_months)
     why = min(found, key=lambda one: found[one])
     segments, due = [], start + 1
     for one in rows_of(node.conn, chain):
@@ -127,29 +135,57 @@ def candidate(node: Node, chain: str, online_months: int) -> Candidate:
     return Candidate(log, tuple(segments), why)
 
 
+def archived_below(node: Node, base: Base, log: Log) -> tuple[Row, ...]:
+    """The archived segments from the first entry that is on-line to a base."""
+    start = start_of(node.conn, log).sequence
+    size = base.head.sequence
+    return tuple(one for one in rows_of(node.conn, log.chain) if start < one.place.first <= size)
+
+
 def require_archived(
-    node: Node, store: S3Store, found: Candidate, said: Callable[[str], None] = lambda _: None
+    node: Node,
+    store: S3Store,
+    log: Log,
+    segments: Sequence[Row],
+    said: Callable[[str], None] = lambda _: None,
 ) -> Base:
     """Rule 4, and the base that follows. Raises RecordError, ChainError, SignatureError, RefusedError.
 
     Nothing the database says of a segment is believed: each is read behind the one before it.
     """
-    base = base_of(node.conn, found.log)
+    base = base_of(node.conn, log)
     head = base.head if base else EMPTY_HEAD
+    tables = set(base.tables if base else ())
     note = ""
-    for row in found.segments:
+    for row in segments:
         stored = store.look(row.key, row.version)
         if stored is None or row.bucket != store.bucket:
             raise RecordError(f"{row.key} is not in bucket {store.bucket} any more", record=row.key)
-        verified, digest, _ = read_back(node, store, found.log, stored, row.place, head)
+        verified, digest, _ = read_back(node, store, log, stored, row.place, head)
         if digest != row.sha256 or (stored.sha256 and stored.sha256 != digest):
             raise RecordError(f"{row.key} is not what was archived: it has another SHA-256", record=row.key)
         store.require_locked(stored, needed_until(node, verified))
         head, note = verified.head, verified.note
+        tables |= verified.tables
         said(row.key)
-    made = Base(head, note)
-    require_cosigned_by(node.conn, made, found.log)
+    if not note:
+        raise RefusedError(f"no archived segment of chain {log.chain} begins at {head.sequence + 1}")
+    made = Base(head, note, tuple(sorted(tables)))
+    require_cosigned_by(node.conn, made, log)
     return made
+
+
+def require_still_archived(
+    node: Node, store: S3Store, base: Base, log: Log, said: Callable[[str], None] = lambda _: None
+) -> None:
+    """Rule 4 once more, for a base the chain says since an earlier run: the archive is what it was then."""
+    made = require_archived(node, store, log, archived_below(node, base, log), said)
+    if (made.head, made.tables) != (base.head, base.tables):
+        raise ChainError(
+            f"chain {log.chain} says it was pruned at {base.head.sequence}, and the archive leads to entry"
+            f" {made.head.sequence} with hash {made.head.entry_hash.hex()}",
+            record=f"{log.chain}/{base.head.sequence}",
+        )
 
 
 def require_cosigned_by(conn: Connection, base: Base, log: Log) -> None:
@@ -165,33 +201,57 @@ def require_cosigned_by(conn: Connection, base: Base, log: Log) -> None:
         )
 
 
-def require_prunable(conn: Connection, log: Log, base: Base) -> None:
+def require_prunable(conn: Connection, log: Log, base: Base, online_months: int) -> None:
     """What the chain's writer holds an order to prune against, before it says so.
 
-    The entry at the base is the one the table has; rules 2 and 3; and the archive's rows cover all of it.
+    The chain is a live stream's. The head at the base and the tables below are those its own rows give; rules
+    1 to 3; and the archive's rows cover all of it, one behind the other.
     """
+    if log.chain.count(".") != 1:
+        raise RefusedError(f"chain {log.chain} is no live stream's: such chains are not pruned")
     require_cosigned_by(conn, base, log)
     size = base.head.sequence
-    row = conn.execute(
-        "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND sequence = %s", (log.chain, size)
-    ).fetchone()
-    entry = None if row is None else parse(bytes(row[0]))
-    mine = (base.head.entry_hash, base.head.epoch, base.head.incarnation, base.head.event_timestamp)
-    if entry is None or mine != (
-        entry.entry_hash, entry.entry.epoch, entry.entry.incarnation, entry.entry.event_timestamp,
-    ):  # fmt: skip
+    if replace(head_at(conn, log, size), tree=base.head.tree) != base.head:
         raise RefusedError(f"entry {size} of chain {log.chain} is not the one of the base")
-    found = limits(conn, log.chain)
+    if base.tables != tables_at(conn, log, size):
+        raise RefusedError(f"the batches up to entry {size} of chain {log.chain} name other tables")
+    found = limits(conn, log.chain) | young(conn, log.chain, online_months)
     why = min(found, key=lambda one: found[one])
     if size > found[why]:
         raise RefusedError(f"chain {log.chain} cannot be pruned up to {size}: {why}")
-    covered = conn.execute(
-        "SELECT coalesce(sum(last_sequence - first_sequence + 1), 0) FROM vsql_sync.audit_segments"
-        " WHERE chain = %s AND last_sequence <= %s",
-        (log.chain, size),
-    ).fetchall()[0][0]
+    with errors("looking what is archived"):
+        covered = conn.execute(
+            "SELECT coalesce(vsql_sync.archived_entries(%s, %s), 0)", (log.chain, size)
+        ).fetchall()[0][0]
     if covered != size:
         raise RefusedError(f"chain {log.chain}: archived segments cover {covered} of {size} entries")
+
+
+def head_at(conn: Connection, log: Log, size: int) -> ChainHead:
+    """The head behind an entry, as this node's rows give it from the base on; without its tree."""
+    start, head = start_of(conn, log), load_head(conn, log.chain, size)
+    if head.lsn_end:
+        return head
+    # No transaction has ended since the base: what it says of batches holds on.
+    opened = head.epoch != start.epoch
+    return replace(
+        head,
+        batch=head.batch or start.batch,
+        lsn_end=start.lsn_end,
+        unfinished_from=head.unfinished_from if opened else start.unfinished_from or head.unfinished_from,
+    )
+
+
+def tables_at(conn: Connection, log: Log, size: int) -> tuple[str, ...]:
+    """The tables batches up to an entry name, those below the base with them."""
+    base = base_of(conn, log)
+    with errors("reading which tables a chain names"):
+        rows = conn.execute(
+            "SELECT DISTINCT unnest(tables_affected) FROM vsql_sync.vsql_sync_audit"
+            " WHERE chain = %s AND sequence <= %s",
+            (log.chain, size),
+        ).fetchall()
+    return tuple(sorted({name for (name,) in rows} | set(base.tables if base else ())))
 
 
 def delete(conn: Connection, base: Base, log: Log) -> tuple[int, int]:

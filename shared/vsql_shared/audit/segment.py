@@ -26,6 +26,7 @@ from vsql_shared.errors import ChainError, DecodeError
 from vsql_shared.names import topic_part
 
 if TYPE_CHECKING:
+    from vsql_shared.audit.entries import AuditEntry
     from vsql_shared.crypto.signing import TrustStore
 
 MAX_LINE = 8 * MAX_DOCUMENT_SIZE
@@ -62,7 +63,7 @@ def folder(prefix: str, log: Log) -> str:
 
 
 class Verified(NamedTuple):
-    """A segment that holds: the chain's head behind it, its checkpoint, and what time it covers."""
+    """A segment that holds: the chain's head behind it, its checkpoint, what time and tables it covers."""
 
     head: ChainHead
     checkpoint: Opened
@@ -70,6 +71,7 @@ class Verified(NamedTuple):
     entries: int
     first_time: int
     last_time: int
+    tables: frozenset[str]
 
 
 def lines(read: Callable[[int], bytes]) -> Iterator[bytes]:
@@ -133,6 +135,7 @@ def verify(
     # 3.
     reader = ChainReader(log.cluster, log.chain, log.writer, trust, start)
     times: list[int] = []
+    tables: set[str] = set()
     ended: dict[str, Any] | None = None
     for line in rows:
         if ended is not None:
@@ -140,8 +143,9 @@ def verify(
         if line.startswith(b'{"end"'):
             ended = _member(line, "end")
             continue
-        moment = _entry(reader, _member(line, "entry"), place)
-        times = [times[0] if times else moment, moment]
+        entry = _entry(reader, _member(line, "entry"), place)
+        times = [times[0] if times else entry.event_timestamp, entry.event_timestamp]
+        tables.update(entry.tables_affected)
     # 4.
     head = reader.head
     if ended is None or head.sequence != place.last:
@@ -151,10 +155,11 @@ def verify(
     note = _end(ended, log, place, start, head)
     # 5.
     opened = Base(head, note).verify(log, keys, cosigned=cosigned)
-    return Verified(head, opened, note, place.last - place.first + 1, times[0], times[-1])
+    count = place.last - place.first + 1
+    return Verified(head, opened, note, count, times[0], times[-1], frozenset(tables))
 
 
-def _entry(reader: ChainReader, item: dict[str, Any], place: Place) -> int:
+def _entry(reader: ChainReader, item: dict[str, Any], place: Place) -> AuditEntry:
     due = reader.head.sequence + 1
     where = f"{reader.chain}/{due}"
     if (item.get("chain"), item.get("sequence")) != (reader.chain, due) or due > place.last:
@@ -174,7 +179,7 @@ def _entry(reader: ChainReader, item: dict[str, Any], place: Place) -> int:
         raise ChainError(
             f"chain {reader.chain}: what is written beside entry {due} is not what was signed", record=where
         )
-    return found.entry.event_timestamp
+    return found.entry
 
 
 def _end(ended: dict[str, Any], log: Log, place: Place, start: ChainHead, head: ChainHead) -> str:

@@ -23,6 +23,7 @@ import psycopg
 from psycopg import sql
 
 from vsql_shared import lsn
+from vsql_shared.audit.base import base_in
 from vsql_shared.audit.chain import EMPTY_HEAD, ChainHead, advance
 from vsql_shared.audit.entries import BATCH_EVENTS, EPOCH_OPENED, REPLICATION_BATCH
 from vsql_shared.audit.rows import (
@@ -33,7 +34,7 @@ from vsql_shared.audit.rows import (
     parse,
     timestamp,
 )
-from vsql_shared.audit.tree import Tree, decode_tree, encode_tree
+from vsql_shared.audit.tree import MAX_SIZE, Tree, decode_tree, encode_tree
 from vsql_shared.errors import ChainError, DecodeError, TransientError
 from vsql_shared.pg.connect import Connection, errors
 
@@ -84,6 +85,19 @@ def insert_entries(conn: Connection, entries: Sequence[tuple[bytes, int | None]]
         with conn.cursor() as cursor, cursor.copy(_COPY) as copy:
             for stored in parsed:
                 copy.write_row([*columns_of(stored).values(), stored.kafka_offset])
+        for stored in parsed:
+            _note_base(conn, stored)
+
+
+def _note_base(conn: Connection, stored: StoredDocument) -> None:
+    """With the entry that says where its chain was pruned, the row that lets its older rows go."""
+    base = base_in(stored.entry)
+    if base is not None:
+        conn.execute(
+            "INSERT INTO vsql_sync.audit_bases (chain, size, base) VALUES (%s, %s, %s)"
+            " ON CONFLICT DO NOTHING",
+            (stored.entry.chain, base.head.sequence, base.encode()),
+        )
 
 
 def _move_head(conn: Connection, chain: str, group: list[StoredDocument]) -> None:
@@ -172,15 +186,16 @@ def _head_of(row: tuple[Any, ...]) -> ChainHead:
     )
 
 
-def load_head(conn: Connection, chain: str) -> ChainHead:
+def load_head(conn: Connection, chain: str, upto: int = MAX_SIZE) -> ChainHead:
     """The head as the table's entries give it, read backwards from the last one; EMPTY_HEAD without any.
 
-    Reads only as far as it must: to the last batch that finished its transaction.
+    Reads only as far as it must: to the last batch that finished its transaction. `upto`: the head behind
+    that entry instead; a head that is not the last one remembered has no tree.
     """
     last: StoredDocument | None = None
     batch = lsn_end = unfinished = 0
     settled = False  # true once an epoch_opened was passed: fragments before it are void
-    for stored in _backwards(conn, chain):
+    for stored in _backwards(conn, chain, upto):
         entry = stored.entry
         last = last or stored
         settled = settled or entry.event_type == EPOCH_OPENED
@@ -218,21 +233,21 @@ def _tree_at(conn: Connection, chain: str, entry_hash: bytes) -> Tree:
     return () if row is None else decode_tree(bytes(row[0]))
 
 
-def _backwards(conn: Connection, chain: str) -> Iterator[StoredDocument]:
+def _backwards(conn: Connection, chain: str, upto: int) -> Iterator[StoredDocument]:
     """Entries from the last one down; few are asked for first, because few are needed as a rule."""
-    below, page = (1 << 63) - 1, 4
+    last, page = upto, 4
     while True:
         with errors("reading the audit trail"):
             rows = conn.execute(
                 "SELECT document, kafka_offset, sequence FROM vsql_sync.vsql_sync_audit"
-                " WHERE chain = %s AND sequence < %s ORDER BY sequence DESC LIMIT %s",
-                (chain, below, page),
+                " WHERE chain = %s AND sequence <= %s ORDER BY sequence DESC LIMIT %s",
+                (chain, last, page),
             ).fetchall()
         for encoded, offset, _ in rows:
             yield parse(bytes(encoded), offset)
         if len(rows) < page:
             return
-        below, page = rows[-1][2], PAGE
+        last, page = rows[-1][2] - 1, PAGE
 
 
 def iterate(conn: Connection, chain: str, from_sequence: int = 1) -> Iterator[StoredDocument]:

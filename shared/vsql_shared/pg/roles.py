@@ -93,7 +93,7 @@ WRITES: dict[str, dict[str, str]] = {
         " xid, commit_lsn, commit_time)",
         "streams": "UPDATE (desired, desired_reason, slot_created, confirmed_lsn)",
         "audit_cosigned": "INSERT (chain, size, node, note)",
-        "audit_segments": "INSERT, UPDATE (verified_at, retain_until)",
+        "audit_segments": "INSERT",
     },
     ADMIN: dict.fromkeys(("commands", "decisions"), "INSERT, DELETE"),
 }
