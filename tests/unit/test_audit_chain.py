@@ -442,6 +442,29 @@ def test_batches_after_the_last_acknowledgement_are_under_way() -> None:
     assert (found.problem, found.compared, found.under_way) == (None, 6, 3)
 
 
+@pytest.mark.parametrize(("pruned", "compared"), [(6, 3), (9, 2), (10, 1), (11, 0)])
+def test_from_a_base_on_only_what_the_target_acknowledged_all_of_is_passed_over(
+    pruned: int, compared: int
+) -> None:
+    source = ordinary(6)
+    left, acks = stored(source)[pruned:], stored(acknowledged(source))
+    found = compare_roots(CHAIN, "node-b", left, acks, pruned)
+    assert (found.problem, found.compared) == (None, compared)
+
+
+@pytest.mark.parametrize("acknowledged_batches", range(1, 6))
+def test_a_source_that_begins_behind_all_a_target_has_acknowledged_is_found(
+    acknowledged_batches: int,
+) -> None:
+    source = ordinary(6)
+    acks = stored(acknowledged(source))[: 1 + acknowledged_batches]
+    problem = compare_roots(CHAIN, "node-b", stored(source)[11:], acks, 11).problem
+    assert problem is not None
+    assert "as if it was pruned there" in problem.what
+    # A target that has acknowledged nothing yet was told nothing.
+    assert compare_roots(CHAIN, "node-b", stored(source)[11:], acks[:1], 11).problem is None
+
+
 def extended(history: History, step: str) -> History:
     if step == "open":
         history.open()

@@ -198,7 +198,7 @@ def _verify_peer(
     chain: str | None,
 ) -> None:
     from vsql_shared.audit.acts import compare_acts
-    from vsql_shared.audit.verify import verify_table
+    from vsql_shared.audit.verify import known_bases, verify_table
     from vsql_shared.pg import nodes
 
     other = nodes.local(peer)
@@ -208,7 +208,8 @@ def _verify_peer(
             hint=f"give another node of cluster {settings.cluster.name}",
         )
     name = _other_side(chain, other.name) if chain is not None else None
-    findings.reports[other.name] = verify_table(peer, trust, other.cluster, name)
+    report = verify_table(peer, trust, other.cluster, name)
+    findings.reports[other.name] = known_bases(conn, peer, other.cluster, report)
     bad = findings.bad_chains()
     nodes_named = (findings.node, other.name)
     compared, found = _compare(conn, peer, nodes_named, (chain, name), bad)

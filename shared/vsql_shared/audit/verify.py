@@ -14,15 +14,16 @@ Not here: comparing the two sides of a stream (compare.py) and reading Kafka (hi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from psycopg import sql
 
 from vsql_shared.audit.base import Base, base_in
-from vsql_shared.audit.bases import base_of
+from vsql_shared.audit.bases import base_of, pinned
 from vsql_shared.audit.chain import EMPTY_HEAD, ChainReader, Void, writer_of
 from vsql_shared.audit.checkpoint import Log
+from vsql_shared.audit.cosigned import cosigners
 from vsql_shared.audit.dsse import AUDIT_ENTRY, open_document
 from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry, signed_place
 from vsql_shared.audit.rows import COLUMNS, columns_of, parse
@@ -123,6 +124,28 @@ def verify_table(conn: Connection, trust: TrustStore, cluster: str, chain: str |
         if chain is None:
             problems += _nameless(conn)
     return Report(tuple(reports), tuple(problems), tuple(warnings))
+
+
+def known_bases(conn: Connection, peer: Connection, cluster: str, report: Report) -> Report:
+    """Hold a peer's bases by this node's own keys: the peer pins whom it likes in its own database.
+
+    Another target may be a stranger to this node, so that a base nobody known has cosigned is a warning. What
+    this node was shown itself binds the base (compare.py, views.py).
+    """
+    keys = pinned(conn)
+    problems, warnings = list(report.problems), list(report.warnings)
+    for one in report.chains:
+        if one.problem is not None or not one.pruned:
+            continue
+        try:
+            base = base_of(peer, Log(cluster, one.chain))
+            if base is not None and not cosigners(base.verify(Log(cluster, one.chain), keys, cosigned=False)):
+                warnings.append(
+                    f"chain {one.chain}: nobody this node knows has cosigned its base {one.pruned}"
+                )
+        except (ChainError, SignatureError, DecodeError) as error:
+            problems.append(Problem(one.chain, one.pruned, None, error.message))
+    return replace(report, problems=tuple(problems), warnings=tuple(warnings))
 
 
 def has_chain(conn: Connection, chain: str) -> bool:
