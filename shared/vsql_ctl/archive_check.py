@@ -4,14 +4,15 @@ Not here: verifying one segment (vsql_shared/audit/segment.py). Rules:
 
 * A chain's segments are read one behind the other, from its first entry: the first bad one is named, and what
   follows it proves nothing.
-* From the bucket, each is the version that was archived; what lies over it, or beside it, is named too.
+* From the bucket, each is the version that was archived; what lies over it, or beside it, is named too, and
+  keeps nothing from being read.
+* What the chain says was pruned must be there: rows of segments that are gone hide nothing.
 * From files nothing but public keys is used: no database, no configuration.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +43,33 @@ class _Seen:
     segments: int = 0
     expired: int = 0
     cosigned: set[str] = field(default_factory=set)
+    heads: dict[int, ChainHead] = field(default_factory=dict)
+    """The head behind each segment."""
 
     def take(self, verified: Verified) -> None:
-        self.head, self.segments = verified.head, self.segments + 1
+        self._move(verified.head)
+        self.segments += 1
         self.cosigned |= cosigners(verified.checkpoint)
+
+    def pass_over(self, head: ChainHead) -> None:
+        """Take a segment whose time is over."""
+        self._move(head)
+        self.expired += 1
+
+    def _move(self, head: ChainHead) -> None:
+        self.head = self.heads[head.sequence] = head
+
+    def against(self, base: ChainHead) -> str:
+        """What is wrong where the chain was pruned at this head; '' when the segments lead there."""
+        size = base.sequence
+        if self.head.sequence < size:
+            return f"chain {self.chain} was pruned up to {size}, the archive has {self.head.sequence} entries"
+        if size not in self.heads:
+            return f"chain {self.chain} was pruned up to {size}, and no segment ends there"
+        # A row of an expired segment has no signed hash: this is where it is held.
+        if self.heads[size] != base:
+            return f"chain {self.chain} was pruned at another entry {size} than the archive has"
+        return ""
 
     def row(self) -> dict[str, Any]:
         return {
@@ -58,37 +82,43 @@ class _Seen:
 
 
 def verify_bucket(node: Node, store: S3Store, only: str | None) -> tuple[Rows, Problems]:
-    """Every segment this node has archived, against its rows and what the bucket lists."""
-    from vsql_shared.audit.archive import chains, rows_of
+    """Every segment this node has archived: by its row, by what was pruned, and by what the bucket lists."""
+    from vsql_shared.audit.archive import own_chains, rows_of
     from vsql_shared.audit.segment import folder
 
     out: Rows = []
     problems: Problems = []
-    for chain in [one for one in chains(node.conn) if only in (None, one)]:
-        rows = rows_of(node.conn, chain)
+    for chain in own_chains(node, only):
         seen = _Seen(chain)
+        rows: list[Row] = []
+        wrong: list[str] = []
         try:
-            _require_listed(store, folder(node.prefix, node.log(chain)), rows)
+            rows = rows_of(node.conn, chain)
             for row in rows:
                 _verify_row(node, store, row, seen)
+            wrong += _lacking(node, seen)
         except (VerificationError, DecodeError, RefusedError) as error:
-            problems.append({"chain": chain, "what": error.message})
-        if rows:
+            wrong.append(error.message)
+        wrong += unlisted(store.versions(folder(node.prefix, node.log(chain))), rows)
+        problems += ({"chain": chain, "what": what} for what in wrong)
+        if rows or wrong:
             out.append(seen.row())
     return out, problems
 
 
 def _verify_row(node: Node, store: S3Store, row: Row, seen: _Seen) -> None:
-    from vsql_shared.audit.archive import needed_until, read_back
+    from vsql_shared.audit.archive import expired, needed_until, read_back
     from vsql_shared.audit.base import Base
     from vsql_shared.audit.bases import pinned
 
     stored = store.look(row.key, row.version)
-    if stored is None and row.retain_until < datetime.now(UTC):
+    if stored is None and expired(node, row):
         # Its time is over, and so it may be gone. What it proved, its signed checkpoint says.
         base = Base(row.head, row.note)
         base.verify(node.log(row.chain), pinned(node.conn))
-        seen.head, seen.expired = row.head, seen.expired + 1
+        if row.place.first != seen.head.sequence + 1 or row.head.sequence != row.place.last:
+            raise RefusedError(f"{row.key} is gone, and its row does not follow entry {seen.head.sequence}")
+        seen.pass_over(row.head)
         return
     if stored is None or row.bucket != store.bucket:
         raise RefusedError(f"{row.key} is missing: it is not in bucket {store.bucket}")
@@ -99,20 +129,32 @@ def _verify_row(node: Node, store: S3Store, row: Row, seen: _Seen) -> None:
     seen.take(verified)
 
 
-def _require_listed(store: S3Store, prefix: str, rows: Iterable[Row]) -> None:
-    """What the bucket lists under a chain's prefix is what was archived, and nothing is over it."""
+def _lacking(node: Node, seen: _Seen) -> list[str]:
+    """What the chain says was pruned, and what its rows lack, is in the archive: that head, and no other."""
+    from vsql_shared.audit.bases import base_of, said_base
+
+    log = node.log(seen.chain)
+    found = (said_base(node.conn, node.trust, log), base_of(node.conn, log))
+    return [what for base in found if base is not None and (what := seen.against(base.head))][:1]
+
+
+def unlisted(listed: Iterable[Version], rows: Iterable[Row]) -> list[str]:
+    """What the bucket lists under a chain's prefix and was not archived: over it, or beside it."""
     mine = {(row.key, row.version) for row in rows}
-    keys = {key for key, _ in mine}
-    listed: list[Version] = list(store.versions(prefix))
+    versions = dict(mine)
+    out = []
     for one in listed:
-        if one.key in keys and (one.key, one.version) not in mine:
+        if (one.key, one.version) in mine:
+            continue
+        if one.key in versions:
             what = "a mark of its deletion" if one.deleted else "another version"
-            raise RefusedError(f"{what} lies over {one.key}: the archived version {one.version} is not it")
-        if one.key not in keys:
-            raise RefusedError(
-                f"{one.key} is in the archive, and this node did not put it there: it was added, or a crash"
-                " came between storing and noting it (`syncctl audit archive` takes it up)"
+            out.append(f"{what} lies over {one.key}: the archived version {versions[one.key]} is not it")
+        else:
+            out.append(
+                f"{one.key} is in the archive, and this node has not noted it: it was added, or a crash came"
+                " between storing and noting it (`syncctl audit archive` takes it up if it verifies)"
             )
+    return out
 
 
 def verify_folder(folder: Path, keys: tuple[Path, ...], others: tuple[str, ...]) -> tuple[Rows, Problems]:

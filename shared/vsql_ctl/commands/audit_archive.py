@@ -105,10 +105,9 @@ def archive(
             rows, problems = verify_bucket(node, opened(), chain)
             return _shown(output, rows, problems)
         _take_notes(node, notes, chain)
-        plans = _plans(node, operator.settings, chain)
         if dry_run:
-            return _show_plans(output, plans)
-        _run(node, operator.settings, opened(), plans, output)
+            return _show_plans(output, _plans(node, operator.settings, chain))
+        _run(node, operator.settings, opened(), chain, output)
     return None
 
 
@@ -163,15 +162,10 @@ def _take_notes(node: Node, notes: tuple[Path, ...], chain: str | None) -> None:
 
 
 def _plans(node: Node, settings: Settings, chain: str | None) -> list[Plan]:
-    from vsql_shared.audit.archive import before, chains, plan
+    from vsql_shared.audit.archive import before, own_chains, plan
 
-    known = chains(node.conn)
-    if chain is not None and chain not in known:
-        raise RefusedError(
-            f"node {node.name} has no chain {chain!r}", hint="`syncctl audit list` shows the chains it has"
-        )
     cutoff = before(node.conn, settings.audit.online_months)
-    return [plan(node, one, cutoff) for one in known if chain in (None, one)]
+    return [plan(node, one, cutoff) for one in own_chains(node, chain)]
 
 
 def _show_plans(output: OutputFormat, plans: list[Plan]) -> None:
@@ -200,25 +194,34 @@ def _show_plans(output: OutputFormat, plans: list[Plan]) -> None:
     emit(output, rows, text)
 
 
-def _run(node: Node, settings: Settings, store: S3Store, plans: list[Plan], output: OutputFormat) -> None:
-    from vsql_shared.audit.archive import archive
-    from vsql_shared.pg import oplog
-    from vsql_shared.pg.connect import errors
+def _run(node: Node, settings: Settings, store: S3Store, chain: str | None, output: OutputFormat) -> None:
+    from vsql_shared.audit.archive import adopt, archive, own_chains
 
-    signer = signing_key(node.conn, settings)
     done: list[Row] = []
-    for one in plans:
+    for name in own_chains(node, chain):
+        for row in adopt(node, store, name):
+            _note_archived(node, row, "taken up, an earlier run had stored it:")
+            done.append(row)
+    signer = signing_key(node.conn, settings)
+    for one in _plans(node, settings, chain):
         head = one.start
         for place in one.segments:
             row = archive(node, store, signer, one.chain, head, place, datetime.now(UTC))
-            with errors("noting the segment in the operators' log"):
-                oplog.record(node.conn, "audit.archive", "segment", row.key, new={"sha256": row.sha256.hex()})
-            click.echo(f"archived {row.key} ({row.size} bytes)", err=True)
+            _note_archived(node, row, "archived")
             done.append(row)
             head = row.head
         if one.waiting:
             click.echo(f"{one.chain}: {one.waiting} entries are due and not cosigned yet", err=True)
     emit(output, [_segment(row) for row in done], lambda: _segments(done))
+
+
+def _note_archived(node: Node, row: Row, how: str) -> None:
+    from vsql_shared.pg import oplog
+    from vsql_shared.pg.connect import errors
+
+    with errors("noting the segment in the operators' log"):
+        oplog.record(node.conn, "audit.archive", "segment", row.key, new={"sha256": row.sha256.hex()})
+    click.echo(f"{how} {row.key} ({row.size} bytes)", err=True)
 
 
 def _segment(row: Row) -> dict[str, Any]:

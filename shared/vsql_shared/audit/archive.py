@@ -7,7 +7,8 @@ base (vsql_producers/prune_orders.py). Procedure for each segment (docs/design/0
    nobody else has signed stays on-line. All of its entries are older than the months that stay on-line.
 2. Every entry is verified as it is written: signature, link, order; and the checkpoint held against them.
 3. The object is put with its checksum and its lock in one request, where there is none under its name. Where
-   there is one (a crash after an upload), that one is taken if it verifies.
+   there is one, that one is taken if it verifies. What an earlier run stored and did not note (a crash, a
+   restore) is taken before anything is cut: later runs cut elsewhere, and would leave it for a year.
 4. It is read back, version by version: bytes, every signature, the lock. Only then its row is written.
 
 So the row means: this segment was in the archive, whole and locked.
@@ -26,20 +27,21 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from vsql_shared.audit import cosigned, segment
 from vsql_shared.audit.base import head_value, parse_head
-from vsql_shared.audit.bases import pinned
+from vsql_shared.audit.bases import pinned, start_of
 from vsql_shared.audit.chain import EMPTY_HEAD, Accepted, ChainHead, ChainReader, writer_of
 from vsql_shared.audit.checkpoint import Checkpoint, Log, open_checkpoint, split_view
+from vsql_shared.audit.dsse import document_hash
 from vsql_shared.audit.export import Part, export
 from vsql_shared.audit.rows import timestamp
 from vsql_shared.audit.segment import Place, Verified
 from vsql_shared.audit.tree import root_of
-from vsql_shared.errors import ChainError, DecodeError, RecordError, RefusedError
+from vsql_shared.errors import ChainError, DecodeError, RecordError, RefusedError, VerificationError
 from vsql_shared.pg.connect import Connection, errors
 
 if TYPE_CHECKING:
     from vsql_shared.audit.links import Linked
     from vsql_shared.crypto.signing import Signer, TrustStore
-    from vsql_shared.objects.s3 import S3Store, Stored
+    from vsql_shared.objects.s3 import S3Store, Stored, Version
 
 _LOCK = 0x76_73_71_6C_61_72_63_68  # "vsqlarch": one archives or prunes at a time
 
@@ -103,6 +105,16 @@ def chains(conn: Connection) -> list[str]:
     with errors("reading this node's chains"):
         rows = conn.execute("SELECT chain FROM vsql_sync.chain_heads WHERE own ORDER BY 1").fetchall()
     return [name for (name,) in rows]
+
+
+def own_chains(node: Node, only: str | None = None) -> list[str]:
+    """This node's chains, or the one that is named. Raises RefusedError where it has none of that name."""
+    known = chains(node.conn)
+    if only is not None and only not in known:
+        raise RefusedError(
+            f"node {node.name} has no chain {only!r}", hint="`syncctl audit list` shows the chains it has"
+        )
+    return [one for one in known if only in (None, one)]
 
 
 def before(conn: Connection, months: int) -> datetime:
@@ -184,20 +196,88 @@ def archive(
     stored = store.look(key)
     if stored is None:
         raise RecordError(f"{key} was stored and is not there", record=key)
+    return _note(node, store, log, stored, place, start)
+
+
+def _note(node: Node, store: S3Store, log: Log, stored: Stored, place: Place, start: ChainHead) -> Row:
+    """Step 4: read it back, and write its row."""
+    key = stored.key
     verified, digest, size = read_back(node, store, log, stored, place, start)
     if stored.sha256 and stored.sha256 != digest:
         raise RecordError(f"{key}: the store says another SHA-256 than its bytes have", record=key)
+    _require_here(node.conn, log, verified.head)
     kept = store.require_locked(stored, needed_until(node, verified))
     row = Row(
-        chain, place, store.bucket, key, stored.version, digest, size, kept, verified.head, verified.note
+        log.chain, place, store.bucket, key, stored.version, digest, size, kept, verified.head, verified.note
     )
     _insert(node.conn, row)
     return row
 
 
+def _require_here(conn: Connection, log: Log, head: ChainHead) -> None:
+    """The segment is of the history this node has: of one it had before a restore, it is not noted."""
+    with errors("looking for a segment's last entry"):
+        rows = conn.execute(
+            "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND sequence = %s",
+            (log.chain, head.sequence),
+        ).fetchall()
+    here = [document_hash(bytes(one)) for (one,) in rows]
+    pruned = start_of(conn, log)
+    if head.sequence == pruned.sequence:
+        here = [pruned.entry_hash]
+    if head.entry_hash not in here and (here or head.sequence > pruned.sequence):
+        raise ChainError(
+            f"chain {log.chain}: entry {head.sequence} of the segment is not the one this node has",
+            record=f"{log.chain}/{head.sequence}",
+        )
+
+
+def adopt(node: Node, store: S3Store, chain: str) -> list[Row]:
+    """Note the segments an earlier run stored, one behind the other: of each place, the longest that holds.
+
+    What does not hold is left as it is; `syncctl audit archive --verify` names it.
+    """
+    log = node.log(chain)
+    rows = rows_of(node.conn, chain)
+    known = {(row.key, row.version) for row in rows}
+    head = rows[-1].head if rows else EMPTY_HEAD
+    found = [
+        (place, one)
+        for one in store.versions(segment.folder(node.prefix, log))
+        if not one.deleted and (one.key, one.version) not in known
+        for place in segment.place_of(one.key)
+    ]
+    out: list[Row] = []
+    while True:
+        here = sorted((one for one in found if one[0].first == head.sequence + 1), reverse=True)
+        row = next((row for one in here if (row := _taken(node, store, log, one, head))), None)
+        if row is None:
+            return out
+        out.append(row)
+        head = row.head
+
+
+def _taken(
+    node: Node, store: S3Store, log: Log, found: tuple[Place, Version], start: ChainHead
+) -> Row | None:
+    place, version = found
+    stored = store.look(version.key, version.version)
+    try:
+        return None if stored is None else _note(node, store, log, stored, place, start)
+    except (VerificationError, DecodeError, RefusedError):
+        return None
+
+
 def needed_until(node: Node, verified: Verified) -> datetime:
     """How long a segment must be locked: the retention, counted from its last entry."""
     return _later(node.conn, timestamp(verified.last_time), node.retain_months)
+
+
+def expired(node: Node, row: Row) -> bool:
+    """Whether a segment's lock may have ended: by its row, and by its last entry's time and the retention."""
+    if row.retain_until > before(node.conn, 0):
+        return False
+    return _later(node.conn, timestamp(row.head.event_timestamp), node.retain_months) < before(node.conn, 0)
 
 
 def _later(conn: Connection, moment: datetime, months: int) -> datetime:

@@ -57,6 +57,14 @@ def parse_name(name: str) -> Place:
     return place
 
 
+def place_of(key: str) -> tuple[Place, ...]:
+    """The place the key of an object says; none where it is no segment's."""
+    try:
+        return (parse_name(key.rpartition("/")[2]),)
+    except DecodeError:
+        return ()
+
+
 def folder(prefix: str, log: Log) -> str:
     """What the keys of a chain's segments begin with."""
     return f"{prefix}/{topic_part(log.cluster)}/{'.'.join(map(topic_part, log.chain.split('.')))}/"
