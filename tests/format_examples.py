@@ -215,7 +215,7 @@ def _log_examples(entries: list[Prepared]) -> dict[str, bytes | str]:
         "cosigner-vkey": cosigner_key(CLUSTER, "node-b", B.public_key).vkey + "\n",
         "inclusion-proof": InclusionProof(entries[1].encoded, 1, tuple(path), both).encode(),
         "consistency-proof": ConsistencyProof(1, tuple(prefix), both).encode(),
-        "base": Base(_head(entries), both).encode() + "\n",
+        "base": Base(_head(entries), both, entries[1].entry.tables_affected).encode() + "\n",
     }
 
 

@@ -78,11 +78,19 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a checkpoint that is no text": lambda one: one.update(checkpoint=7),
     "tables that are none": lambda one: one.update(tables="public.orders"),
     "a table that is no name": lambda one: one.update(tables=[7]),
+    "half a character in a name": lambda one: one.update(tables=["\ud800"]),
+    "a name with NUL": lambda one: one.update(tables=["a\0b"]),
+    "a name too long": lambda one: one.update(tables=["x" * 1025]),
     "an empty name": lambda one: one.update(tables=[""]),
     "a table twice": lambda one: one.update(tables=["public.a", "public.a"]),
     "tables in another order": lambda one: one.update(tables=["public.b", "public.a"]),
     "a checkpoint without end": lambda one: one.update(checkpoint="x" * (1 << 17)),
 }
+
+
+def test_half_a_character_in_a_checkpoint_is_one_error_of_ours() -> None:
+    with pytest.raises(DecodeError, match="no character"):
+        Base.decode(replace(BASE, note=f"\ud800{BASE.note}").encode()).verify(LOG, KEYS)
 
 
 @pytest.mark.parametrize("case", CHANGES)

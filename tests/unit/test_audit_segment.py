@@ -38,6 +38,8 @@ def test_a_segment_proves_its_entries_and_gives_the_head_the_next_one_follows(pl
     found = check(encoded(segment(HISTORY, *place)), place)
     assert found.head == head_at(HISTORY, place.last)
     assert found.entries == place.last - place.first + 1
+    assert found.tables == {one for made in HISTORY.entries[place.first - 1 : place.last]
+                            for one in made.entry.tables_affected}  # fmt: skip
     assert found.first_time == HISTORY.entries[place.first - 1].entry.event_timestamp
     assert found.last_time == HISTORY.entries[place.last - 1].entry.event_timestamp
 
@@ -100,6 +102,13 @@ def test_a_manipulated_segment_is_refused(case: str) -> None:
     MANIPULATED[case](found)
     with pytest.raises((DecodeError, ChainError, SignatureError)):
         check(encoded(found))
+
+
+def test_half_a_character_in_its_checkpoint_is_one_error_of_ours() -> None:
+    found = copy.deepcopy(segment(HISTORY, 1, 6))
+    _end(found)["checkpoint"] = f"\ud800{note(HISTORY, 6)}"
+    with pytest.raises(DecodeError, match="no character"):
+        check(b"".join(json.dumps(one).encode() + b"\n" for one in found))
 
 
 def test_a_segment_is_refused_at_another_place() -> None:
@@ -212,6 +221,16 @@ def test_whose_a_segment_is_says_its_beginning() -> None:
     for wrong in ([], found[1:], found[:1], [found[0], b'{"entry": {"chain": "x"}}'], [b"[]", b"{}"]):
         with pytest.raises(DecodeError):
             segments.log_of(wrong)
+    for name, at in (("cluster", 0), ("chain", 1)):
+        changed = copy.deepcopy(segment(HISTORY, 1, 2))
+        changed[at]["header" if at == 0 else "entry"][name] = "\ud800.node-a"
+        with pytest.raises(DecodeError, match="no character"):
+            segments.log_of([json.dumps(one).encode() for one in changed])
+
+
+def test_the_place_of_an_object_is_its_name_s_and_others_have_none() -> None:
+    assert segments.place_of(f"p/shop/{CHAIN}/{FIRST.name}") == (FIRST,)
+    assert segments.place_of(f"p/shop/{CHAIN}/x.jsonl") == ()
 
 
 def test_the_base_behind_a_segment_is_what_it_proves() -> None:

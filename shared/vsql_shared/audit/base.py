@@ -73,12 +73,14 @@ def _unhex(text: object, size: int) -> bytes:
 
 
 def _tables(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(
-        isinstance(one, str) and 0 < len(one) <= _MAX_NAME for one in value
-    ):
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
         raise DecodeError("base of a chain: its tables are no names")
-    if value != sorted(set(value)):
-        raise DecodeError("base of a chain: its tables are not in their one order")
+    try:
+        wrong = [one for one in value if not 0 < len(one.encode()) <= _MAX_NAME or "\0" in one]
+    except UnicodeEncodeError as error:  # JSON has halves of surrogate pairs
+        raise DecodeError("base of a chain: a table's name holds what is no character") from error
+    if wrong or value != sorted(set(value)):
+        raise DecodeError("base of a chain: its tables are not names in their one order")
     return tuple(value)
 
 

@@ -103,7 +103,10 @@ def log_of(first_lines: Iterable[bytes]) -> Log:
         raise DecodeError("segment: its cluster or its chain is no text")
     log = Log(cluster, chain)
     try:
+        log.origin.encode()
         log.writer  # noqa: B018 - raises for what is no chain
+    except UnicodeEncodeError as error:
+        raise DecodeError("segment: its cluster or its chain holds what is no character") from error
     except ChainError as error:
         raise DecodeError(f"segment: {error.message}") from error
     return log
