@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.audit_example import run_example
-from tests.audit_history import CHAIN, CLUSTER, A, History, acknowledged, ordinary, trust
+from tests.audit_history import CHAIN, CLUSTER, A, History, acknowledged, ordinary, signer, trust
 from tests.audit_segments import base, note
 from tests.conftest import NewDatabase
 from tests.moto_server import ENVIRONMENT, REGION, moto_server, s3_bucket
@@ -26,7 +27,8 @@ from vsql_shared.audit.entries import TRAIL_PRUNED, canonical_json
 from vsql_shared.audit.pruning import delete, require_prunable
 from vsql_shared.audit.store import load_head, remember_head
 from vsql_shared.errors import RefusedError, SignatureError, VsqlSyncError
-from vsql_shared.pg.connect import Connection
+from vsql_shared.pg import nodes
+from vsql_shared.pg.connect import Connection, connect
 
 LOG = Log(CLUSTER, CHAIN)
 SIZES = (4, 6, 9, 11)
@@ -243,6 +245,19 @@ def _body(logs: Archive, number: int) -> bytes:
     return raw
 
 
+def altered(conn: Connection, table: str, statement: str, *values: object) -> None:
+    """As whoever owns the database, past the append-only rules of a table."""
+    with conn.transaction():
+        for rule in ("no_update", "no_delete"):
+            conn.execute(f"ALTER TABLE vsql_sync.{table} DISABLE RULE {rule}".encode())
+        assert conn.execute(statement.encode(), values).rowcount > 0
+        for rule in ("no_update", "no_delete"):
+            conn.execute(f"ALTER TABLE vsql_sync.{table} ENABLE ALWAYS RULE {rule}".encode())
+
+
+SEGMENTS = "audit_segments"
+
+
 def _laid_over(logs: Archive) -> None:
     put(logs, logs.keys()[0], b"nothing")
 
@@ -252,9 +267,8 @@ def _laid_over_and_noted(body: Callable[[bytes], bytes]) -> Callable[[Archive], 
 
     def change(logs: Archive) -> None:
         made = put(logs, logs.keys()[0], body(_body(logs, 0)))
-        logs.conns["node-a"].execute(
-            "UPDATE vsql_sync.audit_segments SET object_version = %s WHERE first_sequence = 1", (made,)
-        )
+        statement = "UPDATE vsql_sync.audit_segments SET object_version = %s WHERE first_sequence = 1"
+        altered(logs.conns["node-a"], SEGMENTS, statement, made)
 
     return change
 
@@ -268,14 +282,17 @@ def _deleted(logs: Archive) -> None:
 
 
 def _unnoted(logs: Archive) -> None:
-    logs.conns["node-a"].execute("DELETE FROM vsql_sync.audit_segments WHERE first_sequence = 1")
+    statement = "DELETE FROM vsql_sync.audit_segments WHERE first_sequence = 1"
+    altered(logs.conns["node-a"], SEGMENTS, statement)
 
 
 def _gone(logs: Archive) -> None:
     """The service lost the object: the row names a version that is not there."""
-    logs.conns["node-a"].execute(
+    altered(
+        logs.conns["node-a"],
+        SEGMENTS,
         "UPDATE vsql_sync.audit_segments SET object_version ="
-        " '00000000-0000-0000-0000-000000000000' WHERE first_sequence = 7"
+        " '00000000-0000-0000-0000-000000000000' WHERE first_sequence = 7",
     )
 
 
@@ -291,37 +308,86 @@ def _shorter(logs: Archive) -> None:
 BUCKETS: dict[str, tuple[Callable[[Archive], object], str]] = {
     "another version laid over": (_laid_over, "another version lies over"),
     "deleted": (_deleted, "a mark of its deletion lies over"),
-    "one added": (_added, "this node did not put it there"),
-    "a row deleted": (_unnoted, "this node did not put it there"),
-    "the object lost": (_gone, "another version lies over"),
+    "one added": (_added, "this node has not noted it"),
+    "a row deleted": (_unnoted, "a segment is missing: 1 is due"),
+    "the object lost": (_gone, "is missing: it is not in bucket"),
     "its lock shortened": (_shorter, "before"),
-    "cut, and noted": (_laid_over_and_noted(lambda raw: raw[:-90]), "another version lies over"),
+    "cut, and noted": (_laid_over_and_noted(lambda raw: raw[:-90]), "cut in the middle of a line"),
     "altered, and noted": (
         _laid_over_and_noted(lambda raw: raw.replace(b'"row_count": 2', b'"row_count": 1', 1)),
-        "another version lies over",
+        "is not what was signed",
     ),
+    "copied without its lock, and noted": (_laid_over_and_noted(lambda raw: raw), "not locked as it must be"),
 }
 
 
 @pytest.mark.parametrize("case", BUCKETS)
-def test_what_was_done_to_the_bucket_is_named_and_nothing_is_pruned(logs: Archive, case: str) -> None:
+def test_what_was_done_to_the_bucket_is_named(logs: Archive, case: str) -> None:
     archived(logs)
     change, named = BUCKETS[case]
     change(logs)
     code, problems = logs.verify_archive()
     assert (code, named in problems[0]) == (9, True), problems
-    assert check(logs.conns["node-a"]).ok
+
+
+def test_what_lies_beside_the_segments_hides_no_damage_to_them(logs: Archive) -> None:
+    archived(logs)
+    _shorter(logs)
+    _added(logs)
+    code, found, _ = logs.archive("--verify")
+    problems = [one["what"] for one in found["problems"]]
+    assert (code, len(problems)) == (9, 2), problems
+    assert "before" in problems[0]
+    assert "this node has not noted it" in problems[1]
+    assert [(one["segments"], one["last"]) for one in found["chains"]] == [(1, 6)]
 
 
 def test_an_object_that_a_crash_left_without_its_row_is_taken_if_it_verifies(logs: Archive) -> None:
     archived(logs)
     conn = logs.conns["node-a"]
     kept = conn.execute("SELECT object_version, sha256 FROM vsql_sync.audit_segments ORDER BY 1").fetchall()
-    conn.execute("DELETE FROM vsql_sync.audit_segments")
+    altered(conn, SEGMENTS, "DELETE FROM vsql_sync.audit_segments")
     assert len(archived(logs)) == 2
     again = conn.execute("SELECT object_version, sha256 FROM vsql_sync.audit_segments ORDER BY 1").fetchall()
     assert again == kept
     assert logs.verify_archive() == (0, [])
+
+
+def test_what_a_crash_left_is_taken_though_more_is_due_by_then(logs: Archive) -> None:
+    """Alone, the later run would cut 7-13, and leave 7-11 in the bucket for a year."""
+    archived(logs)
+    conn = logs.conns["node-a"]
+    altered(conn, SEGMENTS, "DELETE FROM vsql_sync.audit_segments WHERE first_sequence = 7")
+    more = History(head=ordinary().head)
+    more.open()
+    more.batch()
+    store(conn, more)
+    whole = ordinary()
+    whole.open()
+    whole.batch()
+    whole.entries[11:], whole.head = more.entries, more.head
+    cosigned.remember(conn, LOG, note(whole, 13))
+    # Nor does junk in a longer place keep it from being taken.
+    put(logs, logs.keys()[1].replace("000000000011", "000000000012"), b"{}\n")
+    assert [(one["first"], one["last"]) for one in archived(logs)] == [(7, 11), (12, 13)]
+    code, problems = logs.verify_archive()
+    assert (code, len(problems), "000000000012.jsonl is in the archive" in problems[0]) == (9, 1, True)
+
+
+def test_a_segment_of_a_history_this_node_does_not_have_is_not_taken(logs: Archive) -> None:
+    """After a restore the same writer goes on otherwise; what it archived before is of another history."""
+    archived(logs)
+    conn = logs.conns["node-a"]
+    altered(conn, SEGMENTS, "DELETE FROM vsql_sync.audit_segments")
+    as_attacker(conn, f"DELETE FROM {TABLE}")
+    conn.execute("DELETE FROM vsql_sync.chain_heads")
+    conn.execute("DELETE FROM vsql_sync.audit_cosigned")
+    other = _other()
+    for _ in range(6):
+        other.batch(7)
+    store(conn, other)
+    assert archived(logs) == []
+    assert conn.execute("SELECT count(*) FROM vsql_sync.audit_segments").fetchall() == [(0,)]
 
 
 def test_another_object_that_stands_in_the_way_is_named_and_noted_nowhere(
@@ -383,12 +449,10 @@ def test_two_at_once_are_one(logs: Archive) -> None:
 # The rows leave. What the producer says is said here by the test's own writer, with A's key.
 
 
-def say(conn: Connection, more: History, made: Base) -> None:
-    """What its producer, in a new epoch, does with an order to prune the chain."""
-    more.open()
+def say(more: History, made: Base) -> None:
+    """What its producer does with an order to prune the chain."""
     said = canonical_json(made.detail())
     more.add(event_type=TRAIL_PRUNED, batch_lsn_start=9, batch_lsn_end=9, detail=said)
-    note_base(conn, made)
 
 
 def note_base(conn: Connection, made: Base) -> None:
@@ -406,13 +470,8 @@ def pruned(logs: Archive) -> tuple[Archive, History]:
     source = ordinary()
     made = base(source, 6)
     more = History(head=source.head)
-    more.add(
-        event_type=TRAIL_PRUNED, batch_lsn_start=9, batch_lsn_end=9, detail=canonical_json(made.detail())
-    )
+    say(more, made)
     more.batch()
-    conn.execute(
-        "INSERT INTO vsql_sync.audit_bases (chain, size, base) VALUES (%s, 6, %s)", (CHAIN, made.encode())
-    )
     store(conn, more)
     remember_head(logs.conns["node-b"], CHAIN, more.head, None)
     assert said_base(conn, trust(A), LOG) == made
@@ -464,16 +523,11 @@ def test_signed_acts_below_the_base_are_kept_and_verified(logs: Archive) -> None
     """The operator's note of the history is entry 8: with it, the first nine go."""
     archived(logs)
     conn = logs.conns["node-a"]
-    conn.execute("UPDATE vsql_sync.audit_segments SET last_sequence = 9 WHERE first_sequence = 7")
+    altered(conn, SEGMENTS, "UPDATE vsql_sync.audit_segments SET last_sequence = 9 WHERE first_sequence = 7")
     source = ordinary()
     made = base(source, 9)
     more = History(head=source.head)
-    more.add(
-        event_type=TRAIL_PRUNED, batch_lsn_start=9, batch_lsn_end=9, detail=canonical_json(made.detail())
-    )
-    conn.execute(
-        "INSERT INTO vsql_sync.audit_bases (chain, size, base) VALUES (%s, 9, %s)", (CHAIN, made.encode())
-    )
+    say(more, made)
     store(conn, more)
     assert delete(conn, made, LOG)[0] == 9
     kept = conn.execute("SELECT sequence, event_type, document FROM vsql_sync.audit_kept").fetchall()
@@ -497,15 +551,107 @@ def test_signed_acts_below_the_base_are_kept_and_verified(logs: Archive) -> None
 
 
 def _as_owner(conn: Connection, statement: str) -> None:
-    with conn.transaction():
-        for rule in ("no_update", "no_delete"):
-            conn.execute(f"ALTER TABLE vsql_sync.audit_bases DISABLE RULE {rule}")
-        conn.execute(statement.encode())
+    altered(conn, "audit_bases", statement)
 
 
 def _cut_further(conn: Connection) -> None:
     as_attacker(conn, f"DELETE FROM {TABLE} WHERE sequence <= 9")
     note_base(conn, base(ordinary(), 9))
+
+
+def _rowless(conn: Connection) -> None:
+    altered(conn, SEGMENTS, "DELETE FROM vsql_sync.audit_segments")
+
+
+def test_rows_of_segments_that_are_gone_hide_nothing_that_was_pruned(pruned: tuple[Archive, History]) -> None:
+    logs = pruned[0]
+    assert logs.verify_archive() == (0, [])
+    _rowless(logs.conns["node-a"])
+    code, problems = logs.verify_archive()
+    assert code == 9
+    assert "was pruned up to 6, the archive has 0 entries" in problems[0]
+    code, _, err = logs.archive("--verify", "--chain", "typo.node-a")
+    assert (code, "has no chain 'typo.node-a'" in err) == (4, True)
+
+
+def test_entries_go_while_others_read_and_write_and_no_others_go(pruned: tuple[Archive, History]) -> None:
+    logs, more = pruned
+    conn = logs.conns["node-a"]
+    with connect(logs.infos["node-a"], application_name="test") as other:
+        say(more, base(ordinary(), 11))
+        more.batch()
+        store(conn, _tail(more, 2))
+        with other.transaction():
+            other.execute(f"SELECT count(*) FROM {TABLE}")
+            other.execute(f"LOCK TABLE {TABLE} IN ROW EXCLUSIVE MODE")  # as whoever writes holds
+            assert delete(conn, base(ordinary(), 11), LOG) == (5, 0)
+    assert check(conn).ok
+    assert check(conn).warnings == ()
+    # Whoever owns the table deletes nothing above the base, nor in a partition.
+    assert conn.execute(f"DELETE FROM {TABLE}").rowcount == 0
+    conn.execute(
+        "CREATE OR REPLACE RULE no_delete AS ON DELETE TO vsql_sync.vsql_sync_audit WHERE false"
+        " DO INSTEAD NOTHING"
+    )
+    assert "is not append-only any more" in check(conn).warnings[0]
+
+
+def _tail(history: History, count: int) -> History:
+    """Its last entries, as a history to store."""
+    made = History(head=history.head)
+    made.entries = history.entries[-count:]
+    return made
+
+
+STRANGER = signer("node-x")
+
+
+def _hidden(logs: Archive) -> None:
+    """A rewrites its history, and says that it pruned more than B has ever seen."""
+    conn = logs.conns["node-a"]
+    as_attacker(conn, f"DELETE FROM {TABLE}")
+    conn.execute("DELETE FROM vsql_sync.chain_heads")
+    other = _other()
+    for _ in range(8):
+        other.batch(7)
+    more = History(head=other.head)
+    more.open()
+    say(more, base(other, 14, STRANGER, A))
+    for one in (other, more):
+        store(conn, one)
+    as_attacker(conn, f"DELETE FROM {TABLE} WHERE sequence <= 14")
+
+
+def _another_tree(logs: Archive) -> None:
+    """The entries are those B saw; what A signs of their tree is of others."""
+    conn = logs.conns["node-a"]
+    source, other = ordinary(), _other()
+    forged = replace(base(source, 6, STRANGER, A), note=base(other, 6, STRANGER, A).note)
+    forged = replace(forged, head=replace(forged.head, tree=base(other, 6).head.tree))
+    more = History(head=source.head)
+    say(more, forged)
+    store(conn, more)
+    as_attacker(conn, f"DELETE FROM {TABLE} WHERE sequence <= 6")
+
+
+HIDDEN: dict[str, tuple[Callable[[Archive], None], str]] = {
+    "another history, pruned beyond what the target saw": (_hidden, "as if it was pruned there"),
+    "another tree below the base": (_another_tree, "split view"),
+}
+
+
+@pytest.mark.parametrize("case", HIDDEN)
+def test_a_source_hides_no_history_from_its_target_behind_a_base_of_its_making(
+    logs: Archive, case: str
+) -> None:
+    nodes.pin(logs.conns["node-a"], "node-x", STRANGER.public_key)  # whom only A knows
+    store(logs.conns["node-b"], acknowledged(ordinary()))
+    change, named = HIDDEN[case]
+    change(logs)
+    code, found = logs.verify("node-b", "--peer-connection", logs.infos["node-a"])
+    assert code == 9
+    assert any(named in one["what"] for one in found["problems"]), found["problems"]
+    assert any("nobody this node knows has cosigned" in one for one in found["warnings"])
 
 
 FORGERIES: dict[str, tuple[Callable[[Connection], object], str]] = {
@@ -620,6 +766,7 @@ PRUNED: dict[str, tuple[int, int]] = dict.fromkeys(BUCKETS, (9, 0)) | {
     "one added": (7, 1),
     "a row deleted": (0, 0),
     "its lock shortened": (4, 0),
+    "copied without its lock, and noted": (4, 0),
 }
 """Exit code, and orders given: 7 means that nobody obeys the one that was."""
 
@@ -636,24 +783,73 @@ def test_prune_is_refused_where_the_archive_is_not_what_it_was(logs: Archive, ca
     assert (code, orders) == PRUNED[case], err
 
 
+@pytest.mark.parametrize("case", BUCKETS)
+def test_what_was_ordered_and_not_deleted_yet_is_deleted_only_if_the_archive_still_is_what_it_was(
+    logs: Archive, case: str
+) -> None:
+    """The producer obeyed after the command had given up; the archive changed before the next one."""
+    archived(logs)
+    more = History(head=ordinary().head)
+    more.open()
+    say(more, base(ordinary(), 11))
+    more.batch()
+    conn = logs.conns["node-a"]
+    store(conn, more)
+    stream(conn, 14)
+    assert said_base(conn, trust(A), LOG) == base(ordinary(), 11)
+    BUCKETS[case][0](logs)
+    code, _, err = prune(logs, "--timeout", "0.3")
+    orders = conn.execute("SELECT verb FROM vsql_sync.commands").fetchall()
+    expected = (PRUNED | {"a row deleted": (9, 0)})[case]
+    assert (code, orders) == (expected[0], [("prune-topic",)] * expected[1]), err
+    assert conn.execute(f"SELECT min(sequence) FROM {TABLE}").fetchall() == [(1,)]
+
+
 def test_the_writer_holds_an_order_against_its_own_tables(logs: Archive) -> None:
     archived(logs)
     _further(logs)
     conn = logs.conns["node-a"]
     stream(conn, 11)
     source = ordinary()
-    require_prunable(conn, LOG, base(source, 6))
+    mine = base(source, 6)
+    for size in (6, 11):
+        require_prunable(conn, LOG, base(source, size), 0)
     cases: dict[str, Any] = {
-        "not cosigned": (base(source, 6, A), SignatureError),
-        "not archived": (base(source, 5), RefusedError),
-        "another history": (base(_other(), 6), RefusedError),
+        "not cosigned": (base(source, 6, A), SignatureError, "not cosigned"),
+        "not archived": (base(source, 5), RefusedError, "segments cover 0 of 5"),
+        "another history": (base(_other(), 6), RefusedError, "is not the one of the base"),
+        "other tables": (replace(mine, tables=("public.orders", "public.x")), RefusedError, "other tables"),
+        "no tables": (replace(mine, tables=()), RefusedError, "other tables"),
+    } | {
+        f"another {name}": (
+            replace(mine, head=replace(mine.head, **{name: value})),
+            RefusedError,
+            "is not the one of the base",
+        )
+        for name, value in dict[str, Any](
+            {
+                "epoch": 7,
+                "incarnation": bytes(16),
+                "entry_hash": bytes(32),
+                "batch": 4,
+                "lsn_end": 351,
+                "unfinished_from": 0,
+                "event_timestamp": 1,
+                "system_identifier": "1",
+                "timeline": 2,
+            }
+        ).items()
     }
-    for made, error in cases.values():
-        with pytest.raises(error):
-            require_prunable(conn, LOG, made)
+    for made, error, named in cases.values():
+        with pytest.raises(error, match=named):
+            require_prunable(conn, LOG, made, 0)
+    with pytest.raises(RefusedError, match="younger than 1200 months"):
+        require_prunable(conn, LOG, mine, 1200)
+    with pytest.raises(RefusedError, match="no live stream's"):
+        require_prunable(conn, Log(CLUSTER, f"{CHAIN}.copy.node-b"), mine, 0)
     conn.execute("UPDATE vsql_sync.stream_targets SET acked_sequence = 5")
     with pytest.raises(RefusedError, match="cannot be pruned up to 6"):
-        require_prunable(conn, LOG, base(source, 6))
+        require_prunable(conn, LOG, mine, 0)
 
 
 def _other() -> History:
@@ -673,7 +869,18 @@ def test_rows_are_deleted_only_below_a_base_whose_segments_are_noted(logs: Archi
     with pytest.raises(VsqlSyncError, match="no signed entry says so"):
         delete(conn, made, LOG)
     note_base(conn, made)
-    conn.execute("DELETE FROM vsql_sync.audit_segments WHERE first_sequence = 1")
+    # A sum that is right covers nothing: 1-3, and 2-4 (so 5 and 6 lie in none).
+    altered(
+        conn,
+        SEGMENTS,
+        "UPDATE vsql_sync.audit_segments SET first_sequence = CASE first_sequence WHEN 1 THEN 1 ELSE 2 END,"
+        " last_sequence = CASE first_sequence WHEN 1 THEN 3 ELSE 4 END",
+    )
+    summed = "SELECT sum(last_sequence - first_sequence + 1) FROM vsql_sync.audit_segments"
+    assert conn.execute(summed).fetchall() == [(6,)]
+    with pytest.raises(VsqlSyncError, match="cover 0 of 6 entries"):
+        delete(conn, made, LOG)
+    altered(conn, SEGMENTS, "DELETE FROM vsql_sync.audit_segments")
     with pytest.raises(VsqlSyncError, match="cover 0 of 6 entries"):
         delete(conn, made, LOG)
     assert check(conn).ok
