@@ -37,6 +37,7 @@ _TAKEN = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "
 _NO_LOCK = "ObjectLockConfigurationNotFoundError"
 _HINTS = {
     "AccessDenied": "grant what docs/operations/audit.md lists, in the bucket's policy and in IAM",
+    "403": "grant what docs/operations/audit.md lists; without s3:ListBucket, what is not there is forbidden",
     "NoSuchBucket": "check audit.archive.bucket, the Region and the account",
     "RequestTimeTooSkewed": "set this machine's clock",
 }
