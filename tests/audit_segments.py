@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from tests.audit_history import CLUSTER, A, B, History
-from vsql_shared.audit.base import Base
+from vsql_shared.audit.base import GONE, Base, Kept
 from vsql_shared.audit.chain import EMPTY_HEAD, ChainHead, advance
 from vsql_shared.audit.checkpoint import Checkpoint, Log
 from vsql_shared.audit.export_format import FORMAT, VERSION, readable
@@ -40,7 +40,10 @@ def note(history: History, size: int, *by: Signer) -> str:
 def base(history: History, size: int, *by: Signer) -> Base:
     """Where the chain begins when so many entries are pruned."""
     named = {name for one in history.entries[:size] for name in one.entry.tables_affected}
-    return Base(head_at(history, size), note(history, size, *by), tuple(sorted(named)))
+    kept = Kept()
+    for one in history.entries[:size]:
+        kept = kept if one.entry.event_type in GONE else kept.take(one.entry_hash)
+    return Base(head_at(history, size), note(history, size, *by), tuple(sorted(named)), kept)
 
 
 def segment(history: History, first: int, last: int) -> list[dict[str, Any]]:

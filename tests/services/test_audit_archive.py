@@ -548,6 +548,9 @@ def test_signed_acts_below_the_base_are_kept_and_verified(logs: Archive) -> None
         assert found[0].sequence == 8
         assert "kept beside the trail" in found[0].what
         assert what in found[0].what
+    # With all it is held against, as if it had never been.
+    altered(conn, "audit_kept", "DELETE FROM vsql_sync.audit_kept")
+    assert "0 entries are kept beside the trail, not the 1" in check(conn).problems[0].what
 
 
 def _as_owner(conn: Connection, statement: str) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
+from importlib import resources
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from tests.audit_history import CHAIN, CLUSTER, START, A, B, History, ordinary, 
 from tests.audit_segments import KEYS, base, head_at
 from vsql_consumers.joining import JoinScan, pruned_at
 from vsql_shared.audit import merkle, tree
-from vsql_shared.audit.base import Base, base_in, head_value, parse_head
+from vsql_shared.audit.base import GONE, Base, Kept, base_in, head_value, parse_head
 from vsql_shared.audit.chain import Accepted, ChainReader, Void
 from vsql_shared.audit.checkpoint import Log
 from vsql_shared.audit.dsse import AUDIT_ENTRY, SignedDocument, verify_document
@@ -76,6 +79,12 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a tree that is none": lambda one: one["head"].update(tree="00"),
     "a system that is none": lambda one: one["head"].update(system_identifier=7),
     "a checkpoint that is no text": lambda one: one.update(checkpoint=7),
+    "no kept": lambda one: one.pop("kept"),
+    "kept that is none": lambda one: one.update(kept=[]),
+    "a kept member more": lambda one: one["kept"].update(x=1),
+    "a kept number that is none": lambda one: one["kept"].update(count=True),
+    "a kept number below zero": lambda one: one["kept"].update(count=-1),
+    "a short kept digest": lambda one: one["kept"].update(digest="00"),
     "tables that are none": lambda one: one.update(tables="public.orders"),
     "a table that is no name": lambda one: one.update(tables=[7]),
     "half a character in a name": lambda one: one.update(tables=["\ud800"]),
@@ -124,6 +133,22 @@ def test_no_value_of_a_head_leads_to_another_error_than_ours(value: Any, name: s
     except DecodeError:
         return
     assert head_value(found) == changed
+
+
+def test_what_is_kept_below_a_base_is_counted_and_held_in_order() -> None:
+    assert BASE.kept == Kept()  # the history's note is its entry 8
+    one, two = b"1" * 32, b"2" * 32
+    taken = Kept().take(one).take(two)
+    assert base(HISTORY, 9).kept == Kept().take(HISTORY.entries[7].entry_hash)
+    assert taken == Kept(2, sha256(sha256(bytes(32) + one).digest() + two).digest())
+    assert len({taken, Kept().take(two).take(one), Kept().take(one), Kept().take(two)}) == 4
+
+
+def test_what_is_kept_is_what_the_database_does_not_let_go() -> None:
+    text = resources.files("vsql_schemas").joinpath("sql/014_retention.sql").read_text("utf-8")
+    named = re.search(r"AND event_type NOT IN\s*\(([^)]*)\)", text)
+    assert named is not None
+    assert set(re.findall(r"'(\w+)'", named[1])) == GONE
 
 
 def pruned(by: Base = BASE) -> History:

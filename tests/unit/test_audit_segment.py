@@ -38,6 +38,9 @@ def test_a_segment_proves_its_entries_and_gives_the_head_the_next_one_follows(pl
     found = check(encoded(segment(HISTORY, *place)), place)
     assert found.head == head_at(HISTORY, place.last)
     assert found.entries == place.last - place.first + 1
+    assert list(found.kept) == [
+        HISTORY.entries[7].entry_hash for number in (8,) if place.first <= number <= place.last
+    ]
     assert found.tables == {one for made in HISTORY.entries[place.first - 1 : place.last]
                             for one in made.entry.tables_affected}  # fmt: skip
     assert found.first_time == HISTORY.entries[place.first - 1].entry.event_timestamp

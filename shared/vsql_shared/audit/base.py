@@ -7,10 +7,13 @@ Not here: pruning, and the tables bases lie in (bases.py). Pure. Rules:
 * The chain says itself where it was pruned: `trail_pruned`, whose detail is the base. So the rest of the
   head (epoch, incarnation, hash, batch) is signed, too, and readers of the topic find it there.
 * It names every table a batch below it had rows of: who joins must have a copy of each.
+* It counts and hashes the entries below it that stay in the database (acts, skips, destroyed keys): none of
+  them can be taken away.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,13 +21,23 @@ from typing import Any, Self
 
 from vsql_shared.audit.chain import ChainHead
 from vsql_shared.audit.checkpoint import Checkpoint, Log, Opened, open_checkpoint
-from vsql_shared.audit.entries import TRAIL_PRUNED, AuditEntry, canonical_json
+from vsql_shared.audit.entries import (
+    BATCH_APPLIED,
+    CHECKPOINT_COSIGNED,
+    EPOCH_OPENED,
+    REPLICATION_BATCH,
+    TRAIL_PRUNED,
+    AuditEntry,
+    canonical_json,
+)
 from vsql_shared.audit.merkle import HASH_SIZE
 from vsql_shared.audit.notes import COSIGNATURE, MAX_NOTE_SIZE, SignedNote
 from vsql_shared.audit.tree import MAX_SIZE, is_known, root_of
 from vsql_shared.errors import ChainError, DecodeError, SignatureError
 
 FORMAT = 1
+GONE = frozenset({REPLICATION_BATCH, BATCH_APPLIED, EPOCH_OPENED, CHECKPOINT_COSIGNED})
+"""Entries that are not kept in the database below a base; as prune_audit has it (SQL 014)."""
 _UUID_SIZE = 16
 _MAX_TIMELINE = (1 << 31) - 1
 _MAX_SYSTEM = 64
@@ -85,6 +98,30 @@ def _tables(value: object) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """Entries that are kept below a base: how many, and a chain of their hashes in order."""
+
+    count: int = 0
+    digest: bytes = bytes(HASH_SIZE)
+
+    def take(self, entry_hash: bytes) -> Kept:
+        """With the next entry."""
+        return Kept(self.count + 1, hashlib.sha256(self.digest + entry_hash).digest())
+
+
+NOTHING_KEPT = Kept()
+"""Below a base: no entry is kept."""
+
+
+def _kept(value: object) -> Kept:
+    if not isinstance(value, Mapping) or value.keys() != {"count", "digest"}:
+        raise DecodeError("base of a chain: kept has other members")
+    if type(value["count"]) is not int or not 0 <= value["count"] <= MAX_SIZE:
+        raise DecodeError("base of a chain: the number of kept entries is none")
+    return Kept(value["count"], _unhex(value["digest"], HASH_SIZE))
+
+
+@dataclass(frozen=True, slots=True)
 class Base:
     """A head, its checkpoint with signature and cosignatures, and the tables of the batches below."""
 
@@ -92,6 +129,7 @@ class Base:
     note: str
     tables: tuple[str, ...] = ()
     """`schema.table` as entries name them, sorted."""
+    kept: Kept = NOTHING_KEPT
 
     def detail(self) -> dict[str, Any]:
         """What the entry `trail_pruned` says."""
@@ -100,6 +138,7 @@ class Base:
             "head": head_value(self.head),
             "checkpoint": self.note,
             "tables": list(self.tables),
+            "kept": {"count": self.kept.count, "digest": self.kept.digest.hex()},
         }
 
     def encode(self) -> str:
@@ -113,14 +152,14 @@ class Base:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DecodeError("no base of a chain: not JSON") from error
-        if not isinstance(value, dict) or value.keys() != {"format", "head", "checkpoint", "tables"}:
+        if not isinstance(value, dict) or value.keys() != {"format", "head", "checkpoint", "tables", "kept"}:
             raise DecodeError("no base of a chain: it has other members")
         if type(value["format"]) is not int or value["format"] != FORMAT:
             raise DecodeError(f"base of a chain: format {str(value['format'])[:20]}, expected {FORMAT}")
         note = value["checkpoint"]
         if not isinstance(note, str) or len(note) > MAX_NOTE_SIZE:
             raise DecodeError("no base of a chain: its checkpoint is no text")
-        made = cls(parse_head(value["head"]), note, _tables(value["tables"]))
+        made = cls(parse_head(value["head"]), note, _tables(value["tables"]), _kept(value["kept"]))
         if made.encode() != text:
             raise DecodeError("base of a chain: not in its one encoding")
         return made

@@ -15,13 +15,15 @@ Whatever is not so is said, and nothing is pruned.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
 from typing import TYPE_CHECKING, NamedTuple
 
 from vsql_shared.audit.archive import Node, Row, before, needed_until, read_back, rows_of
-from vsql_shared.audit.base import Base
+from vsql_shared.audit.base import GONE, Base, Kept
 from vsql_shared.audit.bases import base_of, pinned, start_of
 from vsql_shared.audit.chain import EMPTY_HEAD
 from vsql_shared.audit.cosigned import cosigners
+from vsql_shared.audit.dsse import document_hash
 from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH
 from vsql_shared.audit.rows import parse
 from vsql_shared.audit.store import load_head
@@ -156,6 +158,7 @@ def require_archived(
     base = base_of(node.conn, log)
     head = base.head if base else EMPTY_HEAD
     tables = set(base.tables if base else ())
+    kept = base.kept if base else Kept()
     note = ""
     for row in segments:
         stored = store.look(row.key, row.version)
@@ -167,10 +170,11 @@ def require_archived(
         store.require_locked(stored, needed_until(node, verified))
         head, note = verified.head, verified.note
         tables |= verified.tables
+        kept = reduce(Kept.take, verified.kept, kept)
         said(row.key)
     if not note:
         raise RefusedError(f"no archived segment of chain {log.chain} begins at {head.sequence + 1}")
-    made = Base(head, note, tuple(sorted(tables)))
+    made = Base(head, note, tuple(sorted(tables)), kept)
     require_cosigned_by(node.conn, made, log)
     return made
 
@@ -180,7 +184,7 @@ def require_still_archived(
 ) -> None:
     """Rule 4 once more, for a base the chain says since an earlier run: the archive is what it was then."""
     made = require_archived(node, store, log, archived_below(node, base, log), said)
-    if (made.head, made.tables) != (base.head, base.tables):
+    if replace(made, note=base.note) != base:
         raise ChainError(
             f"chain {log.chain} says it was pruned at {base.head.sequence}, and the archive leads to entry"
             f" {made.head.sequence} with hash {made.head.entry_hash.hex()}",
@@ -215,6 +219,8 @@ def require_prunable(conn: Connection, log: Log, base: Base, online_months: int)
         raise RefusedError(f"entry {size} of chain {log.chain} is not the one of the base")
     if base.tables != tables_at(conn, log, size):
         raise RefusedError(f"the batches up to entry {size} of chain {log.chain} name other tables")
+    if base.kept != kept_at(conn, log, size):
+        raise RefusedError(f"other entries up to {size} of chain {log.chain} are to be kept")
     found = limits(conn, log.chain) | young(conn, log.chain, online_months)
     why = min(found, key=lambda one: found[one])
     if size > found[why]:
@@ -252,6 +258,18 @@ def tables_at(conn: Connection, log: Log, size: int) -> tuple[str, ...]:
             (log.chain, size),
         ).fetchall()
     return tuple(sorted({name for (name,) in rows} | set(base.tables if base else ())))
+
+
+def kept_at(conn: Connection, log: Log, size: int) -> Kept:
+    """What is kept of the entries up to one, those below the base with them."""
+    base = base_of(conn, log)
+    with errors("reading which entries of a chain are kept"):
+        rows = conn.execute(
+            "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND sequence <= %s"
+            " AND event_type <> ALL(%s) ORDER BY sequence",
+            (log.chain, size, list(GONE)),
+        ).fetchall()
+    return reduce(Kept.take, (document_hash(bytes(one)) for (one,) in rows), base.kept if base else Kept())
 
 
 def delete(conn: Connection, base: Base, log: Log) -> tuple[int, int]:

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vsql_shared.audit.base import Base
+from vsql_shared.audit.base import GONE, Base
 from vsql_shared.audit.chain import Accepted, ChainHead, ChainReader
 from vsql_shared.audit.checkpoint import Log, Opened
 from vsql_shared.audit.dsse import MAX_DOCUMENT_SIZE
@@ -71,7 +71,10 @@ def folder(prefix: str, log: Log) -> str:
 
 
 class Verified(NamedTuple):
-    """A segment that holds: the chain's head behind it, its checkpoint, what time and tables it covers."""
+    """A segment that holds: the chain's head behind it, its checkpoint, what time and tables it covers.
+
+    `kept`: hashes of the entries that stay in the database when the others are pruned.
+    """
 
     head: ChainHead
     checkpoint: Opened
@@ -80,6 +83,7 @@ class Verified(NamedTuple):
     first_time: int
     last_time: int
     tables: frozenset[str]
+    kept: tuple[bytes, ...]
 
 
 def lines(read: Callable[[int], bytes]) -> Iterator[bytes]:
@@ -147,6 +151,7 @@ def verify(
     reader = ChainReader(log.cluster, log.chain, log.writer, trust, start)
     times: list[int] = []
     tables: set[str] = set()
+    kept: list[bytes] = []
     ended: dict[str, Any] | None = None
     for line in rows:
         if ended is not None:
@@ -157,6 +162,7 @@ def verify(
         entry = _entry(reader, _member(line, "entry"), place)
         times = [times[0] if times else entry.event_timestamp, entry.event_timestamp]
         tables.update(entry.tables_affected)
+        kept += [] if entry.event_type in GONE else [reader.head.entry_hash]
     # 4.
     head = reader.head
     if ended is None or head.sequence != place.last:
@@ -167,7 +173,7 @@ def verify(
     # 5.
     opened = Base(head, note).verify(log, keys, cosigned=cosigned)
     count = place.last - place.first + 1
-    return Verified(head, opened, note, count, times[0], times[-1], frozenset(tables))
+    return Verified(head, opened, note, count, times[0], times[-1], frozenset(tables), tuple(kept))
 
 
 def _entry(reader: ChainReader, item: dict[str, Any], place: Place) -> AuditEntry:

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from psycopg import sql
 
-from vsql_shared.audit.base import Base, base_in
+from vsql_shared.audit.base import Base, Kept, base_in
 from vsql_shared.audit.bases import base_of, pinned
 from vsql_shared.audit.chain import EMPTY_HEAD, ChainReader, Void, writer_of
 from vsql_shared.audit.checkpoint import Log
 from vsql_shared.audit.cosigned import cosigners
-from vsql_shared.audit.dsse import AUDIT_ENTRY, open_document
+from vsql_shared.audit.dsse import AUDIT_ENTRY, document_hash, open_document
 from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry, signed_place
 from vsql_shared.audit.rows import COLUMNS, columns_of, parse
 from vsql_shared.errors import ChainError, DecodeError, SignatureError
@@ -194,23 +194,24 @@ def _verify_chain(
     if base is not None and not report.says(base):
         said = f"cut at its beginning: no entry of it says that it was pruned up to {report.pruned}"
         report.problem = Problem(chain, report.pruned + 1, None, said)
-    elif (kept := _kept(conn, trust, writer, Log(cluster, chain), report.pruned)) is not None:
+    elif (kept := _kept(conn, trust, writer, Log(cluster, chain), base)) is not None:
         report.problem = kept
     elif remembered is not None:
         report.problem = _cut(report, *remembered, "this node's own")
     return report
 
 
-def _kept(conn: Connection, trust: TrustStore, writer: str, log: Log, pruned: int) -> Problem | None:
+def _kept(conn: Connection, trust: TrustStore, writer: str, log: Log, base: Base | None) -> Problem | None:
     """The first entry kept from below the base that its writer has not signed, or that is not of there.
 
-    Their links are in the archive. Which of them are missing is what they are held against (acts.py).
+    Their links are in the archive. That none of them is missing, the base says, which the chain has signed.
     """
     rows = conn.execute(
         "SELECT sequence, event_type, source_node_id, document FROM vsql_sync.audit_kept WHERE chain = %s"
         " ORDER BY sequence",
         (log.chain,),
     )
+    pruned, kept = 0 if base is None else base.head.sequence, Kept()
     for sequence, event_type, source, document in rows:
         try:
             payload = open_document(trust, writer, bytes(document), AUDIT_ENTRY, signed_place)
@@ -220,6 +221,10 @@ def _kept(conn: Connection, trust: TrustStore, writer: str, log: Log, pruned: in
         found = (entry.cluster, entry.chain, entry.sequence, entry.event_type, entry.source_node_id)
         if found != (*log, sequence, event_type, source) or sequence > pruned:
             return Problem(log.chain, sequence, None, "kept beside the trail: it is not what its row says")
+        kept = kept.take(document_hash(bytes(document)))
+    if base is not None and kept != base.kept:
+        what = f"{kept.count} entries are kept beside the trail, not the {base.kept.count} the chain says"
+        return Problem(log.chain, pruned, None, what)
     return None
 
 
