@@ -439,6 +439,22 @@ def test_a_trail_that_was_altered_is_not_archived(logs: Archive) -> None:
     assert (code, logs.keys()) == (9, []), err
 
 
+def test_what_is_wrong_with_one_chain_keeps_no_other_from_being_archived(logs: Archive) -> None:
+    conn = logs.conns["node-a"]
+    other = History("zones.node-a")
+    other.open()
+    other.batch()
+    store(conn, other)
+    cosigned.remember(conn, Log(CLUSTER, other.chain), note(other, 2))
+    as_attacker(
+        conn,
+        f"UPDATE {TABLE} SET document = (SELECT document FROM {TABLE} WHERE sequence = 4) WHERE sequence = 3",
+    )
+    code, done, err = logs.archive()
+    assert (code, [(one["chain"], one["last"]) for one in done]) == (9, [("zones.node-a", 2)]), err
+    assert f"{CHAIN}: " in err
+
+
 def test_two_at_once_are_one(logs: Archive) -> None:
     conn = logs.conns["node-a"]
     conn.execute("SELECT pg_advisory_lock(%s)", (0x76_73_71_6C_61_72_63_68,))

@@ -135,6 +135,15 @@ def test_a_pruned_chain_verifies_goes_on_and_is_joined(pair: TwoNodes, stack: St
     checked = pair.a.ctl_json("audit", "archive", "--verify")
     assert checked["ok"]
     before = pair.a.ctl("audit", "checkpoint", "--chain", pair.chain).stdout
+    # An operator, who may give other orders, cannot have the chain say it was pruned.
+    order = f"VALUES ('producer', '{pair.chain}', 'prune-chain')"
+    pair.a.execute(
+        "SET SESSION AUTHORIZATION vsql_sync_operator;"
+        f" INSERT INTO vsql_sync.commands (role, chain, verb) {order}"
+    )
+    refused = "SELECT ok, message FROM vsql_sync.command_results ORDER BY command_id DESC LIMIT 1"
+    answered = until(lambda: pair.a.query(refused), tell=lambda: pair.a.tail("producer"))
+    assert (answered[0][0], "only a member of vsql_sync_admin" in answered[0][1]) == (False, True)
     # Whoever gives up waiting has removed nothing; the next one goes on where the order was obeyed.
     assert pair.a.ctl("audit", "prune", "--timeout", "0", check=False).returncode == 7
     said = "SELECT 1 FROM vsql_sync.vsql_sync_audit WHERE event_type = 'trail_pruned'"

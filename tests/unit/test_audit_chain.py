@@ -602,6 +602,27 @@ def test_what_a_first_copy_covers_is_counted_as_the_source_signed_it(told: int, 
         assert words in found.problem.what
 
 
+@pytest.mark.parametrize(("rows", "holds"), [(9, True), (6, True), (5, True), (2, False), (0, False)])
+def test_of_what_is_left_above_a_base_no_covered_change_is_missing(rows: int, holds: bool) -> None:
+    """Batches of 2, 2, 2 and 3 changes, the first two of them pruned: 2 and 3 of those covered are left."""
+    source = History()
+    source.open()
+    for changes in (2, 2, 2, 3):
+        source.batch(changes)
+    acks = History(ACKS, B)
+    acks.open()
+    acks.acknowledge(
+        source.entries[4],
+        event_type=BATCH_COVERED,
+        row_count=rows,
+        verdicts=(("covered", rows),) if rows else (),
+        merkle_root=EMPTY_ROOT,
+    )
+    problem = compare_roots(CHAIN, "node-b", stored(source)[3:], stored(acks), 3).problem
+    assert (problem is None) is holds
+    assert problem is None or "at least 5 up to manifest 5" in problem.what
+
+
 def report_of(history: History, entries: int | None = None) -> Report:
     report = ChainReport(history.chain)
     for made in history.entries[:entries]:

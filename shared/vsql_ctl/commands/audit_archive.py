@@ -16,7 +16,7 @@ from vsql_ctl.commands.audit_proofs import signing_key
 from vsql_ctl.context import Operator, OutputFormat, example, output_option, pass_operator
 from vsql_ctl.output import emit, render_table
 from vsql_ctl.trail import node_database, read_text, trusted_keys
-from vsql_shared.errors import ChainError, RefusedError, TransientError, UserError
+from vsql_shared.errors import ChainError, RefusedError, TransientError, UserError, VerificationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -203,16 +203,23 @@ def _run(node: Node, settings: Settings, store: S3Store, chain: str | None, outp
             _note_archived(node, row, "taken up, an earlier run had stored it:")
             done.append(row)
     signer = signing_key(node.conn, settings)
+    failed: VerificationError | None = None
     for one in _plans(node, settings, chain):
         head = one.start
-        for place in one.segments:
-            row = archive(node, store, signer, one.chain, head, place, datetime.now(UTC))
-            _note_archived(node, row, "archived")
-            done.append(row)
-            head = row.head
+        try:
+            for place in one.segments:
+                row = archive(node, store, signer, one.chain, head, place, datetime.now(UTC))
+                _note_archived(node, row, "archived")
+                done.append(row)
+                head = row.head
+        except VerificationError as error:  # what is wrong with one chain keeps no other on-line
+            click.echo(f"{one.chain}: {error.message}", err=True)
+            failed = failed or error
         if one.waiting:
             click.echo(f"{one.chain}: {one.waiting} entries are due and not cosigned yet", err=True)
     emit(output, [_segment(row) for row in done], lambda: _segments(done))
+    if failed is not None:
+        raise failed
 
 
 def _note_archived(node: Node, row: Row, how: str) -> None:

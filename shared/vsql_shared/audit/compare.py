@@ -86,7 +86,7 @@ def compare_roots(
     """Walk both chains side by side, in memory of one manifest at a time.
 
     `pruned`: manifests up to this sequence are gone. What acknowledges them is passed over, as long as the
-    target has acknowledged all of them, and what `batch_covered` counts of them cannot be counted again.
+    target has acknowledged all of them, and of what `batch_covered` counts only the rest is counted again.
     """
     source = _Manifests(manifests)
     compared = counted = passed_over = replayed = 0
@@ -102,8 +102,8 @@ def compare_roots(
             continue
         manifest = source.find(ack.ref_sequence)
         what = _disagreement(manifest, ack)
-        if what is None and ack.event_type == BATCH_COVERED and not pruned:
-            what = _miscounted(source.rows - counted, ack)
+        if what is None and ack.event_type == BATCH_COVERED:
+            what = _miscounted(source.rows - counted, ack, pruned)
         elif what is None and compared and source.passed is not None:
             ack, what = source.passed.entry, f"target {target} did not acknowledge this batch"
         if what is not None:
@@ -212,11 +212,15 @@ def _replayed(entry: AuditEntry) -> int:
     return found if isinstance(found, int) else 0
 
 
-def _miscounted(rows: int, ack: AuditEntry) -> str | None:
-    """What is passed over is counted: the source's chain up to there has as many changes."""
-    if ack.row_count == rows:
+def _miscounted(rows: int, ack: AuditEntry, pruned: int) -> str | None:
+    """What is passed over is counted: the source's chain up to there has as many changes, and no fewer.
+
+    Of a pruned chain only those that are left can be counted again.
+    """
+    if ack.row_count == rows or (pruned and ack.row_count > rows):
         return None
-    return f"covers {ack.row_count} changes, it should be {rows} up to manifest {ack.ref_sequence}"
+    least = "at least " if pruned else ""
+    return f"covers {ack.row_count} changes, it should be {least}{rows} up to manifest {ack.ref_sequence}"
 
 
 def compare_nodes(
