@@ -95,7 +95,7 @@ class JoinScan:
         self._is_pruned = base is not None
         self._copied = frozenset(copied)
         self._upto = min(copied.values())
-        self._is_covered = base is None or self._covers(base)
+        self.is_covered = base is None or self._covers(base)
         self._whole, self._open = _Sum(), _Sum()
         self._last: tuple[AuditEntry, bytes] | None = None
         self.point: JoinPoint | None = None
@@ -106,7 +106,7 @@ class JoinScan:
         Raises VerificationError, with the sequence of the entry that was due.
         """
         due = self._reader.head.sequence + 1
-        if not self._is_covered:
+        if not self.is_covered:
             return False
         try:
             return self._feed(offset, encoded, where)
@@ -220,6 +220,16 @@ def _scan(means: Means, copied: Mapping[TableName, int], decisions: Decisions) -
     head = EMPTY_HEAD if base is None else base.head
     reader = ChainReader(cluster, stream.chain, stream.origin, means.trust, head, pruned=head.sequence)
     scan = JoinScan(reader, copied, base)
+    if base is not None and not scan.is_covered:
+        _log.error(
+            "the first copy does not have all that was pruned from the chain: copy again, every table",
+            extra={
+                "size": base.head.sequence,
+                "needs_lsn": lsn.text(base.head.lsn_end),
+                "copy_lsn": lsn.text(min(copied.values())),
+                "tables": list(base.tables),
+            },
+        )
     for offset, encoded in entries():
         try:
             if not scan.feed(offset, encoded, record_name(topic, partition, offset)):

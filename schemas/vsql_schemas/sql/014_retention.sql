@@ -104,8 +104,8 @@ BEGIN
     DELETE FROM vsql_sync.vsql_sync_audit WHERE chain = p_chain AND sequence <= p_size;
     GET DIAGNOSTICS v_deleted = ROW_COUNT;
     IF EXISTS (SELECT FROM vsql_sync.vsql_sync_audit WHERE chain = p_chain AND sequence <= p_size) THEN
-        RAISE EXCEPTION 'chain %: its entries up to % cannot be deleted: is prune_audit owned by whoever owns'
-            ' the table?', p_chain, p_size USING ERRCODE = 'object_not_in_prerequisite_state';
+        RAISE EXCEPTION 'chain %: entries up to % are left: who owns prune_audit must own the table, too', p_chain, p_size
+            USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
     RETURN v_deleted;
 END

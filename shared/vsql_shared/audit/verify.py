@@ -334,7 +334,7 @@ def _unprotected(conn: Connection) -> list[str]:
         "   AND r.rulename IN ('no_update', 'no_delete') AND r.ev_enabled = 'A' AND (r.ev_qual::text = '<>'"
         # The one condition there is: what a base lets go (SQL 014).
         "     OR r.rulename = 'no_delete' AND c.relkind = 'p'"
-        "     AND pg_get_ruledef(r.oid) LIKE '%vsql_sync.audit_bases b%(b.size >= old.sequence)%'))"
+        "     AND pg_get_ruledef(r.oid) LIKE '%audit_bases b%(b.size >= old.sequence)%'))"
         " OR NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = c.oid"
         "   AND g.tgname = 'no_truncate' AND g.tgenabled = 'A') ORDER BY 1"
     ).fetchall()
