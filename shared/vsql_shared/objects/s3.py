@@ -31,9 +31,18 @@ if TYPE_CHECKING:
     from vsql_shared.config.archive import ArchiveSettings
 
 _TIMEOUT_SECONDS = 60.0
-_BUSY = frozenset({"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling"})
+_BUSY = frozenset(
+    {
+        "SlowDown",
+        "InternalError",
+        "ServiceUnavailable",
+        "RequestTimeout",
+        "Throttling",
+        "ConditionalRequestConflict",  # another request for this key was under way; nothing was stored
+    }
+)
 _GONE = frozenset({"404", "405", "NoSuchKey", "NoSuchVersion"})  # 405: the mark of a deletion
-_TAKEN = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409"})
+_TAKEN = frozenset({"PreconditionFailed", "412"})
 _NO_LOCK = "ObjectLockConfigurationNotFoundError"
 _HINTS = {
     "AccessDenied": "grant what docs/operations/audit.md lists, in the bucket's policy and in IAM",
