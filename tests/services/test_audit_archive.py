@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.audit_example import run_example
-from tests.audit_history import CHAIN, CLUSTER, A, History, acknowledged, ordinary, signer, trust
+from tests.audit_history import CHAIN, CLUSTER, A, B, History, acknowledged, ordinary, signer, trust
 from tests.audit_segments import base, note
 from tests.conftest import NewDatabase
 from tests.moto_server import ENVIRONMENT, REGION, moto_server, s3_bucket
@@ -27,7 +27,7 @@ from vsql_shared.audit.entries import TRAIL_PRUNED, canonical_json
 from vsql_shared.audit.pruning import delete, require_prunable
 from vsql_shared.audit.store import load_head, remember_head
 from vsql_shared.errors import RefusedError, SignatureError, VsqlSyncError
-from vsql_shared.pg import nodes
+from vsql_shared.pg import nodes, signers
 from vsql_shared.pg.connect import Connection, connect
 
 LOG = Log(CLUSTER, CHAIN)
@@ -868,6 +868,11 @@ def test_the_writer_holds_an_order_against_its_own_tables(logs: Archive) -> None
         require_prunable(conn, Log(CLUSTER, f"{CHAIN}.copy.node-b"), mine, 0)
     conn.execute("UPDATE vsql_sync.stream_targets SET acked_sequence = 5")
     with pytest.raises(RefusedError, match="cannot be pruned up to 6"):
+        require_prunable(conn, LOG, mine, 0)
+    conn.execute("UPDATE vsql_sync.stream_targets SET acked_sequence = 11")
+    require_prunable(conn, LOG, mine, 0)
+    signers.revoke(conn, B.fingerprint, "stolen")  # a thief would cosign whatever he is asked to
+    with pytest.raises(SignatureError, match="not cosigned"):
         require_prunable(conn, LOG, mine, 0)
 
 

@@ -141,7 +141,10 @@ def test_a_pruned_chain_verifies_goes_on_and_is_joined(pair: TwoNodes, stack: St
         "SET SESSION AUTHORIZATION vsql_sync_operator;"
         f" INSERT INTO vsql_sync.commands (role, chain, verb) {order}"
     )
-    refused = "SELECT ok, message FROM vsql_sync.command_results ORDER BY command_id DESC LIMIT 1"
+    refused = (
+        "SELECT r.ok, r.message FROM vsql_sync.command_results r JOIN vsql_sync.commands c"
+        " ON c.id = r.command_id WHERE c.verb = 'prune-chain'"
+    )
     answered = until(lambda: pair.a.query(refused), tell=lambda: pair.a.tail("producer"))
     assert (answered[0][0], "only a member of vsql_sync_admin" in answered[0][1]) == (False, True)
     # Whoever gives up waiting has removed nothing; the next one goes on where the order was obeyed.

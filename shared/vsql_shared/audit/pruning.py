@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vsql_shared.audit.archive import Node, Row, before, needed_until, read_back, rows_of
 from vsql_shared.audit.base import GONE, Base, Kept
-from vsql_shared.audit.bases import base_of, pinned, start_of
+from vsql_shared.audit.bases import base_of, start_of
 from vsql_shared.audit.chain import EMPTY_HEAD
 from vsql_shared.audit.cosigned import cosigners
 from vsql_shared.audit.dsse import document_hash
@@ -29,6 +29,7 @@ from vsql_shared.audit.rows import parse
 from vsql_shared.audit.store import load_head
 from vsql_shared.audit.tree import MAX_SIZE
 from vsql_shared.errors import ChainError, RecordError, RefusedError, SignatureError
+from vsql_shared.pg import signers
 from vsql_shared.pg.connect import Connection, errors
 
 if TYPE_CHECKING:
@@ -192,9 +193,14 @@ def require_still_archived(
         )
 
 
-def require_cosigned_by(conn: Connection, base: Base, log: Log) -> None:
-    """Raise unless the base holds and one of the stream's targets has cosigned it."""
-    opened = base.verify(log, pinned(conn))
+def require_cosigned_by(conn: Connection, base: Base, log: Log, *, revoked: bool = True) -> None:
+    """Raise unless the base holds and one of the stream's targets has cosigned it.
+
+    `revoked`: also by a key that was revoked since. What the chain says already was cosigned when it did.
+    """
+    keys = [(one.node, one.public_key) for one in signers.load(conn)
+            if revoked or not one.revoked or one.node == log.writer]  # fmt: skip
+    opened = base.verify(log, keys)
     rows = conn.execute(
         "SELECT target FROM vsql_sync.stream_targets WHERE chain = %s AND target <> '*'", (log.chain,)
     ).fetchall()
@@ -213,7 +219,7 @@ def require_prunable(conn: Connection, log: Log, base: Base, online_months: int)
     """
     if log.chain.count(".") != 1:
         raise RefusedError(f"chain {log.chain} is no live stream's: such chains are not pruned")
-    require_cosigned_by(conn, base, log)
+    require_cosigned_by(conn, base, log, revoked=False)
     size = base.head.sequence
     if replace(head_at(conn, log, size), tree=base.head.tree) != base.head:
         raise RefusedError(f"entry {size} of chain {log.chain} is not the one of the base")
