@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from botocore import exceptions as boto
 
-boto = pytest.importorskip("botocore.exceptions")
-
-from vsql_shared.errors import StoreError, TransientError, VsqlSyncError  # noqa: E402  # needs the extra
-from vsql_shared.objects.s3 import s3_error  # noqa: E402
+from vsql_shared.errors import StoreError, TransientError, VsqlSyncError
+from vsql_shared.objects.s3 import s3_error
 
 CODES: dict[str, tuple[int, type[VsqlSyncError], str]] = {
     "ConditionalRequestConflict": (409, TransientError, "try again"),
@@ -22,7 +23,7 @@ CODES: dict[str, tuple[int, type[VsqlSyncError], str]] = {
 @pytest.mark.parametrize("code", CODES)
 def test_what_the_store_refuses_says_who_must_act(code: str) -> None:
     status, kind, hint = CODES[code]
-    answer = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    answer: Any = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
     made = s3_error(boto.ClientError(answer, "PutObject"), "storing k")
     assert type(made) is kind
     assert (code in made.message, hint in made.hint) == (True, True)
