@@ -23,11 +23,12 @@ from vsql_producers.scope_record import seen
 from vsql_producers.transactions import Descriptor
 from vsql_shared.audit import evidence, tree
 from vsql_shared.audit import evidence_documents as documents
-from vsql_shared.audit.chain import EMPTY_HEAD, ChainWriter, Prepared
+from vsql_shared.audit.base import Base
+from vsql_shared.audit.chain import EMPTY_HEAD, ChainHead, ChainWriter, Prepared, advance
 from vsql_shared.audit.checkpoint import Checkpoint, Log, cosigner_key
 from vsql_shared.audit.dsse import AUDIT_ENTRY, KEY_ANNOUNCEMENT, SignedDocument, pae, sign_document
 from vsql_shared.audit.entries import REPLICATION_BATCH, canonical_json
-from vsql_shared.audit.export import FORMAT, VERSION, readable
+from vsql_shared.audit.export_format import FORMAT, VERSION, readable
 from vsql_shared.audit.merkle import batch_root, root
 from vsql_shared.audit.notes import SignedNote
 from vsql_shared.audit.proofs import ConsistencyProof, InclusionProof
@@ -238,7 +239,15 @@ def _log_examples(entries: list[Prepared]) -> dict[str, bytes | str]:
         "cosigner-vkey": cosigner_key(CLUSTER, "node-b", B.public_key).vkey + "\n",
         "inclusion-proof": InclusionProof(entries[1].encoded, 1, tuple(path), both).encode(),
         "consistency-proof": ConsistencyProof(1, tuple(prefix), both).encode(),
+        "base": Base(_head(entries), both, entries[1].entry.tables_affected).encode() + "\n",
     }
+
+
+def _head(entries: list[Prepared]) -> ChainHead:
+    head = EMPTY_HEAD
+    for one in entries:
+        head = advance(head, one.entry, one.entry_hash)
+    return head
 
 
 def examples() -> dict[str, bytes | str]:

@@ -1,4 +1,4 @@
-"""AWS KMS on this machine: moto's server as a process of its own, asked through AWS's own client.
+"""AWS KMS and S3 on this machine: moto's server as a process of its own, asked through AWS's own client.
 
 moto is no proof of everything: it goes on decrypting under keys that are disabled or scheduled for deletion,
 and asks nobody for permission. What depends on those is not tested here.
@@ -60,6 +60,17 @@ def answers(port: int, path: str) -> bool:
 def aws_kms(address: str) -> Any:
     """AWS's own client: the key administrator's hands."""
     return boto3.session.Session().client("kms", region_name=REGION, endpoint_url=address)
+
+
+def s3_bucket(address: str, name: str, *, locks: bool = True) -> Any:
+    """AWS's own client of S3, with a new bucket whose objects can be locked."""
+    s3 = boto3.session.Session().client("s3", region_name=REGION, endpoint_url=address)
+    s3.create_bucket(
+        Bucket=name,
+        ObjectLockEnabledForBucket=locks,
+        CreateBucketConfiguration={"LocationConstraint": REGION},
+    )
+    return s3
 
 
 def new_kek(kms: Any, alias: str, version: int) -> str:

@@ -24,6 +24,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPar
 from vsql_producers.publish import Publisher
 from vsql_producers.replication import Identity
 from vsql_shared import failpoints, lsn
+from vsql_shared.audit.bases import said_base
 from vsql_shared.audit.chain import (
     EMPTY_HEAD,
     Accepted,
@@ -32,6 +33,7 @@ from vsql_shared.audit.chain import (
     ChainWriter,
     new_incarnation,
 )
+from vsql_shared.audit.checkpoint import Log
 from vsql_shared.audit.dsse import AUDIT_ENTRY, SignedDocument, document_hash, verify_document
 from vsql_shared.audit.entries import EPOCH_OPENED, AuditEntry, peek_chain
 from vsql_shared.audit.store import insert_entries, recall_head
@@ -215,9 +217,10 @@ def read_chain(
     """
     known = recall_head(conn, writing.chain)
     head, offset = known or (EMPTY_HEAD, None)
-    # A head whose place is not known is found again from the beginning.
-    start = EMPTY_HEAD if offset is None else head
-    reader = ChainReader(writing.cluster, writing.chain, writing.node, writing.trust, start)
+    # A head whose place is not known is found again from the beginning, or from where the chain was pruned.
+    start = base_head(conn, writing) if offset is None else head
+    pruned = start.sequence if offset is None else 0
+    reader = ChainReader(writing.cluster, writing.chain, writing.node, writing.trust, start, pruned)
     tail = AuditTail(consumer, writing.topic, writing.partition, offset, tick)
     low, end = tail.bounds()
     if offset is not None and not low <= offset < end:
@@ -239,6 +242,12 @@ def read_chain(
     if added:
         _log.info("entries that Kafka had and the table lacked", extra={"entries": added})
     return reader, tail
+
+
+def base_head(conn: Connection, writing: Writing) -> ChainHead:
+    """The head before the first entry that Kafka must still have of our chain."""
+    base = said_base(conn, writing.trust, Log(writing.cluster, writing.chain))
+    return EMPTY_HEAD if base is None else base.head
 
 
 def _catch_up(

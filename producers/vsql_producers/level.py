@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from vsql_producers.epoch import AuditTail, LostEnd, Writing, accept, read_chain
+from vsql_producers.epoch import AuditTail, LostEnd, Writing, accept, base_head, read_chain
 from vsql_producers.publish import Publisher
 from vsql_shared import names
 from vsql_shared.audit import merkle
@@ -80,7 +80,7 @@ def _publish_missing(
     head = known[0]
     if _find_end(conn, writing, consumer, tick, head):
         return
-    there = kafka_head(writing, consumer, tick)
+    there = kafka_head(conn, writing, consumer, tick)
     # 1. Linked hashes: equal at the last common entry is equal up to it.
     _require_beginning(conn, writing, there, head, lost)
     first = there.sequence + 1
@@ -139,9 +139,12 @@ def _chain_of(value: bytes) -> str:
         return ""
 
 
-def kafka_head(writing: Writing, consumer: Consumer, tick: Tick) -> ChainHead:
-    """Read the whole partition, as a new reader would."""
-    reader = ChainReader(writing.cluster, writing.chain, writing.node, writing.trust)
+def kafka_head(conn: Connection, writing: Writing, consumer: Consumer, tick: Tick) -> ChainHead:
+    """Read the whole partition, as a new reader would: from where the chain was pruned, if it was."""
+    start = base_head(conn, writing)
+    reader = ChainReader(
+        writing.cluster, writing.chain, writing.node, writing.trust, start, pruned=start.sequence
+    )
     tail = AuditTail(consumer, writing.topic, writing.partition, None, tick)
     for at, value in tail.read_below(tail.bounds()[1]):
         accept(reader, value, f"{writing.topic}/{writing.partition}/{at}")
@@ -151,8 +154,8 @@ def kafka_head(writing: Writing, consumer: Consumer, tick: Tick) -> ChainHead:
 def _require_beginning(
     conn: Connection, writing: Writing, there: ChainHead, head: ChainHead, lost: LostEnd
 ) -> None:
-    if there.sequence == 0:
-        return
+    if there == base_head(conn, writing):
+        return  # Kafka has nothing of it
     ours = next(iterate(conn, writing.chain, there.sequence), None)
     if there.sequence > head.sequence or ours is None or ours.entry_hash != there.entry_hash:
         raise DivergedError(

@@ -158,7 +158,7 @@ class LivePipeline:
             slots.require_usable(slot, name)
         except DivergedError as lost:
             # Whose WAL this is comes first: with another one, what became of the slot hardly matters.
-            head = kafka_head(c.writing, c.make_consumer(), c.on_tick)
+            head = kafka_head(c.conn, c.writing, c.make_consumer(), c.on_tick)
             c.check_source(head, identity, points)
             raise slots.explain(lost, head, identity, points) from None
 

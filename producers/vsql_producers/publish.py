@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -26,6 +26,9 @@ from vsql_shared.audit.chain import Prepared
 from vsql_shared.changes import PartitionRoot
 from vsql_shared.errors import BrokerError, TransientError, VsqlSyncError
 from vsql_shared.kafka.clients import from_exception, kafka_error
+
+_BURIED_AT_ONCE = 1_000
+"""Tombstones between two looks at what else must go on."""
 
 MakeManifest = Callable[[SealedBatch, tuple[PartitionRoot, ...]], Prepared]
 
@@ -151,6 +154,29 @@ class Publisher:
             self._tick()
         return offsets[0]
 
+    def bury(self, keys: Iterable[bytes]) -> int:
+        """Write tombstones for entries of the audit partition, and wait for all; returns how many."""
+        sent = acknowledged = 0
+
+        def delivered(error: KafkaError | None, _: Message) -> None:
+            nonlocal acknowledged
+            acknowledged += 1
+            if error is not None:
+                self._fail(error, f"write to topic {self._audit_topic}")
+
+        for key in keys:
+            self._produce(self._audit_topic, self._audit_partition, key, None, delivered)
+            sent += 1
+            if not sent % _BURIED_AT_ONCE:
+                self._producer.poll(0)
+                self._raise_failure()
+                self._tick()
+        while acknowledged < sent:
+            self._producer.poll(0.05)
+            self._raise_failure()
+            self._tick()
+        return sent
+
     def poll(self, seconds: float) -> list[Acknowledged]:
         """Serve Kafka's answers for up to `seconds`; returns the entries it has got, in the chain's order."""
         self._producer.poll(seconds)
@@ -182,7 +208,7 @@ class Publisher:
         topic: str,
         partition: int,
         key: bytes | None,
-        value: bytes,
+        value: bytes | None,
         delivered: Callable[[KafkaError | None, Message], None],
     ) -> None:
         while True:

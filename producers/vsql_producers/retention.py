@@ -10,7 +10,8 @@ Data topics have no retention of Kafka's own: only the source knows what its tar
   later: the stream does not depend on it.
 * How far it is stands in vsql_sync.streams (pruned_sequence), written after Kafka has answered.
 
-Not here: the audit and keys topics, which keep everything, and a copy's topics, which go as a whole.
+Not here: the audit topic (prune_orders.py), the keys topic, which keeps all, and a copy's topics, which go as
+a whole.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ place that was noted is held against the entry that lay there.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import dataclass, field
@@ -34,12 +35,21 @@ from confluent_kafka import (
 
 from vsql_producers.joining import uncovered
 from vsql_shared import lsn, names
+from vsql_shared.audit import cosigned
 from vsql_shared.audit.chain import EMPTY_HEAD, Accepted, ChainHead, ChainReader
+from vsql_shared.audit.checkpoint import Log
 from vsql_shared.audit.dsse import document_hash
-from vsql_shared.audit.entries import BATCH_APPLIED, BATCH_COVERED, BATCH_REFUSED, BATCH_SKIPPED, AuditEntry
+from vsql_shared.audit.entries import (
+    BATCH_APPLIED,
+    BATCH_COVERED,
+    BATCH_REFUSED,
+    BATCH_SKIPPED,
+    CHECKPOINT_COSIGNED,
+    AuditEntry,
+)
 from vsql_shared.audit.store import recall_head, remember_head
 from vsql_shared.crypto.signing import PinnedKey, TrustStore
-from vsql_shared.errors import DecodeError, SignatureError, VerificationError
+from vsql_shared.errors import DecodeError, RefusedError, SignatureError, VerificationError
 from vsql_shared.kafka.clients import from_exception, kafka_error
 from vsql_shared.pg import signers
 from vsql_shared.pg.connect import Connection, errors
@@ -256,10 +266,23 @@ class Targets:
     def _note(self, target: Target, entry: AuditEntry) -> None:
         if entry.event_type in _COUNTED and entry.ref_sequence:
             target.waiting.append(entry)
+        if entry.event_type == CHECKPOINT_COSIGNED:
+            self._cosigned(target, entry)
         if entry.event_type in (BATCH_REFUSED, BATCH_SKIPPED):
             _log.warning(
                 "a target says %s", entry.event_type,
                 extra={"target": target.name, "sequence": entry.ref_sequence},
+            )  # fmt: skip
+
+    def _cosigned(self, target: Target, entry: AuditEntry) -> None:
+        """Keep what the target cosigned: the archive's segments end there (docs/design/0020)."""
+        try:
+            note = str(json.loads(entry.detail).get("note"))
+            cosigned.remember(self._conn, Log(self._cluster, self._chain), note)
+        except (DecodeError, SignatureError, RefusedError) as error:
+            _log.warning(
+                "target %s says it cosigned what is no cosigned checkpoint of this chain: %s", target.name,
+                error.message, extra={"target": target.name},
             )  # fmt: skip
 
     def _settle(self, target: Target) -> None:

@@ -23,7 +23,7 @@ from typing import Protocol
 import psycopg
 from confluent_kafka import KafkaException
 
-from vsql_producers import key_orders
+from vsql_producers import key_orders, prune_orders
 from vsql_producers import stream as streams
 from vsql_producers.context import Context, open_consumer
 from vsql_producers.control import Control
@@ -236,7 +236,7 @@ class Worker:
         while not self.stop.is_set() and not pipeline.done:
             now = time.monotonic()
             for command in control.poll(now):
-                self._obey(command, control, pipeline, conn)
+                self._obey(command, control, pipeline, context)
             paused = control.desired == "paused"
             state = "paused" if paused else running
             if control.status_due(state, now):
@@ -251,14 +251,21 @@ class Worker:
         self._report.say(conn, control, "stopped", pipeline, targets)
         raise Stopped
 
-    def _obey(self, command: Command, control: Control, pipeline: Pipeline, conn: Connection) -> None:
+    def _obey(self, command: Command, control: Control, pipeline: Pipeline, context: Context) -> None:
         """Do what an operator orders, and put the act into the chain."""
+        conn = context.conn
         if any(command.id == acted.id for _, acted, _ in self._acted):
             return  # obeyed; its entry is under way
         if command.verb in _ANSWERS:
             message = _ANSWERS[command.verb]
         elif command.verb in key_orders.VERBS:
             done, message = key_orders.obey(conn, command, pipeline.outlet, self._chain)
+            if not done:
+                control.answer(command, ok=False, message=message)
+                return
+        elif command.verb in prune_orders.VERBS:
+            months = self._settings.audit.online_months
+            done, message = prune_orders.obey(conn, command, pipeline.outlet, context.writing, months)
             if not done:
                 control.answer(command, ok=False, message=message)
                 return

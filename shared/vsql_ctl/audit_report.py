@@ -55,6 +55,7 @@ def _chain_row(node: str, one: ChainReport) -> dict[str, Any]:
         "node": node,
         "chain": one.chain,
         "ok": one.problem is None,
+        "pruned": one.pruned,
         "entries": one.entries,
         "batches": one.batches,
         "tuples": one.tuples,

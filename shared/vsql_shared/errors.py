@@ -10,6 +10,7 @@
     │   │   └── RowError            … a row: the stream stops until somebody decides, or alters the table
     │   ├── BrokerError             Kafka refuses (topic shape, authorization, size)
     │   ├── RegistryError           a schema registry refuses (credentials, subject, compatibility)
+    │   ├── StoreError              an object store refuses (authorization, no such bucket)
     │   └── KeyUnavailableError     a key file, a KEK or a KMS refuses
     ├── TransientError              nobody: retried with back-off; the message says what is waited for
     ├── ProtocolError               a developer or an attacker: bytes that do not follow a format
@@ -102,6 +103,10 @@ class BrokerError(EnvironmentFault):
 
 class RegistryError(EnvironmentFault):
     """A schema registry refuses: credentials, a subject without our schema, an incompatible one."""
+
+
+class StoreError(EnvironmentFault):
+    """An object store refuses: no authorization, no such bucket."""
 
 
 class KeyUnavailableError(EnvironmentFault):

@@ -11,12 +11,16 @@ Not here: who mutates them (tests/unit/test_parser_mutations.py, tests/fuzz/__ma
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
+from tests.audit_history import CHAIN, CLUSTER, A, ordinary, trust
+from tests.audit_segments import KEYS as SEGMENT_KEYS
+from tests.audit_segments import base, encoded, segment
 from tests.fuzz import bundles, log_files
 from tests.unit import sealed_chain
 from tests.unit.apply_tuples import UNSENT, delete, insert, tuple_data, update
@@ -27,14 +31,19 @@ from vsql_producers.batches import Batches, BatchLimits
 from vsql_producers.pgoutput import RelationMessage, TypeMessage
 from vsql_producers.seal import PackLimits, Place, Relations, arrange, seal
 from vsql_producers.transactions import Descriptor, Messages, Transactions
+from vsql_shared.audit.base import Base
+from vsql_shared.audit.chain import EMPTY_HEAD
+from vsql_shared.audit.checkpoint import Log
 from vsql_shared.audit.dsse import AUDIT_ENTRY, SignedDocument, document_hash, sign_document
 from vsql_shared.audit.entries import AuditEntry, canonical_json, peek_chain, signed_place
 from vsql_shared.audit.rows import StoredDocument, columns_of
+from vsql_shared.audit.segment import Place as SegmentPlace
+from vsql_shared.audit.segment import lines, log_of, verify
 from vsql_shared.audit.shredding import Covered, ShredOrder, keys_hash
 from vsql_shared.changes import MESSAGES, Column, Op, Relation, TableName, Transaction
 from vsql_shared.crypto.announce import MEDIA_TYPE, decode_announcement, encode_announcement, unwrap
 from vsql_shared.crypto.dek import KeyLimits, SealingKey
-from vsql_shared.errors import DivergedError, EnvironmentFault, ProtocolError, VerificationError
+from vsql_shared.errors import DecodeError, DivergedError, EnvironmentFault, ProtocolError, VerificationError
 from vsql_shared.wire.framing import frame, without_frame
 from vsql_shared.wire.pack import (
     CLEAR,
@@ -67,6 +76,7 @@ _PLACE = Place("c", "pub.node-a", "node-a", 1)
 _TABLE, _TRANSACTION = TableName("public", "t"), Transaction(7, 8, 9)
 _HEADER = PackHeader("c", "pub.node-a", "node-a", _TABLE, 0, 1, 2, "dek-1", bytes(32), (_TRANSACTION,))
 _WAL = b"w" + bytes(24)
+SEGMENT_LOG = Log(CLUSTER, CHAIN)
 
 
 class Parser(NamedTuple):
@@ -401,6 +411,37 @@ def _shred_orders() -> list[bytes]:
     return [order.encode()]
 
 
+def _text(data: bytes) -> str:
+    """What is no text at all is not what this is about."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise DecodeError("no text") from error
+
+
+def _base(data: bytes) -> None:
+    text = _text(data)
+    base = Base.decode(text)
+    assert base.encode() == text
+    base.verify(SEGMENT_LOG, SEGMENT_KEYS)
+
+
+def _bases() -> list[bytes]:
+    history = ordinary()
+    return [base(history, size).encode().encode() for size in (1, 6)]
+
+
+def _segment(data: bytes) -> None:
+    """A file as an auditor has it, under the name of the first entry."""
+    found = data.split(b"\n")
+    log_of(found[:2])
+    verify(lines(io.BytesIO(data).read), SEGMENT_LOG, SegmentPlace(1, 1), EMPTY_HEAD, trust(A), SEGMENT_KEYS)
+
+
+def _segments() -> list[bytes]:
+    return [encoded(segment(ordinary(), 1, 1))]
+
+
 # The same behind the consumer's own way in. The first byte says which record is replaced.
 
 
@@ -463,6 +504,8 @@ PARSERS: dict[str, Parser] = {
     "entry": Parser(_entry, _entries),
     "announcement": Parser(_announcement, _announcements),
     "shred-order": Parser(_shred_order, _shred_orders),
+    "base": Parser(_base, _bases),
+    "segment": Parser(_segment, _segments),
     "consumer": Parser(_consumer, _consumer_seeds),
     "signed": Parser(_signed, _signed_seeds),
     "checkpoint": Parser(log_files.checkpoint, log_files.checkpoints),

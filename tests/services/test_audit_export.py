@@ -20,7 +20,7 @@ from tests.services.test_audit_trail import TABLE, as_attacker, store
 from vsql_shared.audit import tree
 from vsql_shared.audit.checkpoint import Checkpoint, Log
 from vsql_shared.audit.export import export as write_pieces
-from vsql_shared.audit.export import readable
+from vsql_shared.audit.export_format import readable
 from vsql_shared.audit.links import Linked, require_signed
 from vsql_shared.audit.rows import timestamp
 from vsql_shared.errors import ChainError, SignatureError

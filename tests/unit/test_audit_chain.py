@@ -465,6 +465,29 @@ def test_batches_after_the_last_acknowledgement_are_under_way() -> None:
     assert (found.problem, found.compared, found.under_way) == (None, 6, 3)
 
 
+@pytest.mark.parametrize(("pruned", "compared"), [(6, 3), (9, 2), (10, 1), (11, 0)])
+def test_from_a_base_on_only_what_the_target_acknowledged_all_of_is_passed_over(
+    pruned: int, compared: int
+) -> None:
+    source = ordinary(6)
+    left, acks = stored(source)[pruned:], stored(acknowledged(source))
+    found = compare_roots(CHAIN, "node-b", left, acks, pruned)
+    assert (found.problem, found.compared) == (None, compared)
+
+
+@pytest.mark.parametrize("acknowledged_batches", range(1, 6))
+def test_a_source_that_begins_behind_all_a_target_has_acknowledged_is_found(
+    acknowledged_batches: int,
+) -> None:
+    source = ordinary(6)
+    acks = stored(acknowledged(source))[: 1 + acknowledged_batches]
+    problem = compare_roots(CHAIN, "node-b", stored(source)[11:], acks, 11).problem
+    assert problem is not None
+    assert "as if it was pruned there" in problem.what
+    # A target that has acknowledged nothing yet was told nothing.
+    assert compare_roots(CHAIN, "node-b", stored(source)[11:], acks[:1], 11).problem is None
+
+
 def extended(history: History, step: str) -> History:
     if step == "open":
         history.open()
@@ -600,6 +623,27 @@ def test_what_a_first_copy_covers_is_counted_as_the_source_signed_it(told: int, 
     else:
         assert found.problem is not None
         assert words in found.problem.what
+
+
+@pytest.mark.parametrize(("rows", "holds"), [(9, True), (6, True), (5, True), (2, False), (0, False)])
+def test_of_what_is_left_above_a_base_no_covered_change_is_missing(rows: int, holds: bool) -> None:
+    """Batches of 2, 2, 2 and 3 changes, the first two of them pruned: 2 and 3 of those covered are left."""
+    source = History()
+    source.open()
+    for changes in (2, 2, 2, 3):
+        source.batch(changes)
+    acks = History(ACKS, B)
+    acks.open()
+    acks.acknowledge(
+        source.entries[4],
+        event_type=BATCH_COVERED,
+        row_count=rows,
+        verdicts=(("covered", rows),) if rows else (),
+        merkle_root=EMPTY_ROOT,
+    )
+    problem = compare_roots(CHAIN, "node-b", stored(source)[3:], stored(acks), 3).problem
+    assert (problem is None) is holds
+    assert problem is None or "at least 5 up to manifest 5" in problem.what
 
 
 def report_of(history: History, entries: int | None = None) -> Report:

@@ -29,7 +29,7 @@ from vsql_shared.audit.entries import (
     canonical_json,
     peek_chain,
 )
-from vsql_shared.audit.export import readable
+from vsql_shared.audit.export_format import readable
 from vsql_shared.audit.merkle import batch_root
 from vsql_shared.changes import PartitionRoot
 from vsql_shared.crypto.signing import Signer, TrustStore

@@ -14,7 +14,7 @@ from tests.audit_example import run_example
 from tests.audit_history import ACKS, CHAIN, CLUSTER, A, B, History, acknowledged, ordinary, signer
 from vsql_shared.audit import tree
 from vsql_shared.audit.checkpoint import Checkpoint, Log
-from vsql_shared.audit.export import FORMAT, VERSION, readable
+from vsql_shared.audit.export_format import FORMAT, VERSION, readable
 from vsql_shared.crypto.signing import Signer
 
 OLD = signer("node-a", "old")

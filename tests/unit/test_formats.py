@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tests.format_examples import PAGE, blocks, entry_fields, examples, shown
 from vsql_shared.audit.entries import AuditEntry
-from vsql_shared.audit.export import readable
+from vsql_shared.audit.export_format import readable
 from vsql_shared.crypto.announce import decode_announcement
 from vsql_shared.wire.pack import decode_relation
 
@@ -283,6 +283,20 @@ def test_a_stranger_verifies_checkpoints_and_proofs() -> None:
         sha(b"\1", check_checkpoint(text("old-checkpoint"))[1], base64.b64decode(added))
         == check_checkpoint(note)[1]
     )
+
+
+def test_a_stranger_goes_on_behind_a_base() -> None:
+    found = json.loads(text("base"))
+    assert found["format"] == 1
+    head, (size, root) = found["head"], check_checkpoint(found["checkpoint"])
+    assert {name for name, _ in signatures(found["checkpoint"])[1]} == {
+        "vsql-sync/shop/orders.node-a",
+        "vsql-sync/shop/node-b",
+    }
+    assert (head["sequence"], head["batch"], head["epoch"]) == (size, 1, 1)
+    # Two entries are one complete subtree, whose root is the checkpoint's.
+    assert [bytes.fromhex(one) for one in head["tree"]] == [root]
+    assert bytes.fromhex(head["entry_hash"]) == raw("entry-2-hash")
 
 
 def test_a_stranger_reads_the_export() -> None:

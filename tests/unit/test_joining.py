@@ -44,7 +44,11 @@ def test_a_stream_begins_behind_the_last_epoch_the_copy_covers_and_counts_what_i
     assert point is not None
     assert (point.batches, point.rows) == (3, 6)
     assert (point.position.head, point.position.audit_offset) == (chain.head, 6)
-    assert (point.receipt.sequence, point.receipt.batch, point.receipt.verdicts) == (5, 3, {"covered": 6})
+    assert (point.receipts[0].sequence, point.receipts[0].batch, point.receipts[0].verdicts) == (
+        5,
+        3,
+        {"covered": 6},
+    )
 
 
 def test_from_there_a_collector_goes_on_without_any_record_of_before() -> None:
@@ -70,7 +74,7 @@ def test_a_batch_that_straddles_the_copys_position_and_all_after_it_are_read() -
     for position in (whole, whole + 200, chain.lsn - 151):
         point = scan(chain, {T: position, U: position})
         assert point is not None
-        assert (point.receipt.sequence, point.position.head.sequence, point.rows) == (5, 6, 6)
+        assert (point.receipts[0].sequence, point.position.head.sequence, point.rows) == (5, 6, 6)
 
 
 def test_the_table_that_was_copied_first_decides() -> None:
@@ -80,7 +84,7 @@ def test_the_table_that_was_copied_first_decides() -> None:
     chain.restart()
     middle = scan(chain, {T: 1_450, U: chain.lsn})
     assert middle is not None
-    assert (middle.receipt.sequence, middle.rows, middle.position.head.sequence) == (3, 4, 4)
+    assert (middle.receipts[0].sequence, middle.rows, middle.position.head.sequence) == (3, 4, 4)
 
 
 def test_a_table_the_copy_does_not_have_is_never_passed_over() -> None:
@@ -117,10 +121,10 @@ def test_fragments_count_with_the_end_of_their_transaction_only() -> None:
     chain.restart()
     short = scan(chain, {T: before})
     assert short is not None
-    assert (short.batches, short.rows, short.receipt.batch, short.position.head.sequence) == (1, 1, 1, 4)
+    assert (short.batches, short.rows, short.receipts[0].batch, short.position.head.sequence) == (1, 1, 1, 4)
     whole = scan(chain, {T: chain.lsn})
     assert whole is not None
-    assert (whole.batches, whole.rows, whole.receipt.batch, whole.position.head.sequence) == (3, 4, 4, 7)
+    assert (whole.batches, whole.rows, whole.receipts[0].batch, whole.position.head.sequence) == (3, 4, 4, 7)
 
 
 def test_without_an_epoch_behind_what_is_covered_nothing_is_passed_over() -> None:

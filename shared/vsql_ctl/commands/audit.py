@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vsql_ctl.audit_report import Findings, as_json, as_text, words
+from vsql_ctl.commands.audit_archive import COMMANDS as ARCHIVE
 from vsql_ctl.commands.audit_diff import diff
 from vsql_ctl.commands.audit_export import export_trail
 from vsql_ctl.commands.audit_proofs import COMMANDS
@@ -199,7 +200,7 @@ def _verify_peer(
     chain: str | None,
 ) -> None:
     from vsql_shared.audit.acts import compare_acts
-    from vsql_shared.audit.verify import verify_table
+    from vsql_shared.audit.verify import known_bases, verify_table
     from vsql_shared.pg import nodes
 
     other = nodes.local(peer)
@@ -209,7 +210,8 @@ def _verify_peer(
             hint=f"give another node of cluster {settings.cluster.name}",
         )
     name = _other_side(chain, other.name) if chain is not None else None
-    findings.reports[other.name] = verify_table(peer, trust, other.cluster, name)
+    report = verify_table(peer, trust, other.cluster, name)
+    findings.reports[other.name] = known_bases(conn, peer, other.cluster, report)
     bad = findings.bad_chains()
     nodes_named = (findings.node, other.name)
     compared, found = _compare(conn, peer, nodes_named, (chain, name), bad)
@@ -258,13 +260,19 @@ def _other_side(chain: str, peer: str) -> str:
 
 
 def _verify_kafka(conn: Connection, settings: Settings, trust: TrustStore, findings: Findings) -> None:
+    from vsql_shared.audit.bases import said_base
+    from vsql_shared.audit.checkpoint import Log
     from vsql_shared.audit.history import KafkaHistory, read_topic
     from vsql_shared.audit.store import recall_head
     from vsql_shared.kafka.clients import make_consumer
     from vsql_shared.names import audit_topic
 
     report = findings.reports[findings.node]
-    history = KafkaHistory(settings.cluster.name, findings.node, trust, report)
+    bases = {
+        one.chain: said_base(conn, trust, Log(settings.cluster.name, one.chain)) for one in report.chains
+    }
+    heads_before = {name: base.head for name, base in bases.items() if base is not None}
+    history = KafkaHistory(settings.cluster.name, findings.node, trust, report, heads_before)
     consumer = make_consumer(settings, "syncctl", "vsql-sync.audit-verify")
     try:
         read_topic(consumer, audit_topic(settings.cluster.name), history)
@@ -281,5 +289,5 @@ def _verify_kafka(conn: Connection, settings: Settings, trust: TrustStore, findi
     findings.found += history.problems(now)
 
 
-for _command in (export_trail, diff, *COMMANDS):
+for _command in (export_trail, diff, *COMMANDS, *ARCHIVE):
     audit.add_command(_command)

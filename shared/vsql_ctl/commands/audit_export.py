@@ -128,7 +128,7 @@ def _write(file: TextIO, form: str, pieces: Pieces) -> int:
 
 def _write_csv(file: TextIO, pieces: Pieces) -> int:
     """The fields of each entry, then its hash and its signed document; RFC 4180."""
-    from vsql_shared.audit.export import entry_names
+    from vsql_shared.audit.export_format import entry_names
 
     names = entry_names()
     table = csv.writer(file)

@@ -112,7 +112,7 @@ class _Keys:
 
 
 def _verify_file(encoded: str, keys: _Keys, before: Checkpoint | None) -> dict[str, Any]:
-    from vsql_shared.audit.export import readable
+    from vsql_shared.audit.export_format import readable
     from vsql_shared.audit.proofs import CONSISTENCY_MARK, INCLUSION_MARK, ConsistencyProof, InclusionProof
 
     if encoded.startswith(INCLUSION_MARK):

@@ -40,12 +40,13 @@ ORDERS = (
     "stream.replay-transaction",
     "key.rotate-dek",
     "key.rotate-kek",
+    "audit.prune",
 )
 """Actions of the operators' log that a worker obeys; the others are done when their line is written."""
 
 _RECORD = re.compile(r"(audit_log|commands)/(\d{1,18})")
 _SIGNED = (
-    "SELECT document FROM vsql_sync.vsql_sync_audit WHERE event_type = %s AND chain IS NOT NULL"
+    "SELECT document FROM vsql_sync.audit_documents WHERE event_type = %s AND chain IS NOT NULL"
     " ORDER BY chain, sequence"
 )
 _OBEYED = (

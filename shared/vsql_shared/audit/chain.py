@@ -211,17 +211,25 @@ def hole_before(head: ChainHead, entry: AuditEntry) -> str:
 class ChainReader:
     """Reads one chain entry by entry, in the order of its partition, from `head` on.
 
+    `pruned`: entries up to this sequence may be there or not, because the chain was pruned: passed over.
     After an error the reader stays at its head: the stream stops there until an operator decides.
     """
 
     def __init__(
-        self, cluster: str, chain: str, writer_node: str, trust: TrustStore, head: ChainHead = EMPTY_HEAD
+        self,
+        cluster: str,
+        chain: str,
+        writer_node: str,
+        trust: TrustStore,
+        head: ChainHead = EMPTY_HEAD,
+        pruned: int = 0,
     ) -> None:
         self.cluster = cluster
         self.chain = chain
         self.writer_node = writer_node
         self.head = head
         self._trust = trust
+        self._pruned = pruned
         self._recent: OrderedDict[int, bytes] = OrderedDict()
         self._acknowledges = acknowledges(chain)
 
@@ -240,6 +248,8 @@ class ChainReader:
             raise
         if entry is None:
             return None
+        if entry.sequence <= self._pruned:
+            return Void("below the base the chain was pruned at")
         entry_hash = document_hash(encoded)
         reason = void_reason(self.head, entry, entry_hash) or self._repeats(entry, entry_hash)
         if reason:

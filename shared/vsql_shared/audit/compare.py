@@ -12,6 +12,8 @@ the entries it is given. Rules:
 * Changes that were not applied by an operator's decision are counted: the verdicts say how many, and the
   detail of the same entry names their transactions, which sum to it.
 * What a peer remembers of a chain must still be in it: a rewritten or shortened history is found here.
+* A chain is pruned only below what each target has acknowledged (docs/design/0020). So one that begins behind
+  all that a target remembers, or acknowledged, was not pruned: its source hides something.
 """
 
 from __future__ import annotations
@@ -75,21 +77,33 @@ def ack_target(chain: str) -> tuple[str, str] | None:
 
 
 def compare_roots(
-    chain: str, target: str, manifests: Iterable[StoredDocument], acks: Iterable[StoredDocument]
+    chain: str,
+    target: str,
+    manifests: Iterable[StoredDocument],
+    acks: Iterable[StoredDocument],
+    pruned: int = 0,
 ) -> Comparison:
-    """Walk both chains side by side, in memory of one manifest at a time."""
+    """Walk both chains side by side, in memory of one manifest at a time.
+
+    `pruned`: manifests up to this sequence are gone. What acknowledges them is passed over, as long as the
+    target has acknowledged all of them, and of what `batch_covered` counts only the rest is counted again.
+    """
     source = _Manifests(manifests)
     compared = counted = passed_over = replayed = 0
+    last: AuditEntry | None = None
     for stored in acks:
         ack = stored.entry
         if ack.event_type == TRANSACTION_REPLAYED:
             replayed += _replayed(ack)
-        if ack.event_type not in _ANSWERS or not ack.ref_sequence:
+        if ack.event_type not in _ANSWERS:
+            continue
+        last = ack
+        if ack.ref_sequence <= pruned:
             continue
         manifest = source.find(ack.ref_sequence)
         what = _disagreement(manifest, ack)
         if what is None and ack.event_type == BATCH_COVERED:
-            what = _miscounted(source.rows - counted, ack)
+            what = _miscounted(source.rows - counted, ack, pruned)
         elif what is None and compared and source.passed is not None:
             ack, what = source.passed.entry, f"target {target} did not acknowledge this batch"
         if what is not None:
@@ -97,7 +111,15 @@ def compare_roots(
             return Comparison(chain, target, compared, 0, problem, passed_over, replayed)
         compared, counted = compared + 1, counted + ack.row_count
         passed_over += sum(count for name, count in ack.verdicts if name in _PASSED_OVER)
+    if last is not None and last.ref_sequence < pruned:
+        what = _hidden(pruned, f"target {target} has acknowledged up to {last.ref_sequence}")
+        problem = Problem(last.chain, last.sequence, str(uuid.UUID(bytes=last.event_id)), what)
+        return Comparison(chain, target, compared, 0, problem, passed_over, replayed)
     return Comparison(chain, target, compared, source.rest(), None, passed_over, replayed)
+
+
+def _hidden(pruned: int, what: str) -> str:
+    return f"the chain begins behind entry {pruned}, as if it was pruned there; {what} only"
 
 
 class _Manifests:
@@ -190,11 +212,15 @@ def _replayed(entry: AuditEntry) -> int:
     return found if isinstance(found, int) else 0
 
 
-def _miscounted(rows: int, ack: AuditEntry) -> str | None:
-    """What is passed over is counted: the source's chain up to there has as many changes."""
-    if ack.row_count == rows:
+def _miscounted(rows: int, ack: AuditEntry, pruned: int) -> str | None:
+    """What is passed over is counted: the source's chain up to there has as many changes, and no fewer.
+
+    Of a pruned chain only those that are left can be counted again.
+    """
+    if ack.row_count == rows or (pruned and ack.row_count > rows):
         return None
-    return f"covers {ack.row_count} changes, it should be {rows} up to manifest {ack.ref_sequence}"
+    least = "at least " if pruned else ""
+    return f"covers {ack.row_count} changes, it should be {least}{rows} up to manifest {ack.ref_sequence}"
 
 
 def compare_nodes(
@@ -211,7 +237,8 @@ def compare_nodes(
             continue
         found = ack_target(name)
         if found and chain in (None, found[0], name) and found[0] in manifests:
-            out.append(compare_roots(*found, iterate(source, found[0]), iterate(target, name)))
+            pruned = first_sequence(source, found[0]) - 1
+            out.append(compare_roots(*found, iterate(source, found[0]), iterate(target, name), pruned))
     return out
 
 
@@ -220,6 +247,15 @@ def chain_names(conn: Connection) -> list[str]:
     with errors("reading the audit trail"):
         rows = conn.execute("SELECT DISTINCT chain FROM vsql_sync.vsql_sync_audit ORDER BY 1").fetchall()
     return [name for (name,) in rows]
+
+
+def first_sequence(conn: Connection, chain: str) -> int:
+    """The first entry this database has of an own chain; 1 where it has none. verify.py holds the rest."""
+    with errors("reading the audit trail"):
+        row = conn.execute(
+            "SELECT min(sequence) FROM vsql_sync.vsql_sync_audit WHERE chain = %s", (chain,)
+        ).fetchone()
+    return int(row[0]) if row is not None and row[0] is not None else 1
 
 
 def compare_memory(
@@ -234,9 +270,10 @@ def compare_memory(
         ).fetchall()
     own = set(chain_names(conn)) | _remembered(conn)
     problems: dict[str, Problem] = {}
+    last = {name: sequence for name, sequence, _ in rows}
     for name, sequence, entry_hash in rows:
         if name in own and chain in (None, name) and name not in problems:
-            what = _still_there(conn, name, sequence, entry_hash)
+            what = _still_there(conn, name, sequence, entry_hash, last[name])
             if what is not None:
                 problems[name] = Problem(name, sequence, None, f"node {peer_name} remembers {what}")
     return list(problems.values())
@@ -248,19 +285,40 @@ def _remembered(conn: Connection) -> set[str]:
     return {name for (name,) in rows}
 
 
-def _still_there(conn: Connection, chain: str, sequence: int, entry_hash: bytes | None) -> str | None:
+def _still_there(
+    conn: Connection, chain: str, sequence: int, entry_hash: bytes | None, last: int
+) -> str | None:
+    """`last`: the highest entry that is remembered of this chain."""
     with errors("reading the audit trail"):
         rows = conn.execute(
             "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND sequence = %s",
             (chain, sequence),
         ).fetchall()
-    if not rows:
+    hashes = [document_hash(bytes(one)) for (one,) in rows]
+    if not hashes and sequence < (first := first_sequence(conn, chain)):
+        # That the chain may begin there is what verify.py holds.
+        if last < first - 1:
+            return _hidden(first - 1, f"entry {sequence} is remembered, and up to {last}")
+        if sequence < first - 1:
+            return None
+        hashes = _followed(conn, chain, first)
+    if not hashes:
         return f"entry {sequence}, which is not here: the chain was cut"
-    if entry_hash is not None and all(document_hash(bytes(one)) != bytes(entry_hash) for (one,) in rows):
+    if entry_hash is not None and bytes(entry_hash) not in hashes:
         return (
             f"entry {sequence} with hash {bytes(entry_hash).hex()}, which is not here: history was rewritten"
         )
     return None
+
+
+def _followed(conn: Connection, chain: str, sequence: int) -> list[bytes]:
+    """The hash of the entry before this one, as this one names it."""
+    with errors("reading the audit trail"):
+        rows = conn.execute(
+            "SELECT prev_event_hash FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND sequence = %s",
+            (chain, sequence),
+        ).fetchall()
+    return [bytes(one) for (one,) in rows]
 
 
 def compare_receipts(

@@ -43,6 +43,7 @@ KEY_ROTATED: Final = "key_rotated"
 KEY_DESTROYED: Final = "key_destroyed"
 TRANSACTION_REPLAYED: Final = "transaction_replayed"
 CHECKPOINT_COSIGNED: Final = "checkpoint_cosigned"
+TRAIL_PRUNED: Final = "trail_pruned"
 EVENT_TYPES = frozenset(
     {
         EPOCH_OPENED,
@@ -58,6 +59,7 @@ EVENT_TYPES = frozenset(
         KEY_DESTROYED,
         TRANSACTION_REPLAYED,
         CHECKPOINT_COSIGNED,
+        TRAIL_PRUNED,
     }
 )
 """What this version writes. Readers accept other types too: they link the chain and bring no batch."""

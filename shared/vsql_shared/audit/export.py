@@ -19,25 +19,34 @@ import base64
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import fields
 from datetime import datetime
 from importlib import resources
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vsql_shared.audit.bases import linked_start
 from vsql_shared.audit.checkpoint import Log
 from vsql_shared.audit.dsse import document_hash
-from vsql_shared.audit.entries import AuditEntry
+from vsql_shared.audit.export_format import FORMAT, VERSION, readable
 from vsql_shared.audit.heads import read_documents
 from vsql_shared.audit.links import Linked, broken, follow, link
 from vsql_shared.audit.rows import parse
 from vsql_shared.errors import DecodeError
 from vsql_shared.pg.connect import Connection, errors
 
-FORMAT = "vsql-sync-audit-export"
-VERSION = 1
+if TYPE_CHECKING:
+    from vsql_shared.audit.chain import ChainHead
+
 PAGE = 1000
 """Rows fetched at a time."""
+
+
+class Part(NamedTuple):
+    """Entries of one chain only: behind `start`, up to a sequence."""
+
+    chain: str
+    start: ChainHead
+    last: int
 
 
 def export(
@@ -47,9 +56,11 @@ def export(
     now: datetime,
     since: datetime | None = None,
     sign: Callable[[Log, Linked], str] | None = None,
+    part: Part | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ('header', …), then ('entry', …) by chain and sequence, then ('end', …), from one snapshot.
 
+    `part`: only these entries; what lies before them is believed, because the caller verified it.
     `sign` holds a chain's last signature and makes its checkpoint; with it, raises ChainError where an entry
     does not follow the one before. `conn` must be in autocommit mode and outside of a transaction.
     """
@@ -70,10 +81,15 @@ def export(
         )
         chains: dict[str, dict[str, Any]] = {}
         linked: dict[str, Linked] = {}
+        if part is not None:
+            start = part.start
+            linked[part.chain] = Linked(start.tree, start.sequence, b"", start.entry_hash)
         count = 0
-        for item, document in _entries(conn, since):
+        for item, document in _entries(conn, since, part):
             count += 1
             end = chains.setdefault(item["chain"], {"entries": 0, "first_sequence": item["sequence"]})
+            if part is not None:
+                end.setdefault("before", [one.hex() for one in part.start.tree])
             end["entries"] += 1
             end |= {"last_sequence": item["sequence"], "last_hash": item["hash"]}
             if sign is not None:
@@ -95,8 +111,10 @@ def _link(
 ) -> None:
     """Take a chain's next document; before the first one, those that are not exported."""
     if log.chain not in linked:
+        start = linked_start(conn, log)
         with closing(read_documents(conn, log.chain)) as documents:
-            linked[log.chain] = follow(islice(documents, max(0, end["first_sequence"] - 1)), log)
+            before = islice(documents, max(0, end["first_sequence"] - 1 - start.size))
+            linked[log.chain] = follow(before, log, start)
         end["before"] = [one.hex() for one in linked[log.chain].tree]
     linked[log.chain] = link(linked[log.chain], document, log)
     if sequence != linked[log.chain].size:  # two rows of one place, in the order of their entries
@@ -122,7 +140,9 @@ def _schema(name: str) -> Any:
     return json.loads(resources.files("vsql_schemas").joinpath(f"avro/{name}.avsc").read_text("utf-8"))
 
 
-def _entries(conn: Connection, since: datetime | None) -> Iterator[tuple[dict[str, Any], bytes]]:
+def _entries(
+    conn: Connection, since: datetime | None, part: Part | None
+) -> Iterator[tuple[dict[str, Any], bytes]]:
     """Each entry for the file, and its signed document."""
     with conn.cursor(name="vsql_sync_export") as cursor:
         cursor.itersize = PAGE
@@ -130,8 +150,15 @@ def _entries(conn: Connection, since: datetime | None) -> Iterator[tuple[dict[st
             "SELECT chain, sequence, kafka_offset, document FROM vsql_sync.vsql_sync_audit"
             " LEFT JOIN (SELECT chain, min(sequence) AS first FROM vsql_sync.vsql_sync_audit"
             "   WHERE event_timestamp >= %(since)s GROUP BY chain) f USING (chain)"
-            " WHERE %(since)s::timestamptz IS NULL OR sequence >= first ORDER BY chain, sequence, event_id",
-            {"since": since},
+            " WHERE (%(since)s::timestamptz IS NULL OR sequence >= first) AND (%(chain)s::text IS NULL"
+            "   OR chain = %(chain)s AND sequence > %(after)s AND sequence <= %(last)s)"
+            " ORDER BY chain, sequence, event_id",
+            {
+                "since": since,
+                "chain": part.chain if part else None,
+                "after": part.start.sequence if part else 0,
+                "last": part.last if part else 0,
+            },
         )
         for chain, sequence, offset, document in cursor:
             encoded = bytes(document)
@@ -147,28 +174,3 @@ def _entries(conn: Connection, since: datetime | None) -> Iterator[tuple[dict[st
             except DecodeError as error:
                 item |= {"entry": None, "error": error.message}
             yield item, encoded
-
-
-def entry_names() -> list[str]:
-    """The names of an entry's fields, in their order."""
-    return [field.name for field in fields(AuditEntry)]
-
-
-def readable(entry: AuditEntry) -> dict[str, Any]:
-    """An entry as JSON: the fields of the Avro schema, bytes in hex."""
-    values = {field.name: getattr(entry, field.name) for field in fields(entry)}
-    values["partitions"] = [
-        {field.name: getattr(part, field.name) for field in fields(part)} for part in entry.partitions
-    ]
-    values["verdicts"] = [{"name": name, "count": count} for name, count in entry.verdicts]
-    return {name: _plain(value) for name, value in values.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    return value

@@ -7,6 +7,7 @@ Not here: signing (checkpoint.py) and the arithmetic (tree.py). Rules:
   entry as it came.
 * What a proof is made of is read in one pass, in memory that does not grow with the chain; no proof is given
   that does not verify.
+* A pruned chain begins behind its base, which is verified (bases.py); of what lies below, nothing is signed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from contextlib import closing, contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from vsql_shared.audit.bases import linked_start, require_online
 from vsql_shared.audit.checkpoint import Checkpoint, Log, split_view
 from vsql_shared.audit.dsse import document_hash
 from vsql_shared.audit.links import broken, follow, require_signed
@@ -43,14 +45,14 @@ _HINT = "`syncctl audit list` shows the chains and entries there are"
 
 
 def entry_hashes(conn: Connection, chain: str) -> Generator[bytes]:
-    """The hash of each entry of an own chain, from the first one on; the caller holds a transaction."""
+    """The hash of each entry of an own chain, from its first row on; the caller holds a transaction."""
     with closing(read_documents(conn, chain)) as documents:
         for document in documents:
             yield document_hash(document)
 
 
 def read_documents(conn: Connection, chain: str) -> Generator[bytes]:
-    """Each signed document of an own chain, from the first one on; the caller holds a transaction.
+    """Each signed document of an own chain, from its first row on; the caller holds a transaction.
 
     Raises ChainError where two rows have one place: in which order they come would be chance.
     """
@@ -89,8 +91,11 @@ def _held(conn: Connection, trust: TrustStore, log: Log, size: int | None) -> Ch
         conn.transaction(),
         closing(read_documents(conn, log.chain)) as found,
     ):
-        linked = follow(islice(found, size), log)
-    if linked.size:
+        start = linked_start(conn, log)
+        if size is not None:
+            require_online(start.size, size, log.chain)
+        linked = follow(islice(found, None if size is None else size - start.size), log, start)
+    if linked.last:  # else it is the base itself, whose checkpoint is signed
         require_signed(linked, log, trust)
     return Checkpoint(log, linked.size, root_of(linked.tree))
 
@@ -102,7 +107,9 @@ def own_head(conn: Connection, log: Log, size: int) -> Checkpoint:
         conn.transaction(),
         closing(entry_hashes(conn, log.chain)) as hashes,
     ):
-        tree, found = tree_of(islice(hashes, size))
+        start = linked_start(conn, log)
+        require_online(start.size, size, log.chain)
+        tree, found = tree_of(islice(hashes, size - start.size), start.tree, start.size)
     if found != size:
         raise RefusedError(f"chain {log.chain} has {found} entries, not {size}", hint=_HINT)
     return Checkpoint(log, size, root_of(tree))
@@ -163,8 +170,15 @@ def place_of(conn: Connection, name: str) -> tuple[str, int]:
             (event, chain, sequence),
         ).fetchone()
     if row is None:
+        if sequence is not None:
+            require_online(_pruned_up_to(conn, chain) + 1, sequence, chain)
         raise RefusedError(f"this node has no entry {name}", hint=_HINT)
     return str(row[0]), int(row[1])
+
+
+def _pruned_up_to(conn: Connection, chain: str) -> int:
+    row = conn.execute("SELECT max(size) FROM vsql_sync.audit_bases WHERE chain = %s", (chain,)).fetchone()
+    return int(row[0]) if row is not None and row[0] is not None else 0
 
 
 def prove_entry(conn: Connection, sequence: int, checkpoint: Checkpoint, note: str) -> InclusionProof:
@@ -181,8 +195,10 @@ def prove_entry(conn: Connection, sequence: int, checkpoint: Checkpoint, note: s
             "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND sequence = %s",
             (log.chain, sequence),
         ).fetchone()
+        start = linked_start(conn, log)
+        require_online(start.size + 1, sequence, log.chain)
         with closing(entry_hashes(conn, log.chain)) as hashes:
-            path = range_roots(hashes, wanted)
+            path = range_roots(hashes, wanted, start.tree, start.size)
     document = bytes(row[0]) if row else b""
     with _as_held(log):
         leaf = leaf_hash(document_hash(document))
@@ -203,7 +219,9 @@ def prove_prefix(conn: Connection, old: Checkpoint, new: Checkpoint, note: str) 
         conn.transaction(),
         closing(entry_hashes(conn, new.log.chain)) as hashes,
     ):
-        path = range_roots(hashes, wanted)
+        start = linked_start(conn, new.log)
+        require_online(start.size, old.size or start.size, new.log.chain)
+        path = range_roots(hashes, wanted, start.tree, start.size)
     with _as_held(new.log):
         require_prefix(old, new, tuple(path))
     return ConsistencyProof(old.size, tuple(path), note)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from vsql_shared.audit.chain import Accepted, ChainReader, writer_of
+from vsql_shared.audit.chain import EMPTY_HEAD, Accepted, ChainHead, ChainReader, writer_of
 from vsql_shared.audit.dsse import SignedDocument
 from vsql_shared.audit.entries import peek_chain
 from vsql_shared.audit.verify import Problem, Report
@@ -32,7 +32,16 @@ SILENCE_SECONDS = 30.0
 class KafkaHistory:
     """Reads this node's chains from the topic, and compares them with a report of the trail."""
 
-    def __init__(self, cluster: str, node: str, trust: TrustStore, report: Report) -> None:
+    def __init__(
+        self,
+        cluster: str,
+        node: str,
+        trust: TrustStore,
+        report: Report,
+        bases: Mapping[str, ChainHead] | None = None,
+    ) -> None:
+        """`bases`: of each chain that was pruned, the head before the first entry Kafka must have."""
+        self._bases = bases or {}
         self._cluster, self._node, self._trust = cluster, node, trust
         self._wanted = {one.chain: (one.sequence, one.entry_hash) for one in report.chains}
         self._readers: dict[str, ChainReader] = {}
@@ -80,7 +89,10 @@ class KafkaHistory:
 
     def _reader(self, name: str) -> ChainReader | None:
         if name not in self._readers and writer_of(name) == self._node:
-            self._readers[name] = ChainReader(self._cluster, name, self._node, self._trust)
+            base = self._bases.get(name, EMPTY_HEAD)
+            self._readers[name] = ChainReader(
+                self._cluster, name, self._node, self._trust, base, pruned=base.sequence
+            )
         # After its first problem a chain proves nothing more.
         return None if name in self._problems else self._readers.get(name)
 

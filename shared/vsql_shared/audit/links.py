@@ -41,9 +41,12 @@ class Linked(NamedTuple):
     last_hash: bytes = ZERO_HASH
 
 
-def follow(documents: Iterable[bytes], log: Log) -> Linked:
-    """Walk a chain from its first document, each linked to the one before. Raises ChainError."""
-    linked = Linked()
+def follow(documents: Iterable[bytes], log: Log, start: Linked | None = None) -> Linked:
+    """Walk a chain from its first document, or behind `start`, each linked to the one before.
+
+    Raises ChainError.
+    """
+    linked = start or Linked()
     for document in documents:
         linked = link(linked, document, log)
     return linked

@@ -107,7 +107,11 @@ class SignedNote:
     @classmethod
     def decode(cls, encoded: str) -> Self:
         """Parse without verifying. Raises DecodeError."""
-        if len(encoded.encode()) > MAX_NOTE_SIZE:
+        try:
+            size = len(encoded.encode())
+        except UnicodeEncodeError as error:  # JSON has halves of surrogate pairs
+            raise DecodeError("signed note holds what is no character") from error
+        if size > MAX_NOTE_SIZE:
             raise DecodeError(f"signed note longer than {MAX_NOTE_SIZE} bytes")
         if any(char < " " and char != "\n" for char in encoded):
             raise DecodeError("signed note holds a control character")

@@ -24,6 +24,7 @@ import psycopg
 from psycopg import sql
 
 from vsql_shared import lsn
+from vsql_shared.audit.base import base_in
 from vsql_shared.audit.chain import EMPTY_HEAD, ChainHead, acknowledges, advance
 from vsql_shared.audit.entries import BATCH_EVENTS, EPOCH_OPENED, LAST, REPLICATION_BATCH
 from vsql_shared.audit.rows import (
@@ -34,7 +35,7 @@ from vsql_shared.audit.rows import (
     parse,
     timestamp,
 )
-from vsql_shared.audit.tree import Tree, decode_tree, encode_tree
+from vsql_shared.audit.tree import MAX_SIZE, Tree, decode_tree, encode_tree
 from vsql_shared.errors import ChainError, DecodeError, TransientError
 from vsql_shared.pg.connect import Connection, errors
 
@@ -89,8 +90,21 @@ def insert_entries(
         with conn.cursor() as cursor, cursor.copy(_COPY) as copy:
             for stored in parsed:
                 copy.write_row([*columns_of(stored).values(), stored.kafka_offset])
+        for stored in parsed:
+            _note_base(conn, stored)
         if also is not None:
             also(conn)
+
+
+def _note_base(conn: Connection, stored: StoredDocument) -> None:
+    """With the entry that says where its chain was pruned, the row that lets its older rows go."""
+    base = base_in(stored.entry)
+    if base is not None:
+        conn.execute(
+            "INSERT INTO vsql_sync.audit_bases (chain, size, base) VALUES (%s, %s, %s)"
+            " ON CONFLICT DO NOTHING",
+            (stored.entry.chain, base.head.sequence, base.encode()),
+        )
 
 
 def _move_head(conn: Connection, chain: str, group: list[StoredDocument]) -> None:
@@ -179,16 +193,17 @@ def _head_of(row: tuple[Any, ...]) -> ChainHead:
     )
 
 
-def load_head(conn: Connection, chain: str) -> ChainHead:
+def load_head(conn: Connection, chain: str, upto: int = MAX_SIZE) -> ChainHead:
     """The head as the table's entries give it, read backwards from the last one; EMPTY_HEAD without any.
 
-    Reads only as far as it must: to the last batch that finished its transaction.
+    Reads only as far as it must: to the last batch that finished its transaction. `upto`: the head behind
+    that entry instead; a head that is not the last one remembered has no tree.
     """
     last: StoredDocument | None = None
     batch = lsn_end = unfinished = 0
     settled = False  # true once an epoch_opened was passed: fragments before it are void
     began = 0
-    for stored in _backwards(conn, chain):
+    for stored in _backwards(conn, chain, upto):
         entry = stored.entry
         last = last or stored
         settled = settled or entry.event_type == EPOCH_OPENED
@@ -230,7 +245,7 @@ def _tree_at(conn: Connection, chain: str, entry_hash: bytes) -> Tree:
 
 def last_transaction(conn: Connection, chain: str, lsn_end: int) -> tuple[int, int] | None:
     """(xid, commit time) of the transaction that ends where a chain does; None where no manifest says it."""
-    for stored in islice(_backwards(conn, chain), PAGE):
+    for stored in islice(_backwards(conn, chain, MAX_SIZE), PAGE):
         if stored.entry.event_type == REPLICATION_BATCH:
             last = json.loads(stored.entry.detail).get(LAST)
             if last is not None and stored.entry.batch_lsn_end == lsn_end:
@@ -240,21 +255,21 @@ def last_transaction(conn: Connection, chain: str, lsn_end: int) -> tuple[int, i
     return None
 
 
-def _backwards(conn: Connection, chain: str) -> Iterator[StoredDocument]:
+def _backwards(conn: Connection, chain: str, upto: int) -> Iterator[StoredDocument]:
     """Entries from the last one down; few are asked for first, because few are needed as a rule."""
-    below, page = (1 << 63) - 1, 4
+    last, page = upto, 4
     while True:
         with errors("reading the audit trail"):
             rows = conn.execute(
                 "SELECT document, kafka_offset, sequence FROM vsql_sync.vsql_sync_audit"
-                " WHERE chain = %s AND sequence < %s ORDER BY sequence DESC LIMIT %s",
-                (chain, below, page),
+                " WHERE chain = %s AND sequence <= %s ORDER BY sequence DESC LIMIT %s",
+                (chain, last, page),
             ).fetchall()
         for encoded, offset, _ in rows:
             yield parse(bytes(encoded), offset)
         if len(rows) < page:
             return
-        below, page = rows[-1][2], PAGE
+        last, page = rows[-1][2] - 1, PAGE
 
 
 def iterate(conn: Connection, chain: str, from_sequence: int = 1) -> Iterator[StoredDocument]:

@@ -59,10 +59,9 @@ def root_of(tree: Tree) -> bytes:
     return current
 
 
-def tree_of(entry_hashes: Iterable[bytes]) -> tuple[Tree, int]:
-    """The tree over entry hashes in the order of the chain, and its size."""
-    tree: Tree = ()
-    size = 0
+def tree_of(entry_hashes: Iterable[bytes], before: Tree = (), passed: int = 0) -> tuple[Tree, int]:
+    """The tree over entry hashes in the order of the chain, and its size; `before`: as in `range_roots`."""
+    tree, size = before, passed
     for one in entry_hashes:
         tree, size = grow(tree, size, one), size + 1
     return tree, size
@@ -118,19 +117,41 @@ def consistency_ranges(old_size: int, size: int) -> list[Range]:
     return path[::-1] if whole else [Range(low, high), *path[::-1]]
 
 
-def range_roots(entry_hashes: Iterable[bytes], wanted: Sequence[Range]) -> list[bytes]:
+def subtrees(size: int) -> list[Range]:
+    """The leaves of each root in a `Tree` of this size."""
+    out, low = [], 0
+    for bit in range(size.bit_length() - 1, -1, -1):
+        if size >> bit & 1:
+            out.append(Range(low, low + (1 << bit)))
+            low += 1 << bit
+    return out
+
+
+def range_roots(
+    entry_hashes: Iterable[bytes], wanted: Sequence[Range], before: Tree = (), passed: int = 0
+) -> list[bytes]:
     """The roots of ranges, in the order asked for, from one pass over the chain's entry hashes.
 
-    Raises RecordError when ranges overlap, or the chain ends before the last one does.
+    `before` is the tree of the `passed` entries that come before the first hash: they were pruned, and ranges
+    may begin among them at the roots that are left. Raises RecordError where one does not, when ranges
+    overlap, or when the chain ends before the last one does.
     """
     ordered = sorted(set(wanted))
     if any(one.high > other.low for one, other in pairwise(ordered)):
         raise RecordError("subtrees of one proof overlap")
-    leaves, at = iter(entry_hashes), 0
+    known = dict(zip(subtrees(passed), before, strict=True)) if passed else {}
+    leaves, at = iter(entry_hashes), passed
     found: dict[Range, bytes] = {}
     for part in ordered:
-        _pass(leaves, part.low - at)
-        tree, size = tree_of(islice(leaves, part.high - part.low))
+        if part in known:
+            found[part] = known[part]
+            continue
+        inside = [one for one in known if part.low <= one.low and one.high <= part.high]
+        tree, size = tuple(known[one] for one in inside), sum(one.high - one.low for one in inside)
+        if part.low < passed and (not inside or inside[0].low != part.low or part.high <= passed):
+            raise RecordError(f"entries below {passed} were pruned, a proof needs some of them")
+        _pass(leaves, part.low + size - at)
+        tree, size = tree_of(islice(leaves, part.high - part.low - size), tree, size)
         if size != part.high - part.low:
             raise RecordError(f"the chain ends at {part.low + size}, a proof needs {part.high} entries")
         found[part], at = root_of(tree), part.high

@@ -4,6 +4,8 @@ Not here: comparing the two sides of a stream (compare.py) and reading Kafka (hi
 
 * Only a signature makes an entry true. Everything else in the database is held against the signed documents.
 * Each chain is read from its first entry; the first bad one is named, and what follows it proves nothing.
+* A pruned chain is read from its base. The base's checkpoint must be signed and cosigned, and the chain
+  itself must say, further on, that it was pruned there: else it was cut at its beginning.
 * One snapshot (REPEATABLE READ) for all of it, so that a node at work verifies like one at rest.
 * Somebody who owns the database and rewinds the trail *and* the heads remembered in it is only caught
   by those who remember the chain elsewhere: the peer (`PeerMemory`) and Kafka.
@@ -12,13 +14,18 @@ Not here: comparing the two sides of a stream (compare.py) and reading Kafka (hi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from psycopg import sql
 
-from vsql_shared.audit.chain import ChainReader, Void, hole_before, writer_of
-from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry
+from vsql_shared.audit.base import Base, Kept, base_in
+from vsql_shared.audit.bases import base_of, pinned
+from vsql_shared.audit.chain import EMPTY_HEAD, ChainReader, Void, hole_before, writer_of
+from vsql_shared.audit.checkpoint import Log
+from vsql_shared.audit.cosigned import cosigners
+from vsql_shared.audit.dsse import AUDIT_ENTRY, document_hash, open_document
+from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry, signed_place
 from vsql_shared.audit.rows import COLUMNS, columns_of, parse
 from vsql_shared.errors import ChainError, DecodeError, SignatureError
 from vsql_shared.pg.connect import Connection, errors
@@ -62,7 +69,10 @@ class ChainReport:
     problem: Problem | None = None
     holes: list[str] = field(default_factory=list)
     """What the source itself says it never sent."""
+    pruned: int = 0
+    """Entries up to here were pruned; they are in the archive."""
     _unfinished: int = 0
+    _bases: set[str] = field(default_factory=set)
 
     def count(self, entry: AuditEntry, entry_hash: bytes) -> None:
         """Take one verified entry."""
@@ -78,6 +88,12 @@ class ChainReport:
         self.tuples += entry.row_count
         if entry.event_type == REPLICATION_BATCH:
             self._unfinished = self._unfinished + entry.row_count if entry.continues else 0
+        if (base := base_in(entry)) is not None:
+            self._bases.add(base.encode())
+
+    def says(self, base: Base) -> bool:
+        """Whether an entry that was counted says that the chain was pruned there."""
+        return base.encode() in self._bases
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +130,28 @@ def verify_table(conn: Connection, trust: TrustStore, cluster: str, chain: str |
     return Report(tuple(reports), tuple(problems), tuple(warnings))
 
 
+def known_bases(conn: Connection, peer: Connection, cluster: str, report: Report) -> Report:
+    """Hold a peer's bases by this node's own keys: the peer pins whom it likes in its own database.
+
+    Another target may be a stranger to this node, so that a base nobody known has cosigned is a warning. What
+    this node was shown itself binds the base (compare.py, views.py).
+    """
+    keys = pinned(conn)
+    problems, warnings = list(report.problems), list(report.warnings)
+    for one in report.chains:
+        if one.problem is not None or not one.pruned:
+            continue
+        try:
+            base = base_of(peer, Log(cluster, one.chain))
+            if base is not None and not cosigners(base.verify(Log(cluster, one.chain), keys, cosigned=False)):
+                warnings.append(
+                    f"chain {one.chain}: nobody this node knows has cosigned its base {one.pruned}"
+                )
+        except (ChainError, SignatureError, DecodeError) as error:
+            problems.append(Problem(one.chain, one.pruned, None, error.message))
+    return replace(report, problems=tuple(problems), warnings=tuple(warnings))
+
+
 def has_chain(conn: Connection, chain: str) -> bool:
     """Whether there are entries under this name, or an own chain of this name is remembered."""
     with errors("reading the audit trail"):
@@ -145,18 +183,53 @@ def _verify_chain(
     """Read a chain from its first row; then hold its end against the head remembered beside it."""
     report = ChainReport(chain)
     try:
-        reader = ChainReader(cluster, chain, writer_of(chain), trust)
-    except ChainError as error:
+        writer = writer_of(chain)
+        base = base_of(conn, Log(cluster, chain))
+    except (ChainError, SignatureError, DecodeError) as error:
         report.problem = Problem(chain, None, None, error.message)
         return report
+    reader = ChainReader(cluster, chain, writer, trust, EMPTY_HEAD if base is None else base.head)
+    report.pruned = reader.head.sequence
     for row in _rows(conn, chain):
         what = _check_row(reader, row, report)
         if what is not None:
             report.problem = what
             return report
-    if remembered is not None:
+    if base is not None and not report.says(base):
+        said = f"cut at its beginning: no entry of it says that it was pruned up to {report.pruned}"
+        report.problem = Problem(chain, report.pruned + 1, None, said)
+    elif (kept := _kept(conn, trust, writer, Log(cluster, chain), base)) is not None:
+        report.problem = kept
+    elif remembered is not None:
         report.problem = _cut(report, *remembered, "this node's own")
     return report
+
+
+def _kept(conn: Connection, trust: TrustStore, writer: str, log: Log, base: Base | None) -> Problem | None:
+    """The first entry kept from below the base that its writer has not signed, or that is not of there.
+
+    Their links are in the archive. That none of them is missing, the base says, which the chain has signed.
+    """
+    rows = conn.execute(
+        "SELECT sequence, event_type, source_node_id, document FROM vsql_sync.audit_kept WHERE chain = %s"
+        " ORDER BY sequence",
+        (log.chain,),
+    )
+    pruned, kept = 0 if base is None else base.head.sequence, Kept()
+    for sequence, event_type, source, document in rows:
+        try:
+            payload = open_document(trust, writer, bytes(document), AUDIT_ENTRY, signed_place)
+            entry = AuditEntry.decode(payload)
+        except (DecodeError, SignatureError) as error:
+            return Problem(log.chain, sequence, None, f"kept beside the trail: {error.message}")
+        found = (entry.cluster, entry.chain, entry.sequence, entry.event_type, entry.source_node_id)
+        if found != (*log, sequence, event_type, source) or sequence > pruned:
+            return Problem(log.chain, sequence, None, "kept beside the trail: it is not what its row says")
+        kept = kept.take(document_hash(bytes(document)))
+    if base is not None and kept != base.kept:
+        what = f"{kept.count} entries are kept beside the trail, not the {base.kept.count} the chain says"
+        return Problem(log.chain, pruned, None, what)
+    return None
 
 
 # event_timestamp as a number: a value beyond Python's calendar must be reported, not stop the report.
@@ -200,6 +273,7 @@ def _check_row(reader: ChainReader, row: dict[str, Any], report: ChainReport) ->
     before = reader.head
     try:
         stored = parse(encoded)
+        base_in(stored.entry)
         outcome = reader.accept(encoded, TABLE)
     except (DecodeError, ChainError, SignatureError) as error:
         return problem(error.message)
@@ -264,7 +338,10 @@ def _unprotected(conn: Connection) -> list[str]:
         "SELECT c.relname FROM pg_partition_tree('vsql_sync.vsql_sync_audit') t"
         " JOIN pg_class c ON c.oid = t.relid WHERE 2 <> ("
         "   SELECT count(*) FROM pg_rewrite r WHERE r.ev_class = c.oid AND r.is_instead"
-        "   AND r.rulename IN ('no_update', 'no_delete') AND r.ev_enabled = 'A')"
+        "   AND r.rulename IN ('no_update', 'no_delete') AND r.ev_enabled = 'A' AND (r.ev_qual::text = '<>'"
+        # The one condition there is: what a base lets go (SQL 014).
+        "     OR r.rulename = 'no_delete' AND c.relkind = 'p'"
+        "     AND pg_get_ruledef(r.oid) LIKE '%audit_bases b%(b.size >= old.sequence)%'))"
         " OR NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = c.oid"
         "   AND g.tgname = 'no_truncate' AND g.tgenabled = 'A') ORDER BY 1"
     ).fetchall()

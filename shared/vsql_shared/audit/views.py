@@ -8,6 +8,8 @@ do that first, because this module believes the entries it is given). Rules:
 * In one history a batch stands at one sequence, and later batches at later ones. Where two acknowledgements
   say otherwise, or name different manifests for one sequence, they prove the split, each signed.
 * Heads a target has cosigned (`checkpoint_cosigned`) are held against the source's own entries, in one pass.
+  Of a pruned chain the head the target remembers is held, too: it binds the base to what this target was
+  shown, whoever cosigned that base.
 """
 
 from __future__ import annotations
@@ -18,18 +20,22 @@ from contextlib import closing
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
-from vsql_shared.audit.checkpoint import Checkpoint, cosigned_in, split_view
+from vsql_shared.audit.bases import linked_start
+from vsql_shared.audit.checkpoint import Checkpoint, Log, cosigned_in, split_view
 from vsql_shared.audit.compare import ack_target, chain_names
 from vsql_shared.audit.entries import CHECKPOINT_COSIGNED, ZERO_HASH, AuditEntry
-from vsql_shared.audit.heads import entry_hashes
+from vsql_shared.audit.heads import entry_hashes, remembered_checkpoint
 from vsql_shared.audit.rows import parse
 from vsql_shared.audit.store import iterate
-from vsql_shared.audit.tree import Tree, grow, root_of
+from vsql_shared.audit.tree import grow, root_of
 from vsql_shared.audit.verify import Problem
+from vsql_shared.errors import RefusedError
+from vsql_shared.pg import nodes
 from vsql_shared.pg.connect import errors
 
 if TYPE_CHECKING:
     from vsql_shared.audit.rows import StoredDocument
+    from vsql_shared.audit.tree import Tree
     from vsql_shared.pg.connect import Connection
 
 
@@ -112,7 +118,8 @@ def compare_cosigned(
     found = []
     for stream, acks in _acknowledged(target, skip).items():
         if stream in streams and chain in (None, stream, acks):
-            problem = _first_wrong(source, stream, acks, list(_cosigned(target, acks)))
+            cosigned = list(_cosigned(target, acks))
+            problem = _first_wrong(source, target, stream, acks, cosigned)
             if problem is not None:
                 found.append(problem)
     return found
@@ -137,15 +144,25 @@ def _cosigned(conn: Connection, acks: str) -> Iterator[_Cosigned]:
         yield _Cosigned(entry, cosigned_in(entry))
 
 
-def _first_wrong(source: Connection, stream: str, acks: str, heads: list[_Cosigned]) -> Problem | None:
-    """One pass over the source's entries, stopping at each size that was cosigned."""
-    tree: Tree = ()
-    size = 0
+def _first_wrong(
+    source: Connection, target: Connection, stream: str, acks: str, heads: list[_Cosigned]
+) -> Problem | None:
+    """One pass over the source's entries, stopping at each size that was cosigned.
+
+    Heads below the source's base are passed over: what they were of is in the archive.
+    """
+    cluster = heads[0].entry.cluster if heads else nodes.local(source).cluster
     with source.transaction(), closing(entry_hashes(source, stream)) as hashes:
+        base = linked_start(source, Log(cluster, stream))
+        if not heads and not base.size:
+            return None
+        tree, size = base.tree, base.size
         for entry, claimed in heads:
             event = str(uuid.UUID(bytes=entry.event_id))
             if claimed is None or (claimed.log.cluster, claimed.log.chain) != (entry.cluster, stream):
                 return Problem(acks, entry.sequence, event, f"cosigns no head of chain {stream}")
+            if claimed.size < base.size:
+                continue
             if claimed.size < size:
                 what = f"cosigns {claimed.size} entries of chain {stream} after {size}"
                 return Problem(acks, entry.sequence, event, what)
@@ -162,7 +179,27 @@ def _first_wrong(source: Connection, stream: str, acks: str, heads: list[_Cosign
                 )
             if root_of(tree) != claimed.root:
                 return Problem(acks, entry.sequence, event, split_view(claimed, _says(root_of(tree))).message)
+        return _unbound(target, Log(cluster, stream), hashes, tree, size) if base.size else None
+
+
+def _unbound(target: Connection, log: Log, hashes: Iterator[bytes], tree: Tree, size: int) -> Problem | None:
+    """The rest of the pass, for a pruned chain: up to the head that the target remembers."""
+    claimed = _remembered(target, log)
+    if claimed is None or claimed.size < size:
+        return None  # shorter: compare.py names it, or a head above the base has bound it
+    for one in islice(hashes, claimed.size - size):
+        tree, size = grow(tree, size, one), size + 1
+    if size == claimed.size and root_of(tree) != claimed.root:
+        return Problem(log.chain, size, None, split_view(claimed, _says(root_of(tree))).message)
     return None
+
+
+def _remembered(target: Connection, log: Log) -> Checkpoint | None:
+    """The head up to which a target has verified a chain, where it has one with its tree."""
+    try:
+        return remembered_checkpoint(target, log)
+    except RefusedError:
+        return None
 
 
 def _says(root: bytes) -> str:

@@ -84,6 +84,12 @@ def _unwise(settings: Settings) -> Iterator[tuple[str, str]]:
         if not settings.audit.signs:
             yield "audit.signing_key_path", "no signing key: entries of the chain are not signed"
         return
+    audit = settings.audit
+    if audit.retention_months < 12 or audit.online_months < 3:
+        yield (
+            f"audit.retention_months = {audit.retention_months}, online_months = {audit.online_months}",
+            "PCI DSS 10.5.1 asks for twelve months of audit trail, the newest three at hand",
+        )
     kafka = settings.kafka
     if kafka.min_insync_replicas < 2:
         yield (

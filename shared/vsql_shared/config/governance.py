@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from vsql_shared.config.archive import ArchiveSettings
 from vsql_shared.config.section import Section
 from vsql_shared.config.values import (
     ConfigPath,
@@ -65,6 +66,12 @@ class AuditSettings(Section):
         hours=1
     )
     """How often a target cosigns the head of its source's chain, in its own chain of acknowledgements."""
+    retention_months: Annotated[Whole, Field(ge=1, le=1200)] = 12
+    """Months an archived segment of the trail is locked for."""
+    online_months: Annotated[Whole, Field(ge=0, le=1200)] = 3
+    """Months an entry stays in the database before it may be archived and pruned."""
+    archive: ArchiveSettings = ArchiveSettings()
+    """The bucket archived segments go to."""
 
     verify_every: Annotated[Duration, Field(ge=timedelta(seconds=1), le=timedelta(days=366))] = timedelta(
         hours=1
@@ -81,6 +88,12 @@ class AuditSettings(Section):
     def _one_key(self) -> AuditSettings:
         if self.signing_key_path is not None and self.signing_key_label is not None:
             raise refusal("signing_key_path and signing_key_label: a node has one signing key")
+        return self
+
+    @model_validator(mode="after")
+    def _online_first(self) -> AuditSettings:
+        if self.online_months > self.retention_months:
+            raise refusal("online_months: at most retention_months")
         return self
 
     @property

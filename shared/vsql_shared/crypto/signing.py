@@ -243,6 +243,10 @@ class TrustStore:
                 hint="find out who has that key",
             )
 
+    def keys_of(self, node: str) -> list[tuple[str, bytes]]:
+        """(node, public key) of every key pinned for a node, ended ones too."""
+        return [(pin.node, pin.public_key) for pin in self._pins.values() if pin.node == node]
+
     def known_up_to(self, node: str, signer: str, chain: str) -> int:
         """Of a revoked key: the last entry of a chain it still counts for; 0: none, or it is not revoked."""
         pin = self._pins.get((node, signer))

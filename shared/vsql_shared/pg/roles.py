@@ -75,6 +75,8 @@ WRITES: dict[str, dict[str, str]] = {
         "scopes": "INSERT",
         "scope_seen": "INSERT",
         "registry_ids": "INSERT, UPDATE (id, answered_at)",
+        "audit_cosigned": "INSERT",
+        "audit_bases": "INSERT",
     },
     CONSUMER: _SERVICE
     | {
@@ -97,6 +99,8 @@ WRITES: dict[str, dict[str, str]] = {
         "decisions": "INSERT (chain, kind, topic, partition, kafka_offset, sequence, reason,"
         " xid, commit_lsn, commit_time)",
         "streams": "UPDATE (desired, desired_reason, slot_created, confirmed_lsn, slot_from)",
+        "audit_cosigned": "INSERT (chain, size, node, note)",
+        "audit_segments": "INSERT",
     },
     ADMIN: dict.fromkeys(("commands", "decisions"), "INSERT, DELETE"),
 }
@@ -106,6 +110,7 @@ _LOG_AUDIT = "vsql_sync.log_audit(text, text, text, jsonb, jsonb, boolean, text)
 _NOTE_BREAK = "vsql_sync.note_audit_break(text, text, bigint, text, text)"
 _END_BREAKS = "vsql_sync.end_audit_breaks(text, text)"
 _PARTITION = "vsql_sync.ensure_audit_partition(timestamp with time zone)"
+_PRUNE = ("vsql_sync.prune_audit(text, bigint)", "vsql_sync.drop_empty_audit_partitions()")
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +181,8 @@ def grant_schema(conn: Connection) -> None:
             _grant(conn, f"EXECUTE ON FUNCTION {_PARTITION}", role)
             _grant(conn, f"EXECUTE ON FUNCTION {_NOTE_BREAK}", role)
             _grant(conn, f"EXECUTE ON FUNCTION {_END_BREAKS}", role)
+        for function in _PRUNE:
+            _grant(conn, f"EXECUTE ON FUNCTION {function}", ADMIN)
         for name in names:
             _grant(conn, f"{_viewer_select(conn, name)} ON TABLE vsql_sync.{name}", VIEWER)
         _grant(conn, "ALL ON ALL TABLES IN SCHEMA vsql_sync", ADMIN)

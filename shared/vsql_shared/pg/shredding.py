@@ -357,7 +357,7 @@ def entries(conn: Connection, done: Done) -> tuple[list[bytes], int]:
     """
     with errors("reading what the chains say"):
         rows = conn.execute(
-            "SELECT document FROM vsql_sync.vsql_sync_audit WHERE event_type = %s"
+            "SELECT document FROM vsql_sync.audit_documents WHERE event_type = %s"
             " AND source_node_id = %s ORDER BY chain, sequence",
             (KEY_DESTROYED, done.order.node),
         ).fetchall()

@@ -1,0 +1,212 @@
+"""What `syncctl audit archive --verify` looks at: every archived segment, from the bucket or from files.
+
+Not here: verifying one segment (vsql_shared/audit/segment.py). Rules:
+
+* A chain's segments are read one behind the other, from its first entry: the first bad one is named, and what
+  follows it proves nothing.
+* From the bucket, each is the version that was archived; what lies over it, or beside it, is named too, and
+  keeps nothing from being read.
+* What the chain says was pruned must be there: rows of segments that are gone hide nothing.
+* From files nothing but public keys is used: no database, no configuration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vsql_shared.audit.chain import EMPTY_HEAD, ChainHead
+from vsql_shared.audit.cosigned import cosigners
+from vsql_shared.errors import DecodeError, RefusedError, UserError, VerificationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from vsql_shared.audit.archive import Node, Row
+    from vsql_shared.audit.checkpoint import Log
+    from vsql_shared.audit.segment import Verified
+    from vsql_shared.objects.s3 import S3Store, Version
+
+Rows = list[dict[str, Any]]
+Problems = list[dict[str, str]]
+MAX_HEADER = 1 << 20
+"""Bytes of a segment's first lines, which say whose it is."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What was verified of a chain so far."""
+
+    chain: str
+    head: ChainHead = EMPTY_HEAD
+    segments: int = 0
+    expired: int = 0
+    cosigned: set[str] = field(default_factory=set)
+    heads: dict[int, ChainHead] = field(default_factory=dict)
+    """The head behind each segment."""
+
+    def take(self, verified: Verified) -> None:
+        self._move(verified.head)
+        self.segments += 1
+        self.cosigned |= cosigners(verified.checkpoint)
+
+    def pass_over(self, head: ChainHead) -> None:
+        """Take a segment whose time is over."""
+        self._move(head)
+        self.expired += 1
+
+    def _move(self, head: ChainHead) -> None:
+        self.head = self.heads[head.sequence] = head
+
+    def against(self, base: ChainHead) -> str:
+        """What is wrong where the chain was pruned at this head; '' when the segments lead there."""
+        size = base.sequence
+        if self.head.sequence < size:
+            return f"chain {self.chain} was pruned up to {size}, the archive has {self.head.sequence} entries"
+        if size not in self.heads:
+            return f"chain {self.chain} was pruned up to {size}, and no segment ends there"
+        # A row of an expired segment has no signed hash: this is where it is held.
+        if self.heads[size] != base:
+            return f"chain {self.chain} was pruned at another entry {size} than the archive has"
+        return ""
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "chain": self.chain,
+            "segments": self.segments,
+            "expired": self.expired,
+            "last": self.head.sequence,
+            "cosigned": sorted(self.cosigned),
+        }
+
+
+def verify_bucket(node: Node, store: S3Store, only: str | None) -> tuple[Rows, Problems]:
+    """Every segment this node has archived: by its row, by what was pruned, and by what the bucket lists."""
+    from vsql_shared.audit.archive import own_chains, rows_of
+    from vsql_shared.audit.segment import folder
+
+    out: Rows = []
+    problems: Problems = []
+    for chain in own_chains(node, only):
+        seen = _Seen(chain)
+        rows: list[Row] = []
+        wrong: list[str] = []
+        try:
+            rows = rows_of(node.conn, chain)
+            for row in rows:
+                _verify_row(node, store, row, seen)
+            wrong += _lacking(node, seen)
+        except (VerificationError, DecodeError, RefusedError) as error:
+            wrong.append(error.message)
+        wrong += unlisted(store.versions(folder(node.prefix, node.log(chain))), rows)
+        problems += ({"chain": chain, "what": what} for what in wrong)
+        if rows or wrong:
+            out.append(seen.row())
+    return out, problems
+
+
+def _verify_row(node: Node, store: S3Store, row: Row, seen: _Seen) -> None:
+    from vsql_shared.audit.archive import expired, needed_until, read_back
+    from vsql_shared.audit.base import Base
+    from vsql_shared.audit.bases import pinned
+
+    stored = store.look(row.key, row.version)
+    if stored is None and expired(node, row):
+        # Its time is over, and so it may be gone. What it proved, its signed checkpoint says.
+        base = Base(row.head, row.note)
+        base.verify(node.log(row.chain), pinned(node.conn))
+        if row.place.first != seen.head.sequence + 1 or row.head.sequence != row.place.last:
+            raise RefusedError(f"{row.key} is gone, and its row does not follow entry {seen.head.sequence}")
+        seen.pass_over(row.head)
+        return
+    if stored is None or row.bucket != store.bucket:
+        raise RefusedError(f"{row.key} is missing: it is not in bucket {store.bucket}")
+    verified, digest, _ = read_back(node, store, node.log(row.chain), stored, row.place, seen.head)
+    if digest != row.sha256:
+        raise RefusedError(f"{row.key} is another one than was archived: other SHA-256")
+    store.require_locked(stored, needed_until(node, verified))
+    seen.take(verified)
+
+
+def _lacking(node: Node, seen: _Seen) -> list[str]:
+    """What the chain says was pruned, and what its rows lack, is in the archive: that head, and no other."""
+    from vsql_shared.audit.bases import base_of, said_base
+
+    log = node.log(seen.chain)
+    found = (said_base(node.conn, node.trust, log), base_of(node.conn, log))
+    return [what for base in found if base is not None and (what := seen.against(base.head))][:1]
+
+
+def unlisted(listed: Iterable[Version], rows: Iterable[Row]) -> list[str]:
+    """What the bucket lists under a chain's prefix and was not archived: over it, or beside it."""
+    mine = {(row.key, row.version) for row in rows}
+    versions = dict(mine)
+    out = []
+    for one in listed:
+        if (one.key, one.version) in mine:
+            continue
+        if one.key in versions:
+            what = "a mark of its deletion" if one.deleted else "another version"
+            out.append(f"{what} lies over {one.key}: the archived version {versions[one.key]} is not it")
+        else:
+            out.append(
+                f"{one.key} is in the archive, and this node has not noted it: it was added, or a crash came"
+                " between storing and noting it (`syncctl audit archive` takes it up if it verifies)"
+            )
+    return out
+
+
+def verify_folder(folder: Path, keys: tuple[Path, ...], others: tuple[str, ...]) -> tuple[Rows, Problems]:
+    """Downloaded segments, with public keys alone. Chains are told apart by what the files say."""
+    from vsql_shared.audit.segment import SUFFIX, lines, parse_name, verify
+    from vsql_shared.crypto.signing import PinnedKey, TrustStore, fingerprint, load_public_key
+
+    writers = [load_public_key(path) for path in keys]
+    known = [(node, load_public_key(Path(path))) for node, path in map(_pair, others)]
+    found: dict[Log, list[Path]] = {}
+    problems: Problems = []
+    for path in sorted(folder.rglob(f"*{SUFFIX}"), key=lambda one: one.name):
+        try:
+            found.setdefault(_log_of(path), []).append(path)
+        except (DecodeError, VerificationError) as error:
+            problems.append({"chain": "", "what": f"{path.name}: {error.message}"})
+    out: Rows = []
+    for log, paths in sorted(found.items()):
+        trust = TrustStore(PinnedKey(log.writer, key, fingerprint(key), revoked=False) for key in writers)
+        believed = [*((log.writer, key) for key in writers), *known]
+        seen = _Seen(log.chain)
+        for path in paths:
+            try:
+                with path.open("rb") as file:
+                    verified = verify(
+                        lines(file.read), log, parse_name(path.name), seen.head, trust, believed,
+                        cosigned=bool(known),
+                    )  # fmt: skip
+            except (DecodeError, VerificationError) as error:
+                problems.append({"chain": log.chain, "what": f"{path.name}: {error.message}"})
+                break
+            seen.take(verified)
+        out.append(seen.row())
+    if not found and not problems:
+        raise UserError(f"there is no segment (*{SUFFIX}) in {folder}")
+    return out, problems
+
+
+def _pair(value: str) -> tuple[str, str]:
+    node, mark, path = value.partition("=")
+    if not mark or not node:
+        raise UserError(f"--cosigner {value!r}", hint="write NODE=FILE, for example node-b=node-b.pub")
+    return node, path
+
+
+def _log_of(path: Path) -> Log:
+    """Whose segment a file says it is: its first entry's chain. Believed once its signatures verify."""
+    from vsql_shared.audit.segment import log_of
+
+    def heads() -> Iterator[bytes]:
+        with path.open("rb") as file:
+            for _ in range(2):
+                yield file.readline(MAX_HEADER * 8)
+
+    return log_of(heads())

@@ -1,0 +1,99 @@
+"""Where this node's own chains begin in its database: at their first entry, or at a base.
+
+Not here: what a base is (base.py). Rules:
+
+* The first row decides: a chain whose rows begin behind a base was pruned there. Before the rows are gone,
+  it begins where it did.
+* What is read from the database is verified, checkpoint and signatures, before anything is built on it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vsql_shared.audit.base import Base, base_in
+from vsql_shared.audit.chain import EMPTY_HEAD, ChainHead, writer_of
+from vsql_shared.audit.checkpoint import Log
+from vsql_shared.audit.dsse import AUDIT_ENTRY, open_document
+from vsql_shared.audit.entries import TRAIL_PRUNED, AuditEntry, signed_place
+from vsql_shared.audit.links import Linked
+from vsql_shared.errors import DecodeError, RefusedError, SignatureError
+from vsql_shared.pg import signers
+from vsql_shared.pg.connect import Connection, errors
+
+if TYPE_CHECKING:
+    from vsql_shared.crypto.signing import TrustStore
+
+
+def base_of(conn: Connection, log: Log) -> Base | None:
+    """The base the rows of a chain begin behind; None where they begin with the first entry, or nowhere.
+
+    Raises DecodeError, SignatureError or ChainError where it does not verify.
+    """
+    with errors("looking where a chain begins"):
+        row = conn.execute(
+            "SELECT b.base FROM vsql_sync.audit_bases b WHERE b.chain = %(chain)s AND b.size + 1 ="
+            " (SELECT min(sequence) FROM vsql_sync.vsql_sync_audit WHERE chain = %(chain)s)",
+            {"chain": log.chain},
+        ).fetchone()
+    return None if row is None else _verified(conn, log, str(row[0]))
+
+
+def said_base(conn: Connection, trust: TrustStore, log: Log) -> Base | None:
+    """The last base that stands in the chain itself, signed, and is noted; None where it was never pruned."""
+    with errors("looking where a chain says it was pruned"):
+        rows = conn.execute(
+            "SELECT document FROM vsql_sync.audit_documents WHERE chain = %s AND event_type = %s"
+            " ORDER BY sequence DESC",
+            (log.chain, TRAIL_PRUNED),
+        ).fetchall()
+    for (document,) in rows:
+        try:
+            payload = open_document(trust, writer_of(log.chain), bytes(document), AUDIT_ENTRY, signed_place)
+            base = base_in(AuditEntry.decode(payload))
+        except (DecodeError, SignatureError):
+            continue
+        if base is not None and base_at(conn, log, base.head.sequence) == base:
+            return base
+    return None
+
+
+def base_at(conn: Connection, log: Log, size: int) -> Base | None:
+    """The base of this size; its row stands there since the entry that says it."""
+    with errors("looking where a chain was pruned"):
+        row = conn.execute(
+            "SELECT base FROM vsql_sync.audit_bases WHERE (chain, size) = (%s, %s)", (log.chain, size)
+        ).fetchone()
+    return None if row is None else _verified(conn, log, str(row[0]))
+
+
+def _verified(conn: Connection, log: Log, text: str) -> Base:
+    base = Base.decode(text)
+    base.verify(log, pinned(conn))
+    return base
+
+
+def pinned(conn: Connection) -> list[tuple[str, bytes]]:
+    """(node, key) of all nodes, ended ones too: what they signed is held against signed entries."""
+    return [(one.node, one.public_key) for one in signers.load(conn)]
+
+
+def start_of(conn: Connection, log: Log) -> ChainHead:
+    """The head before the first row of a chain."""
+    base = base_of(conn, log)
+    return EMPTY_HEAD if base is None else base.head
+
+
+def linked_start(conn: Connection, log: Log) -> Linked:
+    """The same, as links.py takes it."""
+    head = start_of(conn, log)
+    return Linked(head.tree, head.sequence, b"", head.entry_hash)
+
+
+def require_online(start: int, size: int, chain: str) -> None:
+    """Raise RefusedError where a question is about entries that were pruned."""
+    if size < start:
+        raise RefusedError(
+            f"chain {chain} is pruned: entry {size} is in the archive only",
+            hint="its segment proves it: `syncctl audit archive --verify`, docs/operations/audit.md",
+        )
