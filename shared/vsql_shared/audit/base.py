@@ -37,7 +37,7 @@ from vsql_shared.errors import ChainError, DecodeError, SignatureError
 
 FORMAT = 1
 GONE = frozenset({REPLICATION_BATCH, BATCH_APPLIED, EPOCH_OPENED, CHECKPOINT_COSIGNED})
-"""Entries that are not kept in the database below a base; as prune_audit has it (SQL 014)."""
+"""Entries that are not kept in the database below a base; as prune_audit has it (SQL 018)."""
 _UUID_SIZE = 16
 _MAX_TIMELINE = (1 << 31) - 1
 _MAX_SYSTEM = 64

@@ -339,7 +339,7 @@ def _unprotected(conn: Connection) -> list[str]:
         " JOIN pg_class c ON c.oid = t.relid WHERE 2 <> ("
         "   SELECT count(*) FROM pg_rewrite r WHERE r.ev_class = c.oid AND r.is_instead"
         "   AND r.rulename IN ('no_update', 'no_delete') AND r.ev_enabled = 'A' AND (r.ev_qual::text = '<>'"
-        # The one condition there is: what a base lets go (SQL 014).
+        # The one condition there is: what a base lets go (SQL 018).
         "     OR r.rulename = 'no_delete' AND c.relkind = 'p'"
         "     AND pg_get_ruledef(r.oid) LIKE '%audit_bases b%(b.size >= old.sequence)%'))"
         " OR NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = c.oid"
