@@ -20,10 +20,12 @@ from tests.audit_history import (
     signer,
     trust,
 )
+from tests.audit_segments import base
 from vsql_shared.audit import tree
+from vsql_shared.audit.base import Base
 from vsql_shared.audit.checkpoint import Checkpoint, Log
 from vsql_shared.audit.dsse import AUDIT_ENTRY, sign_document
-from vsql_shared.audit.entries import CHECKPOINT_COSIGNED, canonical_json, peek_chain
+from vsql_shared.audit.entries import CHECKPOINT_COSIGNED, TRAIL_PRUNED, canonical_json, peek_chain
 from vsql_shared.audit.verify import Problem
 from vsql_shared.audit.watch import MAX_NAME, NOBODYS
 from vsql_shared.audit.watch_topic import SETTLE_SECONDS, TopicPass
@@ -332,3 +334,121 @@ def test_a_chain_of_this_node_that_the_trail_does_not_have_is_found() -> None:
     assert [(one.chain, one.sequence) for one in state.overdue(NOW + SETTLE_SECONDS + 1)] == [
         ("bills.node-a", 1)
     ]
+
+
+# Chains that were pruned begin at the base they say themselves.
+
+BASE = base(SOURCE, 4)
+
+
+def say(history: History, made: Base) -> None:
+    """What its producer does with an order to prune the chain."""
+    detail = canonical_json(made.detail())
+    history.add(event_type=TRAIL_PRUNED, batch_lsn_start=9, batch_lsn_end=9, detail=detail)
+
+
+def saying(made: Base) -> History:
+    history = ordinary()
+    say(history, made)
+    history.batch()
+    return history
+
+
+PRUNED = saying(BASE)
+LONGER = len(PRUNED.entries)
+LEFT = {(CHAIN, one.entry.sequence): one.entry_hash for one in PRUNED.entries[4:]}
+"""What the trail has when the first four entries are pruned."""
+
+
+def reading_from(made: Base) -> TopicPass:
+    return TopicPass(CLUSTER, "node-a", {0: 100}, {CHAIN: LONGER}, bases={CHAIN: made})
+
+
+def read_pruned(documents: list[bytes], state: TopicPass | None = None) -> list[Problem]:
+    return read(documents, state or reading_from(BASE), LEFT, LONGER)
+
+
+@pytest.mark.parametrize("left", [[], [0], [1, 3], [0, 1, 2, 3]], ids=["nothing", "one", "holes", "all"])
+def test_what_is_left_below_the_base_of_a_pruned_chain_is_passed_over(left: list[int]) -> None:
+    documents = [
+        *(PRUNED.documents[at] for at in left),
+        *PRUNED.documents[4:],
+        *acknowledged(PRUNED).documents,
+    ]
+    assert read_pruned(documents) == []
+
+
+def test_a_chain_whose_rows_are_still_there_is_compared_below_its_base_too() -> None:
+    """The base is said, and the rows wait for the next `audit prune`."""
+    everything = {(CHAIN, one.entry.sequence): one.entry_hash for one in PRUNED.entries}
+    assert read(PRUNED.documents, reading_from(BASE), everything, LONGER) == []
+    lies = acknowledged(other()).documents
+    found = read([*PRUNED.documents, *lies], reading_from(BASE), everything, LONGER)
+    assert [(one.chain, one.sequence) for one in found] == [(CHAIN, 2)]
+
+
+def test_a_target_that_acknowledged_another_last_pruned_entry_is_found_by_the_base() -> None:
+    lies = History(ACKS, B)
+    lies.open()
+    for made in other().entries[1:4]:
+        lies.acknowledge(made)
+    found = read_pruned([*PRUNED.documents[4:], *lies.documents])
+    assert [(one.chain, one.sequence) for one in found] == [(CHAIN, 4)]
+    assert "than target node-b in" in found[0].what
+
+
+# What the topic has of a chain that was pruned at entry 4 → the entry that is named, and words of it.
+CUTS: dict[str, tuple[list[bytes], int, str]] = {
+    "cut further than it was pruned": (PRUNED.documents[5:], 5, "Kafka lost entries"),
+    "cut between base and end": ([*PRUNED.documents[4:7], *PRUNED.documents[8:]], 8, "Kafka lost entries"),
+    "cut at its end": (PRUNED.documents[4:-1], LONGER, "Kafka lost entries"),
+    "all is gone": ([], 5, "Kafka lost entries"),
+}
+
+
+@pytest.mark.parametrize("case", CUTS)
+def test_a_cut_of_a_pruned_chain_is_named_at_its_place(case: str) -> None:
+    documents, sequence, words = CUTS[case]
+    found = read_pruned(documents)
+    assert [(one.chain, one.sequence) for one in found] == [(CHAIN, sequence)]
+    assert words in found[0].what
+
+
+def test_a_beginning_that_was_cut_off_without_a_base_is_named_at_its_first_entry() -> None:
+    found = read(PRUNED.documents[4:], TopicPass(CLUSTER, "node-a", {0: 100}, {CHAIN: LONGER}), LEFT, LONGER)
+    assert (found[0].chain, found[0].sequence) == (CHAIN, 1)
+
+
+def by_a_stranger() -> list[bytes]:
+    """The topic of a chain that says nothing, and the base in its name, signed by another key."""
+    forged = History(by=signer("node-a", "stolen"), head=SOURCE.head)
+    forged.open()
+    say(forged, BASE)
+    return [*SOURCE.documents[4:], *forged.documents]
+
+
+UNSAID: dict[str, list[bytes]] = {
+    "nothing is said": SOURCE.documents[4:],
+    "another base is said": saying(base(SOURCE, 3)).documents[4:],
+    "another head is said": saying(Base(base(SOURCE, 3).head, BASE.note, BASE.tables, BASE.kept)).documents[
+        4:
+    ],
+    "a stranger says it": by_a_stranger(),
+}
+
+
+@pytest.mark.parametrize("case", UNSAID)
+def test_a_base_the_topic_does_not_say_lets_no_beginning_go(case: str) -> None:
+    state = TopicPass(CLUSTER, "node-a", {0: 100}, {CHAIN: SIZE}, bases={CHAIN: BASE})
+    for document in UNSAID[case]:
+        state.feed(trust(), document, "audit/0/1")
+    (found,), waiting = state.lost(NOW)
+    assert (found.chain, found.sequence, waiting) == (CHAIN, 5, False)
+    assert "no entry of it says that it was pruned up to 4" in found.what
+    assert CHAIN in state.broken
+
+
+def test_a_loser_of_a_race_below_the_base_counts_for_nothing() -> None:
+    loser = History(head=base(SOURCE, 3).head)
+    loser.open(9)
+    assert read_pruned([*PRUNED.documents[:4], *loser.documents, *PRUNED.documents[4:]]) == []

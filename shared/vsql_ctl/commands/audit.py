@@ -174,7 +174,7 @@ def verify_own(conn: Connection, settings: Settings, chain: str | None) -> tuple
     """This node's own trail, by itself: entries, receipts, operators' acts."""
     from vsql_shared.audit.acts import compare_acts
     from vsql_shared.audit.compare import compare_receipts
-    from vsql_shared.audit.verify import has_chain, verify_table
+    from vsql_shared.audit.verify import has_chain, noted_segments, verify_table
     from vsql_shared.pg import nodes
 
     node = nodes.local(conn)
@@ -186,6 +186,7 @@ def verify_own(conn: Connection, settings: Settings, chain: str | None) -> tuple
     report = verify_table(conn, trust, node.cluster, chain)
     findings = Findings(node.name, {node.name: report})
     bad = findings.bad_chains()
+    findings.found += noted_segments(conn, report)
     findings.found += compare_receipts(conn, trust, node.name, chain, bad)
     findings.found += compare_acts(conn, node.name, chain, bad)
     return findings, trust
@@ -260,17 +261,18 @@ def _other_side(chain: str, peer: str) -> str:
 
 
 def _verify_kafka(conn: Connection, settings: Settings, trust: TrustStore, findings: Findings) -> None:
-    from vsql_shared.audit.bases import said_base
+    from vsql_shared.audit.bases import signed_base
     from vsql_shared.audit.checkpoint import Log
     from vsql_shared.audit.history import KafkaHistory, read_topic
     from vsql_shared.audit.store import recall_head
+    from vsql_shared.audit.watch import is_name
     from vsql_shared.kafka.clients import make_consumer
     from vsql_shared.names import audit_topic
 
     report = findings.reports[findings.node]
-    bases = {
-        one.chain: said_base(conn, trust, Log(settings.cluster.name, one.chain)) for one in report.chains
-    }
+    # Not what is noted beside it: a row that was altered is no reason to end here.
+    names = [one.chain for one in report.chains if is_name(one.chain)]
+    bases = {name: signed_base(conn, trust, Log(settings.cluster.name, name)) for name in names}
     heads_before = {name: base.head for name, base in bases.items() if base is not None}
     history = KafkaHistory(settings.cluster.name, findings.node, trust, report, heads_before)
     consumer = make_consumer(settings, "syncctl", "vsql-sync.audit-verify")

@@ -30,6 +30,16 @@ _EXPORTS = """
 SELECT occurred_at, actor, target_id FROM vsql_sync.audit_log
 WHERE action = 'audit.export' ORDER BY id DESC
 """
+_SEGMENTS = """
+SELECT chain, first_sequence, last_sequence, bucket, object_key, object_version, encode(sha256, 'hex'), bytes,
+       retain_until, verified_at
+FROM vsql_sync.audit_segments ORDER BY chain, first_sequence
+"""
+_SEGMENT_COLUMNS = (
+    "chain", "first_sequence", "last_sequence", "bucket", "object", "version", "sha256", "bytes",
+    "retain_until", "verified_at",
+)  # fmt: skip
+_BASES = "SELECT chain, size, noted_at, base FROM vsql_sync.audit_bases ORDER BY 1, 2"
 _STREAMS = "SELECT chain, direction, state, pruned_sequence FROM vsql_sync.streams ORDER BY 1, 2"
 
 
@@ -43,11 +53,17 @@ def trail(conn: Connection, settings: Settings) -> dict[str, Any]:
             "partitions": _rows(conn, ("table", "bounds", "entries_estimate", "bytes"), _PARTITIONS),
             "chains": _rows(conn, ("chain", "own", "last_sequence", "remembered_at", "first"), _CHAINS),
             "streams": _rows(conn, ("chain", "direction", "state", "pruned_sequence"), _STREAMS),
+            "archived": _rows(conn, _SEGMENT_COLUMNS, _SEGMENTS),
+            "pruned": _rows(conn, ("chain", "entries", "noted_at", "base"), _BASES),
             "verified_in_background": watch_state.progress(conn),
             "breaks": watch_state.breaks(conn),
             "exports": _rows(conn, ("at", "by", "file"), _EXPORTS),
             "settings": {
                 "kafka.retention": format_duration(settings.kafka.retention),
+                "audit.retention_months": settings.audit.retention_months,
+                "audit.online_months": settings.audit.online_months,
+                "audit.archive.bucket": settings.audit.archive.bucket,
+                "audit.archive.lock_mode": settings.audit.archive.lock_mode,
                 "audit.leaf_retention": format_duration(settings.audit.leaf_retention),
                 "audit.checkpoint_every": format_duration(settings.audit.checkpoint_every),
             },

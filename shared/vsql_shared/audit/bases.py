@@ -9,6 +9,7 @@ Not here: what a base is (base.py). Rules:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vsql_shared.audit.base import Base, base_in
@@ -17,7 +18,7 @@ from vsql_shared.audit.checkpoint import Log
 from vsql_shared.audit.dsse import AUDIT_ENTRY, open_document
 from vsql_shared.audit.entries import TRAIL_PRUNED, AuditEntry, signed_place
 from vsql_shared.audit.links import Linked
-from vsql_shared.errors import DecodeError, RefusedError, SignatureError
+from vsql_shared.errors import ChainError, DecodeError, RefusedError, SignatureError
 from vsql_shared.pg import signers
 from vsql_shared.pg.connect import Connection, errors
 
@@ -41,6 +42,26 @@ def base_of(conn: Connection, log: Log) -> Base | None:
 
 def said_base(conn: Connection, trust: TrustStore, log: Log) -> Base | None:
     """The last base that stands in the chain itself, signed, and is noted; None where it was never pruned."""
+    for base in _said(conn, trust, log):
+        if base_at(conn, log, base.head.sequence) == base:
+            return base
+    return None
+
+
+def signed_base(conn: Connection, trust: TrustStore, log: Log) -> Base | None:
+    """The last base that a signed entry says and that verifies, whatever is noted beside it."""
+    keys = pinned(conn)
+    for base in _said(conn, trust, log):
+        try:
+            base.verify(log, keys)
+        except (DecodeError, SignatureError, ChainError):
+            continue
+        return base
+    return None
+
+
+def _said(conn: Connection, trust: TrustStore, log: Log) -> Iterator[Base]:
+    """The bases that entries by the chain's writer say, the last one first; others count for nothing."""
     with errors("looking where a chain says it was pruned"):
         rows = conn.execute(
             "SELECT document FROM vsql_sync.audit_documents WHERE chain = %s AND event_type = %s"
@@ -50,12 +71,12 @@ def said_base(conn: Connection, trust: TrustStore, log: Log) -> Base | None:
     for (document,) in rows:
         try:
             payload = open_document(trust, writer_of(log.chain), bytes(document), AUDIT_ENTRY, signed_place)
-            base = base_in(AuditEntry.decode(payload))
+            entry = AuditEntry.decode(payload)
+            base = base_in(entry) if (entry.cluster, entry.chain) == log else None
         except (DecodeError, SignatureError):
             continue
-        if base is not None and base_at(conn, log, base.head.sequence) == base:
-            return base
-    return None
+        if base is not None:
+            yield base
 
 
 def base_at(conn: Connection, log: Log, size: int) -> Base | None:

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from psycopg import sql
 
-from vsql_shared.audit.base import Base, Kept, base_in
+from vsql_shared.audit.base import Base, base_in
 from vsql_shared.audit.bases import base_of, pinned
 from vsql_shared.audit.chain import EMPTY_HEAD, ChainReader, Void, hole_before, writer_of
 from vsql_shared.audit.checkpoint import Log
 from vsql_shared.audit.cosigned import cosigners
-from vsql_shared.audit.dsse import AUDIT_ENTRY, document_hash, open_document
-from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry, signed_place
+from vsql_shared.audit.entries import EPOCH_OPENED, REPLICATION_BATCH, AuditEntry
+from vsql_shared.audit.pruned import KeptSoFar, Wrong, kept_from, unarchived, unsaid
 from vsql_shared.audit.rows import COLUMNS, columns_of, parse
 from vsql_shared.errors import ChainError, DecodeError, SignatureError
 from vsql_shared.pg.connect import Connection, errors
@@ -88,11 +88,15 @@ class ChainReport:
         self.tuples += entry.row_count
         if entry.event_type == REPLICATION_BATCH:
             self._unfinished = self._unfinished + entry.row_count if entry.continues else 0
-        if (base := base_in(entry)) is not None:
+        self.hear(base_in(entry))
+
+    def hear(self, base: Base | None) -> None:
+        """Take what a verified entry says of where the chain was pruned."""
+        if base is not None:
             self._bases.add(base.encode())
 
     def says(self, base: Base) -> bool:
-        """Whether an entry that was counted says that the chain was pruned there."""
+        """Whether a verified entry says that the chain was pruned there."""
         return base.encode() in self._bases
 
 
@@ -152,6 +156,15 @@ def known_bases(conn: Connection, peer: Connection, cluster: str, report: Report
     return replace(report, problems=tuple(problems), warnings=tuple(warnings))
 
 
+def noted_segments(conn: Connection, report: Report) -> list[Problem]:
+    """Own chains that begin behind more than this node has archived: rule 4 of docs/design/0020."""
+    return [
+        Problem(one.chain, wrong.sequence, None, wrong.what)
+        for one in report.chains
+        if one.problem is None and one.pruned and (wrong := unarchived(conn, one.chain, one.pruned))
+    ]
+
+
 def has_chain(conn: Connection, chain: str) -> bool:
     """Whether there are entries under this name, or an own chain of this name is remembered."""
     with errors("reading the audit trail"):
@@ -196,40 +209,22 @@ def _verify_chain(
             report.problem = what
             return report
     if base is not None and not report.says(base):
-        said = f"cut at its beginning: no entry of it says that it was pruned up to {report.pruned}"
-        report.problem = Problem(chain, report.pruned + 1, None, said)
-    elif (kept := _kept(conn, trust, writer, Log(cluster, chain), base)) is not None:
-        report.problem = kept
+        report.problem = Problem(chain, report.pruned + 1, None, unsaid(report.pruned))
+    elif (kept := _kept(conn, trust, Log(cluster, chain), base)) is not None:
+        report.problem = Problem(chain, kept.sequence, None, kept.what)
     elif remembered is not None:
         report.problem = _cut(report, *remembered, "this node's own")
     return report
 
 
-def _kept(conn: Connection, trust: TrustStore, writer: str, log: Log, base: Base | None) -> Problem | None:
-    """The first entry kept from below the base that its writer has not signed, or that is not of there.
-
-    Their links are in the archive. That none of them is missing, the base says, which the chain has signed.
-    """
-    rows = conn.execute(
-        "SELECT sequence, event_type, source_node_id, document FROM vsql_sync.audit_kept WHERE chain = %s"
-        " ORDER BY sequence",
-        (log.chain,),
-    )
-    pruned, kept = 0 if base is None else base.head.sequence, Kept()
-    for sequence, event_type, source, document in rows:
-        try:
-            payload = open_document(trust, writer, bytes(document), AUDIT_ENTRY, signed_place)
-            entry = AuditEntry.decode(payload)
-        except (DecodeError, SignatureError) as error:
-            return Problem(log.chain, sequence, None, f"kept beside the trail: {error.message}")
-        found = (entry.cluster, entry.chain, entry.sequence, entry.event_type, entry.source_node_id)
-        if found != (*log, sequence, event_type, source) or sequence > pruned:
-            return Problem(log.chain, sequence, None, "kept beside the trail: it is not what its row says")
-        kept = kept.take(document_hash(bytes(document)))
-    if base is not None and kept != base.kept:
-        what = f"{kept.count} entries are kept beside the trail, not the {base.kept.count} the chain says"
-        return Problem(log.chain, pruned, None, what)
-    return None
+def _kept(conn: Connection, trust: TrustStore, log: Log, base: Base | None) -> Wrong | None:
+    """The first entry kept from below the base that is not as it must be."""
+    found: KeptSoFar | Wrong = KeptSoFar()
+    while isinstance(found, KeptSoFar):
+        if found.ended:
+            return None
+        found = kept_from(conn, trust, log, base, found, PAGE)
+    return found
 
 
 # event_timestamp as a number: a value beyond Python's calendar must be reported, not stop the report.
@@ -273,7 +268,7 @@ def _check_row(reader: ChainReader, row: dict[str, Any], report: ChainReport) ->
     before = reader.head
     try:
         stored = parse(encoded)
-        base_in(stored.entry)
+        base = base_in(stored.entry)
         outcome = reader.accept(encoded, TABLE)
     except (DecodeError, ChainError, SignatureError) as error:
         return problem(error.message)
@@ -281,6 +276,7 @@ def _check_row(reader: ChainReader, row: dict[str, Any], report: ChainReport) ->
         return problem(f"its document is an entry of chain {stored.entry.chain}")
     if isinstance(outcome, Void):
         return problem(f"its document does not belong to the chain: {outcome.reason}")
+    report.hear(base)
     wanted = columns_of(stored) | {"event_timestamp": stored.entry.event_timestamp}
     wrong = [name for name in COLUMNS if row[name] != wanted[name]]
     if wrong:

@@ -11,6 +11,10 @@ Not here: the thread that calls this (service/auditor.py), the topic (watch_topi
   of the pass, in one short snapshot.
 * The head that was verified last is remembered: a chain that is cut or rewritten *with* the head beside it
   is a break, as long as the rows of audit_watch were not altered with it. The topic is for that.
+* A chain whose rows begin behind a base (docs/design/0020) is read from there. A pass says that it is whole
+  only if the chain says that base itself, everything kept from below is there, and the archive's segments
+  cover the rest. Who cuts rows off has no such base, or one that nobody has signed into the chain.
+* A chain that is pruned while a pass reads it is read anew, from its base.
 * After a broken link a chain proves nothing more, until a pass finds it linked. A row that differs from
   its document breaks no link, nor does what another node says: it is noted, and reading goes on.
 """
@@ -24,7 +28,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vsql_shared.audit import watch_state
+from vsql_shared.audit.bases import base_of
 from vsql_shared.audit.chain import EMPTY_HEAD, ChainHead, ChainReader, writer_of
+from vsql_shared.audit.checkpoint import Log
+from vsql_shared.audit.pruned import KeptSoFar, Wrong, kept_from, unarchived, unsaid
 from vsql_shared.audit.tree import is_known, root_of
 from vsql_shared.audit.verify import (
     ChainReport,
@@ -37,10 +44,11 @@ from vsql_shared.audit.verify import (
     unnumbered,
     unprotected,
 )
-from vsql_shared.errors import ChainError
+from vsql_shared.errors import ChainError, DecodeError, SignatureError
 from vsql_shared.pg.connect import Connection, errors
 
 if TYPE_CHECKING:
+    from vsql_shared.audit.base import Base
     from vsql_shared.crypto.signing import TrustStore
 
 _log = logging.getLogger(__name__)
@@ -98,6 +106,21 @@ class _Read(NamedTuple):
     ended: bool
 
 
+@dataclass(slots=True)
+class _Under:
+    """The chain a pass is at: where its rows begin, how far they were read, and what they say."""
+
+    base: Base | None
+    at: ChainHead
+    report: ChainReport
+    kept: KeptSoFar = field(default_factory=KeptSoFar)
+
+    @property
+    def start(self) -> ChainHead:
+        """The head before the first row."""
+        return _start(self.base)
+
+
 class TrailWatch:
     """Verifies this node's own chains; `conn` is its own connection, in autocommit mode."""
 
@@ -107,8 +130,8 @@ class TrailWatch:
         self._newest = watch_state.load(conn)
         self._broken: set[str] = set()
         self._waiting: list[str] = []
-        """Chains the pass under way has still to read; `_at` is where it is in the first of them."""
-        self._at = EMPTY_HEAD
+        """Chains the pass under way has still to read; `_under`: the first of them, once it is begun."""
+        self._under: _Under | None = None
         self._flaws: dict[str, set[int | None]] = {}
         """Places of breaks without a broken link, noted of each chain since the pass began."""
         self._next_pass = float("-inf")
@@ -140,7 +163,7 @@ class TrailWatch:
         """Begin a pass: every chain there is, is said to be, or was once."""
         there = {str(name) for (name,) in self._conn.execute(_CHAINS)}
         every = sorted(there | heads.keys() | self._newest.keys())
-        self._waiting, self._at = [name for name in every if is_name(name)], EMPTY_HEAD
+        self._waiting, self._under = [name for name in every if is_name(name)], None
         self._flaws.clear()
         strange = [name for name in every if not is_name(name)][:1]
         nobodys = nameless(self._conn) + [
@@ -165,10 +188,19 @@ class TrailWatch:
         for chain in turned + [one for one in behind if one <= self._last_followed]:
             if left <= 0:
                 return
-            before = self._newest_of(chain)
-            read = self._read(chain, before, heads[chain], trust, EMPTY_HEAD, left)
-            left -= max(1, read.head.sequence - before.sequence)
             self._last_followed = chain
+            before = self._newest_of(chain)
+            base = self._base(chain)
+            start = EMPTY_HEAD if isinstance(base, Problem) else _start(base)
+            wrong = base if isinstance(base, Problem) else _rewritten(chain, start, before)
+            if wrong is not None:
+                found.breaks.append(wrong)
+                found.broken.add(chain)
+                continue
+            begin = before if before.sequence > start.sequence else start
+            report = ChainReport(chain)
+            read = self._read(report, begin, start, heads[chain], trust, EMPTY_HEAD, left)
+            left -= max(1, read.head.sequence - begin.sequence)
             found.breaks += read.breaks
             if read.broken:
                 found.broken.add(chain)
@@ -178,23 +210,64 @@ class TrailWatch:
     def _newest_of(self, chain: str) -> ChainHead:
         return self._newest.get(chain, EMPTY_HEAD)
 
+    def _base(self, chain: str) -> Base | Problem | None:
+        """The base a chain's rows begin behind, or what is wrong with it."""
+        try:
+            return base_of(self._conn, Log(self._cluster, chain))
+        except (ChainError, SignatureError, DecodeError) as error:
+            return Problem(chain, None, None, f"where it was pruned does not verify: {error.message}")
+
     def _pass(self, chain: str, heads: Heads, trust: TrustStore, found: Found) -> None:
         """The next slice of the pass; at a chain's end, or at a broken link, the next chain's turn."""
         newest = found.moved.get(chain, self._newest_of(chain))
-        read = self._read(chain, self._at, heads.get(chain), trust, newest, self._slice)
+        base = self._base(chain)
+        if isinstance(base, Problem):
+            found.breaks.append(base)
+            self._next_chain(chain, found, broken=True)
+            return
+        under = self._under
+        if under is None or (base is not None and base != under.base):
+            under = self._under = _Under(base, _start(base), ChainReport(chain))
+        if not under.kept.ended and self._kept(chain, trust, under, found):
+            return
+        if under.base is not None and under.at == under.start:
+            if (wrong := _rewritten(chain, under.start, newest)) is not None:
+                found.breaks.append(wrong)
+                self._next_chain(chain, found, broken=True)
+                return
+            found.breaks += self._contradicted(chain, under.start)
+        read = self._read(under.report, under.at, under.start, heads.get(chain), trust, newest, self._slice)
         found.breaks += read.breaks
-        self._at = read.head
+        under.at = read.head
         broken = read.broken
         if read.ended and not broken:
-            broken = self._end(chain, read.head, newest, found)
+            broken = self._end(chain, under, newest, found)
+        if broken or read.ended:
+            self._next_chain(chain, found, broken=broken)
+
+    def _next_chain(self, chain: str, found: Found, *, broken: bool) -> None:
         if broken:
             found.broken.add(chain)
-        if broken or read.ended:
-            self._waiting.pop(0)
-            self._at = EMPTY_HEAD
+        self._waiting.pop(0)
+        self._under = None
 
-    def _end(self, chain: str, head: ChainHead, newest: ChainHead, found: Found) -> bool:
+    def _kept(self, chain: str, trust: TrustStore, under: _Under, found: Found) -> bool:
+        """The next slice of what is kept beside the rows, which breaks no link; False where nothing is."""
+        log, before = Log(self._cluster, chain), under.kept
+        read = kept_from(self._conn, trust, log, under.base, before, self._slice)
+        if isinstance(read, Wrong):
+            found.breaks += self._flaw(Problem(chain, read.sequence, None, read.what))
+            read = KeptSoFar(ended=True)
+        under.kept = read
+        return read.kept.count > before.kept.count
+
+    def _end(self, chain: str, under: _Under, newest: ChainHead, found: Found) -> bool:
         """The pass is at a chain's end: what that says of it. True where it is broken."""
+        head, base = under.at, under.base
+        if base is not None and not under.report.says(base):
+            size = base.head.sequence
+            found.breaks.append(Problem(chain, size + 1, None, unsaid(size)))
+            return True
         if newest.sequence > head.sequence:
             what = (
                 f"entry {newest.sequence} was verified before and is not there: the chain was cut at its end"
@@ -205,6 +278,8 @@ class TrailWatch:
             if size > head.sequence:
                 what = f"target {target} co-signed {size} entries, there are {head.sequence}: cut at its end"
                 found.breaks += self._flaw(Problem(chain, None, None, what))
+        if base is not None and (wrong := unarchived(self._conn, chain, base.head.sequence)) is not None:
+            found.breaks += self._flaw(Problem(chain, wrong.sequence, None, wrong.what))
         found.moved[chain] = head
         found.linked.add(chain)
         if not self._flaws.get(chain):
@@ -222,19 +297,24 @@ class TrailWatch:
 
     def _read(
         self,
-        chain: str,
+        report: ChainReport,
         head: ChainHead,
+        start: ChainHead,
         remembered: tuple[int, bytes] | None,
         trust: TrustStore,
         known: ChainHead,
         most: int,
     ) -> _Read:
-        """Verify the next rows behind a head. `known`: one verified before, which must still be there."""
+        """Verify the next rows behind a head. `start`: the one before the first row of the chain.
+
+        `known`: one verified before, which must still be there.
+        """
+        chain = report.chain
         reader = ChainReader(self._cluster, chain, writer_of(chain), trust, head)
         # The head's own row comes with those behind it, where the chain does not begin at this head.
-        inside = head.sequence > EMPTY_HEAD.sequence
+        inside = head.sequence > start.sequence
         rows = rows_from(self._conn, chain, head.sequence, most + inside)
-        report = ChainReport(chain, sequence=head.sequence, entry_hash=head.entry_hash)
+        report.sequence, report.entry_hash = _place(head)
         breaks: list[Problem] = []
         for row in _behind(chain, rows, head) if inside else rows:
             before = reader.head
@@ -288,6 +368,10 @@ class TrailWatch:
         self._newest |= moved
         self._broken = (self._broken - found.linked) | found.broken
         return new
+
+
+def _start(base: Base | None) -> ChainHead:
+    return EMPTY_HEAD if base is None else base.head
 
 
 def _place(head: ChainHead) -> tuple[int, bytes]:

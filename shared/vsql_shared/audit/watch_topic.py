@@ -10,6 +10,9 @@ Not here: reading Kafka (service/topic_auditor.py feeds documents), the trail by
 * What targets say of own chains in theirs is held against the trail too: the hash each acknowledgement names,
   and the newest head each target co-signed. Forged records in their names count for nothing, and what they
   say ends nothing.
+* A chain that was pruned is read from its base: what targets and the topic have from below it is compared as
+  far as the trail still has it, and what is missing there is not. The topic must say that base itself, in an
+  entry behind it: else its beginning was cut off.
 * Neither is first for good: a producer's entry is stored right after Kafka has it, an acknowledgement is in
   Kafka right after it is stored. What only one has is looked for again before it is a break.
 """
@@ -17,19 +20,23 @@ Not here: reading Kafka (service/topic_auditor.py feeds documents), the trail by
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from vsql_shared.audit.base import base_in
 from vsql_shared.audit.chain import EMPTY_HEAD, Accepted, ChainHead, ChainReader, writer_of
 from vsql_shared.audit.checkpoint import Log, cosigned_in
 from vsql_shared.audit.compare import ack_target
 from vsql_shared.audit.dsse import AUDIT_ENTRY, SignedDocument, document_hash, verify_document
 from vsql_shared.audit.entries import EPOCH_OPENED, ZERO_HASH, AuditEntry, peek_chain, signed_place
+from vsql_shared.audit.pruned import unsaid
 from vsql_shared.audit.verify import Problem
 from vsql_shared.audit.watch import NOBODYS, is_name
 from vsql_shared.errors import ChainError, DecodeError, SignatureError
 
 if TYPE_CHECKING:
+    from vsql_shared.audit.base import Base
     from vsql_shared.crypto.signing import TrustStore
 
 SETTLE_SECONDS = 60.0
@@ -68,6 +75,10 @@ class TopicPass:
     broken: set[str] = field(default_factory=set)
     """Chains something was found of in this pass; NOBODYS for records that do not verify."""
     heads: dict[str, ChainHead] = field(default_factory=dict)
+    bases: dict[str, Base] = field(default_factory=dict)
+    """Own chain → the last base it says, as its entries in the trail have it."""
+    _said: set[str] = field(default_factory=set)
+    """Own chains whose base stands in the topic, too."""
     _done: set[tuple[str, str]] = field(default_factory=set)
     """(own chain, target or "") that contradicted the trail once: one break a pass is enough."""
     _ahead: dict[tuple[str, str], tuple[Named, float]] = field(default_factory=dict)
@@ -106,22 +117,39 @@ class TopicPass:
         """An entry of an own chain, if it counts."""
         if not is_name(chain):
             raise ChainError("its chain has a name no chain has")
-        head = self.heads.get(chain, EMPTY_HEAD)
+        start = self._start(chain)
+        head = self.heads.get(chain, start)
+        reader = ChainReader(self.cluster, chain, self.node, trust, head, pruned=start.sequence)
         try:
-            outcome = ChainReader(self.cluster, chain, self.node, trust, head).accept(encoded, where)
+            outcome = reader.accept(encoded, where)
         except ChainError:
             # Genuine or not? If it is, it repeats an entry, or comes after a hole: the trail says what it is.
             entry = self._genuine(trust, self.node, document)
             return Named(chain, entry.sequence, document_hash(encoded), where)
         if isinstance(outcome, Accepted):
             self.heads[chain] = outcome.new_head
+            self._hear(chain, outcome.entry)
             return Named(chain, outcome.entry.sequence, outcome.entry_hash, where)
         # Void: the loser of a race and a fenced-off writer count for nothing, a repetition must be one.
         entry = self._genuine(trust, self.node, document)
+        if entry.sequence <= start.sequence:
+            return None  # whether it counted, those before it would say
         repeats = (entry.epoch, entry.incarnation) == (head.epoch, head.incarnation)
         if not repeats or entry.event_type == EPOCH_OPENED:
             return None
         return Named(chain, entry.sequence, document_hash(encoded), where)
+
+    def _start(self, chain: str) -> ChainHead:
+        """The head before the first entry the topic must have."""
+        base = self.bases.get(chain)
+        return EMPTY_HEAD if base is None else base.head
+
+    def _hear(self, chain: str, entry: AuditEntry) -> None:
+        """Note it where an entry of the topic says the base its chain is read from."""
+        base = self.bases.get(chain)
+        with suppress(DecodeError):  # an entry that says it otherwise says another one
+            if base is not None and base_in(entry) == base:
+                self._said.add(chain)
 
     def _genuine(self, trust: TrustStore, writer: str, document: SignedDocument) -> AuditEntry:
         """The entry, once a node is known to have signed it as its own, in this cluster."""
@@ -172,7 +200,10 @@ class TopicPass:
         """Hold entries against the trail: `stored` hashes, and each own chain's `last` sequence there."""
         found = []
         for one in named:
-            there = stored.get((one.chain, one.sequence))
+            there, start = stored.get((one.chain, one.sequence)), self._start(one.chain)
+            if there is None and one.sequence <= start.sequence:
+                # Pruned: of the last one that is gone, the base has the hash.
+                there = start.entry_hash if one.sequence == start.sequence else one.entry_hash
             who = one.chain, one.target
             if there == one.entry_hash or who in self._done:
                 continue
@@ -215,8 +246,11 @@ class TopicPass:
         """
         found, waiting = [], False
         for chain, sequence in sorted(self.trail.items()):
-            at = self.heads.get(chain, EMPTY_HEAD).sequence
-            if at >= sequence or (chain, "") in self._done:
+            at = self.heads.get(chain, self._start(chain)).sequence
+            if (chain, "") in self._done:
+                continue
+            if at >= sequence:
+                found += self._unsaid(chain)
                 continue
             before, since = self._lacking.get(chain, (-1, now))
             self._lacking[chain] = (at, since if before == at else now)
@@ -230,3 +264,10 @@ class TopicPass:
             return [], True
         self.broken |= {problem.chain for problem in found}
         return found, False
+
+    def _unsaid(self, chain: str) -> list[Problem]:
+        """The topic has all of a chain but what it says of its beginning."""
+        base = self.bases.get(chain)
+        if base is None or chain in self._said:
+            return []
+        return [Problem(chain, base.head.sequence + 1, None, f"on the topic: {unsaid(base.head.sequence)}")]

@@ -2,7 +2,8 @@
 
 Rules: a consumer of its own, there while a pass is under way; where Kafka is away the pass waits, and the
 trail is verified all the same. What a slice gave is held against the trail before anything else is read;
-where the database fails meanwhile, the pass ends with this object, and says nothing.
+where the database fails meanwhile, the pass ends with this object, and says nothing. Where a chain was pruned
+since a pass began, what the pass found may be gone on purpose: it is read anew, and says nothing before.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from vsql_shared import names
 from vsql_shared.audit import watch_state
+from vsql_shared.audit.bases import signed_base
+from vsql_shared.audit.checkpoint import Log
 from vsql_shared.audit.history import SILENCE_SECONDS
 from vsql_shared.audit.verify import Problem, own_heads
-from vsql_shared.audit.watch import NOBODYS
+from vsql_shared.audit.watch import NOBODYS, is_name
 from vsql_shared.audit.watch_topic import Named, TopicPass
 from vsql_shared.errors import BrokerError, TransientError, VsqlSyncError
 from vsql_shared.kafka.clients import from_exception, kafka_error, make_consumer
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
     from confluent_kafka import Consumer, Message
 
+    from vsql_shared.audit.base import Base
     from vsql_shared.audit.watch import Cosigned
     from vsql_shared.config import Settings
     from vsql_shared.crypto.signing import TrustStore
@@ -80,14 +84,31 @@ class TopicAuditor:
             # A node without streams: there may be no topic.
             self._next = now + min(_AWAY_SECONDS, self._every)
             return []
+        # Before the topic's ends, too: the entries that say where a chain begins are below them.
+        bases = self._bases(trail, trust) if self._pass is None else {}
         try:
-            state = self._pass = self._pass or self._begin(self._open(), trail)
+            state = self._pass = self._pass or self._begin(self._open(), trail, bases)
             messages, fault = self._fetch(state)
         except (TransientError, BrokerError, KafkaException) as error:
             return self._away(error, now)
-        # From here on errors are the database's, and end this reader: nothing of the slice is forgotten.
+        return self._read(state, messages, fault, trust, now)
+
+    def _read(
+        self,
+        state: TopicPass,
+        messages: Iterable[Message],
+        fault: VsqlSyncError | None,
+        trust: TrustStore,
+        now: float,
+    ) -> list[Problem]:
+        """Take a slice that was read; the breaks that are new.
+
+        Errors are the database's now, and end this reader: nothing of the slice is forgotten.
+        """
         found = self._taken(state, messages, trust, now)
         found += self._late(state, now)
+        if found and self._pruned(state, trust):
+            return []
         if fault is not None:
             return self._noted(found) + self._away(fault, now)
         self._said = ""
@@ -96,6 +117,8 @@ class TopicAuditor:
         lost, waiting = state.lost(now)
         if waiting:
             return self._noted(found) + self._further(state, now)
+        if lost and self._pruned(state, trust):
+            return []
         new = self._noted(found + lost)
         self._end(state, now)
         return new
@@ -137,12 +160,26 @@ class TopicAuditor:
             self._assigned = None
         return self._consumer
 
-    def _begin(self, consumer: Consumer, trail: dict[str, int]) -> TopicPass:
+    def _pruned(self, state: TopicPass, trust: TrustStore) -> bool:
+        """Whether an own chain was pruned since the pass began; then it is given up, and begins again."""
+        if self._bases(state.trail, trust) == state.bases:
+            return False
+        self._pass = None
+        self.close()
+        return True
+
+    def _bases(self, chains: Iterable[str], trust: TrustStore) -> dict[str, Base]:
+        """Where own chains begin that were pruned, as entries of theirs say it; watch.py verifies those."""
+        cluster = self._settings.cluster.name
+        found = {one: signed_base(self._conn, trust, Log(cluster, one)) for one in chains if is_name(one)}
+        return {chain: base for chain, base in found.items() if base is not None}
+
+    def _begin(self, consumer: Consumer, trail: dict[str, int], bases: dict[str, Base]) -> TopicPass:
         cluster = self._settings.cluster
         found = consumer.list_topics(self._topic, timeout=_ASK_SECONDS).topics[self._topic]
         if found.error is not None:
             raise kafka_error(found.error, f"read {self._topic}")
-        state = TopicPass(cluster.name, cluster.node_name, {}, trail)
+        state = TopicPass(cluster.name, cluster.node_name, {}, trail, bases=bases)
         for partition in found.partitions:
             state.next[partition], state.ends[partition] = self._watermarks(consumer, partition)
         return state
