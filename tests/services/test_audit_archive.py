@@ -589,6 +589,9 @@ def test_rows_of_segments_that_are_gone_hide_nothing_that_was_pruned(pruned: tup
     code, problems = logs.verify_archive()
     assert code == 9
     assert "was pruned up to 6, the archive has 0 entries" in problems[0]
+    code, found = logs.verify("node-a")
+    assert (code, [one["sequence"] for one in found["problems"]]) == (9, [6])
+    assert "noted cover 0" in found["problems"][0]["what"]
     code, _, err = logs.archive("--verify", "--chain", "typo.node-a")
     assert (code, "has no chain 'typo.node-a'" in err) == (4, True)
 
