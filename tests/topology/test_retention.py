@@ -38,6 +38,8 @@ def pair(pairs: Pairs, archive: str, monkeypatch: pytest.MonkeyPatch) -> TwoNode
     """In step; B cosigns each second, and nothing has to stay on-line."""
     monkeypatch.setenv("VSQL_SYNC__AUDIT__CHECKPOINT_EVERY", "1s")
     monkeypatch.setenv("VSQL_SYNC__AUDIT__ONLINE_MONTHS", "0")
+    monkeypatch.setenv("VSQL_SYNC__AUDIT__VERIFY_EVERY", "2s")
+    monkeypatch.setenv("VSQL_SYNC__AUDIT__VERIFY_PAUSE", "100ms")
     section = f'[audit.archive]\nbucket = "{BUCKET}"\nregion = "{REGION}"\nendpoint = "{archive}"\n'
     made = pairs(TABLES, config=f"[limits]\nbatch_linger_ms = 1\n{section}segment_entries = 4\n")
     made.create(["t(*)", "u(*)"])
@@ -118,6 +120,19 @@ def compact(pair: TwoNodes, upto: int) -> None:
     until(gone, 120)
 
 
+def require_whole(pair: TwoNodes) -> None:
+    """Wait until A's services have read chain and topic once more, and have never found a break."""
+    (since,) = pair.a.query("SELECT clock_timestamp()")[0]
+    again = "SELECT count(*) FROM vsql_sync.audit_watch WHERE chain IN ('', %s) AND whole_at > %s"
+    breaks = "SELECT source, chain, sequence, what FROM vsql_sync.audit_breaks"
+    until(
+        lambda: pair.a.query(again, pair.chain, since) == [(2,)] or pair.a.query(breaks),
+        120,
+        tell=lambda: pair.a.tail("producer"),
+    )
+    assert pair.a.query(breaks) == []
+
+
 def rows(node: Node, chain: str) -> list[int]:
     return [
         one
@@ -172,6 +187,8 @@ def test_a_pruned_chain_verifies_goes_on_and_is_joined(pair: TwoNodes, stack: St
     pair.a.ctl("audit", "prove-prefix", str(old), "--output", str(pair.folder / "prefix"))
     pair.a.ctl("audit", "prove", f"{pair.chain}/{upto + 1}", "--output", str(pair.folder / "proof"))
     assert "in the archive only" in pair.a.ctl("audit", "prove", f"{pair.chain}/1", check=False).stderr
+    # The service that read on while it was pruned has found nothing, nor does it now.
+    require_whole(pair)
 
     # A consumer and a producer that start again go on.
     pair.b.stop("consumer")
@@ -182,6 +199,7 @@ def test_a_pruned_chain_verifies_goes_on_and_is_joined(pair: TwoNodes, stack: St
     pair.a.ctl("audit", "verify", "--kafka", "--peer-connection", pair.b.conninfo)
     report = pair.a.ctl("publication", "scope-report", "pub")
     assert json.loads(report.stdout)["streams"]
+    require_whole(pair)
 
     compact(pair, upto)
     third = join(pair, stack)
@@ -189,6 +207,7 @@ def test_a_pruned_chain_verifies_goes_on_and_is_joined(pair: TwoNodes, stack: St
         _third_in_step(pair, third)
         pair.a.ctl("audit", "verify", "--kafka", "--peer-connection", third.conninfo)
         third.ctl("audit", "verify", "--kafka")
+        require_whole(pair)
     finally:
         for process in third.services.values():
             kill_tree(process)
