@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.audit_history import ACKS, CHAIN, B, History
+from tests.audit_history import ACKS, CHAIN, B, History, ordinary
+from tests.audit_segments import base
 from tests.conftest import NewDatabase
 from tests.guarded_kafka import PASSWORDS, GuardedKafka
 from tests.services.test_audit_cli import publish
@@ -22,6 +23,7 @@ from tests.stack import Kafka, Stack
 from vsql_ctl.cli import main
 from vsql_ctl.evidence import connections
 from vsql_shared.audit import tree, watch_state
+from vsql_shared.audit.base import Base
 from vsql_shared.audit.checkpoint import Checkpoint, Log
 from vsql_shared.audit.entries import CHECKPOINT_COSIGNED, canonical_json
 from vsql_shared.audit.store import remember_head
@@ -249,6 +251,29 @@ def test_breaks_of_the_past_are_in_a_bundle(node: Node) -> None:
         (4, False),
         (9, True),
     ]
+
+
+def test_what_was_archived_and_where_chains_were_pruned_is_in_a_bundle(node: Node) -> None:
+    conn, made = node.conns["node-a"], base(ordinary(), 6)
+    conn.execute(
+        "INSERT INTO vsql_sync.audit_segments (chain, first_sequence, last_sequence, bucket, object_key,"
+        " object_version, sha256, bytes, retain_until, head, note)"
+        " VALUES (%s, 1, 6, 'trail', 'k', 'v', %s, 7, '2100-01-01', '{}', '')",
+        (CHAIN, bytes(32)),
+    )
+    conn.execute(
+        "INSERT INTO vsql_sync.audit_bases (chain, size, base) VALUES (%s, 6, %s)", (CHAIN, made.encode())
+    )
+    code, err, target = node.evidence()
+    assert code == 0, err
+    trail = json.loads((target / "retention.json").read_text())["trail"]
+    (segment,) = trail["archived"]
+    assert (segment["chain"], segment["first_sequence"], segment["last_sequence"]) == (CHAIN, 1, 6)
+    assert (segment["bucket"], segment["object"], segment["sha256"]) == ("trail", "k", "00" * 32)
+    (pruned,) = trail["pruned"]
+    assert (pruned["chain"], pruned["entries"], Base.decode(pruned["base"])) == (CHAIN, 6, made)
+    settings = trail["settings"]
+    assert (settings["audit.retention_months"], settings["audit.online_months"]) == (12, 3)
 
 
 def test_rights_that_nobody_has_granted_are_in_a_bundle(node: Node) -> None:

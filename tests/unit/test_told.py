@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from tests.audit_history import A, History, ordinary
+from tests.audit_segments import base, head_at
 from tests.unit.sealed_chain import AUDIT, CHAIN, CLUSTER, KEYS, ORIGIN, SealedChain, kek, rows
 from vsql_consumers.unseal import Announcements
 from vsql_shared.audit.dsse import document_hash, sign_document
-from vsql_shared.audit.told import ToldHead
+from vsql_shared.audit.entries import TRAIL_PRUNED, canonical_json
+from vsql_shared.audit.told import SaidBases, ToldHead
 from vsql_shared.crypto.announce import MEDIA_TYPE, KeyRing, encode_announcement
 from vsql_shared.crypto.signing import PinnedKey, TrustStore
 from vsql_shared.errors import ChainError, SignatureError
@@ -91,6 +94,63 @@ def test_a_chain_with_a_hole_proves_nothing() -> None:
     chain, pin = a_chain()
     with pytest.raises(ChainError):
         read(told_of(chain, pin, chain.head.sequence, chain.head.entry_hash), chain, without=2)
+
+
+# Of a chain that was pruned Kafka has no beginning.
+
+HISTORY = ordinary()
+BASE = base(HISTORY, 6)
+_SAID = {"event_type": TRAIL_PRUNED, "batch_lsn_start": 9, "batch_lsn_end": 9}
+HISTORY.add(**_SAID, detail=canonical_json(BASE.detail()))
+HISTORY.batch()
+HISTORY.batch()
+SEEN = 9
+"""The last entry a peer had seen when it revoked the key."""
+
+
+def revoked(seen: int = SEEN) -> PinnedKey:
+    return PinnedKey("node-a", A.public_key, A.fingerprint, True, None, {HISTORY.chain: seen})
+
+
+def held(documents: list[bytes], sequence: int, told: bytes) -> ToldHead:
+    """What `syncctl key trust` reads, in both its passes."""
+    named = "shop", HISTORY.chain, [revoked()], A.fingerprint, sequence
+    bases = SaidBases(*named)
+    for offset, document in enumerate(documents):
+        bases.feed(document, f"audit/0/{offset}")
+    head = ToldHead(*named, told, bases.starts)
+    for offset, document in enumerate(documents):
+        head.feed(document, f"audit/0/{offset}")
+    return head
+
+
+@pytest.mark.parametrize("left", [[], [0], [2, 4]], ids=["nothing", "one", "holes"])
+def test_a_pruned_chain_that_leads_from_its_base_to_the_told_entry_is_believed(left: list[int]) -> None:
+    documents = [*(HISTORY.documents[at] for at in left), *HISTORY.documents[6:]]
+    held(documents, len(HISTORY.entries), HISTORY.head.entry_hash).require()
+
+
+def test_a_pruned_chain_is_believed_up_to_the_told_entry_only_with_its_hash_and_without_a_hole() -> None:
+    last, told = len(HISTORY.entries), HISTORY.head.entry_hash
+    with pytest.raises(ChainError, match="not the one you were told"):
+        held(HISTORY.documents[6:], last, bytes(32))
+    for cut in (HISTORY.documents[7:], [*HISTORY.documents[6:9], *HISTORY.documents[10:]]):
+        with pytest.raises(ChainError):
+            held(cut, last, told)
+    with pytest.raises(ChainError):  # the entry that says the base is not there, or nobody says one
+        held([*HISTORY.documents[6:11]], 11, HISTORY.entries[10].entry_hash)
+
+
+def test_a_base_a_thief_makes_leads_to_no_told_entry_and_keeps_nobody_from_it() -> None:
+    """Who has the key says another base, as high as he likes, before the told entry."""
+    thief = History(head=replace(head_at(HISTORY, 10), entry_hash=bytes(32)))
+    thief.open()
+    made = replace(base(HISTORY, 9), head=replace(head_at(HISTORY, 9), entry_hash=bytes(32)))
+    thief.add(**_SAID, detail=canonical_json(made.detail()))
+    documents = [*HISTORY.documents[6:], *thief.documents]
+    held(documents, len(HISTORY.entries), HISTORY.head.entry_hash).require()
+    with pytest.raises(ChainError):
+        held([*thief.documents, *HISTORY.documents[10:]], len(HISTORY.entries), HISTORY.head.entry_hash)
 
 
 def test_data_keys_of_entries_that_still_count_are_read_although_their_announcer_was_revoked() -> None:

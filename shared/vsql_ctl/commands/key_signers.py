@@ -82,7 +82,7 @@ def trust(
     """
     from vsql_ctl.session import open_node
     from vsql_shared.audit.history import read_topic
-    from vsql_shared.audit.told import ToldHead
+    from vsql_shared.audit.told import SaidBases, ToldHead
     from vsql_shared.kafka.clients import make_consumer
     from vsql_shared.names import audit_topic
     from vsql_shared.pg import signers
@@ -90,10 +90,13 @@ def trust(
     settings, cluster = operator.settings, operator.settings.cluster.name
     confirm(f"Trust revoked key {fingerprint} up to entry {sequence} of {chain}?", yes=yes)
     with open_node(operator) as conn:
-        told_head = ToldHead(cluster, chain, signers.load(conn), fingerprint, sequence, _hash(told))
+        keys, topic, digest = signers.load(conn), audit_topic(cluster), _hash(told)
+        bases = SaidBases(cluster, chain, keys, fingerprint, sequence)
         consumer = make_consumer(settings, "syncctl", "vsql-sync.key-trust")
         try:
-            read_topic(consumer, audit_topic(cluster), told_head)
+            read_topic(consumer, topic, bases)
+            told_head = ToldHead(cluster, chain, keys, fingerprint, sequence, digest, bases.starts)
+            read_topic(consumer, topic, told_head)
         finally:
             consumer.close()
         told_head.require()

@@ -5,6 +5,9 @@ it stopped, is refused there for good; its later entries, by a new key, link to 
 last genuine entry's number and hash from the node itself, by a way that is not Kafka, can hold what lies in
 Kafka against them: linked hashes make everything before it genuine, too.
 
+Of a chain that was pruned Kafka has no beginning. It may begin behind any base an entry of it says, whoever
+made that: one from which the chain does not lead to the told entry, hash by hash, proves nothing either.
+
 Not here: reading Kafka and changing what is trusted. Pure. Rule: a chain that does not lead to exactly this
 entry proves nothing, whatever is in it.
 """
@@ -14,11 +17,52 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from vsql_shared.audit.chain import Accepted, ChainReader, writer_of
-from vsql_shared.audit.dsse import SignedDocument
-from vsql_shared.audit.entries import peek_chain
+from vsql_shared.audit.base import base_in
+from vsql_shared.audit.chain import EMPTY_HEAD, Accepted, ChainHead, ChainReader, writer_of
+from vsql_shared.audit.checkpoint import Log
+from vsql_shared.audit.dsse import AUDIT_ENTRY, SignedDocument, verify_document
+from vsql_shared.audit.entries import TRAIL_PRUNED, AuditEntry, peek_chain, signed_place
 from vsql_shared.crypto.signing import PinnedKey, TrustStore
 from vsql_shared.errors import ChainError, DecodeError, SignatureError
+
+
+def _trusting(keys: Iterable[PinnedKey], fingerprint: str, chain: str, sequence: int) -> TrustStore:
+    """These keys, and this one as far as was told."""
+    return TrustStore(
+        replace(key, trusted_to={**key.trusted_to, chain: max(sequence, key.trusted_to.get(chain, 0))})
+        if key.fingerprint == fingerprint
+        else key
+        for key in keys
+    )
+
+
+class SaidBases:
+    """Reads which bases entries of a chain say, up to the told entry; where a `ToldHead` may begin."""
+
+    def __init__(
+        self, cluster: str, chain: str, keys: Iterable[PinnedKey], fingerprint: str, sequence: int
+    ) -> None:
+        self._log, self._sequence = Log(cluster, chain), sequence
+        self._trust = _trusting(keys, fingerprint, chain, sequence)
+        self.starts: list[ChainHead] = []
+        """Heads before the first entry that must be there, each once, as they came."""
+
+    def feed(self, encoded: bytes, where: str) -> None:  # noqa: ARG002 - what reads the topic gives it
+        """Take the next document of a partition; what says no base counts for nothing."""
+        try:
+            document = SignedDocument.decode(encoded)
+            # A signature takes long, and such entries are rare.
+            if TRAIL_PRUNED.encode() not in document.payload:
+                return
+            payload = verify_document(self._trust, self._log.writer, document, AUDIT_ENTRY, signed_place)
+            entry = AuditEntry.decode(payload)
+            base = base_in(entry) if (entry.cluster, entry.chain) == self._log else None
+            if base is None or base.head.sequence >= self._sequence or base.head in self.starts:
+                return
+            base.require_tree(self._log)
+        except (DecodeError, SignatureError, ChainError):
+            return
+        self.starts.append(base.head)
 
 
 class ToldHead:
@@ -32,51 +76,60 @@ class ToldHead:
         fingerprint: str,
         sequence: int,
         told: bytes,
+        starts: Iterable[ChainHead] = (),
     ) -> None:
-        """`told`: the entry's hash, as the node's operator gave it."""
-        trusted = [
-            replace(key, trusted_to={**key.trusted_to, chain: max(sequence, key.trusted_to.get(chain, 0))})
-            if key.fingerprint == fingerprint
-            else key
-            for key in keys
+        """`told`: the entry's hash, as the node's operator gave it; `starts`: where else it may begin."""
+        trust = _trusting(keys, fingerprint, chain, sequence)
+        self._readers = [
+            ChainReader(cluster, chain, writer_of(chain), trust, start, pruned=start.sequence)
+            for start in (EMPTY_HEAD, *starts)
         ]
-        self._reader = ChainReader(cluster, chain, writer_of(chain), TrustStore(trusted))
-        self._sequence, self._told = sequence, told
+        self._chain, self._sequence, self._told = chain, sequence, told
         self._reached = False
         self._refused: SignatureError | None = None
 
     def feed(self, encoded: bytes, where: str) -> None:
-        """Take the next document of a partition. Raises ChainError.
+        """Take the next document of a partition. Raises ChainError once no beginning leads on.
 
         What is not the node's is passed over: anybody who may write to the topic can put it there.
         """
         if self._reached:
             return
         try:
-            if peek_chain(SignedDocument.decode(encoded).payload)[1] != self._reader.chain:
+            if peek_chain(SignedDocument.decode(encoded).payload)[1] != self._chain:
                 return
         except DecodeError:
             return  # no entry of any chain; whether it stops the stream is for the stream to say
+        for reader in tuple(self._readers):
+            try:
+                self._reached = self._reached or self._take(reader, encoded, where)
+            except ChainError:
+                if len(self._readers) == 1:
+                    raise
+                self._readers.remove(reader)
+
+    def _take(self, reader: ChainReader, encoded: bytes, where: str) -> bool:
+        """Whether this is the told entry, at the end of a chain that leads to it. Raises ChainError."""
         try:
-            found = self._reader.accept(encoded, where)
+            found = reader.accept(encoded, where)
         except SignatureError as error:
             self._refused = self._refused or error
-            return
+            return False
         if not isinstance(found, Accepted) or found.entry.sequence < self._sequence:
-            return
+            return False
         if found.entry_hash != self._told:
             raise ChainError(
-                f"entry {self._sequence} of chain {self._reader.chain} in Kafka has hash"
+                f"entry {self._sequence} of chain {self._chain} in Kafka has hash"
                 f" {found.entry_hash.hex()}, not the one you were told",
                 record=where,
                 hint="what lies there is not what the node signed: somebody else used its key",
             )
-        self._reached = True
+        return True
 
     def require(self) -> None:
         """Raise ChainError unless the entry was found, SignatureError where something was passed over."""
         if not self._reached:
             raise self._refused or ChainError(
-                f"chain {self._reader.chain} ends at entry {self._reader.head.sequence} in Kafka,"
+                f"chain {self._chain} ends at entry {self._readers[-1].head.sequence} in Kafka,"
                 f" before entry {self._sequence}"
             )
