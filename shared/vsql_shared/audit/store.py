@@ -101,9 +101,11 @@ def _note_base(conn: Connection, stored: StoredDocument) -> None:
     base = base_in(stored.entry)
     if base is not None:
         conn.execute(
-            "INSERT INTO vsql_sync.audit_bases (chain, size, base) VALUES (%s, %s, %s)"
-            " ON CONFLICT DO NOTHING",
-            (stored.entry.chain, base.head.sequence, base.encode()),
+            # Not ON CONFLICT: a table with rules takes none. Whoever writes a chain has its head's lock.
+            "INSERT INTO vsql_sync.audit_bases (chain, size, base)"
+            " SELECT %(chain)s::text, %(size)s::bigint, %(base)s::text WHERE NOT EXISTS"
+            " (SELECT FROM vsql_sync.audit_bases WHERE chain = %(chain)s::text AND size = %(size)s::bigint)",
+            {"chain": stored.entry.chain, "size": base.head.sequence, "base": base.encode()},
         )
 
 
