@@ -29,7 +29,7 @@ _METRICS_MODULE = "vsql_shared.observe.metrics"
 
 def begin() -> Path:
     """Make the directory and announce it to this process and its children; the supervisor's first act."""
-    if _METRICS_MODULE in sys.modules:
+    if _METRICS_MODULE in sys.modules and not is_shared():
         raise RuntimeError(f"{_METRICS_MODULE} was imported before the metrics directory was made")
     directory = Path(tempfile.mkdtemp(prefix="vsql-sync-metrics-"))
     os.environ[DIRECTORY_VARIABLE] = str(directory)
