@@ -230,6 +230,37 @@ def test_the_nursery_has_one_thread_and_each_process_its_own_command_line(servic
     assert psutil.Process(pid).cmdline()[:5] == [sys.executable, "-m", "a_package", "--chain", "one"]
 
 
+@pytest.mark.parametrize(
+    "modules",
+    [["vsql_producers.worker"], ["vsql_consumers.worker", "vsql_consumers.member"]],
+    ids=lambda m: m[0],
+)
+def test_what_a_nursery_imports_begins_no_thread_opens_nothing_and_loads_no_driver_of_a_token(
+    service: Service, modules: list[str]
+) -> None:
+    lines = f"""
+        workers.stop()
+        begun = begin("a_package", {modules!r}, [])
+        if isinstance(begun, list):
+            os._exit(0)
+        assert codes("one") == [0]
+        print("ready", flush=True)
+        time.sleep(60)
+    """
+    top = service.begin(lines)
+    assert service.process is not None
+    assert service.process.stdout is not None
+    assert service.process.stdout.readline() == "ready\n"
+    (nursery,) = top.children()
+    assert nursery.num_threads() == 1
+    folder = Path(f"/proc/{nursery.pid}/fd")
+    opened = [str(path.readlink()) for path in folder.iterdir() if int(path.name) > 2]
+    assert sorted(place.partition(":")[0] for place in opened) == ["pipe", "pipe", "socket"]
+    assert [
+        name for name in ("pkcs11", "softhsm") if name in Path(f"/proc/{nursery.pid}/maps").read_text()
+    ] == []
+
+
 @pytest.mark.parametrize("victim", ["service", "nursery"])
 def test_nothing_outlives_a_service_whose_part_is_killed(service: Service, victim: str) -> None:
     lines = """

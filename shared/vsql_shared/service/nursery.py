@@ -155,11 +155,11 @@ def _serve(end: socket.socket, modules: Sequence[str]) -> list[str]:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     while True:
-        readable = select.select([end, reader], [], [])[0]
+        readable = select.select([end.fileno(), reader], [], [])[0]
         if reader in readable:
             os.read(reader, _MESSAGE_MAX)
             _tell_ends(end, running)
-        if end not in readable:
+        if end.fileno() not in readable:
             continue
         order = _receive(end)
         if "signal" in order:

@@ -74,9 +74,9 @@ class Workers:
         ended: list[str] = []
         for chain in list(self._workers):
             worker = self._workers[chain]
-            if worker.process is not None and worker.process.poll() is not None:
+            if worker.process is not None and (code := worker.process.poll()) is not None:
                 ended.append(chain)
-                self._note_end(chain, worker, worker.process.returncode, now, wanted=chain in wanted)
+                self._note_end(chain, worker, code, now, wanted=chain in wanted)
             if worker.process is not None and (chain not in wanted or worker.end_by is not None):
                 self._end(chain, worker, worker.process, now)
             elif chain not in wanted:
