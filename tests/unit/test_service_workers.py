@@ -261,7 +261,7 @@ def test_what_a_nursery_imports_begins_no_thread_opens_nothing_and_loads_no_driv
     ] == []
 
 
-@pytest.mark.parametrize("victim", ["service", "nursery"])
+@pytest.mark.parametrize("victim", ["service", "nursery", "service beside a stopped nursery"])
 def test_nothing_outlives_a_service_whose_part_is_killed(service: Service, victim: str) -> None:
     lines = """
         workers.sync(["one", "stubborn"])
@@ -275,10 +275,12 @@ def test_nothing_outlives_a_service_whose_part_is_killed(service: Service, victi
     top = service.begin(lines)
     started = [psutil.Process(service.worker(name)["pid"]) for name in ("one", "stubborn")]
     (nursery,) = top.children()
-    (top if victim == "service" else nursery).kill()
+    if victim.endswith("stopped nursery"):
+        nursery.suspend()
+    (nursery if victim == "nursery" else top).kill()
     assert service.process is not None
     out, _ = service.process.communicate(timeout=20)
-    assert out.strip() == ("" if victim == "service" else "false"), "its workers were not stopped by it"
+    assert out.strip() == ("false" if victim == "nursery" else ""), "its workers were not stopped by it"
     gone, left = psutil.wait_procs([nursery, *started], timeout=10)
     assert (len(gone), left) == (3, [])
 

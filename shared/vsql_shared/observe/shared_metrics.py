@@ -4,7 +4,8 @@ prometheus_client keeps each process's values in files of one directory; here is
 under which name a process writes. Rules:
 
 * The directory is private (mode 0700), made by the supervisor before `metrics` is imported, and removed
-  when it ends.
+  when it ends. A process that was forked may have it imported, if for another directory: a new slot opens
+  new files, in the directory of then.
 * A worker writes under a slot, its stream's name, not under its process id: a restarted worker goes on
   with the same counters, and restarts do not pile up files.
 * Two processes never share a slot at a time; the supervisor sees to it.

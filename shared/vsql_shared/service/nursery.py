@@ -9,8 +9,8 @@ Not here: which workers there are, when they start again (workers.py), what they
 1. The service forks the nursery at its very start: it has no thread, no settings, no key and no connection.
    The nursery gets none later either. It imports at the first order, and forks from its only thread.
 2. A worker inherits standard input, output and error, and nothing else of the nursery: its ends are closed.
-3. The nursery ends when the service's end of the socket is closed, however that comes; its workers' kernel
-   then tells them (`die_with_parent`). A service whose nursery is gone ends: who starts it starts both.
+3. The nursery ends when the service does (the socket is closed, or the kernel kills it where it hangs), and
+   then the kernel tells its workers (`die_with_parent`). A service whose nursery is gone ends, too.
 4. SIGTERM and SIGINT are blocked in it: they are for the service and its workers, which get them unlost.
 """
 
@@ -31,6 +31,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vsql_shared.errors import VsqlSyncError
+from vsql_shared.observe.process import die_with_parent
 from vsql_shared.observe.title import show_as
 
 _log = logging.getLogger(__name__)
@@ -101,10 +102,9 @@ class Nursery:
         """Take in what the nursery has told, waiting so long for the first of it."""
         while select.select([self._end], [], [], seconds)[0]:
             seconds = 0.0
-            message = self._end.recv(_MESSAGE_MAX)
-            if not message:
+            told = _receive(self._end)
+            if told is None:
                 raise _gone()
-            told = json.loads(message)
             child = self._children[told["number"]]
             if "pid" in told:
                 child.pid = told["pid"]
@@ -133,12 +133,14 @@ def _gone() -> NurseryGoneError:
 def begin(package: str, modules: Sequence[str], argv: Sequence[str]) -> Nursery | list[str]:
     """Fork the nursery. Returns it in the service, and its arguments in each worker; never in the nursery."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    service = os.getpid()
     signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_WORKERS)
     pid = os.fork()
     if pid:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_WORKERS)
         theirs.close()
         return Nursery(ours, pid)
+    die_with_parent(signal.SIGKILL, service)
     ours.close()
     command = [sys.executable, "-m", package]
     show_as([*command, *argv, "(nursery)"])
@@ -162,6 +164,8 @@ def _serve(end: socket.socket, modules: Sequence[str]) -> list[str]:
         if end.fileno() not in readable:
             continue
         order = _receive(end)
+        if order is None:
+            sys.exit(0)
         if "signal" in order:
             for pid in [pid for pid, number in running.items() if number == order["number"]]:
                 os.kill(pid, order["signal"])
@@ -195,11 +199,12 @@ def _import(modules: Sequence[str]) -> None:
     gc.freeze()  # a collection would write to every object, and so copy what is shared
 
 
-def _receive(end: socket.socket) -> dict[str, Any]:
+def _receive(end: socket.socket) -> dict[str, Any] | None:
+    """The next message; None when the other side has ended, whether or not it had read all of ours."""
     with contextlib.suppress(ConnectionError):
         if message := end.recv(_MESSAGE_MAX):
             return dict(json.loads(message))
-    sys.exit(0)
+    return None
 
 
 def _tell(end: socket.socket, told: dict[str, object]) -> None:

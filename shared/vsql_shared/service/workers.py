@@ -151,7 +151,7 @@ class Workers:
                 graceful = False
                 _log.error("worker did not stop in time and is killed", extra={"pid": process.pid})
                 _send(process, signal.SIGKILL)
-                process.wait(_KILLED_WITHIN)
+                process.wait(max(0.1, deadline + _KILLED_WITHIN - time.monotonic()))
         return graceful
 
 
