@@ -1,4 +1,4 @@
-"""The process that workers are forked from is killed: nothing is lost, and who starts the service starts it too.
+"""The process that workers are forked from is killed: nothing is lost, and who starts the service starts it.
 
 The schedules of docs/design/0024; without a database they are in tests/unit/test_service_workers.py.
 """
