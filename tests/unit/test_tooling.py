@@ -134,12 +134,14 @@ def test_a_forked_service_is_a_process_of_its_own_that_signals_reach(tmp_path: P
     log = tmp_path / "log"
     words = ["--config", _fifo(tmp_path)]
     forked = fork("vsql_producers", words, env=os.environ, out=log, err=log)
-    assert psutil.Process(forked.pid).cmdline() == [sys.executable, "-m", "vsql_producers", *words]
-    assert os.getsid(forked.pid) == forked.pid
-    assert forked.poll() is None
-    with pytest.raises(subprocess.TimeoutExpired):
-        forked.wait(0.1)
-    forked.terminate()
+    try:
+        assert psutil.Process(forked.pid).cmdline() == [sys.executable, "-m", "vsql_producers", *words]
+        assert os.getsid(forked.pid) == forked.pid
+        assert forked.poll() is None
+        with pytest.raises(subprocess.TimeoutExpired):
+            forked.wait(0.1)
+    finally:
+        forked.terminate()
     assert forked.wait(20) == -signal.SIGTERM
     until(lambda: not psutil.pid_exists(forked.pid))
 
