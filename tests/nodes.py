@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -27,15 +28,28 @@ import psycopg
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
-from tests.stack import Stack, kill_tree, spawn
+from tests.forker import fork, is_plain
+from tests.stack import Stack, kill_tree, spawn, watch
 from tests.syncctl import syncctl
 
 PUBLICATION = "pub"
+_READ_WHEN_RUNNING = "VSQL_SYNC"
 Echo = Callable[[str, Sequence[str]], None]
 
 
 class NodeFailedError(AssertionError):
     """A command or a service of a node failed; the text holds what it printed."""
+
+
+def start_service(
+    role: str, words: Sequence[str], *, log: Path, env: dict[str, str]
+) -> subprocess.Popen[bytes]:
+    """Start `python -m vsql_ROLEs WORDS`, in tests from a process that has it imported (forker.py)."""
+    if is_plain() or any(not name.startswith(_READ_WHEN_RUNNING) for name in env):
+        return spawn([sys.executable, "-m", f"vsql_{role}s", *words], log=log, env=env)
+    process = fork(f"vsql_{role}s", words, env={**os.environ, **env}, out=log, err=log)
+    watch(process)
+    return process
 
 
 class Node:
@@ -133,11 +147,8 @@ consumer_addr = "127.0.0.1:0"
 
     def start(self, role: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Start one service (`producer` or `consumer`) in its own process group."""
-        process = spawn(
-            [sys.executable, "-m", f"vsql_{role}s", "--config", str(self.config)],
-            log=self.log_file(role),
-            env={**self.env, **(env or {})},
-        )
+        words = ["--config", str(self.config)]
+        process = start_service(role, words, log=self.log_file(role), env={**self.env, **(env or {})})
         self.services[role] = process
         return process
 
@@ -159,7 +170,7 @@ consumer_addr = "127.0.0.1:0"
         )
 
     def processes(self, role: str) -> list[psutil.Process]:
-        """Processes of a service (`producer` or `consumer`), under a daemon or alone: service first."""
+        """Processes of a service (`producer` or `consumer`): the service, its nursery, the workers."""
         found: list[psutil.Process] = []
         for process in self.services.values():
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -21,13 +21,21 @@ def _run_member(settings: Settings, chain: str) -> int:
     return run_member(settings, chain)
 
 
-def _main(argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
+    """Run the consumer, a worker, a member or a reader; returns the exit code."""
     if any(word == "--tail" or word.startswith("--tail=") for word in argv):
-        from vsql_consumers.tail import main
+        from vsql_consumers.tail import main as tail
 
-        return main(argv)
-    return service_main("consumer", "vsql_consumers", _run_worker, argv, run_member=_run_member)
+        return tail(argv)
+    return service_main(
+        "consumer",
+        "vsql_consumers",
+        _run_worker,
+        argv,
+        run_member=_run_member,
+        modules=("vsql_consumers.worker", "vsql_consumers.member"),
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

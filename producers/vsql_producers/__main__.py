@@ -18,5 +18,10 @@ def _run_worker(settings: Settings, chain: str) -> int:
     return run_worker(settings, chain)
 
 
+def main(argv: list[str]) -> int:
+    """Run the producer, or a worker; returns the exit code."""
+    return service_main("producer", "vsql_producers", _run_worker, argv, modules=("vsql_producers.worker",))
+
+
 if __name__ == "__main__":
-    sys.exit(service_main("producer", "vsql_producers", _run_worker))
+    sys.exit(main(sys.argv[1:]))

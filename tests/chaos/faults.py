@@ -10,7 +10,6 @@ import contextlib
 import random
 import signal
 import subprocess
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -21,8 +20,8 @@ import psutil
 from typing_extensions import override
 
 from tests.chaos.proxy import Proxy, Side
-from tests.nodes import Node
-from tests.stack import KafkaBroker, PostgresServer, kill_tree, spawn
+from tests.nodes import Node, start_service
+from tests.stack import KafkaBroker, PostgresServer, kill_tree
 
 Processes = Callable[[], Sequence[psutil.Process]]
 
@@ -124,9 +123,8 @@ class Second(Fault):
 
     @override
     def start(self) -> bool:
-        module, node = f"vsql_{self.part}s", self._node
-        command = [sys.executable, "-m", module, "--config", str(node.config), "--chain", self._chain]
-        self._process = spawn(command, log=node.log_file(f"second-{self.part}"))
+        node, words = self._node, ["--config", str(self._node.config), "--chain", self._chain]
+        self._process = start_service(self.part, words, log=node.log_file(f"second-{self.part}"), env={})
         return True
 
     @override

@@ -8,14 +8,13 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.nodes import PUBLICATION, Node, TwoNodes, differences
-from tests.stack import Stack, forget, kill_tree, spawn
+from tests.nodes import PUBLICATION, Node, TwoNodes, differences, start_service
+from tests.stack import Stack, forget, kill_tree
 from tests.waiting import until
 from vsql_shared import names
 from vsql_shared.pg import commands
@@ -84,8 +83,8 @@ def pair(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two
 def _start(node: Node, role: str, chain: str, crash_at: str = "") -> subprocess.Popen[bytes]:
     """Start one worker as the node's service of a role, to die where it is told to."""
     armed = {"VSQL_SYNC_ALLOW_FAILPOINTS": "1", "VSQL_SYNC_FAILPOINTS": f"{crash_at}=kill"}
-    command = [sys.executable, "-m", f"vsql_{role}s", "--config", str(node.config), "--chain", chain]
-    worker = spawn(command, log=node.log_file(role), env=armed if crash_at else {})
+    words = ["--config", str(node.config), "--chain", chain]
+    worker = start_service(role, words, log=node.log_file(role), env=armed if crash_at else {})
     node.services[role] = worker
     return worker
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,8 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 from psycopg.conninfo import conninfo_to_dict
 
-from tests.stack import Stack, spawn
+from tests.nodes import start_service
+from tests.stack import Stack
 from tests.streams import Record, append, cluster_topics, read_topics
 from vsql_shared import names
 from vsql_shared.audit import merkle
@@ -253,9 +253,8 @@ enabled = false
     ) -> subprocess.Popen[bytes]:
         """Start a worker; `failpoints` as VSQL_SYNC_FAILPOINTS."""
         env = {"VSQL_SYNC_ALLOW_FAILPOINTS": "1", "VSQL_SYNC_FAILPOINTS": failpoints} if failpoints else {}
-        command = [sys.executable, "-m", "vsql_producers", "--config", str(self.config)]
-        chain = chain or self.chain
-        process = spawn([*command, "--chain", chain], log=self.folder / f"{log}.log", env=env)
+        words = ["--config", str(self.config), "--chain", chain or self.chain]
+        process = start_service("producer", words, log=self.folder / f"{log}.log", env=env)
         self._workers.append(process)
         return process
 

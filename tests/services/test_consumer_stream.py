@@ -292,7 +292,7 @@ def test_a_consumer_stops_although_kafka_is_gone(stack: Stack, pairs: Pairs) -> 
     # Acknowledgements under way have a longer time limit of their own.
     _until(lambda: [r for r in read_topics(pair.b.kafka, pair.cluster) if b".ack." in (r.key or b"")])
     started = pair.b.processes("consumer")
-    assert len(started) > 1, "the service and its worker"
+    assert len(started) > 2, "the service, its nursery and a worker"
     broker.kill()
     assert pair.b.stop("consumer", timeout=30) == 0
     gone, left = psutil.wait_procs(started, timeout=5)

@@ -43,7 +43,7 @@ VSQL_SYNC_TEST_SOURCE is not `process`; processes. `fetch` says where downloads 
 from tests.stack.fetch import POSTGRES_VERSIONS
 from tests.stack.kafka import KafkaBroker
 from tests.stack.postgres import PostgresServer
-from tests.stack.processes import forget, kill_tree, spawn
+from tests.stack.processes import forget, kill_tree, spawn, watch
 from tests.stack.stack import Kafka, Postgres, Stack
 
 __all__ = [
@@ -56,4 +56,5 @@ __all__ = [
     "forget",
     "kill_tree",
     "spawn",
+    "watch",
 ]

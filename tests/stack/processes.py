@@ -53,10 +53,15 @@ def spawn(
             extra_groups=[] if user else None,
         )
     if not detached:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            start = psutil.Process(process.pid).create_time()
-            _watchdog.order({"pid": process.pid, "start": start, "signal": int(last_signal)})
+        watch(process, last_signal)
     return process
+
+
+def watch(process: subprocess.Popen[bytes], last_signal: signal.Signals = signal.SIGTERM) -> None:
+    """Have the watchdog end a process when this one is gone."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        start = psutil.Process(process.pid).create_time()
+        _watchdog.order({"pid": process.pid, "start": start, "signal": int(last_signal)})
 
 
 def forget(process: subprocess.Popen[bytes]) -> None:

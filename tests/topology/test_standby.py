@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import contextlib
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.nodes import Node, TwoNodes
@@ -45,7 +45,8 @@ def second(tmp_path: Path) -> Iterator[Second]:
 def _kill(node: Node, role: str) -> None:
     """SIGKILL a service and its workers at once, as a host's end does."""
     for process in node.processes(role):
-        os.kill(process.pid, signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):  # some end with the first
+            process.kill()
     node.services.pop(role).wait()
 
 

@@ -245,11 +245,11 @@ def test_the_door_takes_no_orders(scene: Scene) -> None:
 def test_no_process_of_a_service_dumps_core_and_keys_are_locked_in_memory(scene: Scene) -> None:
     for watched in (scene.producer, scene.consumer):
         processes = watched.node.processes(watched.role)
-        assert len(processes) >= 2, "the service and a worker"
+        assert len(processes) >= 3, "the service, its nursery and a worker"
         for process in processes:
             assert process.rlimit(psutil.RLIMIT_CORE) == (0, 0)
     allowed = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    workers = scene.producer.node.processes("producer")[1:]
+    workers = scene.producer.node.processes("producer")[2:]
     locked = [_status(process.pid, "VmLck") for process in workers]
     assert max(locked) > 0 or allowed == 0, "the data key of the live stream"
 

@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from vsql_shared.errors import ChainError
@@ -100,9 +101,33 @@ SUPERVISOR = """
 """
 
 
-def _supervised() -> tuple[list[str], str]:
+# The same, with workers as a service has them: forked from a process that has imported the metrics.
+NURSERY = """
+    import sys, time
+    from vsql_shared.service.nursery import begin
+    begun = begin("a_package", ("vsql_shared.observe.metrics",), sys.argv)
+    if isinstance(begun, list):
+        sys.argv[1:] = begun[1:]
+        exec(begun[0])
+    def run(slot, rows):
+        worker = begun.start(slot, [sys.argv[1], slot, str(rows)], shared_metrics.worker_environment(slot))
+        assert worker.wait(20) and worker.returncode == 0
+"""
+RUN = """    def run(slot, rows):
+        env = {**os.environ, **shared_metrics.worker_environment(slot)}
+        subprocess.run([sys.executable, "-c", worker, slot, str(rows)], env=env, check=True)
+"""
+
+
+@pytest.fixture(params=["executed", "forked"])
+def supervised(request: pytest.FixtureRequest) -> tuple[list[str], str]:
+    """What a supervisor says whose workers were started in one way or the other."""
+    program = textwrap.dedent(SUPERVISOR)
+    if request.param == "forked":
+        assert RUN in SUPERVISOR
+        program = textwrap.dedent(NURSERY) + textwrap.dedent(SUPERVISOR.replace(RUN, ""))
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SUPERVISOR), textwrap.dedent(WORKER)],
+        [sys.executable, "-c", program, textwrap.dedent(WORKER)],
         capture_output=True,
         text=True,
         check=True,
@@ -112,8 +137,8 @@ def _supervised() -> tuple[list[str], str]:
     return head.split(), text
 
 
-def test_a_supervisor_shows_its_workers_and_restarts_keep_counting() -> None:
-    (mode, _files, directory), text = _supervised()
+def test_a_supervisor_shows_its_workers_and_restarts_keep_counting(supervised: tuple[list[str], str]) -> None:
+    (mode, _files, directory), text = supervised
     found = _samples(text)
     assert found["vsql_sync_stage_rows_total", "orders", "orders"] == 10.0
     assert found["vsql_sync_stage_rows_total", "stock", "stock"] == 7.0
@@ -121,8 +146,8 @@ def test_a_supervisor_shows_its_workers_and_restarts_keep_counting() -> None:
     assert not Path(directory).exists(), "the directory goes with its maker"
 
 
-def test_a_worker_that_is_gone_has_no_lag_but_keeps_its_counters() -> None:
-    (_mode, files, _directory), text = _supervised()
+def test_a_worker_that_is_gone_has_no_lag_but_keeps_its_counters(supervised: tuple[list[str], str]) -> None:
+    (_mode, files, _directory), text = supervised
     found = _samples(text)
     assert ("vsql_sync_lag_bytes", "stock", "stock") not in found
     assert found["vsql_sync_lag_bytes", "orders", "orders"] == 5.0

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.coverage_gate import shortfalls
 from tests.docs_check import help_blocks, named_files, relative_links, untrue_name
+from tests.forker import fork
 from tests.stack.fetch import POSTGRES_VERSIONS
 from tests.stack.lock import LOCK_FILE, LockFileError, fingerprint, group_artifacts, parse_lock
 from tests.syncctl import syncctl
+from tests.waiting import until
 
 HASH = "a" * 64
 
@@ -103,6 +107,43 @@ def test_a_forked_syncctl_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         syncctl("--config", _fifo(tmp_path), "config", "check", timeout=1)
     assert syncctl("--version").returncode == 0
+
+
+@pytest.mark.parametrize("program", ["vsql_producers", "vsql_consumers"])
+@pytest.mark.parametrize("words", [("--config", "nowhere.toml"), ("--chain", "a.b"), ("--unknown",)])
+def test_a_forked_service_says_and_ends_as_one_that_was_started(
+    program: str, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    out, err = tmp_path / "out", tmp_path / "err"
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    forked = fork(program, words, env=env, out=out, err=err, cwd=tmp_path)
+    code = forked.wait(60)
+    plain = subprocess.run(
+        [sys.executable, "-m", program, *words],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**env, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        check=False,
+    )
+    assert (code, out.read_text(), err.read_text()) == (plain.returncode, plain.stdout, plain.stderr)
+    assert forked.poll() == plain.returncode != 0
+
+
+def test_a_forked_service_is_a_process_of_its_own_that_signals_reach(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    words = ["--config", _fifo(tmp_path)]
+    forked = fork("vsql_producers", words, env=os.environ, out=log, err=log)
+    try:
+        assert psutil.Process(forked.pid).cmdline() == [sys.executable, "-m", "vsql_producers", *words]
+        assert os.getsid(forked.pid) == forked.pid
+        assert forked.poll() is None
+        with pytest.raises(subprocess.TimeoutExpired):
+            forked.wait(0.1)
+    finally:
+        forked.terminate()
+    assert forked.wait(20) == -signal.SIGTERM
+    until(lambda: not psutil.pid_exists(forked.pid))
 
 
 def _fifo(folder: Path) -> str:

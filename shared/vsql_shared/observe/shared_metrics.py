@@ -4,7 +4,8 @@ prometheus_client keeps each process's values in files of one directory; here is
 under which name a process writes. Rules:
 
 * The directory is private (mode 0700), made by the supervisor before `metrics` is imported, and removed
-  when it ends.
+  when it ends. A process that was forked may have it imported, if for another directory: a new slot opens
+  new files, in the directory of then.
 * A worker writes under a slot, its stream's name, not under its process id: a restarted worker goes on
   with the same counters, and restarts do not pile up files.
 * Two processes never share a slot at a time; the supervisor sees to it.
@@ -29,7 +30,7 @@ _METRICS_MODULE = "vsql_shared.observe.metrics"
 
 def begin() -> Path:
     """Make the directory and announce it to this process and its children; the supervisor's first act."""
-    if _METRICS_MODULE in sys.modules:
+    if _METRICS_MODULE in sys.modules and not is_shared():
         raise RuntimeError(f"{_METRICS_MODULE} was imported before the metrics directory was made")
     directory = Path(tempfile.mkdtemp(prefix="vsql-sync-metrics-"))
     os.environ[DIRECTORY_VARIABLE] = str(directory)

@@ -20,6 +20,7 @@ from vsql_shared.errors import TransientError, VsqlSyncError
 from vsql_shared.observe import shared_metrics
 from vsql_shared.observe.logging import setup
 from vsql_shared.observe.process import die_with_parent, harden
+from vsql_shared.service.nursery import Nursery, begin
 from vsql_shared.service.supervisor import Role, Supervisor, first_connection
 
 if TYPE_CHECKING:
@@ -34,11 +35,15 @@ def service_main(
     role: Role,
     package: str,
     run_worker: RunWorker,
-    argv: list[str] | None = None,
+    argv: list[str],
     *,
     run_member: RunWorker | None = None,
+    modules: tuple[str, ...] = (),
 ) -> int:
-    """Run the service or one of its workers; returns the process's exit code."""
+    """Run the service or one of its workers; returns the process's exit code.
+
+    `modules` are the workers': the nursery imports them.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m {package}", description=f"vsql-sync {role}")
     parser.add_argument("--config", type=Path, help="vsql-sync.toml; else where syncctl looks for it")
     parser.add_argument("--chain", help="run the worker of one stream (the service starts these itself)")
@@ -47,6 +52,12 @@ def service_main(
     parser.add_argument("--service-pid", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     hardening = harden()
+    nursery: Nursery | None = None
+    if not args.chain:
+        begun = begin(package, modules, argv)
+        if isinstance(begun, list):  # from here on this process is a worker
+            return service_main(role, package, run_worker, begun, run_member=run_member)
+        nursery = begun
     try:
         settings = load_settings(args.config)
         check_files(settings)
@@ -54,13 +65,13 @@ def service_main(
         setup(settings.log.level, settings.log.format, service=role, stream=args.chain)
         if not hardening.complete:
             _log.warning("this system does not let us forbid core dumps and debuggers")
-        if args.chain:
+        if nursery is None:
             die_with_parent(signal.SIGTERM, args.service_pid)
             run = run_member if run_member is not None and args.member else run_worker
             return run(settings, args.chain)
         for text in advice(settings):
             _log.warning("%s", text)
-        return _run_service(settings, role, package)
+        return _run_service(settings, role, nursery)
     except VsqlSyncError as error:
         sys.stderr.write(f"error: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
         return error.exit_code
@@ -77,7 +88,7 @@ def _check_keys(settings: Settings) -> None:
         _log.warning("%s", error)
 
 
-def _run_service(settings: Settings, role: Role, package: str) -> int:
+def _run_service(settings: Settings, role: Role, nursery: Nursery) -> int:
     _check_keys(settings)
     first_connection(settings, role)
     shared_metrics.begin()
@@ -85,7 +96,7 @@ def _run_service(settings: Settings, role: Role, package: str) -> int:
     from vsql_shared.observe.http import HealthServer
     from vsql_shared.observe.metrics import exposition
 
-    supervisor = Supervisor(settings, role, package)
+    supervisor = Supervisor(settings, role, nursery)
     if not settings.metrics.enabled:
         return supervisor.run()
     address = settings.metrics.producer_addr if role == "producer" else settings.metrics.consumer_addr

@@ -28,6 +28,7 @@ from vsql_shared.service.workers import Workers, member_name
 
 if TYPE_CHECKING:
     from vsql_shared.config import Settings
+    from vsql_shared.service.nursery import Nursery
 
 _log = logging.getLogger(__name__)
 
@@ -48,11 +49,11 @@ class AlreadyRunningError(RefusedError):
 class Supervisor:
     """Runs until it is told to stop; see the module's rules."""
 
-    def __init__(self, settings: Settings, role: Role, package: str) -> None:
+    def __init__(self, settings: Settings, role: Role, nursery: Nursery) -> None:
         self._settings, self._role = settings, role
         config = str(settings.source) if settings.source else None
         self._workers = Workers(
-            package,
+            nursery,
             config,
             settings.limits.retry_backoff_ms / 1000,
             settings.limits.retry_backoff_max_ms / 1000,

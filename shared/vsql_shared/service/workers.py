@@ -8,21 +8,22 @@ wanted any more has `stop_timeout` seconds to end, then it is killed: hung, it w
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vsql_shared.observe import shared_metrics
+from vsql_shared.service.nursery import Child, Nursery, NurseryGoneError
 
 _log = logging.getLogger(__name__)
 
 # A worker that lived this long (seconds) was healthy: its next end is a new trouble.
 _HEALTHY_AFTER = 60.0
+# Seconds in which the kernel has ended a killed worker.
+_KILLED_WITHIN = 30.0
 # Doublings of a pause that are counted; any bound is reached before.
 _DOUBLINGS = 32
 
@@ -42,7 +43,7 @@ def _arguments(name: str) -> list[str]:
 
 @dataclass(slots=True)
 class _Worker:
-    process: subprocess.Popen[bytes] | None
+    process: Child | None
     started: float
     failures: int = 0
     next_start: float = 0.0
@@ -59,10 +60,10 @@ class Workers:
     """The worker processes of one service; `sync` makes them match the wanted streams."""
 
     def __init__(
-        self, package: str, config: str | None, backoff: float, backoff_max: float, stop_timeout: float
+        self, nursery: Nursery, config: str | None, backoff: float, backoff_max: float, stop_timeout: float
     ) -> None:
-        self._base = [sys.executable, "-m", package, *(["--config", config] if config else [])]
-        self._base += ["--service-pid", str(os.getpid())]
+        self._nursery = nursery
+        self._base = ["--config", config] if config else []
         self._backoff, self._backoff_max = backoff, backoff_max
         self._stop_timeout = stop_timeout
         self._workers: dict[str, _Worker] = {}
@@ -73,9 +74,9 @@ class Workers:
         ended: list[str] = []
         for chain in list(self._workers):
             worker = self._workers[chain]
-            if worker.process is not None and worker.process.poll() is not None:
+            if worker.process is not None and (code := worker.process.poll()) is not None:
                 ended.append(chain)
-                self._note_end(chain, worker, worker.process.returncode, now, wanted=chain in wanted)
+                self._note_end(chain, worker, code, now, wanted=chain in wanted)
             if worker.process is not None and (chain not in wanted or worker.end_by is not None):
                 self._end(chain, worker, worker.process, now)
             elif chain not in wanted:
@@ -87,25 +88,24 @@ class Workers:
         return ended
 
     def _start(self, chain: str, worker: _Worker, now: float) -> None:
-        env = {**os.environ, **shared_metrics.worker_environment(chain)}
+        argv, env = [*self._base, *_arguments(chain)], shared_metrics.worker_environment(chain)
         try:
-            worker.process = subprocess.Popen([*self._base, *_arguments(chain)], env=env)
-        except OSError as error:  # no memory or no process left: the other streams go on
+            worker.process = self._nursery.start(chain, argv, env)
+        except OSError as error:  # the nursery takes no such order, or none now: the other streams go on
             worker.failures += 1
             worker.next_start = now + pause_after(worker.failures, self._backoff, self._backoff_max)
             _log.error("worker cannot be started: %s", error.strerror, extra={"stream": chain})
             return
         worker.started, worker.end_by = now, None
-        _log.info("worker started", extra={"stream": chain, "pid": worker.process.pid})
 
-    def _end(self, chain: str, worker: _Worker, process: subprocess.Popen[bytes], now: float) -> None:
+    def _end(self, chain: str, worker: _Worker, process: Child, now: float) -> None:
         if worker.end_by is None:
             worker.end_by = now + self._stop_timeout
         if now < worker.end_by:
-            process.terminate()
+            _send(process, signal.SIGTERM)
         else:
             _log.error("worker did not end in time and is killed", extra={"stream": chain})
-            process.kill()
+            _send(process, signal.SIGKILL)
 
     def _note_end(self, chain: str, worker: _Worker, code: int, now: float, *, wanted: bool) -> None:
         if not wanted and code in (0, -signal.SIGTERM):
@@ -131,19 +131,31 @@ class Workers:
 
     def stop(self) -> bool:
         """SIGTERM all, wait `stop_timeout` seconds, SIGKILL the rest. True when all ended by themselves."""
+        try:
+            return self._stop()
+        except NurseryGoneError:  # its end ends them, and nobody is left who would tell
+            return False
+        finally:
+            self._nursery.close()
+
+    def _stop(self) -> bool:
         alive = [
             w.process for w in self._workers.values() if w.process is not None and w.process.poll() is None
         ]
         for process in alive:
-            process.terminate()
+            _send(process, signal.SIGTERM)
         deadline = time.monotonic() + self._stop_timeout
         graceful = True
         for process in alive:
-            try:
-                process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
+            if not process.wait(max(0.1, deadline - time.monotonic())):
                 graceful = False
                 _log.error("worker did not stop in time and is killed", extra={"pid": process.pid})
-                process.kill()
-                process.wait()
+                _send(process, signal.SIGKILL)
+                process.wait(max(0.1, deadline + _KILLED_WITHIN - time.monotonic()))
         return graceful
+
+
+def _send(process: Child, number: signal.Signals) -> None:
+    """Where the nursery takes no order now, the next turn sends it again."""
+    with contextlib.suppress(OSError):
+        process.send_signal(number)
