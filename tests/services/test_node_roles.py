@@ -152,6 +152,9 @@ def test_the_producer_reads_published_columns_only_and_may_make_a_slot(node: str
             conn.execute("UPDATE public.payments SET amount = 0")
         with pytest.raises(DatabaseError, match="permission denied"), errors("trying"):
             conn.execute("SET session_replication_role = replica")
+        # An applier begins behind its origin's progress: whoever sets it makes changes go unapplied.
+        with pytest.raises(DatabaseError, match="permission denied"), errors("trying"):
+            conn.execute("SELECT pg_replication_origin_advance('vsql_sync', '1/0')")
 
 
 def test_an_operator_decides_in_its_own_name_only(node: str, users: Users) -> None:

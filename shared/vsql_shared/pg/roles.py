@@ -31,7 +31,8 @@ VIEWER, OPERATOR, ADMIN = "vsql_sync_viewer", "vsql_sync_operator", "vsql_sync_a
 ROLES = (PRODUCER, CONSUMER, VIEWER, OPERATOR, ADMIN)
 _MEMBERS = ((VIEWER, OPERATOR), (OPERATOR, ADMIN))
 
-# The producer marks its own writes with a local origin, so that they never feed a stream.
+# The consumer's only: whoever sets an origin's progress makes an applier pass over what was not applied. The
+# producer writes to this schema alone, whose tables are never sent.
 ORIGIN_FUNCTIONS = (
     "pg_replication_origin_advance(text, pg_lsn)",
     "pg_replication_origin_create(text)",
@@ -273,8 +274,7 @@ def _server_steps(conn: Connection) -> list[Step]:
     for role in ROLES:
         steps.append(_database_step("CONNECT", database, role))
     steps.append(_database_step("TEMPORARY", database, CONSUMER))
-    for role in (PRODUCER, CONSUMER):
-        steps += [_function_step(function, role) for function in ORIGIN_FUNCTIONS]
+    steps += [_function_step(function, CONSUMER) for function in ORIGIN_FUNCTIONS]
     steps.append(
         Step(
             sql.SQL("GRANT SET ON PARAMETER session_replication_role TO {}").format(sql.Identifier(CONSUMER)),
