@@ -500,6 +500,26 @@ def test_switched_off_rule_is_warned_of(conn: Connection) -> None:
     assert len(report.warnings) == 1
 
 
+RULES = {
+    "of what a base lets go, and more": f"CREATE OR REPLACE RULE no_delete AS ON DELETE TO {TABLE}"
+    " WHERE NOT EXISTS (SELECT FROM vsql_sync.audit_bases b WHERE b.chain = OLD.chain"
+    " AND b.size >= OLD.sequence) AND OLD.row_count > 0 DO INSTEAD NOTHING",
+    "of something else": f"DROP RULE no_update ON {TABLE};"
+    f" CREATE RULE no_update AS ON INSERT TO {TABLE} WHERE false DO INSTEAD NOTHING;"
+    f" ALTER TABLE {TABLE} ENABLE ALWAYS RULE no_update",
+    "that does something else": f"CREATE OR REPLACE RULE no_update AS ON UPDATE TO {TABLE}"
+    " DO INSTEAD SELECT 1",
+}
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_a_rule_that_protects_less_under_its_old_name_is_warned_of(conn: Connection, case: str) -> None:
+    store(conn, ordinary())
+    assert check(conn).warnings == ()
+    conn.execute(RULES[case].encode())
+    assert len(check(conn).warnings) == 1
+
+
 def test_altered_memory_is_warned_of(conn: Connection) -> None:
     store(conn, ordinary())
     conn.execute("UPDATE vsql_sync.chain_heads SET sequence = 4")
@@ -534,6 +554,7 @@ def test_trail_is_written_and_verified_on_older_servers(new_database: NewDatabas
         store(conn, ordinary())
         ensure_partitions(conn)
         assert check(conn).ok
+        assert check(conn).warnings == ()
         assert as_attacker(conn, f"DELETE FROM {TABLE} WHERE sequence = 4") == 1
         assert [one.sequence for one in check(conn).problems] == [4]
 

@@ -328,22 +328,31 @@ def _head_warnings(reports: list[ChainReport], heads: dict[str, tuple[int, bytes
     return out
 
 
+# The one condition a rule has: what a base lets go (SQL 018), as PostgreSQL 15 to 18 write it.
+_LETS_GO = (
+    "WHERE (NOT (EXISTS ( SELECT FROM (vsql_sync.audit_bases b JOIN pg_class c ON"
+    " ((c.oid = ('vsql_sync.vsql_sync_audit'::regclass)::oid))) WHERE ((b.chain = old.chain) AND"
+    " (b.size >= old.sequence) AND (pg_get_userbyid(c.relowner) = CURRENT_USER))))) "
+)
+
+
 def _unprotected(conn: Connection) -> list[str]:
-    """Tables of the trail whose append-only rules or TRUNCATE trigger are gone or switched off."""
+    """Tables of the trail whose append-only rules or TRUNCATE trigger are gone, altered or switched off."""
     rows = conn.execute(
         "SELECT c.relname FROM pg_partition_tree('vsql_sync.vsql_sync_audit') t"
         " JOIN pg_class c ON c.oid = t.relid WHERE 2 <> ("
-        "   SELECT count(*) FROM pg_rewrite r WHERE r.ev_class = c.oid AND r.is_instead"
-        "   AND r.rulename IN ('no_update', 'no_delete') AND r.ev_enabled = 'A' AND (r.ev_qual::text = '<>'"
-        # The one condition there is: what a base lets go (SQL 018).
-        "     OR r.rulename = 'no_delete' AND c.relkind = 'p'"
-        "     AND pg_get_ruledef(r.oid) LIKE '%audit_bases b%(b.size >= old.sequence)%'))"
+        "   SELECT count(*) FROM pg_rewrite r WHERE r.ev_class = c.oid AND r.ev_enabled = 'A'"
+        "   AND regexp_replace(pg_get_ruledef(r.oid), '\\s+', ' ', 'g') IN ("
+        "     format('CREATE RULE no_update AS ON UPDATE TO %%s DO INSTEAD NOTHING;', c.oid::regclass),"
+        "     format('CREATE RULE no_delete AS ON DELETE TO %%s %%sDO INSTEAD NOTHING;', c.oid::regclass,"
+        "       CASE c.relkind WHEN 'p' THEN %s END)))"
         " OR NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = c.oid"
-        "   AND g.tgname = 'no_truncate' AND g.tgenabled = 'A') ORDER BY 1"
+        "   AND g.tgname = 'no_truncate' AND g.tgenabled = 'A') ORDER BY 1",
+        (_LETS_GO,),
     ).fetchall()
     return [
         f"table vsql_sync.{name} is not append-only any more: its rules no_update and no_delete or its "
-        "trigger no_truncate were dropped or disabled"
+        "trigger no_truncate were dropped, altered or disabled"
         for (name,) in rows
     ]
 
