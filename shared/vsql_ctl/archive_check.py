@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from vsql_shared.audit.chain import EMPTY_HEAD, ChainHead
 from vsql_shared.audit.cosigned import cosigners
-from vsql_shared.errors import DecodeError, RefusedError, UserError, VerificationError
+from vsql_shared.errors import DecodeError, RefusedError, SignatureError, UserError, VerificationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -101,8 +101,7 @@ def verify_bucket(node: Node, store: S3Store, only: str | None) -> tuple[Rows, P
             wrong.append(error.message)
         wrong += unlisted(store.versions(folder(node.prefix, node.log(chain))), rows)
         problems += ({"chain": chain, "what": what} for what in wrong)
-        if rows or wrong:
-            out.append(seen.row())
+        out.append(seen.row())
     return out, problems
 
 
@@ -148,7 +147,7 @@ def unlisted(listed: Iterable[Version], rows: Iterable[Row]) -> list[str]:
             continue
         if one.key in versions:
             what = "a mark of its deletion" if one.deleted else "another version"
-            out.append(f"{what} lies over {one.key}: the archived version {versions[one.key]} is not it")
+            out.append(f"{what} lies over {one.key}, whose archived version is {versions[one.key]}")
         else:
             out.append(
                 f"{one.key} is in the archive, and this node has not noted it: it was added, or a crash came"
@@ -170,7 +169,7 @@ def verify_folder(folder: Path, keys: tuple[Path, ...], others: tuple[str, ...])
         try:
             found.setdefault(_log_of(path), []).append(path)
         except (DecodeError, VerificationError) as error:
-            problems.append({"chain": "", "what": f"{path.name}: {error.message}"})
+            problems.append({"chain": "", "what": f"{path.relative_to(folder)}: {error.message}"})
     out: Rows = []
     for log, paths in sorted(found.items()):
         trust = TrustStore(PinnedKey(log.writer, key, fingerprint(key), revoked=False) for key in writers)
@@ -184,7 +183,10 @@ def verify_folder(folder: Path, keys: tuple[Path, ...], others: tuple[str, ...])
                         cosigned=bool(known),
                     )  # fmt: skip
             except (DecodeError, VerificationError) as error:
-                problems.append({"chain": log.chain, "what": f"{path.name}: {error.message}"})
+                what = f"{path.relative_to(folder)}: {error.message}"
+                if isinstance(error, SignatureError):
+                    what += f" (keys given with --key: {', '.join(map(fingerprint, writers))})"
+                problems.append({"chain": log.chain, "what": what})
                 break
             seen.take(verified)
         out.append(seen.row())

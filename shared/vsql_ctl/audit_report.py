@@ -101,8 +101,16 @@ def as_text(findings: Findings) -> str:
             f"roots of {one.chain} and of target {one.target}: {state} in {one.compared} batches compared, "
             f"{one.under_way} not acknowledged yet{_passed_over(one)}"
         )
+    pruned = [
+        f"{row['node']}: chain {row['chain']} begins behind entry {row['pruned']}, where it says it was"
+        f" pruned; the archive below is not read here (`syncctl audit archive --verify` on {row['node']})"
+        for row in rows
+        if row["pruned"]
+    ]
+    parts += pruned
     parts += [f"bad: {words(problem)}" for problem in findings.problems]
     parts += [f"warning: {warning}" for warning in findings.warnings]
     if not findings.problems:
-        parts.append("ok: every entry is signed, linked and unaltered")
+        which = "every entry that is not pruned" if pruned else "every entry"
+        parts.append(f"ok: {which} is signed, linked and unaltered")
     return "\n".join(parts)

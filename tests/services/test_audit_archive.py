@@ -26,9 +26,9 @@ from vsql_shared.audit.checkpoint import Log
 from vsql_shared.audit.entries import TRAIL_PRUNED, canonical_json
 from vsql_shared.audit.pruning import delete, require_prunable
 from vsql_shared.audit.store import load_head, remember_head
-from vsql_shared.errors import RefusedError, SignatureError, VsqlSyncError
-from vsql_shared.pg import nodes, signers
-from vsql_shared.pg.connect import Connection, connect
+from vsql_shared.errors import DatabaseError, RefusedError, SignatureError, VsqlSyncError
+from vsql_shared.pg import nodes, roles, signers
+from vsql_shared.pg.connect import Connection, connect, errors
 
 LOG = Log(CLUSTER, CHAIN)
 SIZES = (4, 6, 9, 11)
@@ -119,6 +119,10 @@ def test_due_entries_go_into_locked_segments_that_end_where_somebody_cosigned(lo
     assert (code, logs.keys()) == (0, [])
     due = [{"first": 1, "last": 6}, {"first": 7, "last": 11}]
     assert shown == [{"chain": CHAIN, "archived": 0, "due": due, "waiting": 0}]
+    # What is not archived is listed as such, and called ok by nobody.
+    code, shown, _ = logs.syncctl("node-a", "audit", "archive", "--verify")
+    assert (code, "ok:" in shown) == (0, False)
+    assert shown.splitlines()[-1].split() == [CHAIN, "0", "0", "0", "-"]
 
 
 def archived(logs: Archive) -> list[dict[str, Any]]:
@@ -136,10 +140,10 @@ def test_a_segment_is_locked_for_its_time_and_noted_once_it_was_read_back(logs: 
     assert logs.keys() == keys
     year = datetime.now(UTC) + timedelta(days=365)
     for key, one in zip(keys, done, strict=True):
-        lock = logs.s3.get_object_retention(Bucket=logs.bucket, Key=key)["Retention"]
-        assert lock["Mode"] == "COMPLIANCE"
-        assert abs(lock["RetainUntilDate"] - year) < timedelta(days=2)
-        assert datetime.fromisoformat(one["retain_until"]) == lock["RetainUntilDate"]
+        lock = logs.s3.head_object(Bucket=logs.bucket, Key=key)  # moto answers no GetObjectRetention
+        assert lock["ObjectLockMode"] == "COMPLIANCE"
+        assert abs(lock["ObjectLockRetainUntilDate"] - year) < timedelta(days=2)
+        assert datetime.fromisoformat(one["retain_until"]) == lock["ObjectLockRetainUntilDate"]
     lines = logs.conns["node-a"].execute(
         "SELECT target_id FROM vsql_sync.audit_log WHERE action = 'audit.archive' ORDER BY id"
     )
@@ -178,6 +182,8 @@ def test_downloaded_segments_verify_off_line_with_public_keys_alone(logs: Archiv
     assert (code, "not cosigned" in found["problems"][0]["what"]) == (9, True)
     code, found, _ = logs.archive("--verify", "--from", str(folder), "--key", str(stranger))
     assert (code, found["chains"][0]["segments"]) == (9, 0)
+    # Each is named by its place below the folder: chains' segments have the same names.
+    assert found["problems"][0]["what"].startswith(f"vsql-sync-audit/{CLUSTER}/{CHAIN}/{NAMES[0]}.jsonl: ")
 
 
 def _first(folder: Path) -> Path:
@@ -486,6 +492,7 @@ def pruned(logs: Archive) -> tuple[Archive, History]:
     source = ordinary()
     made = base(source, 6)
     more = History(head=source.head)
+    more.open()
     say(more, made)
     more.batch()
     store(conn, more)
@@ -502,6 +509,9 @@ def test_a_pruned_chain_verifies_from_its_base_and_its_proofs_go_on(pruned: tupl
     assert report.ok, report.problems
     assert report.warnings == ()
     assert [(one.chain, one.pruned, one.entries) for one in report.chains] == [(CHAIN, 6, 8)]
+    code, shown, _ = logs.syncctl("node-a", "audit", "verify")
+    assert (code, f"chain {CHAIN} begins behind entry 6" in shown) == (0, True)
+    assert "ok: every entry that is not pruned is signed" in shown
     assert load_head(conn, CHAIN) == more.head
     head = logs.make("node-a", "head", "checkpoint", "--chain", CHAIN)
     proof = logs.make("node-a", "proof", "prove", f"{CHAIN}/9")
@@ -520,6 +530,7 @@ def test_a_pruned_chain_verifies_from_its_base_and_its_proofs_go_on(pruned: tupl
     assert code == 0, err
     done = run_example(report_file, A)
     assert done.stdout == f"{CHAIN}: verified up to 14\n{CHAIN}: in a checkpoint of 14 entries\n", done.stderr
+    assert f"chain {CHAIN} begins at entry 7" in err
 
 
 def test_the_peer_s_side_is_compared_from_the_base_on(pruned: tuple[Archive, History]) -> None:
@@ -543,6 +554,7 @@ def test_signed_acts_below_the_base_are_kept_and_verified(logs: Archive) -> None
     source = ordinary()
     made = base(source, 9)
     more = History(head=source.head)
+    more.open()
     say(more, made)
     store(conn, more)
     assert delete(conn, made, LOG)[0] == 9
@@ -651,6 +663,7 @@ def _another_tree(logs: Archive) -> None:
     forged = replace(base(source, 6, STRANGER, A), note=base(other, 6, STRANGER, A).note)
     forged = replace(forged, head=replace(forged.head, tree=base(other, 6).head.tree))
     more = History(head=source.head)
+    more.open()
     say(more, forged)
     store(conn, more)
     as_attacker(conn, f"DELETE FROM {TABLE} WHERE sequence <= 6")
@@ -743,6 +756,8 @@ def test_prune_says_what_is_in_the_way_of_more(logs: Archive) -> None:
     code, found, err = prune(logs, "--dry-run")
     assert code == 0, err
     assert [(one["pruned"], one["why"]) for one in found] == [(6, "its last epoch begins there")]
+    shown = logs.syncctl("node-a", "audit", "prune", "--dry-run")[1]
+    assert "may be pruned up to" in shown
     code, _, err = prune(logs, "--chain", "other.node-a")
     assert (code, "no live stream" in err) == (4, True)
 
@@ -776,7 +791,7 @@ def test_without_its_producer_nothing_is_removed_and_the_order_stands(logs: Arch
     conn = logs.conns["node-a"]
     stream(conn, 11)
     code, _, err = prune(logs, "--timeout", "0.3")
-    assert (code, "nothing was removed" in err) == (7, True)
+    assert (code, "no row was removed" in err) == (7, True)
     assert check(conn).ok
     assert [verb for (verb,) in conn.execute("SELECT verb FROM vsql_sync.commands")] == ["prune-chain"]
 
@@ -912,3 +927,37 @@ def test_rows_are_deleted_only_below_a_base_whose_segments_are_noted(logs: Archi
         delete(conn, made, LOG)
     assert check(conn).ok
     assert check(conn).warnings == ()
+
+
+def test_an_operator_archives_and_only_an_administrator_prunes(logs: Archive) -> None:
+    conn = logs.conns["node-a"]
+    roles.create(conn)
+    users = {role: f"t_{conn.info.dbname}_{role}" for role in (roles.OPERATOR, roles.ADMIN, roles.PRODUCER)}
+    for role, user in users.items():
+        conn.execute(f'CREATE ROLE "{user}" LOGIN IN ROLE {role}'.encode())
+    try:
+        logs.user = users[roles.OPERATOR]
+        assert len(archived(logs)) == 2
+        assert logs.verify_archive() == (0, [])
+        _further(logs)
+        stream(conn, 11)
+        made = base(ordinary(), 11)
+        with _as(logs, users[roles.PRODUCER]) as producer:  # it holds the order, and notes the base
+            require_prunable(producer, LOG, made, 0)
+            note_base(producer, made)
+            with pytest.raises(DatabaseError, match="permission denied"):
+                delete(producer, made, LOG)
+        with _as(logs, users[roles.OPERATOR]) as operator:
+            with pytest.raises(DatabaseError, match="permission denied"):
+                delete(operator, made, LOG)
+            with pytest.raises(DatabaseError, match="permission denied"), errors("trying"):
+                note_base(operator, replace(made, head=replace(made.head, sequence=10)))
+        with _as(logs, users[roles.ADMIN]) as admin:
+            assert delete(admin, made, LOG) == (11, 0)
+    finally:
+        for user in users.values():
+            conn.execute(f'DROP ROLE "{user}"'.encode())
+
+
+def _as(logs: Archive, user: str) -> Connection:
+    return connect(f"{logs.infos['node-a']} user={user}", application_name="test")

@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _DRY = "Show what would be done, and do nothing."
+_HELD = {
+    False: "every segment that is kept is whole, signed, linked from the first entry on, cosigned and locked",
+    True: "these files are whole, signed and linked from the first entry on; locks, and whether more is"
+    " archived, the bucket shows. Cosigned is what a key given with --cosigner says",
+}
+"""What `--verify` held, from the bucket and (True) from files."""
 
 
 @click.command(
@@ -60,7 +66,7 @@ _DRY = "Show what would be done, and do nothing."
     help="With --verify: downloaded segments, off-line.",
 )
 @click.option(
-    "--key", "keys", type=_FILE, multiple=True, metavar="FILE", help="With --from: the writer's key."
+    "--key", "keys", type=_FILE, multiple=True, metavar="FILE", help="With --from: a writer's key, of each."
 )
 @click.option(
     "--cosigner",
@@ -95,7 +101,7 @@ def archive(
         if not verifies or not keys:
             raise UserError("--from goes with --verify and --key")
         rows, problems = verify_folder(folder, keys, cosigners)
-        return _shown(output, rows, problems)
+        return _shown(output, rows, problems, offline=True)
     if keys or cosigners:
         raise UserError("--key and --cosigner go with --from", hint="else the keys pinned here count")
     with _working(operator.settings) as (node, opened):
@@ -103,7 +109,7 @@ def archive(
             from vsql_ctl.archive_check import verify_bucket
 
             rows, problems = verify_bucket(node, opened(), chain)
-            return _shown(output, rows, problems)
+            return _shown(output, rows, problems, offline=False)
         _take_notes(node, notes, chain)
         if dry_run:
             return _show_plans(output, _plans(node, operator.settings, chain))
@@ -216,7 +222,8 @@ def _run(node: Node, settings: Settings, store: S3Store, chain: str | None, outp
             click.echo(f"{one.chain}: {error.message}", err=True)
             failed = failed or error
         if one.waiting:
-            click.echo(f"{one.chain}: {one.waiting} entries are due and not cosigned yet", err=True)
+            entries = f"{one.waiting} {'entry is' if one.waiting == 1 else 'entries are'}"
+            click.echo(f"{one.chain}: {entries} due and not cosigned yet", err=True)
     emit(output, [_segment(row) for row in done], lambda: _segments(done))
     if failed is not None:
         raise failed
@@ -252,20 +259,30 @@ def _segments(rows: list[Row]) -> str:
     return render_table(("object", "first", "last", "bytes", "locked until"), cells)
 
 
-def _shown(output: OutputFormat, rows: list[dict[str, Any]], problems: list[dict[str, str]]) -> None:
-    """What was verified; ends with 9 where something does not verify."""
+def _shown(
+    output: OutputFormat, rows: list[dict[str, Any]], problems: list[dict[str, str]], *, offline: bool
+) -> None:
+    """What was verified, and what was not looked at; ends with 9 where something does not verify."""
     found = {"ok": not problems, "chains": rows, "problems": problems}
 
     def text() -> str:
-        names = ("chain", "segments", "expired", "last", "cosigned")
-        parts = [render_table(names, [[row[name] for name in names] for row in rows])]
-        return "\n".join([*parts, *(f"bad: {one['what']}" for one in problems)])
+        names = ("chain", "segments", "no longer kept", "archived up to", "cosigned by")
+        cells = [
+            [row["chain"], row["segments"], row["expired"], row["last"], ", ".join(row["cosigned"])]
+            for row in rows
+        ]
+        parts = [render_table(names, cells) if rows else "no chain is archived"]
+        parts += [f"bad: {one['what']}" for one in problems]
+        if not problems and any(row["segments"] for row in rows):
+            parts.append(f"ok: {_HELD[offline]}")
+        return "\n".join(parts)
 
     emit(output, found, text)
     if problems:
         raise ChainError(
             f"the archive does not verify: {problems[0]['what']}",
-            hint="keep what is there: every version of an object is locked (docs/operations/audit.md)",
+            hint=f"{'download it anew' if offline else 'keep what is there'}: every version of an object is"
+            " locked (docs/operations/audit.md)",
         )
 
 
@@ -297,7 +314,7 @@ def prune(
         names = live_chains(node.conn)
         if chain is not None and chain not in names:
             raise RefusedError(
-                f"{chain!r} is no live stream of this node",
+                f"{chain!r} is no live stream this node sends",
                 hint="chains of acknowledgements and of first copies stay on-line",
             )
         rows: list[dict[str, Any]] = []
@@ -312,7 +329,7 @@ def prune(
                 else:
                     base = _order(node, store, found, operator.settings, reason, timeout)
             rows.append(_pruned(node, found, base, reason, timeout, dry_run=dry_run))
-        emit(output, rows, lambda: _prunings(rows))
+        emit(output, rows, lambda: _prunings(rows, dry_run=dry_run))
 
 
 def _unfinished(node: Node, chain: str) -> Base | None:
@@ -342,11 +359,13 @@ def _pruned(
     node: Node, found: Candidate, base: Base | None, reason: str, timeout: float, *, dry_run: bool
 ) -> dict[str, Any]:
     """The last two steps, and what came of it."""
+    from vsql_shared.audit.bases import start_of
     from vsql_shared.audit.pruning import delete
 
     chain = found.log.chain
-    upto = found.segments[-1].place.last if found.segments else 0
-    row = {"chain": chain, "pruned": 0, "removed": 0, "partitions": 0, "why": found.why}
+    begins = start_of(node.conn, found.log).sequence
+    upto = found.segments[-1].place.last if found.segments else begins
+    row = {"chain": chain, "pruned": begins, "removed": 0, "partitions": 0, "why": found.why}
     if dry_run or base is None:
         return row | {"pruned": upto if base is None else base.head.sequence}
     _obeyed(node.conn, chain, "prune-topic", {}, base, reason, timeout)
@@ -374,18 +393,22 @@ def _obeyed(
     answers = commands.wait(conn, number, 1, timeout)
     if not answers:
         raise TransientError(
-            f"no answer within {timeout:g} s from the producer of {chain}: nothing was removed",
-            hint="start it, then give the command again: it goes on where it stopped",
+            f"no answer within {timeout:g} s from the producer of {chain}: no row was removed",
+            hint="the order stands for an hour. Is the producer at work? Give the command again: it goes on"
+            " where it stopped",
         )
     if not answers[0].ok:
         raise RefusedError(f"the producer of {chain} does not do it: {answers[0].message}")
 
 
-def _prunings(rows: list[dict[str, Any]]) -> str:
+def _prunings(rows: list[dict[str, Any]], *, dry_run: bool) -> str:
     if not rows:
-        return "this node has no live stream"
+        return "this node sends no live stream: nothing of it is pruned"
+    if dry_run:
+        cells = [[row["chain"], row["pruned"], row["why"]] for row in rows]
+        return render_table(("chain", "may be pruned up to", "no further because"), cells)
     cells = [[row["chain"], row["pruned"], row["removed"], row["why"]] for row in rows]
-    return render_table(("chain", "pruned up to", "rows removed", "no further because"), cells)
+    return render_table(("chain", "pruned up to", "rows removed now", "no further because"), cells)
 
 
 COMMANDS = (archive, prune)

@@ -75,10 +75,26 @@ def export_trail(operator: Operator, form: str, target: Path, since: datetime | 
             oplog.record(
                 conn, "audit.export", "file", str(target), new={"since": since and since.isoformat()}
             )
-        pieces = export(conn, node.cluster, node.name, datetime.now(UTC), since, sign)
+        chains: dict[str, Any] = {}
+        pieces = _ends(export(conn, node.cluster, node.name, datetime.now(UTC), since, sign), chains)
         with complete_file(target) as file:
             count = _write_csv(file, pieces) if form == "csv" else _write(file, form, pieces)
     click.echo(f"exported {count} entries to {target}", err=True)
+    for chain, end in chains.items():
+        if since is None and end["first_sequence"] > 1:
+            click.echo(
+                f"chain {chain} begins at entry {end['first_sequence']}: none before is in this database"
+                " (pruned, then they are in the archive; or cut off: `syncctl audit verify` tells)",
+                err=True,
+            )
+
+
+def _ends(pieces: Pieces, chains: dict[str, Any]) -> Pieces:
+    """The pieces as they are; what the last one says of each chain goes into `chains`."""
+    for kind, value in pieces:
+        if kind == "end":
+            chains |= value["chains"]
+        yield kind, value
 
 
 def _sign(conn: Connection, settings: Settings) -> Callable[[Log, Linked], str]:

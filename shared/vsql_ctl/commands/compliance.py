@@ -77,10 +77,8 @@ def evidence(operator: Operator, target: Path, no_trail: bool) -> None:
         click.echo(f"found: {printable(what)}", err=True)
     for what, reason in bundle.not_gathered:
         click.echo(f"not gathered: {printable(what)}: {printable(reason)}", err=True)
-    click.echo(
-        f"wrote {len(bundle.files) + 1} files to {target}, {len(bundle.not_gathered)} things not gathered",
-        err=True,
-    )
+    lacking = f"{len(bundle.not_gathered)} thing{'' if len(bundle.not_gathered) == 1 else 's'}"
+    click.echo(f"wrote {len(bundle.files) + 1} files to {target}, {lacking} not gathered", err=True)
 
 
 def _signer(operator: Operator, conn: Connection) -> Signer | None:
@@ -219,7 +217,8 @@ def _text(found: Verified) -> str:
 
 
 def _cosigned(one: Cosigned) -> str:
-    return f"{one.path}, {one.size} entries, by {one.node} at {_time(one.at)}"
+    entries = f"{one.size} {'entry' if one.size == 1 else 'entries'}"
+    return f"{one.path}, {entries}, by {one.node} at {_time(one.at)}"
 
 
 def _time(at: int) -> str:

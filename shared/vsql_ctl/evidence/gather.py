@@ -69,7 +69,11 @@ def _trail(conn: Connection, settings: Settings, bundle: Bundle) -> None:
     with bundle.trying("verification of every entry of the trail"):
         findings, _ = verify_own(conn, settings, None)
         result = _count(len(findings.problems), "problem")
-        about = f"verifying every entry of this node's trail found {result}"
+        pruned = sum(one.pruned > 0 for report in findings.reports.values() for one in report.chains)
+        about = f"verifying every entry of the trail in this node's database found {result}"
+        if pruned:
+            chains = "1 chain of it is" if pruned == 1 else f"{pruned} chains of it are"
+            about += f"; {chains} pruned: what went before is in the archive, which was not read"
         bundle.table("trail.json", about, as_json(findings))
         if findings.problems:
             bundle.found.append(f"{result} of the trail: {words(findings.problems[0])}")
@@ -109,9 +113,12 @@ def _retention(conn: Connection, settings: Settings, bundle: Bundle) -> None:
 
     found: dict[str, Any] = {}
     breaks = "what the background verification found is not known"
+    archive = "what is archived is not known"
     with bundle.trying("retention of the trail"):
         found["trail"] = retention.trail(conn, settings)
         every = found["trail"]["breaks"]
+        archived = _count(len(found["trail"]["archived"]), "segment")
+        archive = f"{archived} in the archive, as noted when read back there, not read again now"
         lasting = _count(sum(one.gone_at is None for one in every), "break")
         breaks = f"the background verification finds {lasting} now, and found {len(every)} ever"
         if any(one.gone_at is None for one in every):
@@ -123,7 +130,9 @@ def _retention(conn: Connection, settings: Settings, bundle: Bundle) -> None:
     for name in sorted(wanted):
         with bundle.trying(f"settings of topic {name}"):
             topics.append(retention.topic(settings, name))
-    about = f"how far back the trail goes, and what decides how long topics and trail stay; {breaks}"
+    about = (
+        f"how far back the trail goes, and what decides how long topics and trail stay; {archive}; {breaks}"
+    )
     bundle.table("retention.json", about, found)
 
 

@@ -52,7 +52,7 @@ def trail(conn: Connection, settings: Settings) -> dict[str, Any]:
         return {
             "partitions": _rows(conn, ("table", "bounds", "entries_estimate", "bytes"), _PARTITIONS),
             "chains": _rows(conn, ("chain", "own", "last_sequence", "remembered_at", "first"), _CHAINS),
-            "streams": _rows(conn, ("chain", "direction", "state", "pruned_sequence"), _STREAMS),
+            "streams": _rows(conn, ("chain", "direction", "state", "data_topics_deleted_to"), _STREAMS),
             "archived": _rows(conn, _SEGMENT_COLUMNS, _SEGMENTS),
             "pruned": _rows(conn, ("chain", "entries", "noted_at", "base"), _BASES),
             "verified_in_background": watch_state.progress(conn),

@@ -178,7 +178,8 @@ def verify(envelope: bytes, present: Collection[str], read: Callable[[str], byte
         if node not in {one.node for one in cosigned}:
             raise SignatureError(
                 f"no checkpoint of the bundle is co-signed by node {node} with the key given",
-                hint="if that node has changed its key since, give the earlier one too",
+                hint="if that node has changed its key since, give the earlier one too. Targets co-sign what"
+                " they read; a source co-signs acknowledgements only by hand: verify its own bundle",
             )
     return Verified(manifest, fingerprint(keys.node), tuple(cosigned))
 
