@@ -35,13 +35,13 @@ def archive(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def pair(pairs: Pairs, archive: str, monkeypatch: pytest.MonkeyPatch) -> TwoNodes:
-    """In step; B cosigns each second, and nothing has to stay on-line."""
+    """In step; B cosigns each second, a segment ends at each such head, and nothing has to stay on-line."""
     monkeypatch.setenv("VSQL_SYNC__AUDIT__CHECKPOINT_EVERY", "1s")
     monkeypatch.setenv("VSQL_SYNC__AUDIT__ONLINE_MONTHS", "0")
     monkeypatch.setenv("VSQL_SYNC__AUDIT__VERIFY_EVERY", "2s")
     monkeypatch.setenv("VSQL_SYNC__AUDIT__VERIFY_PAUSE", "100ms")
     section = f'[audit.archive]\nbucket = "{BUCKET}"\nregion = "{REGION}"\nendpoint = "{archive}"\n'
-    made = pairs(TABLES, config=f"[limits]\nbatch_linger_ms = 1\n{section}segment_entries = 4\n")
+    made = pairs(TABLES, config=f"[limits]\nbatch_linger_ms = 1\n{section}segment_entries = 1\n")
     made.create(["t(*)", "u(*)"])
     made.start()
     made.wait_in_step()
