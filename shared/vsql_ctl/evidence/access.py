@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vsql_shared.errors import TransientError
+from vsql_shared.errors import BrokerError, TransientError
 
 if TYPE_CHECKING:
+    from confluent_kafka.admin import AdminClient
+
     from vsql_shared.config import Settings
     from vsql_shared.pg.connect import Connection
 
@@ -103,7 +105,11 @@ def _rows(conn: Connection, columns: Sequence[str], query: str) -> list[dict[str
 
 
 def kafka_acls(settings: Settings) -> list[dict[str, Any]]:
-    """The ACLs that reach topics and groups of this cluster, and those of the brokers themselves."""
+    """The ACLs that reach topics and groups of this cluster, and those of the brokers themselves.
+
+    Raises BrokerError where they are not shown, or where nothing looks at them: Kafka's client gives an empty
+    list of either.
+    """
     from confluent_kafka import KafkaException
     from confluent_kafka.admin import (  # type: ignore[attr-defined]  # no stubs say so
         AclBindingFilter,
@@ -122,7 +128,10 @@ def kafka_acls(settings: Settings) -> list[dict[str, Any]]:
     kinds = ResourceType.ANY, name, ResourcePatternType.ANY
     wanted = AclBindingFilter(*kinds, name, name, AclOperation.ANY, AclPermissionType.ANY)
     try:
+        _require_shown(admin)
         found = admin.describe_acls(wanted, request_timeout=_TIMEOUT_SECONDS).result(_TIMEOUT_SECONDS + 1)
+        if not found:
+            _require_authorizer(admin)
     except TimeoutError:
         raise TransientError("no Kafka broker answers while ACLs are read") from None
     except KafkaException as error:
@@ -140,6 +149,34 @@ def kafka_acls(settings: Settings) -> list[dict[str, Any]]:
         for one in found
     ]
     return sorted((row for row in rows if reaches(row, settings.cluster.name)), key=str)
+
+
+def _require_shown(admin: AdminClient) -> None:
+    """Raise BrokerError unless this principal may see ACLs."""
+    from confluent_kafka.admin import AclOperation  # type: ignore[attr-defined]  # no stubs say so
+
+    answer = admin.describe_cluster(include_authorized_operations=True, request_timeout=_TIMEOUT_SECONDS)
+    allowed = answer.result(_TIMEOUT_SECONDS + 1).authorized_operations or ()
+    if AclOperation.DESCRIBE not in allowed:
+        raise BrokerError(
+            "Kafka: this principal has no authorization to see ACLs",
+            hint="grant it Describe on the cluster, or have an administrator's principal make the bundle",
+        )
+
+
+def _require_authorizer(admin: AdminClient) -> None:
+    """Raise BrokerError where brokers have no authorizer: there are no ACLs then, and no rights either."""
+    from confluent_kafka.admin import (  # type: ignore[attr-defined]  # no stubs say so
+        ConfigResource,
+        ResourceType,
+    )
+
+    nodes = admin.describe_cluster(request_timeout=_TIMEOUT_SECONDS).result(_TIMEOUT_SECONDS + 1).nodes
+    broker = ConfigResource(ResourceType.BROKER, str(nodes[0].id))
+    answer = admin.describe_configs([broker], request_timeout=_TIMEOUT_SECONDS)[broker]
+    setting = answer.result(_TIMEOUT_SECONDS + 1).get("authorizer.class.name")
+    if setting is None or not setting.value:
+        raise BrokerError("the brokers have no authorizer: whoever reaches them may do everything")
 
 
 def reaches(row: dict[str, Any], cluster: str) -> bool:
