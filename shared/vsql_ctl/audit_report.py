@@ -105,7 +105,7 @@ def as_text(findings: Findings) -> str:
         f"{row['node']}: chain {row['chain']} begins behind entry {row['pruned']}, where it says it was"
         f" pruned; the archive below is not read here (`syncctl audit archive --verify` on {row['node']})"
         for row in rows
-        if row["pruned"]
+        if row["pruned"] and row["ok"]  # a bad one may have been cut there
     ]
     parts += pruned
     parts += [f"bad: {words(problem)}" for problem in findings.problems]
