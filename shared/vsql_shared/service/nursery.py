@@ -116,12 +116,14 @@ class Nursery:
             del self._children[told["number"]]
 
     def close(self) -> None:
-        """End it, and see its end, so that nothing outlives the service."""
+        """End it, and see its end, so that nothing outlives the service; say it where it is a strange one."""
         self._end.close()
         until = time.monotonic() + _ENDS_WITHIN_SECONDS
         with contextlib.suppress(ChildProcessError):
-            while not os.waitpid(self.pid, os.WNOHANG)[0] and time.monotonic() < until:
+            while not (found := os.waitpid(self.pid, os.WNOHANG))[0] and time.monotonic() < until:
                 time.sleep(0.01)
+            if found[0] and (code := os.waitstatus_to_exitcode(found[1])):
+                _log.error("the process that starts workers ended", extra={"pid": self.pid, "code": code})
 
 
 def _gone() -> NurseryGoneError:
@@ -208,7 +210,9 @@ def _receive(end: socket.socket) -> dict[str, Any] | None:
 
 
 def _tell(end: socket.socket, told: dict[str, object]) -> None:
-    with contextlib.suppress(OSError):  # the service is gone: the next read says so
+    # The service is gone: the next read says so. Any other error ends us: a worker whose end the service is
+    # not told would stay away, and nobody would miss it.
+    with contextlib.suppress(ConnectionError):
         end.send(json.dumps(told).encode())
 
 

@@ -68,6 +68,10 @@ class Workers:
         self._stop_timeout = stop_timeout
         self._workers: dict[str, _Worker] = {}
 
+    def look(self) -> None:
+        """Raise NurseryGoneError where no worker could be started any more, whether or not one is wanted."""
+        self._nursery.listen()
+
     def sync(self, wanted: Iterable[str]) -> list[str]:
         """Start what is missing, stop what is not wanted; returns those that ended since the last call."""
         now, wanted = time.monotonic(), set(wanted)
@@ -76,6 +80,7 @@ class Workers:
             worker = self._workers[chain]
             if worker.process is not None and (code := worker.process.poll()) is not None:
                 ended.append(chain)
+                shared_metrics.worker_ended(chain)  # before it starts again: it would lose its new files
                 self._note_end(chain, worker, code, now, wanted=chain in wanted)
             if worker.process is not None and (chain not in wanted or worker.end_by is not None):
                 self._end(chain, worker, worker.process, now)
@@ -133,7 +138,8 @@ class Workers:
         """SIGTERM all, wait `stop_timeout` seconds, SIGKILL the rest. True when all ended by themselves."""
         try:
             return self._stop()
-        except NurseryGoneError:  # its end ends them, and nobody is left who would tell
+        except NurseryGoneError as gone:  # its end ends them, and nobody is left who would tell
+            _log.error("%s", gone.message)
             return False
         finally:
             self._nursery.close()
