@@ -289,6 +289,21 @@ def test_nothing_outlives_a_service_whose_part_is_killed(service: Service, victi
     assert (len(gone), left) == (3, [])
 
 
+def test_a_stop_whose_orders_are_not_taken_at_first_is_still_in_order(service: Service) -> None:
+    stopped = service.run("""
+        workers.sync(["one"])
+        until(lambda: there("one"))
+        os.kill(begun.pid, signal.SIGSTOP)
+        try:
+            while True:
+                begun.order({"signal": 0, "number": 0})
+        except BlockingIOError:
+            threading.Timer(0.2, os.kill, (begun.pid, signal.SIGCONT)).start()
+        print(json.dumps(workers.stop()))
+    """)
+    assert stopped is True
+
+
 def test_a_dead_nursery_is_noticed_without_a_worker(service: Service) -> None:
     noticed = service.run("""
         os.kill(begun.pid, signal.SIGKILL)

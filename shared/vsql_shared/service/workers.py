@@ -24,6 +24,8 @@ _log = logging.getLogger(__name__)
 _HEALTHY_AFTER = 60.0
 # Seconds in which the kernel has ended a killed worker.
 _KILLED_WITHIN = 30.0
+# Seconds before an order that was not taken is sent again.
+_AGAIN_SECONDS = 0.05
 # Doublings of a pause that are counted; any bound is reached before.
 _DOUBLINGS = 32
 
@@ -148,9 +150,12 @@ class Workers:
         alive = [
             w.process for w in self._workers.values() if w.process is not None and w.process.poll() is None
         ]
-        for process in alive:
-            _send(process, signal.SIGTERM)
         deadline = time.monotonic() + self._stop_timeout
+        unsent = alive
+        while unsent := [process for process in unsent if not _send(process, signal.SIGTERM)]:
+            if time.monotonic() > deadline:
+                break
+            self._nursery.listen(_AGAIN_SECONDS)
         graceful = True
         for process in alive:
             if not process.wait(max(0.1, deadline - time.monotonic())):
@@ -161,7 +166,9 @@ class Workers:
         return graceful
 
 
-def _send(process: Child, number: signal.Signals) -> None:
-    """Where the nursery takes no order now, the next turn sends it again."""
+def _send(process: Child, number: signal.Signals) -> bool:
+    """Whether the nursery took the order; where not, it is to be sent again."""
     with contextlib.suppress(OSError):
         process.send_signal(number)
+        return True
+    return False
