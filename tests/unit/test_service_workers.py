@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from tests.waiting import until
+from vsql_shared.errors import EnvironmentFault
 from vsql_shared.service.workers import pause_after
 
 # What the nursery imports. Its worker does what its stream is called.
@@ -174,6 +175,27 @@ def test_a_fork_the_system_refuses_is_told_each_time(service: Service) -> None:
         print(json.dumps(found))
     """)
     assert found == [[os.EX_OSERR], [os.EX_OSERR]]
+
+
+def test_a_service_that_may_not_fork_says_what_to_look_at(tmp_path: Path) -> None:
+    lines = """
+        import sys
+        from vsql_shared.service.main import service_main
+        import limited
+        sys.exit(service_main("producer", "a_package", print, []))
+    """
+    (tmp_path / "limited.py").write_text(LIMITED)
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(lines)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == EnvironmentFault.exit_code
+    assert "no process that starts workers can be had: Resource temporarily unavailable" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_exit_codes_and_signals_are_told_as_they_were(service: Service) -> None:

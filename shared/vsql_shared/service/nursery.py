@@ -30,7 +30,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vsql_shared.errors import VsqlSyncError
+from vsql_shared.errors import EnvironmentFault, VsqlSyncError
 from vsql_shared.observe.process import die_with_parent
 from vsql_shared.observe.title import show_as
 
@@ -134,10 +134,16 @@ def _gone() -> NurseryGoneError:
 
 def begin(package: str, modules: Sequence[str], argv: Sequence[str]) -> Nursery | list[str]:
     """Fork the nursery. Returns it in the service, and its arguments in each worker; never in the nursery."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     service = os.getpid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_WORKERS)
-    pid = os.fork()
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_WORKERS)
+        pid = os.fork()
+    except OSError as error:
+        raise EnvironmentFault(
+            f"no process that starts workers can be had: {error.strerror}",
+            hint="look at the limits of processes and memory of this container or user",
+        ) from error
     if pid:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_WORKERS)
         theirs.close()
