@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from tests.waiting import until
+from vsql_shared.errors import EnvironmentFault
 from vsql_shared.service.workers import pause_after
 
 # What the nursery imports. Its worker does what its stream is called.
@@ -38,6 +39,10 @@ def run(argv):
     new = pathlib.Path(__file__).with_name(f"new-{os.getpid()}")
     new.write_text(__import__("json").dumps(state))
     new.rename(new.with_name(name + ".json"))
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        from vsql_shared.observe import shared_metrics
+        slot = shared_metrics.current_slot()
+        pathlib.Path(os.environ["PROMETHEUS_MULTIPROC_DIR"], f"gauge_livesum_{slot}.db").touch()
     if name.startswith("exit "):
         return int(name[5:])
     if name == "raises":
@@ -172,6 +177,27 @@ def test_a_fork_the_system_refuses_is_told_each_time(service: Service) -> None:
     assert found == [[os.EX_OSERR], [os.EX_OSERR]]
 
 
+def test_a_service_that_may_not_fork_says_what_to_look_at(tmp_path: Path) -> None:
+    lines = """
+        import sys
+        from vsql_shared.service.main import service_main
+        import limited
+        sys.exit(service_main("producer", "a_package", print, []))
+    """
+    (tmp_path / "limited.py").write_text(LIMITED)
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(lines)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == EnvironmentFault.exit_code
+    assert "no process that starts workers can be had: Resource temporarily unavailable" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def test_exit_codes_and_signals_are_told_as_they_were(service: Service) -> None:
     codes = service.run("""
         found = codes("exit 0", "exit 4", "raises", "killed")
@@ -283,6 +309,54 @@ def test_nothing_outlives_a_service_whose_part_is_killed(service: Service, victi
     assert out.strip() == ("false" if victim == "nursery" else ""), "its workers were not stopped by it"
     gone, left = psutil.wait_procs([nursery, *started], timeout=10)
     assert (len(gone), left) == (3, [])
+
+
+def test_a_stop_whose_orders_are_not_taken_at_first_is_still_in_order(service: Service) -> None:
+    stopped = service.run("""
+        workers.sync(["one"])
+        until(lambda: there("one"))
+        os.kill(begun.pid, signal.SIGSTOP)
+        try:
+            while True:
+                begun.order({"signal": 0, "number": 0})
+        except BlockingIOError:
+            threading.Timer(0.2, os.kill, (begun.pid, signal.SIGCONT)).start()
+        print(json.dumps(workers.stop()))
+    """)
+    assert stopped is True
+
+
+def test_a_dead_nursery_is_noticed_without_a_worker(service: Service) -> None:
+    noticed = service.run("""
+        os.kill(begun.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, begun.pid, os.WEXITED | os.WNOWAIT)
+        try:
+            workers.look()
+            noticed = False
+        except NurseryGoneError:
+            noticed = True
+        workers.stop()
+        print(json.dumps(noticed))
+    """)
+    assert noticed is True
+
+
+def test_a_worker_that_starts_again_at_once_keeps_its_present_values(service: Service) -> None:
+    """`exit 0` starts again in the very turn that sees its end: what goes is of the one that ended."""
+    found = service.run("""
+        from vsql_shared.observe import shared_metrics
+        place = shared_metrics.begin() / f"gauge_livesum_{shared_metrics.file_name_of('exit 0')}.db"
+        workers.sync(["exit 0"])
+        until(lambda: not workers.running()["exit 0"])
+        first = place.stat().st_ino
+        place.with_name("kept").hardlink_to(place)
+        found = [workers.sync(["exit 0"])]
+        until(lambda: not workers.running()["exit 0"])
+        found += [place.exists() and place.stat().st_ino != first, workers.sync([]), place.exists()]
+        workers.stop()
+        print(json.dumps(found))
+    """)
+    assert found == [["exit 0"], True, ["exit 0"], False]
 
 
 def test_a_signal_to_the_whole_group_stops_in_order(service: Service) -> None:

@@ -17,6 +17,8 @@ _PR_SET_MM_MAP = 14
 # Fields of /proc/self/stat as proc(5) counts them.
 _START_CODE, _END_CODE, _START_STACK, _START_DATA, _END_DATA, _START_BRK = 26, 27, 28, 45, 46, 47
 _ENV_START, _ENV_END = 50, 51
+# Where struct prctl_mm_map has the heap's end.
+_BRK = 5
 # The executable stays: -1 as an unsigned half of the last word, beside no auxiliary vector.
 _SAME_EXECUTABLE = 0xFFFFFFFF << 32
 
@@ -38,11 +40,22 @@ def show_as(words: Sequence[str]) -> bool:
         rest = (here[_START_STACK], start, start + len(text), here[_ENV_START], here[_ENV_END], 0)
     except (OSError, ValueError, KeyError):
         return False
-    library = ctypes.CDLL(None, use_errno=True)
-    library.sbrk.restype = ctypes.c_void_p
-    places = (ctypes.c_uint64 * 13)(*code, library.sbrk(0), *rest, _SAME_EXECUTABLE)
-    size = ctypes.c_ulong(ctypes.sizeof(places))
-    told = library.prctl(_PR_SET_MM, ctypes.c_ulong(_PR_SET_MM_MAP), ctypes.byref(places), size, 0)
-    if told == 0:
+    places = (ctypes.c_uint64 * 13)(*code, 0, *rest, _SAME_EXECUTABLE)
+    told = _tell_kernel(places)
+    if told:
         _shown[:] = [buffer]
-    return bool(told == 0)
+    return told
+
+
+def _tell_kernel(places: ctypes.Array[ctypes.c_uint64]) -> bool:
+    """Fill in where the heap ends, at the last moment: memory taken in between would make it untrue."""
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+        sbrk, prctl = library.sbrk, library.prctl
+    except (OSError, AttributeError):
+        return False
+    sbrk.argtypes, sbrk.restype = [ctypes.c_ssize_t], ctypes.c_size_t
+    prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong]
+    arguments = (_PR_SET_MM, _PR_SET_MM_MAP, ctypes.addressof(places), ctypes.sizeof(places), 0)
+    places[_BRK] = sbrk(0)
+    return bool(prctl(*arguments) == 0)

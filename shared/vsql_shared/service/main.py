@@ -53,12 +53,12 @@ def service_main(
     args = parser.parse_args(argv)
     hardening = harden()
     nursery: Nursery | None = None
-    if not args.chain:
-        begun = begin(package, modules, argv)
-        if isinstance(begun, list):  # from here on this process is a worker
-            return service_main(role, package, run_worker, begun, run_member=run_member)
-        nursery = begun
     try:
+        if not args.chain:
+            begun = begin(package, modules, argv)
+            if isinstance(begun, list):  # from here on this process is a worker
+                return service_main(role, package, run_worker, begun, run_member=run_member)
+            nursery = begun
         settings = load_settings(args.config)
         check_files(settings)
         require_built(settings)

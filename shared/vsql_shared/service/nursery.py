@@ -30,7 +30,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vsql_shared.errors import VsqlSyncError
+from vsql_shared.errors import EnvironmentFault, VsqlSyncError
 from vsql_shared.observe.process import die_with_parent
 from vsql_shared.observe.title import show_as
 
@@ -116,12 +116,14 @@ class Nursery:
             del self._children[told["number"]]
 
     def close(self) -> None:
-        """End it, and see its end, so that nothing outlives the service."""
+        """End it, and see its end, so that nothing outlives the service; say it where it is a strange one."""
         self._end.close()
         until = time.monotonic() + _ENDS_WITHIN_SECONDS
         with contextlib.suppress(ChildProcessError):
-            while not os.waitpid(self.pid, os.WNOHANG)[0] and time.monotonic() < until:
+            while not (found := os.waitpid(self.pid, os.WNOHANG))[0] and time.monotonic() < until:
                 time.sleep(0.01)
+            if found[0] and (code := os.waitstatus_to_exitcode(found[1])):
+                _log.error("the process that starts workers ended", extra={"pid": self.pid, "code": code})
 
 
 def _gone() -> NurseryGoneError:
@@ -132,10 +134,16 @@ def _gone() -> NurseryGoneError:
 
 def begin(package: str, modules: Sequence[str], argv: Sequence[str]) -> Nursery | list[str]:
     """Fork the nursery. Returns it in the service, and its arguments in each worker; never in the nursery."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     service = os.getpid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_WORKERS)
-    pid = os.fork()
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_WORKERS)
+        pid = os.fork()
+    except OSError as error:
+        raise EnvironmentFault(
+            f"no process that starts workers can be had: {error.strerror}",
+            hint="look at the limits of processes and memory of this container or user",
+        ) from error
     if pid:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_WORKERS)
         theirs.close()
@@ -208,7 +216,9 @@ def _receive(end: socket.socket) -> dict[str, Any] | None:
 
 
 def _tell(end: socket.socket, told: dict[str, object]) -> None:
-    with contextlib.suppress(OSError):  # the service is gone: the next read says so
+    # The service is gone: the next read says so. Any other error ends us: a worker whose end the service is
+    # not told would stay away, and nobody would miss it.
+    with contextlib.suppress(ConnectionError):
         end.send(json.dumps(told).encode())
 
 

@@ -9,6 +9,8 @@ It replicates nothing itself. Rules:
   server may hold the old session as long as it has not noticed its end.
 * The database going away stops no worker (they retry by themselves); the lock is taken again when it is back.
 * SIGTERM or SIGINT stops all workers gracefully, then itself.
+* Where no worker can be started any more (0024), it ends at once, also while it has none or stands by: who
+  starts it again must not find that out when the workers are needed.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from typing import TYPE_CHECKING, Literal
 
 from vsql_shared import names
 from vsql_shared.errors import DatabaseError, RefusedError, TransientError, VsqlSyncError
-from vsql_shared.observe import shared_metrics
 from vsql_shared.pg.connect import Connection, connect, errors
 from vsql_shared.service.auditor import Auditor
 from vsql_shared.service.stopping import set_on_signals
@@ -86,8 +87,8 @@ class Supervisor:
                 if not self._settings.audit.signs and self._last_seen - warned > (_UNSIGNED_WARNING_SECONDS):
                     warned = self._last_seen
                     _log.warning("dev mode without a signing key: audit entries are NOT signed")
-                for chain in self._turn():
-                    shared_metrics.worker_ended(chain)
+                self._workers.look()
+                self._turn()
                 self._stop.wait(_POLL_SECONDS)
         finally:
             _log.info("stopping: workers finish their batch")
@@ -98,7 +99,7 @@ class Supervisor:
                     connection.close()
         return 0 if graceful else 1
 
-    def _turn(self) -> list[str]:
+    def _turn(self) -> None:
         try:
             if self._connection is None:
                 self._connection = self._connect()
@@ -106,7 +107,8 @@ class Supervisor:
             wanted += self._read_members(self._connection)
         except VsqlSyncError as error:
             if isinstance(error, AlreadyRunningError) and self._settings.server.standby:
-                return self._stand_by(error)
+                self._stand_by(error)
+                return
             # Also what only an operator can mend: the service stays, says so, and goes on when it is mended.
             # And a lock that our own last session holds, as long as the server has not noticed its end.
             if self._not_ready != [str(error)]:
@@ -116,22 +118,20 @@ class Supervisor:
                 self._connection.close()
                 self._connection = None
             self._stop.wait(min(self._settings.limits.retry_backoff_ms / 1000 * 5, 5.0))
-            return []
-        ended = self._workers.sync(wanted)
+            return
+        self._workers.sync(wanted)
         running = self._workers.running()
         troubles += [f"{chain}: its worker is not running" for chain in wanted if not running.get(chain)]
         self._not_ready = troubles
-        return ended
 
-    def _stand_by(self, why: AlreadyRunningError) -> list[str]:
-        """Run no worker until the lock is free, but members; returns those that ended."""
+    def _stand_by(self, why: AlreadyRunningError) -> None:
+        """Run no worker until the lock is free, but members."""
         said = [f"standing by: {why.message}"]
         if self._not_ready != said:
             _log.info("%s", said[0])
         self._not_ready = said
-        ended = self._workers.sync(self._members_beside_another())
+        self._workers.sync(self._members_beside_another())
         self._stop.wait(_STANDBY_SECONDS)
-        return ended
 
     def _members_beside_another(self) -> list[str]:
         """The members this service adds to the streams of the one that is at work."""

@@ -24,6 +24,8 @@ _log = logging.getLogger(__name__)
 _HEALTHY_AFTER = 60.0
 # Seconds in which the kernel has ended a killed worker.
 _KILLED_WITHIN = 30.0
+# Seconds before an order that was not taken is sent again.
+_AGAIN_SECONDS = 0.05
 # Doublings of a pause that are counted; any bound is reached before.
 _DOUBLINGS = 32
 
@@ -68,6 +70,10 @@ class Workers:
         self._stop_timeout = stop_timeout
         self._workers: dict[str, _Worker] = {}
 
+    def look(self) -> None:
+        """Raise NurseryGoneError where no worker could be started any more, whether or not one is wanted."""
+        self._nursery.listen()
+
     def sync(self, wanted: Iterable[str]) -> list[str]:
         """Start what is missing, stop what is not wanted; returns those that ended since the last call."""
         now, wanted = time.monotonic(), set(wanted)
@@ -76,6 +82,7 @@ class Workers:
             worker = self._workers[chain]
             if worker.process is not None and (code := worker.process.poll()) is not None:
                 ended.append(chain)
+                shared_metrics.worker_ended(chain)  # before it starts again: it would lose its new files
                 self._note_end(chain, worker, code, now, wanted=chain in wanted)
             if worker.process is not None and (chain not in wanted or worker.end_by is not None):
                 self._end(chain, worker, worker.process, now)
@@ -133,7 +140,8 @@ class Workers:
         """SIGTERM all, wait `stop_timeout` seconds, SIGKILL the rest. True when all ended by themselves."""
         try:
             return self._stop()
-        except NurseryGoneError:  # its end ends them, and nobody is left who would tell
+        except NurseryGoneError as gone:  # its end ends them, and nobody is left who would tell
+            _log.error("%s", gone.message)
             return False
         finally:
             self._nursery.close()
@@ -142,9 +150,12 @@ class Workers:
         alive = [
             w.process for w in self._workers.values() if w.process is not None and w.process.poll() is None
         ]
-        for process in alive:
-            _send(process, signal.SIGTERM)
         deadline = time.monotonic() + self._stop_timeout
+        unsent = alive
+        while unsent := [process for process in unsent if not _send(process, signal.SIGTERM)]:
+            if time.monotonic() > deadline:
+                break
+            self._nursery.listen(_AGAIN_SECONDS)
         graceful = True
         for process in alive:
             if not process.wait(max(0.1, deadline - time.monotonic())):
@@ -155,7 +166,9 @@ class Workers:
         return graceful
 
 
-def _send(process: Child, number: signal.Signals) -> None:
-    """Where the nursery takes no order now, the next turn sends it again."""
+def _send(process: Child, number: signal.Signals) -> bool:
+    """Whether the nursery took the order; where not, it is to be sent again."""
     with contextlib.suppress(OSError):
         process.send_signal(number)
+        return True
+    return False
