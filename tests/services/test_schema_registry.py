@@ -334,6 +334,12 @@ def _running(node: SourceNode) -> subprocess.Popen[bytes]:
     return worker
 
 
+def _refused(node: SourceNode) -> bool:
+    """Whether a waiting worker has said an error, and not only that it is asking."""
+    state, detail = node.state()
+    return state == "waiting" and detail["last_error_at"] is not None
+
+
 def _decoded(registry: Registry, message: bytes) -> dict[str, Any]:
     """As a tool does that knows nothing but the wire format and the registry."""
     schema = fastavro.parse_schema(json.loads(registry.schema(id_in(message))))
@@ -418,7 +424,7 @@ def test_a_registry_that_refuses_is_said_in_the_status_without_the_password_and_
             config=section(door.url, subject, f'username = "prod"\npassword = "{PASSWORD}"'),
         )
         worker = node.start()
-        node.wait(lambda: node.state()[0] == "waiting")
+        node.wait(lambda: _refused(node))
         said = str(node.state())
         assert "it answers 401" in said
         assert subject in said
@@ -523,7 +529,7 @@ def test_the_operator_registers_what_a_producer_may_not(
     with gate(registry, authorization=writes) as admins, gate(registry, authorization=reads) as readers:
         node = new_source(TABLES, ["t"], config=section(readers.url, subject, own))
         worker = node.start()
-        node.wait(lambda: node.state()[0] == "waiting")
+        node.wait(lambda: _refused(node))
         said = node.state()[1]["last_error"]
         assert f"subject {subject} does not have the schema of packs" in said
         assert "syncctl kafka schema" in said

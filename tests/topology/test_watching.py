@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import psycopg
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -86,10 +87,13 @@ def scene(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sc
     try:
         pair.a.execute(f"INSERT INTO t SELECT g, '{MARKER}' FROM generate_series(1, {COPIED}) g")
         pair.create(["t(*)"])
-        pair.start()
-        producer, consumer = Watched(pair.a, "producer"), Watched(pair.b, "consumer")
-        until(lambda: "service started" in pair.a.log_file("producer").read_text())
-        first = producer.get("/readyz")[0]
+        with psycopg.connect(pair.a.conninfo) as holding:
+            # Until somebody has looked, no worker can say that it runs.
+            holding.execute("LOCK TABLE vsql_sync.stream_status IN EXCLUSIVE MODE")
+            pair.start()
+            producer, consumer = Watched(pair.a, "producer"), Watched(pair.b, "consumer")
+            until(lambda: "service started" in pair.a.log_file("producer").read_text())
+            first = producer.get("/readyz")[0]
         pair.wait_in_step()
         pair.a.execute(f"INSERT INTO t SELECT g, '{MARKER}' FROM generate_series(1001, 3000) g")
         pair.a.execute("UPDATE t SET v = v || id WHERE id <= 1500")
