@@ -96,6 +96,10 @@ class TopicPass:
         """Whether the trail has still to get an entry that Kafka has."""
         return bool(self._ahead)
 
+    def pruned_further(self, bases: Mapping[str, Base]) -> bool:
+        """Whether a chain begins behind more entries now than when the pass began."""
+        return any(base.head.sequence > self._start(chain).sequence for chain, base in bases.items())
+
     def feed(self, trust: TrustStore, encoded: bytes, where: str) -> Named | Problem | None:
         """Take the next document: an entry to be held against the trail, a break, or nothing."""
         chain = ""
