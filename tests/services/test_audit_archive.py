@@ -486,6 +486,7 @@ def pruned(logs: Archive) -> tuple[Archive, History]:
     source = ordinary()
     made = base(source, 6)
     more = History(head=source.head)
+    more.open()
     say(more, made)
     more.batch()
     store(conn, more)
