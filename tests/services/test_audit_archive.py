@@ -888,6 +888,10 @@ def test_the_writer_holds_an_order_against_its_own_tables(logs: Archive) -> None
     with pytest.raises(RefusedError, match="cannot be pruned up to 6"):
         require_prunable(conn, LOG, mine, 0)
     conn.execute("UPDATE vsql_sync.stream_targets SET acked_sequence = 11")
+    require_prunable(conn, LOG, base(source, 11), 0)
+    note_base(conn, replace(base(source, 11), tables=()))
+    with pytest.raises(RefusedError, match="another base of 11 entries"):
+        require_prunable(conn, LOG, base(source, 11), 0)
     require_prunable(conn, LOG, mine, 0)
     signers.revoke(conn, B.fingerprint, "stolen")  # a thief would cosign whatever he is asked to
     with pytest.raises(SignatureError, match="not cosigned"):

@@ -108,6 +108,21 @@ def test_a_chain_that_is_pruned_while_it_is_read_is_no_break(said: Connection, t
     assert (state(said).verified_to, state(said).whole_to) == (SIZE, SIZE)
 
 
+def test_rows_between_a_base_and_the_size_it_is_noted_for_are_not_passed_over(said: Connection) -> None:
+    said.execute(
+        "INSERT INTO vsql_sync.audit_kept SELECT chain, sequence, event_type, source_node_id, document"
+        f" FROM {TABLE} WHERE sequence = 8"
+    )
+    said.execute(
+        "INSERT INTO vsql_sync.audit_bases (chain, size, base) VALUES (%s, 6, %s)", (CHAIN, BASE.encode())
+    )
+    as_attacker(said, f"DELETE FROM {TABLE} WHERE sequence <= 6 OR sequence = {PRUNED}")
+    as_attacker(said, f"UPDATE {TABLE} SET row_count = 99 WHERE sequence = 7")
+    found = passed(watch(said))
+    assert found
+    assert all("noted for 6 entries is of 9" in one.what for one in found), found
+
+
 def test_what_was_verified_before_and_is_pruned_now_keeps_no_service_from_going_on(said: Connection) -> None:
     watch(said, 5).turn(trust(), 0.0)
     assert state(said).verified_to == 5
@@ -142,6 +157,11 @@ def kept_twice(conn: Connection) -> None:
         "INSERT INTO vsql_sync.audit_kept SELECT chain, 3, event_type, source_node_id, document"
         " FROM vsql_sync.audit_kept"
     )
+
+
+def kept_without_document(conn: Connection) -> None:
+    conn.execute("ALTER TABLE vsql_sync.audit_kept ALTER document DROP NOT NULL")
+    altered(conn, "audit_kept", "UPDATE vsql_sync.audit_kept SET document = NULL")
 
 
 # What a superuser does to a pruned chain → the entry that is named, and words of what is said.
@@ -195,6 +215,7 @@ ATTACKS: dict[str, tuple[Callable[[Connection], object], int | None, str]] = {
         8,
         "it is not what its row says",
     ),
+    "what was kept loses its document": (kept_without_document, 8, "kept beside the trail"),
     "something is put beside what was kept": (kept_twice, 3, "it is not what its row says"),
     "nothing shows that it was archived": (
         lambda conn: altered(conn, "audit_segments", "DELETE FROM vsql_sync.audit_segments"),
@@ -270,6 +291,26 @@ def test_the_base_a_chain_says_is_known_though_its_row_was_altered(said: Connect
     with pytest.raises(DecodeError):
         said_base(said, trust(), LOG)
     assert signed_base(said, trust(B), LOG) is None  # nobody known has signed it
+
+
+def test_a_copy_of_an_entry_that_says_a_base_says_none(said: Connection) -> None:
+    said.execute(
+        "INSERT INTO vsql_sync.audit_kept SELECT chain, 99, event_type, source_node_id, document"
+        f" FROM {TABLE} WHERE event_type = 'trail_pruned'"
+    )
+    as_attacker(said, f"DELETE FROM {TABLE} WHERE event_type = 'trail_pruned'")
+    assert signed_base(said, trust(), LOG) is None
+
+
+def test_a_document_that_was_made_null_keeps_neither_trail_nor_topic_from_being_read(
+    pruned: Connection, kafka: Kafka, tmp_path: Path
+) -> None:
+    pruned.execute(f"ALTER TABLE {TABLE} ALTER document DROP NOT NULL")
+    as_attacker(pruned, f"UPDATE {TABLE} SET document = NULL WHERE sequence = 12")
+    published(kafka, audit_topic(CLUSTER), HISTORY.documents[PRUNED:])
+    settings = settings_for(tmp_path, kafka.bootstrap_servers)
+    assert 12 in [one.sequence for one in read_whole(pruned, settings, step=10.0)]
+    assert [one.sequence for one in passed(watch(pruned))] == [12]
 
 
 def test_verify_says_what_the_archive_does_not_cover(pruned: Connection) -> None:

@@ -10,9 +10,9 @@ from tests.audit_history import A, History, ordinary
 from tests.audit_segments import base, head_at
 from tests.unit.sealed_chain import AUDIT, CHAIN, CLUSTER, KEYS, ORIGIN, SealedChain, kek, rows
 from vsql_consumers.unseal import Announcements
-from vsql_shared.audit.dsse import document_hash, sign_document
+from vsql_shared.audit.dsse import SignedDocument, document_hash, sign_document
 from vsql_shared.audit.entries import TRAIL_PRUNED, canonical_json
-from vsql_shared.audit.told import SaidBases, ToldHead
+from vsql_shared.audit.told import MAX_STARTS, SaidBases, ToldHead
 from vsql_shared.crypto.announce import MEDIA_TYPE, KeyRing, encode_announcement
 from vsql_shared.crypto.signing import PinnedKey, TrustStore
 from vsql_shared.errors import ChainError, SignatureError
@@ -112,9 +112,9 @@ def revoked(seen: int = SEEN) -> PinnedKey:
     return PinnedKey("node-a", A.public_key, A.fingerprint, True, None, {HISTORY.chain: seen})
 
 
-def held(documents: list[bytes], sequence: int, told: bytes) -> ToldHead:
+def held(documents: list[bytes], sequence: int, told: bytes, seen: int = SEEN) -> ToldHead:
     """What `syncctl key trust` reads, in both its passes."""
-    named = "shop", HISTORY.chain, [revoked()], A.fingerprint, sequence
+    named = "shop", HISTORY.chain, [revoked(seen)], A.fingerprint, sequence
     bases = SaidBases(*named)
     for offset, document in enumerate(documents):
         bases.feed(document, f"audit/0/{offset}")
@@ -151,6 +151,39 @@ def test_a_base_a_thief_makes_leads_to_no_told_entry_and_keeps_nobody_from_it() 
     held(documents, len(HISTORY.entries), HISTORY.head.entry_hash).require()
     with pytest.raises(ChainError):
         held([*thief.documents, *HISTORY.documents[10:]], len(HISTORY.entries), HISTORY.head.entry_hash)
+
+
+def test_a_base_above_what_this_node_had_seen_proves_nothing_of_what_lies_between() -> None:
+    """A thief's entries behind the seen ones, then genuine ones again: who goes on from 4 would read his."""
+    thief = History(head=head_at(HISTORY, 4))
+    thief.open(9)
+    thief.batch(77)
+    thief.add(**_SAID, detail=canonical_json(base(HISTORY, 9).detail()))
+    documents = [*HISTORY.documents[:4], *thief.documents, *HISTORY.documents[9:]]
+    with pytest.raises(ChainError):
+        held(documents, len(HISTORY.entries), HISTORY.head.entry_hash, seen=4).require()
+    with pytest.raises(ChainError):
+        held(HISTORY.documents[6:], len(HISTORY.entries), HISTORY.head.entry_hash, seen=5).require()
+    held(HISTORY.documents[6:], len(HISTORY.entries), HISTORY.head.entry_hash, seen=6).require()
+
+
+def test_many_bases_of_a_thief_are_not_all_tried_and_displace_none_said_before() -> None:
+    thief = History(head=HISTORY.head)
+    thief.open()
+    for number in range(2 * MAX_STARTS):
+        made = replace(BASE, head=replace(BASE.head, timeline=number + 2))
+        thief.add(**_SAID, detail=canonical_json(made.detail()))
+    bases = SaidBases("shop", HISTORY.chain, [revoked()], A.fingerprint, 100)
+    for document in [*HISTORY.documents[6:], *thief.documents]:
+        bases.feed(document, "audit/0/1")
+    assert bases.starts[0] == BASE.head
+    assert len(bases.starts) == MAX_STARTS
+
+
+def test_a_document_of_another_kind_with_the_chain_s_name_in_it_keeps_nobody_from_the_told_entry() -> None:
+    payload = SignedDocument.decode(HISTORY.documents[0]).payload
+    strange = SignedDocument("application/x", payload, "", b"").encode()
+    held([strange, *HISTORY.documents], len(HISTORY.entries), HISTORY.head.entry_hash).require()
 
 
 def test_data_keys_of_entries_that_still_count_are_read_although_their_announcer_was_revoked() -> None:

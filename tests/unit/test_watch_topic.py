@@ -452,3 +452,17 @@ def test_a_loser_of_a_race_below_the_base_counts_for_nothing() -> None:
     loser = History(head=base(SOURCE, 3).head)
     loser.open(9)
     assert read_pruned([*PRUNED.documents[:4], *loser.documents, *PRUNED.documents[4:]]) == []
+
+
+@pytest.mark.parametrize(
+    ("now", "further"),
+    [
+        ({CHAIN: base(SOURCE, 5)}, True),
+        ({CHAIN: BASE}, False),
+        ({CHAIN: base(SOURCE, 3)}, False),
+        ({}, False),
+    ],
+    ids=["higher", "the same", "an older one", "none"],
+)
+def test_only_a_higher_base_gives_up_what_a_pass_found(now: dict[str, Base], further: bool) -> None:
+    assert reading_from(BASE).pruned_further(now) is further

@@ -33,11 +33,11 @@ def base_of(conn: Connection, log: Log) -> Base | None:
     """
     with errors("looking where a chain begins"):
         row = conn.execute(
-            "SELECT b.base FROM vsql_sync.audit_bases b WHERE b.chain = %(chain)s AND b.size + 1 ="
+            "SELECT b.size, b.base FROM vsql_sync.audit_bases b WHERE b.chain = %(chain)s AND b.size + 1 ="
             " (SELECT min(sequence) FROM vsql_sync.vsql_sync_audit WHERE chain = %(chain)s)",
             {"chain": log.chain},
         ).fetchone()
-    return None if row is None else _verified(conn, log, str(row[0]))
+    return None if row is None else _verified(conn, log, int(row[0]), str(row[1]))
 
 
 def said_base(conn: Connection, trust: TrustStore, log: Log) -> Base | None:
@@ -64,15 +64,19 @@ def _said(conn: Connection, trust: TrustStore, log: Log) -> Iterator[Base]:
     """The bases that entries by the chain's writer say, the last one first; others count for nothing."""
     with errors("looking where a chain says it was pruned"):
         rows = conn.execute(
-            "SELECT document FROM vsql_sync.audit_documents WHERE chain = %s AND event_type = %s"
+            "SELECT sequence, document FROM vsql_sync.audit_documents WHERE chain = %s AND event_type = %s"
             " ORDER BY sequence DESC",
             (log.chain, TRAIL_PRUNED),
         ).fetchall()
-    for (document,) in rows:
+    for sequence, document in rows:
         try:
-            payload = open_document(trust, writer_of(log.chain), bytes(document), AUDIT_ENTRY, signed_place)
+            encoded = bytes(document or b"")
+            payload = open_document(trust, writer_of(log.chain), encoded, AUDIT_ENTRY, signed_place)
             entry = AuditEntry.decode(payload)
-            base = base_in(entry) if (entry.cluster, entry.chain) == log else None
+            # A copy of an older one, put behind the last, is not the last.
+            base = (
+                base_in(entry) if (entry.cluster, entry.chain, entry.sequence) == (*log, sequence) else None
+            )
         except (DecodeError, SignatureError):
             continue
         if base is not None:
@@ -85,12 +89,15 @@ def base_at(conn: Connection, log: Log, size: int) -> Base | None:
         row = conn.execute(
             "SELECT base FROM vsql_sync.audit_bases WHERE (chain, size) = (%s, %s)", (log.chain, size)
         ).fetchone()
-    return None if row is None else _verified(conn, log, str(row[0]))
+    return None if row is None else _verified(conn, log, size, str(row[0]))
 
 
-def _verified(conn: Connection, log: Log, text: str) -> Base:
+def _verified(conn: Connection, log: Log, size: int, text: str) -> Base:
     base = Base.decode(text)
     base.verify(log, pinned(conn))
+    if base.head.sequence != size:
+        # Else rows between the two would be read by nobody.
+        raise ChainError(f"the base of {log.chain} noted for {size} entries is of {base.head.sequence}")
     return base
 
 

@@ -33,7 +33,8 @@ class Wrong(NamedTuple):
 class KeptSoFar(NamedTuple):
     """How far what is kept of a pruned chain was verified."""
 
-    sequence: int | None = None
+    next: int = -(1 << 63)
+    """Whatever is put there is read: no entry has this place."""
     kept: Kept = NOTHING_KEPT
     ended: bool = False
 
@@ -48,28 +49,28 @@ def kept_from(
     with errors("reading what is kept beside the trail"):
         rows = conn.execute(
             "SELECT sequence, event_type, source_node_id, document FROM vsql_sync.audit_kept"
-            " WHERE chain = %(chain)s AND (%(after)s::bigint IS NULL OR sequence > %(after)s::bigint)"
-            " ORDER BY sequence LIMIT %(limit)s",
-            {"chain": log.chain, "after": before.sequence, "limit": limit},
+            " WHERE chain = %s AND sequence >= %s ORDER BY sequence LIMIT %s",
+            (log.chain, before.next, limit),
         ).fetchall()
     pruned = 0 if base is None else base.head.sequence
-    kept, last = before.kept, before.sequence
+    kept, following = before.kept, before.next
     for sequence, event_type, source, document in rows:
+        encoded = bytes(document or b"")
         try:
-            payload = open_document(trust, log.writer, bytes(document), AUDIT_ENTRY, signed_place)
+            payload = open_document(trust, log.writer, encoded, AUDIT_ENTRY, signed_place)
             entry = AuditEntry.decode(payload)
         except (DecodeError, SignatureError) as error:
             return Wrong(sequence, f"kept beside the trail: {error.message}")
         found = (entry.cluster, entry.chain, entry.sequence, entry.event_type, entry.source_node_id)
         if found != (*log, sequence, event_type, source) or sequence > pruned:
             return Wrong(sequence, "kept beside the trail: it is not what its row says")
-        kept, last = kept.take(document_hash(bytes(document))), sequence
+        kept, following = kept.take(document_hash(encoded)), sequence + 1
     if len(rows) == limit:
-        return KeptSoFar(last, kept)
+        return KeptSoFar(following, kept)
     if base is not None and kept != base.kept:
         what = f"{kept.count} entries are kept beside the trail, not the {base.kept.count} the chain says"
         return Wrong(pruned, what)
-    return KeptSoFar(last, kept, ended=True)
+    return KeptSoFar(following, kept, ended=True)
 
 
 def unsaid(size: int) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vsql_shared.audit.archive import Node, Row, before, needed_until, read_back, rows_of
 from vsql_shared.audit.base import GONE, Base, Kept
-from vsql_shared.audit.bases import base_of, start_of
+from vsql_shared.audit.bases import base_at, base_of, start_of
 from vsql_shared.audit.chain import EMPTY_HEAD
 from vsql_shared.audit.cosigned import cosigners
 from vsql_shared.audit.dsse import document_hash
@@ -227,6 +227,9 @@ def require_prunable(conn: Connection, log: Log, base: Base, online_months: int)
         raise RefusedError(f"the batches up to entry {size} of chain {log.chain} name other tables")
     if base.kept != kept_at(conn, log, size):
         raise RefusedError(f"other entries up to {size} of chain {log.chain} are to be kept")
+    if base_at(conn, log, size) not in (None, base):
+        # The entry would stand beside a base it does not say, and the pruned chain begin at that one.
+        raise RefusedError(f"another base of {size} entries of chain {log.chain} is noted already")
     found = limits(conn, log.chain) | young(conn, log.chain, online_months)
     why = min(found, key=lambda one: found[one])
     if size > found[why]:

@@ -5,8 +5,10 @@ it stopped, is refused there for good; its later entries, by a new key, link to 
 last genuine entry's number and hash from the node itself, by a way that is not Kafka, can hold what lies in
 Kafka against them: linked hashes make everything before it genuine, too.
 
-Of a chain that was pruned Kafka has no beginning. It may begin behind any base an entry of it says, whoever
-made that: one from which the chain does not lead to the told entry, hash by hash, proves nothing either.
+Of a chain that was pruned Kafka has no beginning. It may begin behind a base an entry of it says, whoever
+made that: one from which the chain does not lead to the told entry, hash by hash, proves nothing either. Nor
+does one above what this node had seen: of the entries between the two nothing would be proven, and what a
+thief puts in their place would be trusted with them.
 
 Not here: reading Kafka and changing what is trusted. Pure. Rule: a chain that does not lead to exactly this
 entry proves nothing, whatever is in it.
@@ -25,6 +27,9 @@ from vsql_shared.audit.entries import TRAIL_PRUNED, AuditEntry, peek_chain, sign
 from vsql_shared.crypto.signing import PinnedKey, TrustStore
 from vsql_shared.errors import ChainError, DecodeError, SignatureError
 
+MAX_STARTS = 16
+"""Bases that are tried, those that came first; a chain has one or two of them on the topic."""
+
 
 def _trusting(keys: Iterable[PinnedKey], fingerprint: str, chain: str, sequence: int) -> TrustStore:
     """These keys, and this one as far as was told."""
@@ -42,22 +47,24 @@ class SaidBases:
     def __init__(
         self, cluster: str, chain: str, keys: Iterable[PinnedKey], fingerprint: str, sequence: int
     ) -> None:
-        self._log, self._sequence = Log(cluster, chain), sequence
-        self._trust = _trusting(keys, fingerprint, chain, sequence)
+        pins = tuple(keys)
+        seen = [key.trusted_to.get(chain, 0) for key in pins if key.fingerprint == fingerprint]
+        self._log, self._highest = Log(cluster, chain), min(max(seen, default=0), sequence - 1)
+        self._trust = _trusting(pins, fingerprint, chain, sequence)
         self.starts: list[ChainHead] = []
         """Heads before the first entry that must be there, each once, as they came."""
 
     def feed(self, encoded: bytes, where: str) -> None:  # noqa: ARG002 - what reads the topic gives it
-        """Take the next document of a partition; what says no base counts for nothing."""
+        """Take the next document of a partition; what says no base this node had seen counts for nothing."""
         try:
             document = SignedDocument.decode(encoded)
             # A signature takes long, and such entries are rare.
-            if TRAIL_PRUNED.encode() not in document.payload:
+            if TRAIL_PRUNED.encode() not in document.payload or len(self.starts) >= MAX_STARTS:
                 return
             payload = verify_document(self._trust, self._log.writer, document, AUDIT_ENTRY, signed_place)
             entry = AuditEntry.decode(payload)
             base = base_in(entry) if (entry.cluster, entry.chain) == self._log else None
-            if base is None or base.head.sequence >= self._sequence or base.head in self.starts:
+            if base is None or base.head.sequence > self._highest or base.head in self.starts:
                 return
             base.require_tree(self._log)
         except (DecodeError, SignatureError, ChainError):
@@ -115,6 +122,8 @@ class ToldHead:
         except SignatureError as error:
             self._refused = self._refused or error
             return False
+        except DecodeError:
+            return False  # a document of another kind, with this chain's name in it
         if not isinstance(found, Accepted) or found.entry.sequence < self._sequence:
             return False
         if found.entry_hash != self._told:

@@ -226,7 +226,8 @@ class TrailWatch:
             self._next_chain(chain, found, broken=True)
             return
         under = self._under
-        if under is None or (base is not None and base != under.base):
+        # Bases only rise: who lets them go up and down must not keep a pass from its end.
+        if under is None or (base is not None and base.head.sequence > under.start.sequence):
             under = self._under = _Under(base, _start(base), ChainReport(chain))
         if not under.kept.ended and self._kept(chain, trust, under, found):
             return

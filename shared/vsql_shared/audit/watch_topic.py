@@ -10,9 +10,9 @@ Not here: reading Kafka (service/topic_auditor.py feeds documents), the trail by
 * What targets say of own chains in theirs is held against the trail too: the hash each acknowledgement names,
   and the newest head each target co-signed. Forged records in their names count for nothing, and what they
   say ends nothing.
-* A chain that was pruned is read from its base: what targets and the topic have from below it is compared as
-  far as the trail still has it, and what is missing there is not. The topic must say that base itself, in an
-  entry behind it: else its beginning was cut off.
+* A chain that was pruned is read from its base: what targets name from below it is compared as far as the
+  trail still has it, and what is missing there is not; the topic's own records there are passed over, as
+  readers do. The topic must say that base itself, in an entry behind it: else its beginning was cut off.
 * Neither is first for good: a producer's entry is stored right after Kafka has it, an acknowledgement is in
   Kafka right after it is stored. What only one has is looked for again before it is a break.
 """
@@ -95,6 +95,10 @@ class TopicPass:
     def waits(self) -> bool:
         """Whether the trail has still to get an entry that Kafka has."""
         return bool(self._ahead)
+
+    def pruned_further(self, bases: Mapping[str, Base]) -> bool:
+        """Whether a chain begins behind more entries now than when the pass began."""
+        return any(base.head.sequence > self._start(chain).sequence for chain, base in bases.items())
 
     def feed(self, trust: TrustStore, encoded: bytes, where: str) -> Named | Problem | None:
         """Take the next document: an entry to be held against the trail, a break, or nothing."""
