@@ -594,8 +594,10 @@ def test_a_running_service_finds_a_break_tells_it_everywhere_and_signs_it(pairs:
     (found,) = pair.a.ctl_json("status")["audit"]["breaks"]
     assert (found["source"], found["chain"], found["sequence"]) == ("trail", pair.chain, altered)
     assert "AUDIT BREAK" in pair.a.ctl("status").stdout
+    # The row comes first; the log follows, and the metric at the end of the same turn.
+    broken = f'vsql_sync_audit_chain_breaks{{node="node-a",stream="{pair.chain}"}} 1.0'
+    until(lambda: broken in metrics(pair.a), timeout=30)
     assert "the audit trail does not verify" in pair.a.log_file("producer").read_text()
-    assert f'vsql_sync_audit_chain_breaks{{node="node-a",stream="{pair.chain}"}} 1.0' in metrics(pair.a)
     acts = "SELECT count(*) FROM vsql_sync.vsql_sync_audit WHERE event_type = 'operator_action'"
     until(lambda: pair.a.query(acts) == [(1,)], timeout=30)
     # The stream itself goes on, and the target has nothing to say against it.
