@@ -40,7 +40,7 @@ from vsql_consumers.state import Stream
 from vsql_shared import failpoints, names
 from vsql_shared.audit.leaf_store import LeafKeeper
 from vsql_shared.audit.store import ensure_partitions
-from vsql_shared.crypto.signing import Signer, TrustStore
+from vsql_shared.crypto.signing import PinnedKey, Signer, TrustStore
 from vsql_shared.errors import (
     DivergedError,
     EnvironmentFault,
@@ -168,10 +168,14 @@ class Worker:
 
         The error itself is not given on: it would keep everything the pipeline held in memory.
         """
+        trusted = signers.load(conn)
         try:
             with ExitStack() as closing:
-                self._turn(self._open_pipeline(conn, stream, closing), stream, control)
+                self._turn(self._open_pipeline(conn, stream, trusted, closing), stream, control, trusted)
         except VerificationError as error:
+            if signers.load(conn) != trusted:
+                _log.info("trusted keys have changed; reading again", extra={"record": error.record})
+                return None
             self._report.failed(error)
             self._report.totals.passed(LAST_BATCH)
             return Refusal.of(error, state.load_position(conn, self._chain).head.sequence + 1)
@@ -185,11 +189,12 @@ class Worker:
             state.set_stream_state(conn, self._chain, "DIVERGED", str(error))
         return None
 
-    def _turn(self, pipeline: Pipeline, stream: Stream, control: Control) -> None:
+    def _turn(
+        self, pipeline: Pipeline, stream: Stream, control: Control, trusted: Sequence[PinnedKey]
+    ) -> None:
         conn = control.conn
         self._failures = 0
         self._report.refusal = None
-        trusted = signers.load(conn)
         say_running = "copying" if stream.kind == "copy" else "running"
 
         def tick() -> bool:
@@ -254,7 +259,9 @@ class Worker:
             control.answer(wish, ok=wish in known, message=message if wish in known else unknown)
             self._obeyed.discard(wish.id)
 
-    def _open_pipeline(self, conn: Connection, stream: Stream, closing: ExitStack) -> Pipeline:
+    def _open_pipeline(
+        self, conn: Connection, stream: Stream, trusted: Sequence[PinnedKey], closing: ExitStack
+    ) -> Pipeline:
         settings = self._settings
         cluster, node = settings.cluster.name, settings.cluster.node_name
         applying = open_applying(settings, self._chain)
@@ -264,7 +271,7 @@ class Worker:
         ensure_topic(admin, names.keys_topic(cluster), "keys", settings)
         provider = open_provider(settings.encryption.kms, strict=settings.is_prod)
         closing.callback(provider.close)
-        trust = TrustStore(signers.load(conn), allow_unsigned=not settings.is_prod)
+        trust = TrustStore(trusted, allow_unsigned=not settings.is_prod)
         client = f"vsql-sync-consumer-{self._chain}"
         source = Source(settings, client, names.group_id(cluster, self._chain, node))
         closing.callback(source.close)

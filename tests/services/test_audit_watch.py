@@ -6,12 +6,12 @@ import collections
 import json
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka import Producer
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]  # no stubs say so
 from psycopg.errors import InsufficientPrivilege
 from psycopg.types.json import Jsonb
@@ -434,10 +434,24 @@ def published(kafka: Kafka, name: str, documents: list[bytes]) -> None:
         admin.delete_topics([name])[name].result(30)
         until(lambda: name not in admin.list_topics(timeout=10).topics)
     admin.create_topics([NewTopic(name, 1)])[name].result(30)
+    # A broker under load may still answer for the topic of that name that was there before.
+    until(lambda: _ends(kafka, name) == (0, 0))
     producer = Producer({"bootstrap.servers": kafka.bootstrap_servers})
+    failed: list[object] = []
     for document in documents:
-        producer.produce(name, document)
+        producer.produce(name, document, on_delivery=lambda error, _: failed.append(error) if error else None)
     assert producer.flush(30) == 0
+    assert failed == []
+    until(lambda: _ends(kafka, name) == (0, len(documents)))
+
+
+def _ends(kafka: Kafka, name: str) -> tuple[int, int] | None:
+    """The first and the next offset, as a client sees them that knows nothing yet; None before it may."""
+    client = Consumer({"bootstrap.servers": kafka.bootstrap_servers, "group.id": "ends-of-a-test"})
+    with closing(client), suppress(KafkaException):
+        found: tuple[int, int] = client.get_watermark_offsets(TopicPartition(name, 0), timeout=10)
+        return found
+    return None
 
 
 def read_whole(conn: Connection, settings: Settings, most: int = 200, step: float = 1.0) -> list[Problem]:

@@ -112,6 +112,8 @@ def test_forged_entries_of_our_own_chain_do_not_keep_the_consumer_from_starting(
     pair.a.execute("INSERT INTO t VALUES (2, 'b')")
     pair.b.start("consumer")
     pair.wait_in_step()
+    # They follow what was applied.
+    until(lambda: len([event for event, _ in _own_entries(pair) if event == "batch_applied"]) >= 2)
     assert [batch for event, batch in _own_entries(pair) if event == "batch_applied"] == [1, 2]
     assert pair.b.ctl("audit", "verify").returncode == 0
 

@@ -138,8 +138,9 @@ def marked(pair: TwoNodes) -> tuple[int, int]:
 
 
 def decode(node: Node) -> list[str]:
-    """What was written on a node since its slot `seen` was made, in the order of its commits."""
-    return [row[0] for row in node.query("SELECT data FROM pg_logical_slot_get_changes('seen', NULL, NULL)")]
+    """What was written on a node since its slot was made, in the order of its commits."""
+    changes = "SELECT data FROM pg_logical_slot_get_changes('seen_' || current_database(), NULL, NULL)"
+    return [row[0] for row in node.query(changes)]
 
 
 def require_order(changes: list[str]) -> int:
@@ -197,7 +198,7 @@ def test_members_are_added_and_killed_under_load_and_each_row_keeps_its_order(
 ) -> None:
     pair = make(pairs)
     pair.create(["t(*)", "u(*)"], publication_args=PARTITIONED)
-    pair.b.query("SELECT pg_create_logical_replication_slot('seen', 'test_decoding')")
+    pair.b.query("SELECT pg_create_logical_replication_slot('seen_' || current_database(), 'test_decoding')")
     pair.start()
     pair.wait_in_step()
     over, made = threading.Event(), [0]

@@ -93,7 +93,7 @@ def test_columns_stay_out_and_rows_in_order_while_keks_are_rotated_and_members_k
     pair = make(pairs, CARDS)
     out = ("--pci-column", "t.pan", "--exclude-pci")
     pair.create(["t(*)"], copy=False, publication_args=(*PARTITIONED, *out))
-    pair.b.query("SELECT pg_create_logical_replication_slot('seen', 'test_decoding')")
+    pair.b.query("SELECT pg_create_logical_replication_slot('seen_' || current_database(), 'test_decoding')")
     pair.start()
     pair.wait_in_step()
     newest = ""

@@ -62,8 +62,9 @@ def _look(conn: Connection) -> tuple[NodeInfo, list[StreamStatus], _Trail]:
     from vsql_shared.pg import nodes
     from vsql_shared.pg import status as stream_status
 
+    node = nodes.local(conn)  # first: a database that is no node has none of the tables
     trail = _Trail(watch_state.progress(conn), watch_state.open_breaks(conn))
-    return nodes.local(conn), stream_status.read(conn), trail
+    return node, stream_status.read(conn), trail
 
 
 def _as_dict(node: NodeInfo, streams: Sequence[StreamStatus], trail: _Trail) -> dict[str, object]:
