@@ -171,7 +171,9 @@ def test_downloaded_segments_verify_off_line_with_public_keys_alone(logs: Archiv
     assert code == 0, err
     assert found == {
         "ok": True,
-        "chains": [{"chain": CHAIN, "segments": 2, "expired": 0, "last": 11, "cosigned": ["node-b"]}],
+        "chains": [
+            {"chain": CHAIN, "segments": 2, "expired": 0, "after": 0, "last": 11, "cosigned": ["node-b"]}
+        ],
         "problems": [],
     }
     stranger = logs.key_files("node-b", "x")[1]
@@ -184,6 +186,20 @@ def test_downloaded_segments_verify_off_line_with_public_keys_alone(logs: Archiv
     assert (code, found["chains"][0]["segments"]) == (9, 0)
     # Each is named by its place below the folder: chains' segments have the same names.
     assert found["problems"][0]["what"].startswith(f"vsql-sync-audit/{CLUSTER}/{CHAIN}/{NAMES[0]}.jsonl: ")
+
+
+def test_downloaded_segments_verify_behind_a_base_once_the_first_is_deleted(logs: Archive) -> None:
+    archived(logs)
+    folder = logs.download()
+    _first(folder).unlink()
+    assert logs.check_folder(folder)[0] == 9
+    held = logs.file("base.json")
+    held.write_text(base(ordinary(), 6).encode() + "\n")
+    code, found, err = logs.check_folder(folder, "--after", str(held))
+    assert (code, found["problems"]) == (0, []), err
+    assert [(one["segments"], one["after"], one["last"]) for one in found["chains"]] == [(1, 6, 11)]
+    code, out, _ = logs.syncctl("node-a", "audit", "archive", "--verify", "--after", str(held))
+    assert (code, out) == (2, "")
 
 
 def _first(folder: Path) -> Path:
