@@ -949,6 +949,52 @@ def test_rows_are_deleted_only_below_a_base_whose_segments_are_noted(logs: Archi
     assert check(conn).warnings == ()
 
 
+def test_a_row_that_overlaps_or_leaves_a_gap_is_refused_and_stops_no_pruning(logs: Archive) -> None:
+    archived(logs)
+    _further(logs)
+    conn, made = logs.conns["node-a"], base(ordinary(), 11)
+    roles.create(conn)
+    user = f"t_{conn.info.dbname}_segments"
+    conn.execute(f'CREATE ROLE "{user}" LOGIN IN ROLE {roles.OPERATOR}'.encode())
+    try:
+        with _as(logs, user) as operator:
+            for place in (
+                (1, 3),
+                (1, 20),
+                (4, 8),
+                (6, 6),
+                (7, 11),
+                (9, 9),
+                (11, 14),
+                (13, 14),
+                (0, 0),
+                (-5, 0),
+            ):
+                with pytest.raises(DatabaseError, match="does not adjoin"), errors("noting a segment"):
+                    operator.execute(_SAME_SEGMENT, place)
+            operator.execute(_SAME_SEGMENT, (12, 14))
+    finally:
+        conn.execute(f'DROP ROLE "{user}"'.encode())
+    note_base(conn, made)
+    assert delete(conn, made, LOG)[0] == 11
+
+
+_SAME_SEGMENT = """
+INSERT INTO vsql_sync.audit_segments (chain, first_sequence, last_sequence, bucket, object_key,
+    object_version, sha256, bytes, retain_until, head, note)
+SELECT chain, %s, %s, bucket, object_key, object_version, sha256, bytes, retain_until, head, note
+FROM vsql_sync.audit_segments WHERE first_sequence = 7"""
+
+
+def test_a_segment_whose_row_was_lost_is_noted_again_between_the_others(logs: Archive) -> None:
+    archived(logs)
+    conn = logs.conns["node-a"]
+    altered(conn, SEGMENTS, "DELETE FROM vsql_sync.audit_segments WHERE first_sequence = 1")
+    conn.execute(_SAME_SEGMENT, (1, 6))
+    covered = conn.execute("SELECT vsql_sync.archived_entries(%s, 11)", (CHAIN,)).fetchall()
+    assert covered == [(11,)]
+
+
 def test_an_operator_archives_and_only_an_administrator_prunes(logs: Archive) -> None:
     conn = logs.conns["node-a"]
     roles.create(conn)
