@@ -118,13 +118,13 @@ class Coordination:
             has = {share: one.member for share, one in shares.load(self._conn, self._chain).items()}
             wanted = assign(has, there)
             changes = {share: member for share, member in wanted.items() if has[share] != member}
-            shares.give(self._conn, self._chain, changes)
-        if changes or there != self._said:
+            moved = shares.give(self._conn, self._chain, changes)
+        if moved or there != self._said:
             level = logging.INFO if there else logging.WARNING
             text = (
                 "members" if there else "no member is there: nothing is applied until one is (apply.members)"
             )
-            _log.log(level, text, extra={"members": there, "moved": len(changes), "shares": len(has)})
+            _log.log(level, text, extra={"members": there, "moved": moved, "shares": len(has)})
         self._said = there
 
     def take(self, group: Group, totals: Totals) -> None:

@@ -92,15 +92,17 @@ def ensure(conn: Connection, chain: str, wanted: Iterable[int]) -> None:
         )
 
 
-def give(conn: Connection, chain: str, changes: Mapping[int, int | None]) -> None:
-    """Give shares to members; those whose rows are being applied stay where they are."""
+def give(conn: Connection, chain: str, changes: Mapping[int, int | None]) -> int:
+    """Give shares to members; those whose rows are being applied stay where they are. How many were given."""
+    given = 0
     for share, member in changes.items():
-        conn.execute(
+        given += conn.execute(
             "UPDATE vsql_sync.shares SET member = %s, updated_at = now() WHERE (chain, share) IN"
             " (SELECT chain, share FROM vsql_sync.shares WHERE chain = %s AND share = %s"
             " FOR UPDATE SKIP LOCKED)",
             (member, chain, share),
-        )
+        ).rowcount
+    return given
 
 
 def hold(conn: Connection, chain: str, member: int, expected: Mapping[int, int]) -> None:

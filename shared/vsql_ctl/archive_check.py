@@ -7,14 +7,16 @@ Not here: verifying one segment (vsql_shared/audit/segment.py). Rules:
 * From the bucket, each is the version that was archived; what lies over it, or beside it, is named too, and
   keeps nothing from being read.
 * What the chain says was pruned must be there: rows of segments that are gone hide nothing.
-* From files nothing but public keys is used: no database, no configuration.
+* From files nothing but public keys is used: no database, no configuration. Where the first ones were deleted
+  after their lock, a base the auditor holds says where the rest begins: its tree is signed, and the entry
+  behind it names its hash. What lies before it is not looked at, and that is said.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vsql_shared.audit.chain import EMPTY_HEAD, ChainHead
 from vsql_shared.audit.cosigned import cosigners
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from vsql_shared.audit.archive import Node, Row
+    from vsql_shared.audit.base import Base
     from vsql_shared.audit.checkpoint import Log
     from vsql_shared.audit.segment import Verified
     from vsql_shared.objects.s3 import S3Store, Version
@@ -40,11 +43,18 @@ class _Seen:
 
     chain: str
     head: ChainHead = EMPTY_HEAD
+    after: int = 0
+    """Entries before what is verified, by a base that was given."""
     segments: int = 0
     expired: int = 0
     cosigned: set[str] = field(default_factory=set)
     heads: dict[int, ChainHead] = field(default_factory=dict)
     """The head behind each segment."""
+
+    def begin(self, head: ChainHead) -> None:
+        """Begin behind this head: of what lies before nothing is said."""
+        self._move(head)
+        self.after = head.sequence
 
     def take(self, verified: Verified) -> None:
         self._move(verified.head)
@@ -76,6 +86,7 @@ class _Seen:
             "chain": self.chain,
             "segments": self.segments,
             "expired": self.expired,
+            "after": self.after,
             "last": self.head.sequence,
             "cosigned": sorted(self.cosigned),
         }
@@ -156,10 +167,15 @@ def unlisted(listed: Iterable[Version], rows: Iterable[Row]) -> list[str]:
     return out
 
 
-def verify_folder(folder: Path, keys: tuple[Path, ...], others: tuple[str, ...]) -> tuple[Rows, Problems]:
-    """Downloaded segments, with public keys alone. Chains are told apart by what the files say."""
-    from vsql_shared.audit.segment import SUFFIX, lines, parse_name, verify
-    from vsql_shared.crypto.signing import PinnedKey, TrustStore, fingerprint, load_public_key
+def verify_folder(
+    folder: Path, keys: tuple[Path, ...], others: tuple[str, ...], after: tuple[Path, ...] = ()
+) -> tuple[Rows, Problems]:
+    """Downloaded segments, with public keys alone. Chains are told apart by what the files say.
+
+    `after`: files with a base each, behind which the segments of its chain begin.
+    """
+    from vsql_shared.audit.segment import SUFFIX
+    from vsql_shared.crypto.signing import load_public_key
 
     writers = [load_public_key(path) for path in keys]
     known = [(node, load_public_key(Path(path))) for node, path in map(_pair, others)]
@@ -170,29 +186,79 @@ def verify_folder(folder: Path, keys: tuple[Path, ...], others: tuple[str, ...])
             found.setdefault(_log_of(path), []).append(path)
         except (DecodeError, VerificationError) as error:
             problems.append({"chain": "", "what": f"{path.relative_to(folder)}: {error.message}"})
-    out: Rows = []
-    for log, paths in sorted(found.items()):
-        trust = TrustStore(PinnedKey(log.writer, key, fingerprint(key), revoked=False) for key in writers)
-        believed = [*((log.writer, key) for key in writers), *known]
-        seen = _Seen(log.chain)
-        for path in paths:
-            try:
-                with path.open("rb") as file:
-                    verified = verify(
-                        lines(file.read), log, parse_name(path.name), seen.head, trust, believed,
-                        cosigned=bool(known),
-                    )  # fmt: skip
-            except (DecodeError, VerificationError) as error:
-                what = f"{path.relative_to(folder)}: {error.message}"
-                if isinstance(error, SignatureError):
-                    what += f" (keys given with --key: {', '.join(map(fingerprint, writers))})"
-                problems.append({"chain": log.chain, "what": what})
-                break
-            seen.take(verified)
-        out.append(seen.row())
     if not found and not problems:
         raise UserError(f"there is no segment (*{SUFFIX}) in {folder}")
+    bases = _bases(after, found)
+    out: Rows = []
+    for log, paths in sorted(found.items()):
+        seen = _Seen(log.chain)
+        wrong = _verify_files(folder, paths, log, seen, _Keys(writers, known), bases.get(log))
+        problems += ({"chain": log.chain, "what": what} for what in wrong)
+        out.append(seen.row())
     return out, problems
+
+
+class _Keys(NamedTuple):
+    """Who is believed off-line: writers' keys, whichever chain it is, and nodes that cosigned."""
+
+    writers: list[bytes]
+    others: list[tuple[str, bytes]]
+
+
+def _verify_files(
+    folder: Path, paths: list[Path], log: Log, seen: _Seen, keys: _Keys, given: tuple[Path, Base] | None
+) -> Iterator[str]:
+    """What is wrong with the files of one chain: the first that does not verify."""
+    from vsql_shared.audit.segment import lines, parse_name, verify
+    from vsql_shared.crypto.signing import PinnedKey, TrustStore, fingerprint
+
+    trust = TrustStore(PinnedKey(log.writer, key, fingerprint(key), revoked=False) for key in keys.writers)
+    believed = [*((log.writer, key) for key in keys.writers), *keys.others]
+    path = given[0] if given else folder
+    try:
+        if given:
+            given[1].verify(log, believed, cosigned=bool(keys.others))
+            seen.begin(given[1].head)
+        for path in paths:
+            place = parse_name(path.name)
+            if place.last <= seen.after:
+                continue
+            with path.open("rb") as file:
+                verified = verify(
+                    lines(file.read), log, place, seen.head, trust, believed, cosigned=bool(keys.others)
+                )
+            seen.take(verified)
+    except (DecodeError, VerificationError) as error:
+        inside = path.is_relative_to(folder)
+        what = f"{path.relative_to(folder) if inside else path}: {error.message}"
+        if isinstance(error, SignatureError):
+            what += f" (keys given with --key: {', '.join(map(fingerprint, keys.writers))})"
+        yield what
+
+
+def _bases(paths: tuple[Path, ...], found: Iterable[Log]) -> dict[Log, tuple[Path, Base]]:
+    """The base in each file, by its chain; believed once it verifies. Raises UserError."""
+    from vsql_ctl.trail import read_text
+    from vsql_shared.audit.base import Base
+    from vsql_shared.audit.checkpoint import Checkpoint
+    from vsql_shared.audit.notes import SignedNote
+
+    out: dict[Log, tuple[Path, Base]] = {}
+    for path in paths:
+        try:
+            base = Base.decode(read_text(path, MAX_HEADER).strip())
+            log = Checkpoint.parse(SignedNote.decode(base.note).text).log
+        except DecodeError as error:
+            raise UserError(
+                f"{path}: {error.message}",
+                hint="--after takes a base as `retention.json` of an evidence bundle has it (pruned, base)",
+            ) from error
+        if log not in found:
+            raise UserError(f"{path} is of chain {log.chain}, of which there is no segment")
+        if log in out:
+            raise UserError(f"{out[log][0]} and {path} are both of chain {log.chain}: give one of them")
+        out[log] = (path, base)
+    return out
 
 
 def _pair(value: str) -> tuple[str, str]:

@@ -171,7 +171,9 @@ def test_downloaded_segments_verify_off_line_with_public_keys_alone(logs: Archiv
     assert code == 0, err
     assert found == {
         "ok": True,
-        "chains": [{"chain": CHAIN, "segments": 2, "expired": 0, "last": 11, "cosigned": ["node-b"]}],
+        "chains": [
+            {"chain": CHAIN, "segments": 2, "expired": 0, "after": 0, "last": 11, "cosigned": ["node-b"]}
+        ],
         "problems": [],
     }
     stranger = logs.key_files("node-b", "x")[1]
@@ -184,6 +186,20 @@ def test_downloaded_segments_verify_off_line_with_public_keys_alone(logs: Archiv
     assert (code, found["chains"][0]["segments"]) == (9, 0)
     # Each is named by its place below the folder: chains' segments have the same names.
     assert found["problems"][0]["what"].startswith(f"vsql-sync-audit/{CLUSTER}/{CHAIN}/{NAMES[0]}.jsonl: ")
+
+
+def test_downloaded_segments_verify_behind_a_base_once_the_first_is_deleted(logs: Archive) -> None:
+    archived(logs)
+    folder = logs.download()
+    _first(folder).unlink()
+    assert logs.check_folder(folder)[0] == 9
+    held = logs.file("base.json")
+    held.write_text(base(ordinary(), 6).encode() + "\n")
+    code, found, err = logs.check_folder(folder, "--after", str(held))
+    assert (code, found["problems"]) == (0, []), err
+    assert [(one["segments"], one["after"], one["last"]) for one in found["chains"]] == [(1, 6, 11)]
+    code, out, _ = logs.syncctl("node-a", "audit", "archive", "--verify", "--after", str(held))
+    assert (code, out) == (2, "")
 
 
 def _first(folder: Path) -> Path:
@@ -931,6 +947,52 @@ def test_rows_are_deleted_only_below_a_base_whose_segments_are_noted(logs: Archi
         delete(conn, made, LOG)
     assert check(conn).ok
     assert check(conn).warnings == ()
+
+
+def test_a_row_that_overlaps_or_leaves_a_gap_is_refused_and_stops_no_pruning(logs: Archive) -> None:
+    archived(logs)
+    _further(logs)
+    conn, made = logs.conns["node-a"], base(ordinary(), 11)
+    roles.create(conn)
+    user = f"t_{conn.info.dbname}_segments"
+    conn.execute(f'CREATE ROLE "{user}" LOGIN IN ROLE {roles.OPERATOR}'.encode())
+    try:
+        with _as(logs, user) as operator:
+            for place in (
+                (1, 3),
+                (1, 20),
+                (4, 8),
+                (6, 6),
+                (7, 11),
+                (9, 9),
+                (11, 14),
+                (13, 14),
+                (0, 0),
+                (-5, 0),
+            ):
+                with pytest.raises(DatabaseError, match="does not adjoin"), errors("noting a segment"):
+                    operator.execute(_SAME_SEGMENT, place)
+            operator.execute(_SAME_SEGMENT, (12, 14))
+    finally:
+        conn.execute(f'DROP ROLE "{user}"'.encode())
+    note_base(conn, made)
+    assert delete(conn, made, LOG)[0] == 11
+
+
+_SAME_SEGMENT = """
+INSERT INTO vsql_sync.audit_segments (chain, first_sequence, last_sequence, bucket, object_key,
+    object_version, sha256, bytes, retain_until, head, note)
+SELECT chain, %s, %s, bucket, object_key, object_version, sha256, bytes, retain_until, head, note
+FROM vsql_sync.audit_segments WHERE first_sequence = 7"""
+
+
+def test_a_segment_whose_row_was_lost_is_noted_again_between_the_others(logs: Archive) -> None:
+    archived(logs)
+    conn = logs.conns["node-a"]
+    altered(conn, SEGMENTS, "DELETE FROM vsql_sync.audit_segments WHERE first_sequence = 1")
+    conn.execute(_SAME_SEGMENT, (1, 6))
+    covered = conn.execute("SELECT vsql_sync.archived_entries(%s, 11)", (CHAIN,)).fetchall()
+    assert covered == [(11,)]
 
 
 def test_an_operator_archives_and_only_an_administrator_prunes(logs: Archive) -> None:

@@ -14,6 +14,7 @@ import pytest
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]  # no stubs say so
 from psycopg.errors import InsufficientPrivilege
+from psycopg.rows import dict_row, tuple_row
 from psycopg.types.json import Jsonb
 
 from tests.audit_history import (
@@ -44,7 +45,7 @@ from vsql_shared.errors import VsqlSyncError
 from vsql_shared.names import audit_topic
 from vsql_shared.pg import nodes, roles
 from vsql_shared.pg.connect import Connection, connect
-from vsql_shared.service.auditor import Gauges
+from vsql_shared.service.auditor import Gauges, TopicTurns
 from vsql_shared.service.topic_auditor import TopicAuditor
 
 SIZE = len(ordinary().entries)
@@ -501,6 +502,26 @@ def test_an_entry_that_comes_behind_the_end_of_a_pass_is_waited_for(
         assert producer.flush(30) == 0
         assert not turned(conn, reader, 20, 40)
     assert state(conn, "", "topic").whole_to == SIZE
+
+
+def test_a_reader_of_the_topic_that_fails_as_nobody_expects_is_begun_anew_and_the_trail_is_read_on(
+    conn: Connection, kafka: Kafka, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows of another form stand for what nobody thought of: the reader cannot take them apart."""
+    settings, topic = settings_for(tmp_path, kafka.bootstrap_servers), audit_topic(CLUSTER)
+    published(kafka, topic, ordinary().documents)
+    watching = watch(conn)
+    with closing(TopicTurns(lambda: TopicAuditor(conn, settings))) as turns:
+        assert turns.turn(trust(), 0.0) == []  # a pass is under way
+        conn.row_factory = dict_row  # type: ignore[assignment]  # that is the fault
+        assert turns.turn(trust(), 1.0) == []
+        conn.row_factory = tuple_row
+        assert "begun anew" in caplog.text
+        assert turns.turn(trust(), 2.0) == watching.turn(trust(), 2.0) == []
+        assert "topic" not in [one.source for one in watch_state.progress(conn)]
+        for second in range(6, 40):
+            assert turns.turn(trust(), float(second)) == watching.turn(trust(), float(second)) == []
+    assert state(conn, "", "topic").whole_to == state(conn).whole_to == SIZE
 
 
 def turned(conn: Connection, reader: TopicAuditor, begin: int, end: int) -> bool:

@@ -21,7 +21,7 @@ from tests.services.test_audit_trail import TABLE, as_attacker, check, node, sto
 from tests.services.test_audit_watch import EVERY, passed, published, read_whole, settings_for, state, watch
 from tests.stack import Kafka
 from vsql_shared.audit import watch_state
-from vsql_shared.audit.bases import said_base, signed_base
+from vsql_shared.audit.bases import noted_begins, said_base, signed_base
 from vsql_shared.audit.checkpoint import Log
 from vsql_shared.audit.pruning import delete
 from vsql_shared.audit.verify import noted_segments
@@ -86,6 +86,16 @@ def test_a_pruned_chain_is_read_from_its_base_and_is_whole(pruned: Connection, s
     assert (state(pruned).verified_to, state(pruned).whole_to) == (SIZE, SIZE)
     assert watch_state.open_breaks(pruned) == []
     assert check(pruned).ok
+
+
+def test_where_a_chain_begins_is_shown_once_its_rows_are_gone(said: Connection) -> None:
+    roles.create(said)
+    said.execute(f"SET ROLE {roles.VIEWER}".encode())
+    assert noted_begins(said) == {}
+    said.execute("RESET ROLE")
+    prune(said)
+    said.execute(f"SET ROLE {roles.VIEWER}".encode())
+    assert noted_begins(said) == {CHAIN: PRUNED + 1}
 
 
 def test_services_verify_a_pruned_chain_with_their_own_rights(pruned: Connection) -> None:

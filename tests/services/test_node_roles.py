@@ -157,6 +157,21 @@ def test_the_producer_reads_published_columns_only_and_may_make_a_slot(node: str
             conn.execute("SELECT pg_replication_origin_advance('vsql_sync', '1/0')")
 
 
+def test_the_origins_an_earlier_version_gave_the_producer_are_taken_back(node: str) -> None:
+    held = "SELECT has_function_privilege(%s, 'pg_catalog.' || f, 'EXECUTE') FROM unnest(%s::text[]) f"
+    with _open(node) as conn:
+        for function in roles.ORIGIN_FUNCTIONS:
+            conn.execute(f"GRANT EXECUTE ON FUNCTION pg_catalog.{function} TO {roles.PRODUCER}".encode())
+        missing = roles.missing(conn)
+        assert len(missing) == len(roles.ORIGIN_FUNCTIONS)
+        assert all(one.startswith("REVOKE EXECUTE ON FUNCTION") for one in missing)
+        roles.create(conn)
+        assert roles.missing(conn) == []
+        for role, has in ((roles.PRODUCER, False), (roles.CONSUMER, True)):
+            rows = conn.execute(held, (role, list(roles.ORIGIN_FUNCTIONS))).fetchall()
+            assert {one for (one,) in rows} == {has}
+
+
 def test_an_operator_decides_in_its_own_name_only(node: str, users: Users) -> None:
     conninfo = users.make(node, roles.OPERATOR)
     user = parse_conninfo(conninfo)["user"]

@@ -349,6 +349,25 @@ def test_a_topic_is_compared_from_the_base_on() -> None:
         assert len(history.problems()) == wrong
 
 
+def test_a_topic_that_was_pruned_while_it_was_read_is_told_from_one_that_lost_entries() -> None:
+    """Tombstones for a base that was said after reading began look like a gap."""
+    made = pruned()
+    report = Report((ChainReport(CHAIN, sequence=13, entry_hash=made.entries[-1].entry_hash),), ())
+    for known, now, anew in (
+        ({}, {CHAIN: BASE.head}, True),
+        ({CHAIN: head_at(made, 3)}, {CHAIN: BASE.head}, True),
+        ({CHAIN: BASE.head}, {CHAIN: BASE.head}, False),
+        ({CHAIN: BASE.head}, {CHAIN: head_at(made, 3)}, False),
+        ({CHAIN: BASE.head}, {}, False),
+        ({}, {}, False),
+    ):
+        history = KafkaHistory(CLUSTER, "node-a", trust(A), report, known)
+        for one in made.documents[9:]:
+            history.feed(one, "")
+        assert len(history.problems()) == 1
+        assert history.pruned_further(now) is anew
+
+
 HASHES = [number.to_bytes(32, "big") for number in range(40)]
 
 

@@ -27,6 +27,30 @@ CREATE TABLE vsql_sync.audit_segments (
     PRIMARY KEY (chain, first_sequence)
 );
 
+-- A segment begins with the first entry, or right behind another, and shares entries with none. Rows stay for good:
+-- one that overlaps, or leaves a gap, would keep the chain from ever being pruned behind it.
+CREATE FUNCTION vsql_sync.require_adjoining() RETURNS TRIGGER
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    IF (NEW.first_sequence <> 1 AND NOT EXISTS (
+            SELECT FROM vsql_sync.audit_segments s
+            WHERE s.chain = NEW.chain AND s.last_sequence = NEW.first_sequence - 1))
+        OR EXISTS (
+            SELECT FROM vsql_sync.audit_segments s
+            WHERE s.chain = NEW.chain AND s.first_sequence <= NEW.last_sequence
+              AND s.last_sequence >= NEW.first_sequence)
+    THEN
+        RAISE EXCEPTION 'chain %: a segment of entries % to % does not adjoin those that are noted',
+            NEW.chain, NEW.first_sequence, NEW.last_sequence USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    RETURN NEW;
+END
+$$;
+CREATE TRIGGER adjoining BEFORE INSERT ON vsql_sync.audit_segments
+    FOR EACH ROW EXECUTE FUNCTION vsql_sync.require_adjoining();
+ALTER TABLE vsql_sync.audit_segments ENABLE ALWAYS TRIGGER adjoining;
+
 -- Where a pruned chain begins: a row with each signed entry `trail_pruned` of it, in the same transaction.
 CREATE TABLE vsql_sync.audit_bases (
     chain           TEXT NOT NULL,

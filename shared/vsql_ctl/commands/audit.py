@@ -19,8 +19,10 @@ from vsql_ctl.trail import moment, node_database, trusted_keys
 from vsql_shared.errors import ChainError, RefusedError, UserError
 
 if TYPE_CHECKING:
+    from vsql_shared.audit.chain import ChainHead
     from vsql_shared.audit.compare import Comparison
-    from vsql_shared.audit.verify import Problem
+    from vsql_shared.audit.history import KafkaHistory
+    from vsql_shared.audit.verify import Problem, Report
     from vsql_shared.config import Settings
     from vsql_shared.crypto.signing import TrustStore
     from vsql_shared.pg.connect import Connection
@@ -261,20 +263,42 @@ def _other_side(chain: str, peer: str) -> str:
 
 
 def _verify_kafka(conn: Connection, settings: Settings, trust: TrustStore, findings: Findings) -> None:
+    from vsql_shared.audit.history import KafkaHistory
+
+    report, cluster = findings.reports[findings.node], settings.cluster.name
+    while True:
+        # Before the topic is: what is taken off it for a base goes behind the entry that says it.
+        history = KafkaHistory(
+            cluster, findings.node, trust, report, _base_heads(conn, trust, cluster, report)
+        )
+        found = _compare_topic(conn, settings, report, history)
+        # Pruned meanwhile: read anew. Each time costs a signed entry more, so this ends.
+        if not found or not history.pruned_further(_base_heads(conn, trust, cluster, report)):
+            break
+    findings.found += found
+
+
+def _base_heads(conn: Connection, trust: TrustStore, cluster: str, report: Report) -> dict[str, ChainHead]:
+    """Of each chain that was pruned, the head before the first entry Kafka must have."""
     from vsql_shared.audit.bases import signed_base
     from vsql_shared.audit.checkpoint import Log
-    from vsql_shared.audit.history import KafkaHistory, read_topic
-    from vsql_shared.audit.store import recall_head
     from vsql_shared.audit.watch import is_name
+
+    # Not what is noted beside it: a row that was altered is no reason to end here.
+    names = [one.chain for one in report.chains if is_name(one.chain)]
+    bases = {name: signed_base(conn, trust, Log(cluster, name)) for name in names}
+    return {name: base.head for name, base in bases.items() if base is not None}
+
+
+def _compare_topic(
+    conn: Connection, settings: Settings, report: Report, history: KafkaHistory
+) -> list[Problem]:
+    """What the topic has otherwise than the trail."""
+    from vsql_shared.audit.history import read_topic
+    from vsql_shared.audit.store import recall_head
     from vsql_shared.kafka.clients import make_consumer
     from vsql_shared.names import audit_topic
 
-    report = findings.reports[findings.node]
-    # Not what is noted beside it: a row that was altered is no reason to end here.
-    names = [one.chain for one in report.chains if is_name(one.chain)]
-    bases = {name: signed_base(conn, trust, Log(settings.cluster.name, name)) for name in names}
-    heads_before = {name: base.head for name, base in bases.items() if base is not None}
-    history = KafkaHistory(settings.cluster.name, findings.node, trust, report, heads_before)
     consumer = make_consumer(settings, "syncctl", "vsql-sync.audit-verify")
     try:
         read_topic(consumer, audit_topic(settings.cluster.name), history)
@@ -288,7 +312,7 @@ def _verify_kafka(conn: Connection, settings: Settings, trust: TrustStore, findi
         if not history.lagging(now) or time.monotonic() > deadline:
             break
         time.sleep(0.2)
-    findings.found += history.problems(now)
+    return history.problems(now)
 
 
 for _command in (export_trail, diff, *COMMANDS, *ARCHIVE):

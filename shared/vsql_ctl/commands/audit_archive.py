@@ -32,8 +32,8 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 _DRY = "Show what would be done, and do nothing."
 _HELD = {
     False: "every segment that is kept is whole, signed, linked from the first entry on, cosigned and locked",
-    True: "these files are whole, signed and linked from the first entry on; locks, and whether more is"
-    " archived, the bucket shows. Cosigned is what a key given with --cosigner says",
+    True: "these files are whole, signed and linked from the first entry, or the base given, on; locks, and"
+    " whether more is archived, the bucket shows. Cosigned is what a key given with --cosigner says",
 }
 """What `--verify` held, from the bucket and (True) from files."""
 
@@ -75,6 +75,13 @@ _HELD = {
     metavar="NODE=FILE",
     help="With --from: a node that cosigned, and its key.",
 )
+@click.option(
+    "--after",
+    type=_FILE,
+    multiple=True,
+    metavar="FILE",
+    help="With --from: a base of a chain, where its first segments are deleted.",
+)
 @output_option
 @pass_operator
 def archive(
@@ -88,6 +95,7 @@ def archive(
     folder: Path | None,
     keys: tuple[Path, ...],
     cosigners: tuple[str, ...],
+    after: tuple[Path, ...],
 ) -> None:
     """Put entries older than `online_months` into locked storage, in segments that verify by themselves.
 
@@ -100,10 +108,12 @@ def archive(
 
         if not verifies or not keys:
             raise UserError("--from goes with --verify and --key")
-        rows, problems = verify_folder(folder, keys, cosigners)
+        rows, problems = verify_folder(folder, keys, cosigners, after)
         return _shown(output, rows, problems, offline=True)
-    if keys or cosigners:
-        raise UserError("--key and --cosigner go with --from", hint="else the keys pinned here count")
+    if keys or cosigners or after:
+        raise UserError(
+            "--key, --cosigner and --after go with --from", hint="else the keys pinned here count"
+        )
     with _working(operator.settings) as (node, opened):
         if verifies:
             from vsql_ctl.archive_check import verify_bucket
@@ -272,6 +282,11 @@ def _shown(
             for row in rows
         ]
         parts = [render_table(names, cells) if rows else "no chain is archived"]
+        parts += [
+            f"{row['chain']}: entries up to {row['after']} were not looked at (--after)"
+            for row in rows
+            if row["after"]
+        ]
         parts += [f"bad: {one['what']}" for one in problems]
         if not problems and any(row["segments"] for row in rows):
             parts.append(f"ok: {_HELD[offline]}")

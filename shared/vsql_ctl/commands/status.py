@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,49 +51,62 @@ def status(operator: Operator, output: OutputFormat, watch: bool, interval: floa
             time.sleep(interval)
 
 
-class _Trail(NamedTuple):
+class Trail(NamedTuple):
     """What the background verification says of the audit trail."""
 
     chains: list[Progress]
     breaks: list[Break]
+    begins: dict[str, int]
+    """The first entry that is here of each chain that was pruned."""
 
 
-def _look(conn: Connection) -> tuple[NodeInfo, list[StreamStatus], _Trail]:
+def _look(conn: Connection) -> tuple[NodeInfo, list[StreamStatus], Trail]:
     from vsql_shared.audit import watch_state
+    from vsql_shared.audit.bases import noted_begins
     from vsql_shared.pg import nodes
     from vsql_shared.pg import status as stream_status
-
     node = nodes.local(conn)  # first: a database that is no node has none of the tables
-    trail = _Trail(watch_state.progress(conn), watch_state.open_breaks(conn))
+    trail = Trail(watch_state.progress(conn), watch_state.open_breaks(conn), noted_begins(conn))
     return node, stream_status.read(conn), trail
 
 
-def _as_dict(node: NodeInfo, streams: Sequence[StreamStatus], trail: _Trail) -> dict[str, object]:
+def _as_dict(node: NodeInfo, streams: Sequence[StreamStatus], trail: Trail) -> dict[str, object]:
     return {
         "node": node.name,
         "number": node.number,
         "cluster": node.cluster,
         "streams": list(streams),
-        "audit": {
-            "chains": [one for one in trail.chains if one.source == "trail"],
-            "topic": next((one for one in trail.chains if one.source == "topic"), None),
-            "breaks": trail.breaks,
-        },
+        "audit": trail_value(trail),
     }
 
 
-def _text(node: NodeInfo, streams: Sequence[StreamStatus], trail: _Trail) -> str:
+def trail_value(trail: Trail) -> dict[str, object]:
+    """The trail's part of the JSON."""
+    return {
+        "chains": [
+            asdict(one) | {"begins_at": trail.begins.get(one.chain, 1)}
+            for one in trail.chains
+            if one.source == "trail"
+        ],
+        "topic": next((one for one in trail.chains if one.source == "topic"), None),
+        "breaks": trail.breaks,
+    }
+
+
+def _text(node: NodeInfo, streams: Sequence[StreamStatus], trail: Trail) -> str:
     head = f"node {node.name} ({node.number}) of cluster {node.cluster}"
     if not streams:
-        return "\n".join([head, "no streams; add a peer: `syncctl node add-peer`", *_verified(trail)])
+        return "\n".join([head, "no streams; add a peer: `syncctl node add-peer`", *trail_lines(trail)])
     table = render_table(_HEADERS, [_row(one) for one in streams])
-    return "\n".join([head, table, *(line for one in streams for line in _remarks(one)), *_verified(trail)])
+    return "\n".join([head, table, *(line for one in streams for line in _remarks(one)), *trail_lines(trail)])
 
 
-def _verified(trail: _Trail) -> Iterator[str]:
+def trail_lines(trail: Trail) -> Iterator[str]:
     """How far the trail is verified, and what of it does not verify."""
     for one in trail.chains:
-        whole = "not once all of it" if one.whole_at is None else f"all of it at {printable(one.whole_at)}"
+        first = trail.begins.get(one.chain, 1) if one.source == "trail" else 1
+        every = "all of it" if first == 1 else f"all of it from entry {first} on (the rest was pruned)"
+        whole = f"not once {every}" if one.whole_at is None else f"{every} at {printable(one.whole_at)}"
         if one.source == "trail":
             last = (
                 "" if one.verified_at is None else f", the newest there was at {printable(one.verified_at)}"

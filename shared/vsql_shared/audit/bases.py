@@ -40,6 +40,16 @@ def base_of(conn: Connection, log: Log) -> Base | None:
     return None if row is None else _verified(conn, log, int(row[0]), str(row[1]))
 
 
+def noted_begins(conn: Connection) -> dict[str, int]:
+    """The first entry that is here of each chain that was pruned, as noted: for showing it, nothing more."""
+    with errors("looking where chains begin"):
+        rows = conn.execute(
+            "SELECT b.chain, b.size + 1 FROM vsql_sync.audit_bases b WHERE b.size + 1 ="
+            " (SELECT min(a.sequence) FROM vsql_sync.vsql_sync_audit a WHERE a.chain = b.chain)"
+        ).fetchall()
+    return {chain: int(first) for chain, first in rows}
+
+
 def said_base(conn: Connection, trust: TrustStore, log: Log) -> Base | None:
     """The last base that stands in the chain itself, signed, and is noted; None where it was never pruned."""
     for base in _said(conn, trust, log):

@@ -69,6 +69,15 @@ class KafkaHistory:
             reader.head.sequence > heads.get(chain, (0, b""))[0] for chain, reader in self._readers.items()
         )
 
+    def pruned_further(self, bases: Mapping[str, ChainHead]) -> bool:
+        """Whether a chain begins behind more entries, by `bases`, than when reading began.
+
+        Then what Kafka lacks may have been taken off it on purpose meanwhile. Bases only rise.
+        """
+        return any(
+            base.sequence > self._bases.get(chain, EMPTY_HEAD).sequence for chain, base in bases.items()
+        )
+
     def problems(self, heads: Mapping[str, tuple[int, bytes]] | None = None) -> list[Problem]:
         """What differs; `heads` are the trail's heads now, read again after the topic was read."""
         for chain, (sequence, _) in ({**self._wanted, **(heads or {})}).items():

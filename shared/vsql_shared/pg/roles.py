@@ -3,7 +3,8 @@
 Roles belong to the server: two databases of one server share them, so every statement here may be repeated.
 They are groups without login; a service's own user is made a member (`GRANT vsql_sync_producer TO app`), or
 the two service roles get a login themselves (`create_logins`). REPLICATION is not inherited by members: the
-producer's user needs the attribute itself.
+producer's user needs the attribute itself. What an earlier version gave and a role may not any more is taken
+back.
 
     vsql_sync_producer  REPLICATION; reads published tables; writes its own state and audit entries
     vsql_sync_consumer  writes target tables, replication origins, session_replication_role, TEMP
@@ -275,6 +276,7 @@ def _server_steps(conn: Connection) -> list[Step]:
         steps.append(_database_step("CONNECT", database, role))
     steps.append(_database_step("TEMPORARY", database, CONSUMER))
     steps += [_function_step(function, CONSUMER) for function in ORIGIN_FUNCTIONS]
+    steps += [_end_step(function, PRODUCER) for function in _granted(conn, ORIGIN_FUNCTIONS, PRODUCER)]
     steps.append(
         Step(
             sql.SQL("GRANT SET ON PARAMETER session_replication_role TO {}").format(sql.Identifier(CONSUMER)),
@@ -325,6 +327,32 @@ def _function_step(function: str, role: str) -> Step:
     )
 
 
+def _granted(conn: Connection, functions: Sequence[str], role: str) -> list[str]:
+    """Those a role was given by its own name, as an earlier version did.
+
+    Only what a superuser gave, as whose grants the owner's count: that is what one can take back.
+    """
+    rows = conn.execute(
+        "SELECT f FROM pg_catalog.unnest(%s::text[]) f JOIN pg_catalog.pg_proc p"
+        " ON p.oid = ('pg_catalog.' || f)::pg_catalog.regprocedure,"
+        " LATERAL pg_catalog.aclexplode(p.proacl) a JOIN pg_catalog.pg_roles r ON r.oid = a.grantee"
+        " WHERE r.rolname = %s AND a.grantor = p.proowner ORDER BY f",
+        (list(functions), role),
+    ).fetchall()
+    return [function for (function,) in rows]
+
+
+def _end_step(function: str, role: str) -> Step:
+    """Made only while the grant is there; so its probe is never true."""
+    return Step(
+        sql.SQL("REVOKE EXECUTE ON FUNCTION pg_catalog.{} FROM {}").format(
+            _words(function), sql.Identifier(role)
+        ),
+        sql.SQL("SELECT false").format(),
+        role,
+    )
+
+
 def _satisfied(conn: Connection, step: Step) -> bool:
     known = conn.execute("SELECT FROM pg_catalog.pg_roles WHERE rolname = %s", (step.role,)).fetchone()
     if known is None:
@@ -343,7 +371,7 @@ def _refuse_missing(conn: Connection, steps: Sequence[Step]) -> None:
     if todo:
         statements = ";\n  ".join(todo)
         raise RefusedError(
-            f"user {conn.info.user} is no superuser and {len(todo)} grants are missing",
+            f"user {conn.info.user} is no superuser and {len(todo)} grants are missing, or to be taken back",
             hint=f"let a superuser run this in database {conn.info.dbname}, or give --no-roles:"
             f"\n  {statements};",
         )

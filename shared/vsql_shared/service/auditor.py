@@ -5,6 +5,7 @@ Not here: what is verified (audit/watch.py, watch_topic.py). Rules:
 * Its own connection to the database and to Kafka, in the supervisor's process: no worker waits for it. Where
   the system lets it, its thread is the last to get the processor.
 * One at a time for a node: a session lock; the other service asks for it every few seconds.
+* What nobody expects of the topic's reader ends that reader: the trail's pass goes on, and another begins.
 * Between two slices it rests for `audit.verify_pause`.
 * A break is a row in audit_breaks, a line of the log, a line of the operators' log that the worker of the
   chain signs, and a gauge. Nothing is stopped: what streams apply is verified by whoever applies it.
@@ -19,7 +20,7 @@ import os
 import threading
 import time
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import psycopg
 
@@ -36,9 +37,9 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from vsql_shared.audit.verify import Problem
+    from vsql_shared.audit.watch import Cosigned
     from vsql_shared.config import Settings
     from vsql_shared.config.connection import DatabaseRole
-    from vsql_shared.service.topic_auditor import TopicAuditor
 
 _log = logging.getLogger(__name__)
 
@@ -105,10 +106,10 @@ class Auditor:
             trail = TrailWatch(
                 conn, settings.cluster.name, audit.verify_slice, audit.verify_every.total_seconds()
             )
-            with contextlib.closing(TopicAuditor(conn, settings)) as topic:
+            with contextlib.closing(TopicTurns(lambda: TopicAuditor(conn, settings))) as topic:
                 self._turns(conn, trail, topic)
 
-    def _turns(self, conn: Connection, trail: TrailWatch, topic: TopicAuditor) -> None:
+    def _turns(self, conn: Connection, trail: TrailWatch, topic: TopicTurns) -> None:
         pause = self._settings.audit.verify_pause.total_seconds()
         shown = float("-inf")
         show = Gauges(self._settings.cluster.node_name)
@@ -124,6 +125,61 @@ class Auditor:
                     shown = now
                 self._said = ""
                 self._stop.wait(pause)
+
+
+class TopicReader(Protocol):
+    """What reads the topic in slices (topic_auditor.py)."""
+
+    cosigned: Cosigned
+    """What targets co-signed, as its last whole pass has it."""
+
+    def turn(self, trust: TrustStore, now: float) -> list[Problem]:
+        """Read the next slice; the breaks that are new."""
+        ...
+
+    def close(self) -> None:
+        """Leave Kafka."""
+        ...
+
+
+class TopicTurns:
+    """Turns of a reader of the topic. One that fails as nobody expects is given up, and another is made.
+
+    Errors of the database, and all of ours, go on: they are the trail's reader's, too.
+    """
+
+    def __init__(self, make: Callable[[], TopicReader]) -> None:
+        self._make = make
+        self._reader: TopicReader | None = None
+        self._next = float("-inf")
+        self.cosigned: Cosigned = {}
+
+    def turn(self, trust: TrustStore, now: float) -> list[Problem]:
+        """Read the next slice; the breaks that are new. `now`: a clock that does not go back."""
+        if now < self._next:
+            return []
+        try:
+            if self._reader is None:
+                self._reader = self._make()
+                self._reader.cosigned = self.cosigned
+            found = self._reader.turn(trust, now)
+        except (VsqlSyncError, psycopg.Error):
+            raise
+        except Exception:  # noqa: BLE001 - said, and tried again
+            # It reads from the first record on again: what was found and not noted is found again.
+            _log.exception("reading the audit topic failed; it is begun anew, and the trail is read on")
+            with contextlib.suppress(Exception):
+                self.close()
+            self._next = now + _AGAIN_SECONDS
+            return []
+        self.cosigned = self._reader.cosigned
+        return found
+
+    def close(self) -> None:
+        """Leave Kafka."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
 
 
 def _told(problems: list[Problem]) -> int:
