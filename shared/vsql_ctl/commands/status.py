@@ -65,6 +65,7 @@ def _look(conn: Connection) -> tuple[NodeInfo, list[StreamStatus], Trail]:
     from vsql_shared.audit.bases import noted_begins
     from vsql_shared.pg import nodes
     from vsql_shared.pg import status as stream_status
+
     node = nodes.local(conn)  # first: a database that is no node has none of the tables
     trail = Trail(watch_state.progress(conn), watch_state.open_breaks(conn), noted_begins(conn))
     return node, stream_status.read(conn), trail
