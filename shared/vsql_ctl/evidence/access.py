@@ -14,6 +14,7 @@ from vsql_shared.errors import BrokerError, TransientError
 if TYPE_CHECKING:
     from confluent_kafka.admin import AdminClient
 
+    from vsql_ctl.evidence.brokers import Brokers
     from vsql_shared.config import Settings
     from vsql_shared.pg.connect import Connection
 
@@ -104,7 +105,7 @@ def _rows(conn: Connection, columns: Sequence[str], query: str) -> list[dict[str
     return [dict(zip(columns, row, strict=True)) for row in conn.execute(query.encode())]
 
 
-def kafka_acls(settings: Settings) -> list[dict[str, Any]]:
+def kafka_acls(settings: Settings, kafka: Brokers) -> list[dict[str, Any]]:
     """The ACLs that reach topics and groups of this cluster, and those of the brokers themselves.
 
     Raises BrokerError where they are not shown, or where nothing looks at them: Kafka's client gives an empty
@@ -119,11 +120,9 @@ def kafka_acls(settings: Settings) -> list[dict[str, Any]]:
         ResourceType,
     )
 
-    from vsql_shared.kafka.clients import from_exception, make_admin
-    from vsql_shared.kafka.topics import require_broker
+    from vsql_shared.kafka.clients import from_exception
 
-    admin = make_admin(settings)
-    require_broker(admin, settings)
+    admin = kafka.client()
     name: Any = None  # any; the types say a text
     kinds = ResourceType.ANY, name, ResourcePatternType.ANY
     wanted = AclBindingFilter(*kinds, name, name, AclOperation.ANY, AclPermissionType.ANY)

@@ -10,6 +10,7 @@ import json
 import time
 from typing import TYPE_CHECKING
 
+from vsql_ctl.evidence.brokers import Brokers
 from vsql_ctl.evidence.bundle import Bundle
 from vsql_shared.audit import heads
 from vsql_shared.audit.chain import writer_of
@@ -42,9 +43,15 @@ class Checkpoints:
     """Makes the files below `checkpoints/`."""
 
     def __init__(
-        self, conn: Connection, settings: Settings, signer: Signer, trust: TrustStore, bundle: Bundle
+        self,
+        conn: Connection,
+        settings: Settings,
+        signer: Signer,
+        trust: TrustStore,
+        bundle: Bundle,
+        kafka: Brokers,
     ) -> None:
-        self._conn, self._settings, self._signer = conn, settings, signer
+        self._conn, self._settings, self._signer, self._kafka = conn, settings, signer, kafka
         self._trust, self._bundle = trust, bundle
         self._cluster = settings.cluster.name
 
@@ -82,6 +89,7 @@ class Checkpoints:
         from vsql_shared.names import audit_topic
 
         found = _Cosigned(self._trust, self._cluster, self._signer.node)
+        self._kafka.client()  # brokers that are away are waited for once
         consumer = make_consumer(self._settings, "syncctl", "vsql-sync.audit-verify")
         try:
             read_topic(consumer, audit_topic(self._cluster), found)

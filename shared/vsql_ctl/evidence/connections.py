@@ -14,6 +14,7 @@ from vsql_shared import tls, tls_seen
 from vsql_shared.errors import EnvironmentFault, TransientError, VsqlSyncError
 
 if TYPE_CHECKING:
+    from vsql_ctl.evidence.brokers import Brokers
     from vsql_shared.config import Settings
     from vsql_shared.pg.connect import Connection
 
@@ -56,10 +57,10 @@ def postgres(settings: Settings) -> dict[str, Any]:
     return asked | seen(c.host, c.port, tls.Means(c.sslrootcert, c.sslcert, c.sslkey), tls.POSTGRES)
 
 
-def brokers(settings: Settings) -> list[dict[str, Any]]:
+def brokers(settings: Settings, kafka: Brokers) -> list[dict[str, Any]]:
     """What each broker shows, those of the configuration and those they name."""
     security = settings.kafka.security
-    places = sorted({*_configured(settings), *_named(settings)})
+    places = sorted({*_configured(settings), *_named(kafka)})
     asked = {"protocol": security.protocol, "mechanism": security.mechanism if security.uses_sasl else None}
     if not security.uses_tls:
         about = {"tls": False, "seen": "nobody was asked: it is this node's configuration that has no TLS"}
@@ -80,16 +81,14 @@ def _configured(settings: Settings) -> list[tuple[str, int]]:
     return [(host.strip("[]"), int(port)) for host, _, port in split if port.isdigit()]
 
 
-def _named(settings: Settings) -> list[tuple[str, int]]:
+def _named(kafka: Brokers) -> list[tuple[str, int]]:
     from confluent_kafka import KafkaException
 
-    from vsql_shared.kafka.clients import from_exception, make_admin
-    from vsql_shared.kafka.topics import require_broker
+    from vsql_shared.kafka.clients import from_exception
 
-    admin = make_admin(settings)
-    require_broker(admin, settings)
+    client = kafka.client()
     try:
-        found = admin.list_topics(timeout=tls.TIMEOUT_SECONDS).brokers.values()
+        found = client.list_topics(timeout=tls.TIMEOUT_SECONDS).brokers.values()
     except KafkaException as error:
         raise from_exception(error, "list the brokers") from error
     return [(str(one.host), int(one.port)) for one in found]

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from vsql_ctl.evidence import access, connections, retention
+from vsql_ctl.evidence.brokers import Brokers
 from vsql_ctl.evidence.bundle import Bundle
 from vsql_ctl.evidence.checkpoints import Checkpoints
 from vsql_shared.audit import evidence
@@ -31,9 +32,10 @@ def gather(
     verify: bool,
 ) -> None:
     """Fill a bundle; `verify`: every entry of the trail, too, which takes its time."""
+    kafka = Brokers(settings)
     _scope_reports(conn, signer, trust, bundle)
     if signer is not None:
-        Checkpoints(conn, settings, signer, trust, bundle).gather()
+        Checkpoints(conn, settings, signer, trust, bundle, kafka).gather()
     else:
         bundle.missing("checkpoints", "no signing key is configured (dev mode)")
     if verify:
@@ -41,9 +43,9 @@ def gather(
     else:
         bundle.missing("verification of every entry of the trail", "left out by --no-trail")
     _keys(conn, settings, bundle)
-    _connections(conn, settings, bundle)
-    _retention(conn, settings, bundle)
-    _access(conn, settings, bundle)
+    _connections(conn, settings, kafka, bundle)
+    _retention(conn, settings, kafka, bundle)
+    _access(conn, settings, kafka, bundle)
     _configuration(settings, bundle)
 
 
@@ -93,7 +95,7 @@ def _keys(conn: Connection, settings: Settings, bundle: Bundle) -> None:
         bundle.table("keys.json", "every key: state, age, use, strength, custodian", found)
 
 
-def _connections(conn: Connection, settings: Settings, bundle: Bundle) -> None:
+def _connections(conn: Connection, settings: Settings, kafka: Brokers, bundle: Bundle) -> None:
     found: dict[str, object] = {}
     with bundle.trying("certificates the configuration names"):
         found["configured_certificates"] = connections.configured(settings)
@@ -104,11 +106,11 @@ def _connections(conn: Connection, settings: Settings, bundle: Bundle) -> None:
         if not connections.sees_all(conn):
             bundle.missing("sessions of other users", "this user is no member of pg_read_all_stats")
     with bundle.trying("TLS of the Kafka brokers"):
-        found["kafka"] = connections.brokers(settings)
+        found["kafka"] = connections.brokers(settings, kafka)
     bundle.table("connections.json", "TLS versions, ciphers and certificates as they were seen", found)
 
 
-def _retention(conn: Connection, settings: Settings, bundle: Bundle) -> None:
+def _retention(conn: Connection, settings: Settings, kafka: Brokers, bundle: Bundle) -> None:
     from vsql_shared import names
 
     found: dict[str, Any] = {}
@@ -126,24 +128,24 @@ def _retention(conn: Connection, settings: Settings, bundle: Bundle) -> None:
     topics = found["topics"] = []
     wanted = {names.audit_topic(settings.cluster.name), names.keys_topic(settings.cluster.name)}
     with bundle.trying("names of the cluster's topics"):
-        wanted |= retention.topics(settings)
+        wanted |= retention.topics(settings, kafka)
     for name in sorted(wanted):
         with bundle.trying(f"settings of topic {name}"):
-            topics.append(retention.topic(settings, name))
+            topics.append(retention.topic(settings, kafka, name))
     about = (
         f"how far back the trail goes, and what decides how long topics and trail stay; {archive}; {breaks}"
     )
     bundle.table("retention.json", about, found)
 
 
-def _access(conn: Connection, settings: Settings, bundle: Bundle) -> None:
+def _access(conn: Connection, settings: Settings, kafka: Brokers, bundle: Bundle) -> None:
     found: dict[str, object] = {}
     with bundle.trying("roles and grants of the database"):
         found["postgresql"] = access.roles(conn)
     with bundle.trying("the database server's rules for connections (pg_hba)"):
         found["postgresql_connections"] = access.client_authentication(conn)
     with bundle.trying("ACLs of Kafka"):
-        found["kafka_acls"] = access.kafka_acls(settings)
+        found["kafka_acls"] = access.kafka_acls(settings, kafka)
     about = (
         "roles, members, owners and grants of our schema, of what is published and its schemas, without"
         " default privileges; rules for connections; Kafka's ACLs, which its super.users pass by"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vsql_shared.config.values import format_duration
 
 if TYPE_CHECKING:
+    from vsql_ctl.evidence.brokers import Brokers
     from vsql_shared.config import Settings
     from vsql_shared.pg.connect import Connection
 
@@ -74,31 +75,27 @@ def _rows(conn: Connection, columns: Sequence[str], query: str) -> list[dict[str
     return [dict(zip(columns, row, strict=True)) for row in conn.execute(query.encode())]
 
 
-def topics(settings: Settings) -> set[str]:
+def topics(settings: Settings, kafka: Brokers) -> set[str]:
     """Names of the topics of this cluster that this principal may see."""
     from confluent_kafka import KafkaException
 
     from vsql_shared import names
-    from vsql_shared.kafka.clients import from_exception, make_admin
-    from vsql_shared.kafka.topics import TIMEOUT_SECONDS, require_broker
+    from vsql_shared.kafka.clients import from_exception
+    from vsql_shared.kafka.topics import TIMEOUT_SECONDS
 
-    admin = make_admin(settings)
-    require_broker(admin, settings)
+    client = kafka.client()
     try:
-        found = admin.list_topics(timeout=TIMEOUT_SECONDS).topics
+        found = client.list_topics(timeout=TIMEOUT_SECONDS).topics
     except KafkaException as error:
         raise from_exception(error, "list the topics") from error
     ours = names.topic_prefix(f"{names.topic_part(settings.cluster.name)}.")
     return {str(name) for name in found if str(name).startswith(ours)}
 
 
-def topic(settings: Settings, name: str) -> dict[str, Any]:
-    """A topic as the brokers keep it."""
-    from vsql_shared.kafka.clients import make_admin
-    from vsql_shared.kafka.topics import describe_topic, require_broker
+def topic(settings: Settings, kafka: Brokers, name: str) -> dict[str, Any]:
+    """A topic as the brokers keep it. Nothing here has just made one: what is not there is not waited for."""
+    from vsql_shared.kafka.topics import describe_topic
 
-    admin = make_admin(settings)
-    require_broker(admin, settings)
-    config, partitions = describe_topic(admin, name, settings)
+    config, partitions = describe_topic(kafka.client(), name, settings, appear_seconds=0)
     keys = ("cleanup.policy", "retention.ms", "retention.bytes", "min.insync.replicas")
     return {"topic": name, "partitions": partitions, **{key: config.get(key) for key in keys}}

@@ -132,13 +132,16 @@ def _fits(key: str, found: str | None, wanted: str) -> bool:
     return found == wanted
 
 
-def describe_topic(admin: AdminClient, name: str, settings: Settings) -> tuple[dict[str, str | None], int]:
+def describe_topic(
+    admin: AdminClient, name: str, settings: Settings, appear_seconds: float = APPEAR_SECONDS
+) -> tuple[dict[str, str | None], int]:
     """(settings, number of partitions) of a topic that is there.
 
-    One that another process created this moment is there for the controller and not yet for every broker.
+    One that another process created this moment is there for the controller and not yet for every broker:
+    `appear_seconds` are given to it. Who only looks gives none.
     """
     resource = ConfigResource(ResourceType.TOPIC, name)
-    deadline = time.monotonic() + APPEAR_SECONDS
+    deadline = time.monotonic() + appear_seconds
     while True:
         try:
             metadata = admin.list_topics(name, timeout=TIMEOUT_SECONDS).topics[name]
@@ -150,7 +153,7 @@ def describe_topic(admin: AdminClient, name: str, settings: Settings) -> tuple[d
         except TimeoutError:
             raise _silent(settings, f"describing topic {name}") from None
         except KafkaException as error:
-            if error.args[0].code() not in _APPEARING or time.monotonic() > deadline:
+            if error.args[0].code() not in _APPEARING or time.monotonic() >= deadline:
                 raise from_exception(error, f"describe topic {name}") from error
         time.sleep(0.1)
 
