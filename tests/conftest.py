@@ -8,14 +8,18 @@ Kafka and the older PostgreSQLs, and the longest tests begin first.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
 from tests.stack import POSTGRES_VERSIONS, Kafka, Postgres, Stack
 from tests.stack.shared import Borrower, SharedServers
+from vsql_shared.pg.connect import connect
+from vsql_shared.pg.migrate import install
 
 pytest_plugins = ["tests.pairs"]
 
@@ -42,7 +46,10 @@ _SHARED = pytest.StashKey[SharedServers]()
 
 
 class NewDatabase(Protocol):
-    """What the `new_database` fixture gives: call it for an empty database's connection string."""
+    """What the `new_database` fixture gives: call it for an empty database's connection string.
+
+    `new_schema` gives the same for databases that have our schema.
+    """
 
     def __call__(self, prefix: str = "test", version: int = 18) -> str: ...
 
@@ -140,6 +147,34 @@ def new_database(stack: Stack) -> Iterator[NewDatabase]:
 
     def make(prefix: str = "test", version: int = 18) -> str:
         made.append(stack.new_database(version, prefix))
+        return made[-1]
+
+    yield make
+    for conninfo in made:
+        stack.drop_database(conninfo)
+
+
+@pytest.fixture(scope="session")
+def schema_of(stack: Stack) -> Callable[[int], str]:
+    """Version → the name of a database that has our schema and nothing else; made once a session."""
+
+    @cache
+    def made(version: int) -> str:
+        conninfo = stack.new_database(version, "schema")
+        with connect(conninfo, application_name="test") as conn:
+            install(conn)
+        return str(conninfo_to_dict(conninfo)["dbname"])
+
+    return made
+
+
+@pytest.fixture
+def new_schema(stack: Stack, schema_of: Callable[[int], str]) -> Iterator[NewDatabase]:
+    """As new_database, with our schema in them: copied, for installing it is most of a short test."""
+    made: list[str] = []
+
+    def make(prefix: str = "test", version: int = 18) -> str:
+        made.append(stack.new_database(version, prefix, schema_of(version)))
         return made[-1]
 
     yield make

@@ -94,14 +94,14 @@ class Archive(Logs):
 @pytest.fixture
 def logs(
     tmp_path: Path,
-    new_database: NewDatabase,
+    new_schema: NewDatabase,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     moto: str,
 ) -> Iterator[Archive]:
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    made = Archive(tmp_path, new_database("node_a"), new_database("node_b"), capsys)
+    made = Archive(tmp_path, new_schema("node_a"), new_schema("node_b"), capsys)
     made.address, made.bucket = moto, tmp_path.name.replace("_", "-").lower()[-60:].strip("-")
     made.s3 = s3_bucket(moto, made.bucket)
     conn = made.conns["node-a"]

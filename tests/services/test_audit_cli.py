@@ -79,8 +79,8 @@ class Pair:
 
 
 @pytest.fixture
-def pair(tmp_path: Path, new_database: NewDatabase, capsys: pytest.CaptureFixture[str]) -> Iterator[Pair]:
-    made = Pair(tmp_path, new_database("node_a"), new_database("node_b"), capsys)
+def pair(tmp_path: Path, new_schema: NewDatabase, capsys: pytest.CaptureFixture[str]) -> Iterator[Pair]:
+    made = Pair(tmp_path, new_schema("node_a"), new_schema("node_b"), capsys)
     yield made
     made.close()
 
@@ -288,13 +288,13 @@ def test_node_is_not_its_own_peer(replicated: Pair) -> None:
 @pytest.fixture
 def published(
     tmp_path: Path,
-    new_database: NewDatabase,
+    new_schema: NewDatabase,
     capsys: pytest.CaptureFixture[str],
     kafka: Kafka,
     cluster_name: str,
 ) -> Iterator[Pair]:
     """Nodes of a cluster of this test's own, so that the audit topic is this test's own."""
-    made = Pair(tmp_path, new_database("node_a"), new_database("node_b"), capsys, cluster_name)
+    made = Pair(tmp_path, new_schema("node_a"), new_schema("node_b"), capsys, cluster_name)
     made.bootstrap = kafka.bootstrap_servers
     yield made
     made.close()

@@ -97,8 +97,8 @@ def replicate(pair: Pair, source: History, ours: Sequence[Batch], theirs: dict[i
 
 
 @pytest.fixture
-def pair(tmp_path: Path, new_database: NewDatabase, capsys: pytest.CaptureFixture[str]) -> Iterator[Pair]:
-    made = Pair(tmp_path, new_database("node_a"), new_database("node_b"), capsys)
+def pair(tmp_path: Path, new_schema: NewDatabase, capsys: pytest.CaptureFixture[str]) -> Iterator[Pair]:
+    made = Pair(tmp_path, new_schema("node_a"), new_schema("node_b"), capsys)
     yield made
     made.close()
 

@@ -89,9 +89,9 @@ class Logs(Pair):
 
 
 @pytest.fixture
-def logs(tmp_path: Path, new_database: NewDatabase, capsys: pytest.CaptureFixture[str]) -> Iterator[Logs]:
+def logs(tmp_path: Path, new_schema: NewDatabase, capsys: pytest.CaptureFixture[str]) -> Iterator[Logs]:
     """A has a stream; B has applied all of it and remembers its head."""
-    made = Logs(tmp_path, new_database("node_a"), new_database("node_b"), capsys)
+    made = Logs(tmp_path, new_schema("node_a"), new_schema("node_b"), capsys)
     source = ordinary()
     store(made.conns["node-a"], source)
     store(made.conns["node-b"], acknowledged(source))
@@ -231,7 +231,7 @@ def test_a_split_view_is_named_by_peer_writer_and_auditor(logs: Logs) -> None:
 
 
 def test_two_targets_find_that_the_source_showed_them_two_histories(
-    logs: Logs, new_database: NewDatabase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    logs: Logs, new_schema: NewDatabase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     third = signer("node-c")
     own, shown = ack_chain(CHAIN, "node-c"), other_history()
@@ -239,7 +239,7 @@ def test_two_targets_find_that_the_source_showed_them_two_histories(
     acks.open()
     for made in shown.entries[1:]:
         acks.acknowledge(made, target_node_id="node-c")
-    two = Pair(tmp_path, new_database("split_a"), new_database("split_c"), capsys)
+    two = Pair(tmp_path, new_schema("split_a"), new_schema("split_c"), capsys)
     try:
         conn = two.conns["node-b"]
         conn.execute("UPDATE vsql_sync.nodes SET node_id = 'node-c', node_name = 'node-c' WHERE is_local")

@@ -56,14 +56,14 @@ def store(conn: Connection, *histories: History) -> None:
 
 
 @pytest.fixture
-def conn(new_database: NewDatabase) -> Iterator[Connection]:
-    with node(new_database("audit")) as conn:
+def conn(new_schema: NewDatabase) -> Iterator[Connection]:
+    with node(new_schema("audit")) as conn:
         yield conn
 
 
 @contextmanager
 def node(conninfo: str) -> Iterator[Connection]:
-    """Install the schema, as `node init` does."""
+    """A node's database, with the schema as `node init` installs it."""
     with connect(conninfo, application_name="test") as conn:
         install(conn)
         yield conn
@@ -549,8 +549,8 @@ def test_database_without_the_schema_is_one_clear_error(new_database: NewDatabas
 
 
 @pytest.mark.parametrize("version", [15, 16, 17])
-def test_trail_is_written_and_verified_on_older_servers(new_database: NewDatabase, version: int) -> None:
-    with node(new_database("audit", version=version)) as conn:
+def test_trail_is_written_and_verified_on_older_servers(new_schema: NewDatabase, version: int) -> None:
+    with node(new_schema("audit", version=version)) as conn:
         store(conn, ordinary())
         ensure_partitions(conn)
         assert check(conn).ok

@@ -53,9 +53,9 @@ EVERY = 1000.0
 
 
 @pytest.fixture
-def conn(new_database: NewDatabase) -> Iterator[Connection]:
+def conn(new_schema: NewDatabase) -> Iterator[Connection]:
     """A node with an ordinary history."""
-    with node(new_database("watch")) as conn:
+    with node(new_schema("watch")) as conn:
         nodes.register_local(conn, 1, "node-a", CLUSTER, A.public_key)
         store(conn, ordinary())
         yield conn
@@ -578,10 +578,10 @@ def test_a_database_that_fails_within_a_slice_makes_nothing_whole(
 
 
 def test_a_nodes_own_acknowledgements_are_verified_on_the_topic(
-    new_database: NewDatabase, kafka: Kafka, tmp_path: Path
+    new_schema: NewDatabase, kafka: Kafka, tmp_path: Path
 ) -> None:
     acks = acknowledged(ordinary())
-    with node(new_database("acks")) as conn:
+    with node(new_schema("acks")) as conn:
         nodes.register_local(conn, 2, "node-b", CLUSTER, B.public_key)
         store(conn, acks)
         settings = settings_for(tmp_path, kafka.bootstrap_servers, "node-b")

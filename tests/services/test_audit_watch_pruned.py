@@ -60,9 +60,9 @@ def archive_rows(conn: Connection) -> None:
 
 
 @pytest.fixture
-def said(new_database: NewDatabase) -> Iterator[Connection]:
+def said(new_schema: NewDatabase) -> Iterator[Connection]:
     """The chain says its base, and the rows are still there."""
-    with node(new_database("pruned")) as conn:
+    with node(new_schema("pruned")) as conn:
         nodes.register_local(conn, 1, "node-a", CLUSTER, A.public_key)
         nodes.pin(conn, "node-b", B.public_key)
         archive_rows(conn)
@@ -261,10 +261,10 @@ def test_a_chain_that_was_whole_and_is_cut_to_an_unsaid_base_is_found_by_the_nex
 
 
 def test_a_beginning_that_is_cut_off_without_a_word_of_the_chain_is_a_break(
-    new_database: NewDatabase,
+    new_schema: NewDatabase,
 ) -> None:
     """A genuine head, cosigned, is noted as a base: the chain itself does not say it."""
-    with node(new_database("cut")) as conn:
+    with node(new_schema("cut")) as conn:
         nodes.register_local(conn, 1, "node-a", CLUSTER, A.public_key)
         nodes.pin(conn, "node-b", B.public_key)
         store(conn, ordinary())
@@ -356,9 +356,9 @@ def test_the_topic_of_a_pruned_chain_begins_at_its_base(
 
 
 def test_a_topic_without_its_beginning_and_without_a_base_is_a_break(
-    new_database: NewDatabase, kafka: Kafka, tmp_path: Path
+    new_schema: NewDatabase, kafka: Kafka, tmp_path: Path
 ) -> None:
-    with node(new_database("cut")) as conn:
+    with node(new_schema("cut")) as conn:
         nodes.register_local(conn, 1, "node-a", CLUSTER, A.public_key)
         nodes.pin(conn, "node-b", B.public_key)
         store(conn, ordinary())
@@ -369,10 +369,10 @@ def test_a_topic_without_its_beginning_and_without_a_base_is_a_break(
 
 
 def test_a_chain_that_is_pruned_while_the_topic_is_read_is_no_break(
-    new_database: NewDatabase, kafka: Kafka, tmp_path: Path
+    new_schema: NewDatabase, kafka: Kafka, tmp_path: Path
 ) -> None:
     first, later = HISTORY.entries[:11], HISTORY.entries[11:]
-    with node(new_database("moving")) as conn:
+    with node(new_schema("moving")) as conn:
         nodes.register_local(conn, 1, "node-a", CLUSTER, A.public_key)
         nodes.pin(conn, "node-b", B.public_key)
         archive_rows(conn)

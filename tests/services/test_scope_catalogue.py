@@ -35,9 +35,9 @@ PAYMENTS, SHOPS, FACTS = (TableName("public", name) for name in ("payments", "sh
 
 
 @pytest.fixture(params=[15, 18], ids=["pg15", "pg18"])
-def conn(request: pytest.FixtureRequest, new_database: NewDatabase) -> Iterator[Connection]:
+def conn(request: pytest.FixtureRequest, new_schema: NewDatabase) -> Iterator[Connection]:
     """A node with the tables above."""
-    with connect(new_database("scope", request.param), application_name="test") as opened:
+    with connect(new_schema("scope", request.param), application_name="test") as opened:
         migrate.install(opened)
         nodes.register_local(opened, 1, "node-a", "c", None)
         opened.execute(TABLES)
@@ -296,9 +296,9 @@ def test_an_identity_that_covers_less_than_the_list_stops_nothing(conn: Connecti
     conn.execute("UPDATE public.payments SET note = 'x'")
 
 
-def test_generated_columns_that_are_listed_stay_when_another_is_let_in(new_database: NewDatabase) -> None:
+def test_generated_columns_that_are_listed_stay_when_another_is_let_in(new_schema: NewDatabase) -> None:
     """PostgreSQL 18 publishes stored ones where they are listed, or where FULL needs them."""
-    with connect(new_database("scope", 18), application_name="test") as conn:
+    with connect(new_schema("scope", 18), application_name="test") as conn:
         migrate.install(conn)
         nodes.register_local(conn, 1, "node-a", "c", None)
         columns = "id int PRIMARY KEY, v int, twice int GENERATED ALWAYS AS (v * 2) STORED, w int"

@@ -15,6 +15,7 @@ import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
+from psycopg.conninfo import conninfo_to_dict
 
 from tests.stack import Kafka, Postgres, Stack
 from tests.stack.state import REPOSITORY
@@ -42,6 +43,20 @@ def test_a_database_is_dropped_although_a_slot_and_a_session_hold_it(stack: Stac
         assert left.fetchone() is None
     with pytest.raises(psycopg.OperationalError):
         psycopg.connect(conninfo)
+
+
+def test_a_copy_of_a_database_has_what_it_had_and_is_another(stack: Stack) -> None:
+    first = stack.new_database(18, "first")
+    with psycopg.connect(first) as connection:
+        connection.execute("CREATE TABLE kept AS SELECT 42 AS answer")
+    copy = stack.new_database(18, "copy", str(conninfo_to_dict(first)["dbname"]))
+    with psycopg.connect(copy) as connection:
+        assert connection.execute("SELECT answer FROM kept").fetchone() == (42,)
+        connection.execute("DROP TABLE kept")
+    with psycopg.connect(first) as connection:
+        assert connection.execute("SELECT answer FROM kept").fetchone() == (42,)
+    for conninfo in (first, copy):
+        stack.drop_database(conninfo)
 
 
 def test_a_killed_postgres_comes_back_with_what_was_committed(stack: Stack) -> None:

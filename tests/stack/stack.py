@@ -100,12 +100,17 @@ class Stack:
             self._postgres[version] = self._find_postgres(version)
         return self._postgres[version]
 
-    def new_database(self, version: int, prefix: str = "test") -> str:
-        """Create an empty database and return its connection string (superuser)."""
+    def new_database(self, version: int, prefix: str = "test", like: str = "template0") -> str:
+        """Create a database and return its connection string (superuser).
+
+        It is empty, or a copy of a database `like` this, to which nobody may be connected.
+        """
         server = self.postgres(version).conninfo
         name = f"{prefix.replace('-', '_')}_{secrets.token_hex(4)}"
         with psycopg.connect(server, autocommit=True) as connection:
-            connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE template0").format(sql.Identifier(name)))
+            connection.execute(
+                sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(like))
+            )
         self._databases.append((server, name))
         return make_conninfo(server, dbname=name)
 
