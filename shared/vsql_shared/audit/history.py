@@ -134,7 +134,8 @@ def read_topic(consumer: Consumer, topic: str, history: Fed) -> None:
             consumer.assign([place])
             position, deadline = low, time.monotonic() + SILENCE_SECONDS
             while position < high:
-                for message in consumer.consume(500, timeout=0.2):
+                # No more than there are: it would wait for the rest.
+                for message in consumer.consume(min(500, high - position), timeout=0.2):
                     if (error := message.error()) is not None:
                         raise kafka_error(error, f"read {topic}/{number}")
                     offset, value = message.offset() or 0, message.value()

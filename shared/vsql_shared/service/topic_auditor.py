@@ -213,7 +213,9 @@ class TopicAuditor:
             consumer.assign([TopicPartition(self._topic, partition, state.next[partition])])
             self._assigned, self._heard = partition, None
         messages, fault = [], None
-        for message in consumer.consume(self._settings.audit.verify_slice, timeout=_READ_SECONDS):
+        # No more than there are: it would wait for the rest.
+        most = min(self._settings.audit.verify_slice, state.ends[partition] - state.next[partition])
+        for message in consumer.consume(most, timeout=_READ_SECONDS):
             error = message.error()
             if error is not None and error.code() != KafkaError._PARTITION_EOF:  # noqa: SLF001 - a public name of librdkafka
                 fault = kafka_error(error, f"read {self._topic}/{partition}")
