@@ -42,6 +42,9 @@ _SCENES = (
 )
 """Files whose tests stand on one costly scene (a fixture of their module), or write into one folder."""
 
+_ONE_TOPIC = ("test_audit_watch.py", "test_audit_watch_pruned.py")
+"""Files whose tests each make the audit topic of the histories' cluster anew: the run has one Kafka."""
+
 _SHARED = pytest.StashKey[SharedServers]()
 
 
@@ -57,6 +60,8 @@ class NewDatabase(Protocol):
 def scene(nodeid: str) -> str:
     """What a test must not be parted from: its file's scene (one for each version), or nothing but itself."""
     file, _, test = nodeid.partition("::")
+    if file.endswith(_ONE_TOPIC):
+        return "the audit topic of the histories' cluster"
     version = re.search(r"\[pg\d+\]$", test)
     shared = file.endswith(_SCENES) or "/subscription/" in file
     return file + (version[0] if version else "") if shared else nodeid
