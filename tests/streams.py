@@ -20,6 +20,8 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     ResourceType,
 )
 
+from vsql_shared.kafka.clients import watermarks
+
 MESSAGE_MAX_BYTES = 8_000_000
 """Below what the test brokers take (tests/stack/kafka.py)."""
 
@@ -62,7 +64,7 @@ def read_topics(bootstrap: str, cluster: str, timeout: float = 60) -> list[Recor
         ends: dict[tuple[str, int], int] = {}
         for topic, partitions in cluster_topics(bootstrap, cluster).items():
             for partition in range(partitions):
-                low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=20)
+                low, high = watermarks(consumer, TopicPartition(topic, partition), 20)
                 if high > low:
                     # The source deletes what all targets have: a partition need not begin at 0.
                     starts[topic, partition], ends[topic, partition] = low, high

@@ -29,7 +29,7 @@ from confluent_kafka import (
 from vsql_shared.audit.dsse import SignedDocument
 from vsql_shared.audit.entries import peek_chain
 from vsql_shared.errors import DecodeError, TransientError
-from vsql_shared.kafka.clients import from_exception, is_unknown_topic, kafka_error, make_consumer
+from vsql_shared.kafka.clients import from_exception, is_unknown_topic, kafka_error, make_consumer, watermarks
 
 if TYPE_CHECKING:
     from vsql_shared.config import Settings
@@ -136,11 +136,9 @@ class Source:
     def ends(self, topic: str, number: int) -> tuple[int, int]:
         """First offset and next offset of a partition, as its leader says now."""
         place = TopicPartition(topic, number)
-        low, high = self._call(
-            f"ask for the offsets of {topic}",
-            lambda: self._consumer.get_watermark_offsets(place, timeout=TIMEOUT_SECONDS),
+        return self._call(
+            f"ask for the offsets of {topic}", lambda: watermarks(self._consumer, place, TIMEOUT_SECONDS)
         )
-        return int(low), int(high)
 
     def _end(self, place: Place) -> int | None:
         """Next offset of a partition; None where it is not there."""
@@ -284,7 +282,7 @@ def read_records(
     consumer = make_consumer(settings, client_id, group, partition_eof=True)
     try:
         at = TopicPartition(topic, number)
-        low, high = consumer.get_watermark_offsets(at, timeout=TIMEOUT_SECONDS)
+        low, high = watermarks(consumer, at, TIMEOUT_SECONDS)
         next_offset = max(low, min(from_offset, high))
         consumer.assign([TopicPartition(topic, number, next_offset)])
         deadline = time.monotonic() + TIMEOUT_SECONDS

@@ -39,7 +39,7 @@ from vsql_shared.audit.entries import EPOCH_OPENED, AuditEntry, peek_chain
 from vsql_shared.audit.store import insert_entries, recall_head
 from vsql_shared.crypto.signing import Signer, TrustStore
 from vsql_shared.errors import ChainError, DecodeError, DivergedError, SignatureError, TransientError
-from vsql_shared.kafka.clients import from_exception, kafka_error
+from vsql_shared.kafka.clients import from_exception, kafka_error, watermarks
 from vsql_shared.pg.connect import Connection
 
 _log = logging.getLogger(__name__)
@@ -93,10 +93,9 @@ class AuditTail:
     def bounds(self) -> tuple[int, int]:
         """First offset and the one after the last."""
         try:
-            low, high = self._consumer.get_watermark_offsets(self._at, timeout=10)
+            return watermarks(self._consumer, self._at, timeout=10)
         except KafkaException as error:
             raise from_exception(error, f"read the end of {self._name}") from error
-        return low, high
 
     @property
     def position(self) -> int:

@@ -38,7 +38,7 @@ from vsql_shared.audit.rows import StoredDocument
 from vsql_shared.audit.store import has_document, insert_entries, iterate, move_offset, recall_head
 from vsql_shared.changes import PartitionRoot
 from vsql_shared.errors import DecodeError, DivergedError, TransientError, VsqlSyncError
-from vsql_shared.kafka.clients import from_exception, is_unknown_topic, kafka_error
+from vsql_shared.kafka.clients import from_exception, is_unknown_topic, kafka_error, watermarks
 from vsql_shared.pg.connect import Connection
 from vsql_shared.wire.framing import without_frame
 from vsql_shared.wire.pack import decode_header, decode_tuples, header_digest
@@ -251,12 +251,11 @@ def leaves_of(entry: AuditEntry, message: bytes) -> list[bytes]:
 def _bounds(consumer: Consumer, place: TopicPartition) -> tuple[int, int] | None:
     """First offset and the one after the last; None where there is no such topic."""
     try:
-        low, high = consumer.get_watermark_offsets(place, timeout=_TIMEOUT_SECONDS)
+        return watermarks(consumer, place, _TIMEOUT_SECONDS)
     except KafkaException as error:
         if is_unknown_topic(error):
             return None
         raise from_exception(error, f"read the end of {place.topic}") from error
-    return int(low), int(high)
 
 
 def _records(

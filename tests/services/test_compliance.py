@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ from vsql_shared.audit.entries import CHECKPOINT_COSIGNED, canonical_json
 from vsql_shared.audit.store import remember_head
 from vsql_shared.audit.verify import Problem
 from vsql_shared.errors import VsqlSyncError
-from vsql_shared.kafka.topics import APPEAR_SECONDS
 from vsql_shared.kms.file import generate_kek_file
 from vsql_shared.pg import roles
 
@@ -236,12 +234,10 @@ def test_what_cannot_be_gathered_is_listed_with_its_reason(node: Node) -> None:
     assert (code, "left out by --no-trail" in out) == (0, True), err
 
 
-def test_a_topic_that_is_not_there_is_not_waited_for(kafka: Kafka, tmp_path: Path, cluster_name: str) -> None:
+def test_a_topic_that_is_not_there_is_named(kafka: Kafka, tmp_path: Path, cluster_name: str) -> None:
     settings = settings_for(tmp_path, kafka.bootstrap_servers)
-    begun = time.monotonic()
     with pytest.raises(VsqlSyncError, match=f"describe topic {cluster_name}.keys"):
         retention.topic(settings, Brokers(settings), f"{cluster_name}.keys")
-    assert time.monotonic() - begun < APPEAR_SECONDS
 
 
 def test_a_trail_that_does_not_verify_is_shown_as_such(node: Node) -> None:

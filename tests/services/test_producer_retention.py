@@ -14,7 +14,7 @@ from tests.services.producer_node import CHAIN, PeerNode, SourceNode
 from tests.streams import alter_topic
 from vsql_producers import retention
 from vsql_producers.retention import Retention
-from vsql_shared.kafka.clients import make_admin
+from vsql_shared.kafka.clients import make_admin, watermarks
 from vsql_shared.pg.connect import Connection, connect
 
 TABLES = "CREATE TABLE t (id bigint PRIMARY KEY, note text); CREATE TABLE u (id bigint PRIMARY KEY)"
@@ -45,7 +45,7 @@ def bounds(node: SourceNode, table: str) -> tuple[int, int]:
     consumer = Consumer({"bootstrap.servers": node.kafka, "group.id": "bounds"})
     try:
         place = TopicPartition(f"{node.cluster}.pub.node-a.public.{table}", 0)
-        low, high = consumer.get_watermark_offsets(place, timeout=20)
+        low, high = watermarks(consumer, place, 20)
         return int(low), int(high)
     finally:
         consumer.close()

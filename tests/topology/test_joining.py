@@ -15,6 +15,7 @@ from tests.stack import Stack, kill_tree
 from tests.streams import cluster_topics
 from tests.waiting import until
 from vsql_shared import names
+from vsql_shared.kafka.clients import watermarks
 
 pytestmark = pytest.mark.topology
 
@@ -96,7 +97,7 @@ def delete_records(pair: TwoNodes) -> None:
     ends = []
     for topic in cluster_topics(pair.a.kafka, pair.cluster):
         if topic.startswith(prefix):
-            high = consumer.get_watermark_offsets(TopicPartition(topic, 0), timeout=20)[1]
+            high = watermarks(consumer, TopicPartition(topic, 0), 20)[1]
             ends.append(TopicPartition(topic, 0, high))
     consumer.close()
     assert len(ends) == 2

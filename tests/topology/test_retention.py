@@ -17,6 +17,7 @@ from tests.streams import alter_topic
 from tests.topology.test_joining import ADD_C, COMMON, TABLES
 from tests.waiting import until
 from vsql_shared import names
+from vsql_shared.kafka.clients import watermarks
 
 pytestmark = pytest.mark.topology
 
@@ -86,7 +87,7 @@ def on_topic(pair: TwoNodes) -> list[tuple[int, bool]]:
     found: list[tuple[int, bool]] = []
     for number in consumer.list_topics(topic, timeout=20).topics[topic].partitions:
         place = TopicPartition(topic, number, OFFSET_BEGINNING)
-        high = consumer.get_watermark_offsets(place, timeout=20)[1]
+        high = watermarks(consumer, place, 20)[1]
         consumer.assign([place])
         at = -1
         while at < high - 1:

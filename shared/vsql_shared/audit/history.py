@@ -121,7 +121,7 @@ def read_topic(consumer: Consumer, topic: str, history: Fed) -> None:
     """Feed every record the topic has now, partition by partition in order; tombstones are passed over."""
     from confluent_kafka import OFFSET_BEGINNING, KafkaException, TopicPartition
 
-    from vsql_shared.kafka.clients import from_exception, kafka_error
+    from vsql_shared.kafka.clients import from_exception, kafka_error, watermarks
 
     try:
         found = consumer.list_topics(topic, timeout=10).topics[topic]
@@ -130,7 +130,7 @@ def read_topic(consumer: Consumer, topic: str, history: Fed) -> None:
             raise kafka_error(found.error, f"read {topic}")
         for number in found.partitions:
             place = TopicPartition(topic, number, OFFSET_BEGINNING)
-            low, high = consumer.get_watermark_offsets(place, timeout=10)
+            low, high = watermarks(consumer, place, timeout=10)
             consumer.assign([place])
             position, deadline = low, time.monotonic() + SILENCE_SECONDS
             while position < high:

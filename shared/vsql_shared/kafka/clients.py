@@ -11,7 +11,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from typing_extensions import override
 
@@ -81,6 +81,28 @@ def from_exception(exception: KafkaException, doing: str) -> VsqlSyncError:
 
 # librdkafka repeats itself several times a second, in each client, while a broker is away.
 _REPEAT_SECONDS = 60.0
+
+
+def watermarks(consumer: Consumer, place: TopicPartition, timeout: float) -> tuple[int, int]:
+    """First offset and the one after the last of a partition, as its leader says within `timeout` seconds.
+
+    Raises KafkaException. Now and then the client does not know a partition that is there, while it renews
+    what it knows of the brokers (confluent-kafka-python, issue 1043): the brokers are asked before it is
+    believed.
+    """
+    tries = 3
+    while True:
+        try:
+            low, high = consumer.get_watermark_offsets(place, timeout=timeout)
+        except KafkaException as error:
+            tries -= 1
+            if error.args[0].code() != KafkaError._UNKNOWN_PARTITION or not tries:
+                raise
+            found = consumer.list_topics(place.topic, timeout=timeout).topics.get(place.topic)
+            if found is None or place.partition not in found.partitions:
+                raise
+        else:
+            return int(low), int(high)
 
 
 class _NowAndThen(logging.Filter):

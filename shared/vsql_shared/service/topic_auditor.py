@@ -24,7 +24,7 @@ from vsql_shared.audit.verify import Problem, own_heads
 from vsql_shared.audit.watch import NOBODYS, is_name
 from vsql_shared.audit.watch_topic import Named, TopicPass
 from vsql_shared.errors import BrokerError, TransientError, VsqlSyncError
-from vsql_shared.kafka.clients import from_exception, kafka_error, make_consumer
+from vsql_shared.kafka.clients import from_exception, kafka_error, make_consumer, watermarks
 from vsql_shared.kafka.rights import VERIFY_GROUP
 from vsql_shared.pg.connect import Connection, errors
 
@@ -188,9 +188,7 @@ class TopicAuditor:
         return state
 
     def _watermarks(self, consumer: Consumer, partition: int) -> tuple[int, int]:
-        place = TopicPartition(self._topic, partition)
-        found: tuple[int, int] = consumer.get_watermark_offsets(place, timeout=_ASK_SECONDS)
-        return found
+        return watermarks(consumer, TopicPartition(self._topic, partition), _ASK_SECONDS)
 
     def _further(self, state: TopicPass, now: float) -> list[Problem]:
         """Something is missing that may be under way: read on to where the topic ends by now."""
