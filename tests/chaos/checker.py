@@ -173,7 +173,9 @@ def check_all(pair: TwoNodes, commits: Sequence[Commit]) -> None:
 
 
 @contextmanager
-def under_load(pair: TwoNodes, seed: int, pause: float = 0.05) -> Iterator[Watch]:
+def under_load(
+    pair: TwoNodes, seed: int, pause: float = 0.05, in_step: float = _IN_STEP_SECONDS
+) -> Iterator[Watch]:
     """Have sessions commit and a reader look while the block runs; then come in step and check everything."""
     watch, reader = Watch(), Reader(pair.b.conninfo)
     load = Workload(pair.a.conninfo, seed, pause=pause)
@@ -183,7 +185,7 @@ def under_load(pair: TwoNodes, seed: int, pause: float = 0.05) -> Iterator[Watch
         yield watch
         watch.commits = load.stop()
         changes = sum(commit.changes for commit in watch.commits)
-        pair.wait_in_step(_IN_STEP_SECONDS)
+        pair.wait_in_step(in_step)
         until(lambda: pair.acknowledged_rows() >= changes, 60, lambda: "not everything is acknowledged")
         reader.stop()
         watch.snapshots = reader.snapshots

@@ -60,16 +60,21 @@ class Result:
 
 
 class Scene:
-    """Two PostgreSQLs and a Kafka, reached through proxies."""
+    """Two PostgreSQLs and a Kafka, reached through proxies.
 
-    def __init__(self, stack: Stack, version: int = 18) -> None:
+    `small_disks`: Kafka and the target have disks of their own that can be filled, and that a backlog of
+    minutes fills by itself.
+    """
+
+    def __init__(self, stack: Stack, version: int = 18, *, small_disks: bool = True) -> None:
         self._stack, self._folder = stack, stack.base_dir / f"scene-{time.monotonic_ns()}"
         self._folder.mkdir(mode=0o711)
         self._closing = ExitStack()
         self._disks: dict[str, SmallDisk] = {}
         self.missing: list[str] = []
         """What cannot be done here."""
-        if not may_mount(self._folder):
+        self._small_disks = small_disks and may_mount(self._folder)
+        if small_disks and not self._small_disks:
             self.missing.append("full disks: only root may mount a tmpfs")
         self._clock_library = build_clock(self._folder)
         if self._clock_library is None:
@@ -92,9 +97,9 @@ class Scene:
             self._closing.callback(proxy.close)
 
     def _disk(self, name: str) -> Path:
-        """A small disk of a server's own, or a folder where there can be none."""
+        """A small disk of a server's own, or a folder where there is none."""
         folder = self._folder / f"disk-of-{name}"
-        if not may_mount(self._folder):
+        if not self._small_disks:
             folder.mkdir(mode=0o711)
             return folder
         self._disks[name] = SmallDisk(folder)

@@ -18,10 +18,13 @@ _MEMORY_BYTES = 400 * 2**20
 """More than a service and its worker take with full buffers (docs/design/0009), far less than ten minutes of
 what is committed meanwhile and their records."""
 
+_IN_STEP_SECONDS = 1_800.0
+"""What ten minutes of commits are given to arrive while others go on."""
+
 
 @pytest.fixture
 def scene(stack: Stack) -> Iterator[Scene]:
-    with Scene(stack) as made:
+    with Scene(stack, small_disks=False) as made:
         yield made
 
 
@@ -41,7 +44,7 @@ def _most_memory(pair: TwoNodes) -> int:
 @pytest.mark.parametrize("away", ["kafka", "target"])
 @pytest.mark.timeout(3600)
 def test_ten_minutes_without_a_server_lose_nothing_and_take_no_memory(scene: Scene, away: str) -> None:
-    with scene.pair() as pair, checker.under_load(pair, seed=5) as watch:
+    with scene.pair() as pair, checker.under_load(pair, seed=5, in_step=_IN_STEP_SECONDS) as watch:
         time.sleep(5)
         server = getattr(scene, away)
         server.kill()
