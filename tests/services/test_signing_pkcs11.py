@@ -10,10 +10,10 @@ import pytest
 from pkcs11 import Attribute, ObjectClass
 
 from tests.services.test_kms_key_command import syncctl, write_config
+from tests.signing_contract import NODE, keeps_its_promises, trust
 from tests.softhsm import SoftToken, make_token
 from vsql_shared.audit.dsse import AUDIT_ENTRY, open_document, sign_document
-from vsql_shared.crypto.signing import PinnedKey, TrustStore, fingerprint
-from vsql_shared.errors import KeyUnavailableError, SignatureError
+from vsql_shared.errors import KeyUnavailableError
 from vsql_shared.kms.pkcs11_signing import TokenSigner, generate_signing_key
 
 _numbers = count()
@@ -37,26 +37,14 @@ def label() -> str:
 
 
 def signer_of(token: SoftToken, label: str) -> TokenSigner:
-    return TokenSigner(token.module, token.label, label, token.pin, "node-a")
+    return TokenSigner(token.module, token.label, label, token.pin, NODE)
 
 
-def trust(public: bytes) -> TrustStore:
-    return TrustStore([PinnedKey("node-a", public, fingerprint(public), revoked=False)])
-
-
-@pytest.mark.parametrize("size", [0, 1, 5_000, 900_000])
 def test_a_document_signed_in_the_token_is_one_signed_by_any_ed25519_key(
-    token: SoftToken, label: str, size: int
+    token: SoftToken, label: str
 ) -> None:
     public = generate_signing_key(token.module, token.label, label, token.pin)
-    signer = signer_of(token, label)
-    assert (signer.public_key, signer.fingerprint) == (public, fingerprint(public))
-    document = sign_document(signer, AUDIT_ENTRY, bytes(size))
-    assert open_document(trust(public), "node-a", document, AUDIT_ENTRY) == bytes(size)
-    assert sign_document(signer, AUDIT_ENTRY, bytes(size)) == document  # Ed25519 is deterministic
-    altered = document[:-1] + bytes([document[-1] ^ 1])
-    with pytest.raises(SignatureError):
-        open_document(trust(public), "node-a", altered, AUDIT_ENTRY)
+    keeps_its_promises(signer_of(token, label), public, largest=900_000)
 
 
 def test_a_made_signing_key_cannot_leave_the_token(token: SoftToken, label: str) -> None:
@@ -83,7 +71,7 @@ def test_a_session_that_was_lost_is_opened_again(token: SoftToken, label: str) -
     signer = signer_of(token, label)
     pkcs11.lib(str(token.module)).reinitialize()
     document = sign_document(signer, AUDIT_ENTRY, b"after the HSM was restarted")
-    assert open_document(trust(public), "node-a", document, AUDIT_ENTRY)
+    assert open_document(trust(public), NODE, document, AUDIT_ENTRY)
 
 
 def test_a_key_that_is_not_there_is_said_so(token: SoftToken, label: str) -> None:

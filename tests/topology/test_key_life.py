@@ -5,6 +5,7 @@ Two nodes with their services; what an operator does is `syncctl`, as docs/opera
 
 from __future__ import annotations
 
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -319,6 +320,14 @@ def test_fragments_whose_key_was_destroyed_are_written_down_as_they_come_and_not
     assert pair.b.query(kept) == pair.a.query(kept)
 
 
+def signed_elsewhere(order: Path, key: Path) -> Path:
+    """A detached signature as the page has it made, on a machine with openssl and nothing of ours."""
+    found = order.with_suffix(f".{key.parent.name}")
+    words = ("openssl", "pkeyutl", "-sign", "-rawin", "-inkey", key, "-in", order, "-out", found)
+    subprocess.run(words, check=True, capture_output=True, timeout=60)
+    return found
+
+
 @pytest.mark.timeout(300)
 def test_a_key_is_not_destroyed_by_one_person_nor_before_its_time_nor_while_it_wraps(
     in_token: TwoNodes,
@@ -340,7 +349,11 @@ def test_a_key_is_not_destroyed_by_one_person_nor_before_its_time_nor_while_it_w
     shown = pair.a.ctl("key", "approve", "1", "--to-sign", str(pair.folder / "order.bin")).stdout
     assert "payments/0001" in shown
     assert "retention is over" in shown
-    pair.a.ctl("key", "approve", "1", *bob)
+    by_bob = ("key", "approve", "1", "--operator", "bob", "--yes", "--signature")
+    for name, words in (("alice", "does not verify"), ("bob", "")):
+        signature = signed_elsewhere(pair.folder / "order.bin", people[name])
+        assert words in pair.a.ctl(*by_bob, str(signature), check=not words).stderr
+    assert states(pair.a)["payments/0001"] == "scheduled for destruction"
     assert "may be carried out from" in refused(pair.a, "key", "destroy", "1", "--yes")
 
     # A row that says otherwise is no approval: signatures are looked at again.

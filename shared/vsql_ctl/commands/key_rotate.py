@@ -84,6 +84,9 @@ def _ask(
             args = {"audit_log": line}
             asked = commands.request(conn, "producer", verb, args, reason, chain)
         answers = commands.wait(conn, asked, len(streams), timeout)
+        silent = streams - {a.chain for a in answers}
+        if silent:  # a first copy may have ended meanwhile
+            silent &= _writing(conn).keys()
     rows = [{"stream": a.chain, "done": a.ok, "message": a.message} for a in answers]
     if rows:
         emit(
@@ -91,23 +94,27 @@ def _ask(
             rows,
             lambda: render_table(("stream", "done", "message"), [tuple(r.values()) for r in rows]),
         )
-    silent = sorted(streams - {a.chain for a in answers})
     if silent:
         raise TransientError(
-            f"no answer within {timeout:g} s from {', '.join(silent)}",
+            f"no answer within {timeout:g} s from {', '.join(sorted(silent))}",
             hint="see `syncctl status`; the producer does it when it runs again",
         )
     if not all(a.ok for a in answers):
         raise RefusedError("not every stream rotated its key", hint="the table says why")
 
 
-def _outgoing(conn: Connection, chain: str | None) -> set[str]:
-    """The running streams this node writes, or the one that was named."""
+def _writing(conn: Connection) -> dict[str, str]:
+    """The streams this node writes, without copies that are done, and what each is wanted to do."""
     rows = conn.execute(
         "SELECT chain, desired FROM vsql_sync.streams"
         " WHERE direction = 'out' AND state <> 'FINISHED' ORDER BY chain"
     ).fetchall()
-    desired = {str(name): str(wanted) for name, wanted in rows}
+    return {str(name): str(wanted) for name, wanted in rows}
+
+
+def _outgoing(conn: Connection, chain: str | None) -> set[str]:
+    """The running streams this node writes, or the one that was named."""
+    desired = _writing(conn)
     if chain is not None and chain not in desired:
         known = ", ".join(desired) or "none"
         raise RefusedError(f"this node writes no stream {chain!r}", hint=f"its streams: {known}")

@@ -53,6 +53,8 @@ LOST = (
     p11.WrappingKeyHandleInvalid,
     p11.UnwrappingKeyHandleInvalid,
 )
+# What a module also says that read its token while another process wrote there, and then for ever.
+_STALE = (p11.UserPinNotInitialized, p11.GeneralError)
 _ASK_THE_HSM = "look into the HSM's own log; check the key's attributes with `pkcs11-tool --list-objects`"
 _NO_GCM = (p11.MechanismInvalid, p11.MechanismParamInvalid, p11.FunctionNotSupported)
 
@@ -81,9 +83,7 @@ def open_session(module: Path, token_label: str, pin: SecretStr | None, *, rw: b
             hint="correct the PIN of encryption.kms.pkcs11; if the token's was mended, restart the service",
         )
     try:
-        return token.open(rw=rw, user_pin=word or None)
-    except p11.UserAlreadyLoggedIn:  # login belongs to the process: another session of ours did it
-        return token.open(rw=rw)
+        return _open(module, token, word, rw=rw)
     except (p11.PinIncorrect, p11.PinInvalid, p11.PinLenRange) as error:
         _refused.add(tried)
         raise KeyUnavailableError(
@@ -95,6 +95,21 @@ def open_session(module: Path, token_label: str, pin: SecretStr | None, *, rw: b
             f"{where}: the user PIN is locked, expired or not set ({type(error).__name__})",
             hint="the security officer sets it again with the HSM's own tool",
         ) from error
+
+
+def _open(module: Path, token: Token, word: str, *, rw: bool) -> Session:
+    try:
+        return _log_in(token, word, rw=rw)
+    except _STALE:
+        _list_tokens(module, anew=True)
+        return _log_in(_find_token(module, token.label), word, rw=rw)
+
+
+def _log_in(token: Token, word: str, *, rw: bool) -> Session:
+    try:
+        return token.open(rw=rw, user_pin=word or None)
+    except p11.UserAlreadyLoggedIn:  # login belongs to the process: another session of ours did it
+        return token.open(rw=rw)
 
 
 def _find_token(module: Path, token_label: str) -> Token:
