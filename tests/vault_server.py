@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import urllib.request
 from collections.abc import Iterator
@@ -29,8 +30,8 @@ _START_SECONDS = 60.0
 class VaultServer:
     """A running server, and the key administrator's hands."""
 
-    def __init__(self, address: str) -> None:
-        self.address = address
+    def __init__(self, address: str, log: Path) -> None:
+        self.address, self._log = address, log
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Any call of the API, with the root token."""
@@ -47,6 +48,16 @@ class VaultServer:
     def new_key(self, name: str, kind: str = "aes256-gcm96", **more: Any) -> None:
         """A transit key."""
         self.ask("POST", f"transit/keys/{name}", {"type": kind, **more})
+
+    def seal(self) -> None:
+        """Have it forget its keys: it answers 503 to everything until `unseal`."""
+        self.ask("PUT", "sys/seal")
+
+    def unseal(self) -> None:
+        """As the operators do who hold the shares; dev mode prints its only one when it starts."""
+        found = re.search(r"Unseal Key: (\S+)", self._log.read_text())
+        assert found is not None, self._log.read_text()
+        assert self.ask("PUT", "sys/unseal", {"key": found[1]})["sealed"] is False
 
     def token_with(self, policy: str, *rules: tuple[str, str]) -> str:
         """A token that may do just this: (path, capability) each."""
@@ -78,7 +89,7 @@ def vault_server(folder: Path) -> Iterator[VaultServer]:
     ]  # fmt: skip
     log = folder / "vault.log"
     process = spawn(command, log=log, env={"HOME": str(folder)})
-    server = VaultServer(f"http://127.0.0.1:{port}")
+    server = VaultServer(f"http://127.0.0.1:{port}", log)
     try:
         until(lambda: answers(port, "/v1/sys/health"), _START_SECONDS, log.read_text)
         server.ask("POST", "sys/mounts/transit", {"type": "transit"})

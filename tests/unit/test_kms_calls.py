@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vsql_shared.crypto.dek import key_context
 from vsql_shared.errors import DecodeError, KeyUnavailableError
-from vsql_shared.kms import azure_kv, gcp_kms, vault
+from vsql_shared.kms import azure_kv, gcp_kms, vault, vault_signing
 from vsql_shared.kms.base import LONGEST_PAUSE, KekVersion, Retries, context_names, rsa_strength, weakness
 from vsql_shared.kms.https import Answer, refusal_text
 
@@ -137,6 +137,14 @@ PARSERS: dict[str, tuple[Callable[[dict[str, Any]], object], dict[str, Any]]] = 
     ),
     "Vault's wrapping": (vault.parse_encrypted, {"data": {"ciphertext": "vault:v1:AQAB"}}),
     "Vault's plaintext": (vault.parse_plaintext, {"data": {"plaintext": "AQAB"}}),
+    "Vault's signing key": (
+        vault_signing.parse_public_key,
+        {"data": {"type": "ed25519", "derived": False, "keys": {"1": {"public_key": "A" * 42 + "A="}}}},
+    ),
+    "Vault's signature": (
+        vault_signing.parse_signature,
+        {"data": {"signature": "vault:v1:" + "A" * 85 + "A=="}},
+    ),
 }
 _JSON = st.recursive(
     st.none()
@@ -196,3 +204,20 @@ def test_only_vaults_word_that_a_ciphertext_does_not_open_is_no_failure_to_wait_
     status: int, said: list[str], is_final: bool
 ) -> None:
     assert vault.does_not_decrypt(Answer(status, {"errors": said})) == is_final
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "is_final"),
+    [
+        (500, "requested version for signing is less than the minimum encryption key version", True),
+        (500, "JSON string value exceeds allowed length", True),
+        (500, "internal error", False),
+        (503, "Vault is sealed", False),
+        (400, "requested version for signing is less than the minimum encryption key version", False),
+    ],
+)
+def test_only_vaults_word_that_it_never_signs_this_is_no_failure_to_wait_for(
+    status: int, said: str, is_final: bool
+) -> None:
+    answer = Answer(status, {"errors": [f"1 error occurred:\n\t* {said}\n\n"]})
+    assert vault_signing.may_not_sign(answer) == is_final

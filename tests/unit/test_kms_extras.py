@@ -48,3 +48,24 @@ def test_vault_needs_no_library() -> None:
     vault = {"address": "http://127.0.0.1:1", "token": "t"}
     said = opened("vault", {"vault": vault, "attempts": 1}, every)
     assert said.startswith("TransientError Vault cannot be used now: no connection (ConnectionRefusedError)")
+
+
+def test_a_signing_key_in_a_token_names_the_extra_too() -> None:
+    program = """
+import sys
+sys.modules["pkcs11"] = None
+from vsql_shared.config import Settings
+from vsql_shared.kms import open_signer
+token = {"module": "/m.so", "token_label": "t"}
+given = {
+    "cluster": {"name": "c", "node_id": 1, "node_name": "a"}, "connection": {"database": "d"},
+    "server": {"mode": "dev"}, "encryption": {"kms": {"pkcs11": token}}, "audit": {"signing_key_label": "k"},
+}
+try:
+    open_signer(Settings.model_validate(given))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("KeyUnavailableError this KMS provider needs the library 'pkcs11'")
+    assert "pip install 'vsql-sync[pkcs11]'" in done.stdout

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from vsql_shared.errors import ConfigError, DecodeError, KeyUnavailableError
+from vsql_shared.kms.transit import TransitKey, key_request
 from vsql_shared.kms.vault import (
     decrypt_request,
     encrypt_request,
-    key_request,
     parse_ciphertext,
     parse_encrypted,
     parse_key,
@@ -19,17 +19,16 @@ from vsql_shared.kms.vault import (
 )
 
 ADDRESS = "https://vault.example:8200"
+KEK = TransitKey("transit", "kek")
 
 
 def test_requests_are_those_of_the_transit_engine() -> None:
-    assert key_request(ADDRESS, "transit", "kek") == ("GET", f"{ADDRESS}/v1/transit/keys/kek", None)
+    assert key_request(ADDRESS, KEK) == ("GET", f"{ADDRESS}/v1/transit/keys/kek", None)
     body = {"plaintext": "c2VjcmV0", "associated_data": "YWFk"}
-    assert encrypt_request(ADDRESS, "a/b", "kek", b"secret", b"aad") == (
+    assert encrypt_request(ADDRESS, TransitKey("a/b", "kek"), b"secret", b"aad") == (
         "POST", f"{ADDRESS}/v1/a/b/encrypt/kek", body,
     )  # fmt: skip
-    assert decrypt_request(ADDRESS, "transit", "kek", "vault:v1:AAAA", None).body == {
-        "ciphertext": "vault:v1:AAAA"
-    }
+    assert decrypt_request(ADDRESS, KEK, "vault:v1:AAAA", None).body == {"ciphertext": "vault:v1:AAAA"}
 
 
 def described(**other: object) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Key-encryption-key providers, one file each; they wrap and unwrap data keys.
+"""Key-encryption-key providers, one file each; they wrap and unwrap data keys. And where signing keys are.
 
-The registry is the dict PROVIDERS below: one entry per provider this version has. A provider's client
-library is imported when the provider is opened, so that `syncctl --help` loads none; a missing one is an
-error that names the extra to install.
+The registries are the dicts PROVIDERS and SIGNERS below: one entry per provider this version has. A
+provider's client library is imported when the provider is opened, so that `syncctl --help` loads none; a
+missing one is an error that names the extra to install.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     from vsql_shared.config import Settings
     from vsql_shared.config.encryption import KmsSettings
+    from vsql_shared.config.governance import SigningProvider
     from vsql_shared.crypto.signing import Signer
+    from vsql_shared.kms.transit import Transit
 
 
 def _file(settings: KmsSettings, strict: bool) -> KekProvider:
@@ -72,18 +74,23 @@ def _gcp(settings: KmsSettings, _strict: bool) -> KekProvider:
 
 
 def _vault(settings: KmsSettings, _strict: bool) -> KekProvider:
+    from vsql_shared.kms.vault import VaultKek
+
+    return VaultKek(settings.kek_id, _transit(settings, 'provider is "vault"'))
+
+
+def _transit(settings: KmsSettings, why: str) -> Transit:
     from vsql_shared.kms.https import Https
-    from vsql_shared.kms.vault import Login, VaultKek
+    from vsql_shared.kms.transit import Login, Transit
 
     vault = settings.vault
     if vault.address is None:
         raise ConfigError(
-            'encryption.kms.vault.address is not set and provider is "vault"',
+            f"encryption.kms.vault.address is not set and {why}",
             hint='give the server\'s address, such as "https://vault.example:8200"',
         )
     role_id = vault.role_id if vault.auth == "approle" else None
-    return VaultKek(
-        settings.kek_id,
+    return Transit(
         vault.address,
         Login(vault.read_token, role_id, vault.read_secret_id, vault.auth_mount),
         Https("Vault", vault.address, _retries(settings), vault.ca_path),
@@ -104,21 +111,31 @@ def generate_token_kek(settings: KmsSettings) -> str:
 
 
 def open_signer(settings: Settings) -> Signer | None:
-    """This node's signing key, in a file or in a token; None where none is configured.
+    """This node's signing key, in a file, a token or Vault; None where none is configured.
 
-    Raises KeyUnavailableError.
+    Raises KeyUnavailableError, ConfigError, TransientError (a service that does not answer now).
     """
     audit, node = settings.audit, settings.cluster.node_name
     if audit.signing_key_label is not None:
-        with _needs("pkcs11", extra="pkcs11"):
-            from vsql_shared.kms.pkcs11_signing import TokenSigner
-
-        return TokenSigner(*_token(settings.encryption.kms, audit.signing_key_label), node)
+        return SIGNERS[audit.signing_key_provider](settings.encryption.kms, audit.signing_key_label, node)
     if audit.signing_key_path is None:
         return None
     from vsql_shared.crypto.signing import load_signer
 
     return load_signer(audit.signing_key_path, node, strict=settings.is_prod)
+
+
+def _token_signer(settings: KmsSettings, label: str, node: str) -> Signer:
+    with _needs("pkcs11", extra="pkcs11"):
+        from vsql_shared.kms.pkcs11_signing import TokenSigner
+
+    return TokenSigner(*_token(settings, label), node)
+
+
+def _vault_signer(settings: KmsSettings, label: str, node: str) -> Signer:
+    from vsql_shared.kms.vault_signing import VaultSigner
+
+    return VaultSigner(label, _transit(settings, 'audit.signing_key_provider is "vault"'), node)
 
 
 def generate_token_signer(settings: KmsSettings, label: str) -> bytes:
@@ -174,7 +191,8 @@ def _token(settings: KmsSettings, label: str | None = None) -> tuple[Path, str, 
     if token.module is None or token.token_label is None or label is None:
         raise ConfigError(
             "[encryption.kms.pkcs11] does not say where the key is",
-            hint="set module, token_label, key_label and a PIN source",
+            hint="set module, token_label, key_label and a PIN source; for a signing key that is in Vault"
+            ' set audit.signing_key_provider = "vault"',
         )
     return token.module, token.token_label, label, token.read_pin()
 
@@ -186,6 +204,12 @@ PROVIDERS: dict[str, Callable[[KmsSettings, bool], KekProvider]] = {
     "azure-kv": _azure,
     "gcp-kms": _gcp,
     "vault": _vault,
+}
+
+
+SIGNERS: dict[SigningProvider, Callable[[KmsSettings, str, str], Signer]] = {
+    "pkcs11": _token_signer,
+    "vault": _vault_signer,
 }
 
 

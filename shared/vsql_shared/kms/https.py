@@ -91,7 +91,9 @@ class _Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         by = time.monotonic() + (self.timeout or 0.0)
         super().connect()
+        # Made from a bare descriptor it would not wait where it should: a body larger than a buffer fails.
         self.sock = _Timed(fileno=self.sock.detach())
+        self.sock.settimeout(self.timeout)
         self.sock.by = by
 
 

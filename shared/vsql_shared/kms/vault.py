@@ -1,7 +1,7 @@
 """KEKs in the transit engine of HashiCorp Vault or OpenBao: the key never leaves the server.
 
-Not here: making keys and policies (docs/operations/keys.md). Plain HTTPS, no library. Tested with a real
-server where there is one (tests/services/test_kms_vault.py). Rules:
+Not here: the server and the login (transit.py), making keys and policies (docs/operations/keys.md). Plain
+HTTPS, no library. Tested with a real server where there is one (tests/services/test_kms_vault.py). Rules:
 
 * kek_id is `<mount>/<key>`; in announcements `<mount>/<key>/<version>`. The newest version wraps; those from
   min_decryption_version on unwrap.
@@ -10,7 +10,6 @@ server where there is one (tests/services/test_kms_vault.py). Rules:
 * A wrapping is the text the server gives, `vault:v<version>:<base64>`; its version must be kek_id's.
 * A wrapping that an RSA key does not open is refused with status 500, as a failure of the server would be.
   Its text tells them apart, or an altered wrapping would look like a server to wait for.
-* When the server refuses the token, it is read (or AppRole asked) once more before that is an error.
 """
 
 from __future__ import annotations
@@ -18,24 +17,27 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
-from urllib.parse import quote
+from typing import Any, NamedTuple
 
-from pydantic import SecretStr
-
-from vsql_shared.errors import ConfigError, DecodeError, KeyUnavailableError
+from vsql_shared.errors import DecodeError, KeyUnavailableError
 from vsql_shared.kms.base import KekVersion, Wrapped, foreign, rsa_strength
-from vsql_shared.kms.https import Answer, Https, Request, refusal_text
+from vsql_shared.kms.https import Answer, Request, refusal_text
+from vsql_shared.kms.transit import (
+    GRANT,
+    Transit,
+    TransitKey,
+    is_version,
+    key_request,
+    split_key,
+    to_base64,
+    use_request,
+)
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _CIPHERTEXT = re.compile(r"vault:v([0-9]{1,9}):[A-Za-z0-9+/=]+")
 _AEAD = {"aes256-gcm96": 256, "chacha20-poly1305": 256, "aes128-gcm96": 128}
 _RSA = re.compile(r"rsa-([0-9]{4,5})")
 _ALGORITHM = "vault-transit:"  # the key's type follows
 _RSA_REFUSES = "failed to RSA decrypt the ciphertext"
-_T = TypeVar("_T")
-_GRANT = "the token is not valid, or its policy lacks what docs/operations/keys.md lists"
 _ALTERED = "the wrapping was altered, or made for another chain, or under another KEK of this name"
 
 
@@ -53,39 +55,23 @@ class VaultKey(NamedTuple):
         return self.type in _AEAD
 
 
-def split_kek_id(kek_id: str) -> tuple[str, str]:
-    """(mount, key) of a configured kek_id; the mount is `transit` where none is named. Raises ConfigError."""
-    mount, slash, key = kek_id.rpartition("/")
-    mount = mount if slash else "transit"
-    if not all(_NAME.fullmatch(part) and set(part) != {"."} for part in (*mount.split("/"), key)):
-        raise ConfigError(
-            f"encryption.kms.kek_id = {kek_id!r} names no transit key", hint='write "mount/key"'
-        )
-    return mount, key
+def split_kek_id(kek_id: str) -> TransitKey:
+    """The key of a configured kek_id. Raises ConfigError."""
+    return split_key("encryption.kms.kek_id", kek_id)
 
 
-def key_request(address: str, mount: str, key: str) -> Request:
-    """Ask what the key is."""
-    return Request("GET", f"{address}/v1/{mount}/keys/{quote(key)}")
-
-
-def encrypt_request(address: str, mount: str, key: str, secret: bytes, aad: bytes | None) -> Request:
+def encrypt_request(address: str, key: TransitKey, secret: bytes, aad: bytes | None) -> Request:
     """Wrap under the newest version."""
-    return _crypt(address, f"{mount}/encrypt/{quote(key)}", {"plaintext": _b64(secret)}, aad)
+    return use_request(address, key, "encrypt", {"plaintext": to_base64(secret)} | _bound(aad))
 
 
-def decrypt_request(address: str, mount: str, key: str, ciphertext: str, aad: bytes | None) -> Request:
+def decrypt_request(address: str, key: TransitKey, ciphertext: str, aad: bytes | None) -> Request:
     """Unwrap; the ciphertext names its version."""
-    return _crypt(address, f"{mount}/decrypt/{quote(key)}", {"ciphertext": ciphertext}, aad)
+    return use_request(address, key, "decrypt", {"ciphertext": ciphertext} | _bound(aad))
 
 
-def _crypt(address: str, path: str, body: dict[str, str], aad: bytes | None) -> Request:
-    more = {} if aad is None else {"associated_data": _b64(aad)}
-    return Request("POST", f"{address}/v1/{path}", body | more)
-
-
-def _b64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
+def _bound(aad: bytes | None) -> dict[str, object]:
+    return {} if aad is None else {"associated_data": to_base64(aad)}
 
 
 def parse_key(body: dict[str, Any]) -> VaultKey:
@@ -95,7 +81,7 @@ def parse_key(body: dict[str, Any]) -> VaultKey:
         raise DecodeError("the server's answer describes no key")
     kind, least = data["type"], data.get("min_decryption_version")
     keys = data.get("keys")
-    if not isinstance(keys, dict) or not isinstance(least, int) or not all(map(_is_version, keys)):
+    if not isinstance(keys, dict) or not isinstance(least, int) or not all(map(is_version, keys)):
         raise DecodeError("the server's answer names no versions of the key")
     if data.get("derived"):
         raise KeyUnavailableError(
@@ -121,10 +107,6 @@ def parse_least_available(body: dict[str, Any]) -> int:
     if type(least) is not int:
         raise DecodeError("the server's answer does not say which versions are available")
     return least
-
-
-def _is_version(text: object) -> bool:
-    return isinstance(text, str) and re.fullmatch(r"[0-9]{1,9}", text) is not None
 
 
 def parse_ciphertext(text: object) -> tuple[bytes, int]:
@@ -156,28 +138,14 @@ def does_not_decrypt(answer: Answer) -> bool:
     return answer.status == 500 and _RSA_REFUSES in refusal_text(answer)
 
 
-class Login(NamedTuple):
-    """How to come by a token: `token` reads one; with `role_id`, AppRole gives one for `secret_id`."""
-
-    token: Callable[[], SecretStr | None]
-    role_id: str | None = None
-    secret_id: Callable[[], SecretStr | None] = lambda: None
-    mount: str = "approle"
-
-
 class VaultKek:
     """A transit key. It is looked up at construction, so a wrong setting shows at start."""
 
     name = "vault"
 
-    def __init__(
-        self, kek_id: str, address: str, login: Login, https: Https, namespace: str | None = None
-    ) -> None:
+    def __init__(self, kek_id: str, transit: Transit) -> None:
         """Raises ConfigError, KeyUnavailableError (server, token, policy, key), TransientError."""
-        self._mount, self._key = split_kek_id(kek_id)
-        self._address, self._login, self._https = address, login, https
-        self._headers = {"X-Vault-Request": "true"} | ({"X-Vault-Namespace": namespace} if namespace else {})
-        self._token: SecretStr | None = None
+        self._key, self._transit = split_kek_id(kek_id), transit
         self._look()
 
     @property
@@ -201,18 +169,18 @@ class VaultKek:
     def remains(self, kek_id: str) -> bool:
         """Whether it was not trimmed: one below min_decryption_version is archived and can come back."""
         name, _, version = kek_id.rpartition("/")
-        ours = f"{self._mount}/{self._key}"
-        if name != ours or not _is_version(version):
-            raise foreign(kek_id, ours)
-        request = key_request(self._address, self._mount, self._key)
-        return int(version) >= self._ask(f"looking up {ours}", request, _GRANT, parse_least_available)
+        if name != str(self._key) or not is_version(version):
+            raise foreign(kek_id, str(self._key))
+        request = key_request(self._transit.address, self._key)
+        least = self._transit.ask(f"looking up {self._key}", request, GRANT, parse_least_available)
+        return int(version) >= least
 
     def wrap(self, secret: bytes, context: bytes) -> Wrapped:
         """Encrypt a data key at the server, under the newest version."""
         key = self._look()
         aad = context if key.binds_context else None
-        request = encrypt_request(self._address, self._mount, self._key, secret, aad)
-        wrapped, version = self._ask("wrapping a data key", request, _GRANT, parse_encrypted)
+        request = encrypt_request(self._transit.address, self._key, secret, aad)
+        wrapped, version = self._transit.ask("wrapping a data key", request, GRANT, parse_encrypted)
         return Wrapped(wrapped, _ALGORITHM + key.type, self._id_of(version))
 
     def unwrap(self, wrapped: bytes, algorithm: str, context: bytes, kek_id: str) -> bytes:
@@ -232,62 +200,18 @@ class VaultKek:
                 hint="both nodes need the same encryption.kms.kek_id",
             )
         aad = context if kind in _AEAD else None
-        request = decrypt_request(self._address, self._mount, self._key, ciphertext.decode(), aad)
+        request = decrypt_request(self._transit.address, self._key, ciphertext.decode(), aad)
         what = f"unwrapping a data key under {kek_id}"
-        return self._ask(what, request, _ALTERED, parse_plaintext)
+        return self._transit.ask(what, request, _ALTERED, parse_plaintext, does_not_decrypt)
 
     def close(self) -> None:
         """Forget the token; the next use reads it again."""
-        self._token = None
+        self._transit.forget()
 
     def _id_of(self, version: int) -> str:
-        return f"{self._mount}/{self._key}/{version}"
+        return f"{self._key}/{version}"
 
     def _look(self) -> VaultKey:
-        request = key_request(self._address, self._mount, self._key)
+        request = key_request(self._transit.address, self._key)
         hint = "make the key first; check address, namespace and mount"
-        return self._ask(f"looking up {self._mount}/{self._key}", request, hint, parse_key)
-
-    def _ask(self, what: str, request: Request, hint: str, parse: Callable[[dict[str, Any]], _T]) -> _T:
-        """What `parse` makes of a good answer. A refused token may be outdated: it is read once more."""
-        answer = self._send(request)
-        if answer.status == 403:
-            self._token = None
-            answer = self._send(request)
-        return self._https.read(what, answer, parse, hint, _GRANT)
-
-    def _send(self, request: Request) -> Answer:
-        if self._token is None:
-            self._token = self._log_in()
-        token = {"X-Vault-Token": self._token.get_secret_value()}
-        return self._https.send(request, self._headers | token, final=does_not_decrypt)
-
-    def _log_in(self) -> SecretStr:
-        login = self._login
-        if login.role_id is None:
-            return _given(login.token(), "token")
-        secret = _given(login.secret_id(), "secret_id").get_secret_value()
-        url = f"{self._address}/v1/auth/{login.mount}/login"
-        body = {"role_id": login.role_id, "secret_id": secret}
-        answer = self._https.send(Request("POST", url, body), self._headers)
-        auth = answer.body.get("auth")
-        token = auth.get("client_token") if isinstance(auth, dict) else None
-        if answer.status != 200 or not isinstance(token, str) or not token:
-            raise KeyUnavailableError(
-                f"AppRole login at Vault: it answers {answer.status}{refusal_text(answer)}",
-                hint="check role_id, the secret and auth_mount of [encryption.kms.vault]",
-            )
-        return SecretStr(token)
-
-
-def _given(secret: SecretStr | None, name: str) -> SecretStr:
-    if (
-        secret is None
-        or not secret.get_secret_value().isascii()
-        or not secret.get_secret_value().isprintable()
-    ):
-        raise KeyUnavailableError(
-            f"[encryption.kms.vault] gives no {name}, or one that is not printable ASCII",
-            hint=f"set {name}_file, {name}_command or VSQL_SYNC__ENCRYPTION__KMS__VAULT__{name.upper()}",
-        )
-    return secret
+        return self._transit.ask(f"looking up {self._key}", request, hint, parse_key)
