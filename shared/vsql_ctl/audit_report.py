@@ -21,6 +21,8 @@ class Findings:
     reports: dict[str, Report]
     comparisons: list[Comparison] = field(default_factory=list)
     found: list[Problem] = field(default_factory=list)
+    entries: tuple[int, int] | None = None
+    """First and last of the entries that were looked at, where only a part of a chain was asked for."""
 
     @property
     def problems(self) -> list[Problem]:
@@ -73,6 +75,7 @@ def as_json(findings: Findings) -> dict[str, Any]:
     return {
         "ok": not findings.problems,
         "node": findings.node,
+        "range": findings.entries,
         "chains": [
             _chain_row(node, one) for node, report in findings.reports.items() for one in report.chains
         ],
@@ -110,7 +113,12 @@ def as_text(findings: Findings) -> str:
     parts += pruned
     parts += [f"bad: {words(problem)}" for problem in findings.problems]
     parts += [f"warning: {warning}" for warning in findings.warnings]
-    if not findings.problems:
+    if findings.entries is not None:
+        first, last = findings.entries
+        if not findings.problems:
+            parts.append(f"ok: entries {first} to {last} are signed, linked and unaltered")
+        parts.append("nothing is said of entries before and behind these, nor of the end of the chain")
+    elif not findings.problems:
         which = "every entry that is not pruned" if pruned else "every entry"
         parts.append(f"ok: {which} is signed, linked and unaltered")
     return "\n".join(parts)

@@ -5,6 +5,7 @@ Not a command.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from vsql_shared.crypto.signing import TrustStore
     from vsql_shared.pg.connect import Connection
 
+_MAX_NUMBER = (1 << 63) - 1
+
 
 def moment(value: str) -> datetime:
     """A date or a time in ISO 8601; UTC when no zone is given."""
@@ -31,6 +34,17 @@ def moment(value: str) -> datetime:
             f"{value!r} is no time; write 2026-02-01 or 2026-02-01T13:00:00+01:00"
         ) from None
     return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+
+
+def number_range(value: str, one: str, many: str) -> tuple[int, int]:
+    """`17` or `17..40`, first and last; `one` and `many` say what is counted."""
+    found = re.fullmatch(r"([0-9]{1,19})(?:\.\.([0-9]{1,19}))?", value)
+    if found is None:
+        raise click.BadParameter(f"{value!r} is no {one}; write its number, 17, or a range, 17..40")
+    first, last = int(found[1]), int(found[2] or found[1])
+    if not 1 <= first <= last <= _MAX_NUMBER:
+        raise click.BadParameter(f"{value!r}: {many} begin with 1, and a range with its first one")
+    return first, last
 
 
 @contextmanager

@@ -156,6 +156,79 @@ def test_verify_of_a_bad_trail_ends_with_nine_and_names_the_first_bad_entry(repl
     assert code == 9
 
 
+def ranged(pair: Pair, wanted: str, *more: str) -> tuple[int, list[tuple[int, str]], dict[str, Any]]:
+    """Exit code, problems and the chain's row of `audit verify --range` on node A."""
+    code, found = pair.verify("node-a", "--chain", CHAIN, "--range", wanted, *more)
+    (row,) = found["chains"]
+    assert found["range"] == [int(one) for one in (wanted.split("..") * 2)[:2]]
+    return code, [(one["sequence"], one["what"]) for one in found["problems"]], row
+
+
+@pytest.mark.parametrize("wanted", ["1..11", "1..1", "2..2", "4..9", "7..11", "8", "11"])
+def test_a_range_of_a_true_trail_verifies_wherever_it_begins_and_ends(replicated: Pair, wanted: str) -> None:
+    first, last = (int(one) for one in (wanted.split("..") * 2)[:2])
+    code, problems, row = ranged(replicated, wanted)
+    assert (code, problems) == (0, [])
+    assert (row["entries"], row["last_sequence"]) == (last - first + 1, last)
+    _, out, _ = replicated.syncctl("node-a", "audit", "verify", "--chain", CHAIN, "--range", wanted)
+    assert f"ok: entries {first} to {last} are signed, linked and unaltered" in out
+    assert "every entry" not in out
+    assert "nothing is said of entries before and behind these" in out
+
+
+SWAPPED = f"UPDATE {TABLE} a SET document = b.document FROM {TABLE} b WHERE a.sequence + b.sequence = 11"
+RANGE_DAMAGE: dict[str, tuple[str, int, str]] = {
+    "a column of its first": (f"UPDATE {TABLE} SET row_count = 7 WHERE sequence = 4", 4, "row_count"),
+    "a column of its last": (f"UPDATE {TABLE} SET row_count = 7 WHERE sequence = 9", 9, "row_count"),
+    "one of it is gone": (f"DELETE FROM {TABLE} WHERE sequence = 6", 6, "missing"),
+    "its last is gone": (f"DELETE FROM {TABLE} WHERE sequence = 9", 9, "missing"),
+    "its last and all behind are gone": (f"DELETE FROM {TABLE} WHERE sequence > 8", 9, "missing"),
+    "its first is gone": (f"DELETE FROM {TABLE} WHERE sequence = 4", 4, "missing"),
+    "the one before it is gone": (f"DELETE FROM {TABLE} WHERE sequence = 3", 3, "missing"),
+    "the one before it is another": (
+        f"UPDATE {TABLE} a SET document = b.document FROM {TABLE} b WHERE a.sequence = 3 AND b.sequence = 2",
+        3,
+        "another document",
+    ),
+    "two exchange their documents": (f"{SWAPPED} AND a.sequence IN (5, 6)", 5, ""),
+}
+
+
+@pytest.mark.parametrize("damage", RANGE_DAMAGE)
+def test_what_is_done_to_a_range_is_named_in_it(replicated: Pair, damage: str) -> None:
+    statement, at, word = RANGE_DAMAGE[damage]
+    as_attacker(replicated.conns["node-a"], statement)
+    code, problems, _ = ranged(replicated, "4..9")
+    assert code == 9
+    assert [one for one, _ in problems] == [at], problems
+    assert word in problems[0][1]
+
+
+def test_a_range_says_nothing_of_what_lies_outside_of_it(replicated: Pair) -> None:
+    as_attacker(replicated.conns["node-a"], f"UPDATE {TABLE} SET row_count = 7 WHERE sequence IN (2, 10)")
+    assert ranged(replicated, "4..9")[:2] == (0, [])
+    assert ranged(replicated, "9..11")[1][0][0] == 10
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--chain", CHAIN, "--range", "4..12"), 4, "has entries up to 11, asked for 4..12"),
+        (("--chain", "none.here", "--range", "1..2"), 4, "has no chain"),
+        (("--range", "1..2"), 2, "--range goes with --chain"),
+        (("--chain", CHAIN, "--range", "1..2", "--kafka"), 2, "--range goes with --chain"),
+        (("--chain", CHAIN, "--range", "9..4"), 2, "a range with its first one"),
+        (("--chain", CHAIN, "--range", "0..4"), 2, "entries begin with 1"),
+        (("--chain", CHAIN, "--range", "four"), 2, "is no entry"),
+    ],
+)
+def test_a_range_that_cannot_be_meant_is_refused(
+    replicated: Pair, words: tuple[str, ...], code: int, said: str
+) -> None:
+    done, _, err = replicated.syncctl("node-a", "audit", "verify", *words)
+    assert (done, said in err) == (code, True), err
+
+
 def test_trail_cut_together_with_its_memory_is_found_by_the_peer(replicated: Pair) -> None:
     conn = replicated.conns["node-a"]
     as_attacker(conn, f"DELETE FROM {TABLE} WHERE sequence > 8")

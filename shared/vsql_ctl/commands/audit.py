@@ -15,7 +15,7 @@ from vsql_ctl.commands.audit_export import export_trail
 from vsql_ctl.commands.audit_proofs import COMMANDS
 from vsql_ctl.context import Operator, OutputFormat, example, output_option, pass_operator
 from vsql_ctl.output import emit, render_table
-from vsql_ctl.trail import moment, node_database, trusted_keys
+from vsql_ctl.trail import moment, node_database, number_range, trusted_keys
 from vsql_shared.errors import ChainError, RefusedError, UserError
 
 if TYPE_CHECKING:
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 _SETTLE_SECONDS = 5.0  # how long entries that are in Kafka may take to reach the table
 _AGAIN_SECONDS = 1.0  # between two looks at the same
 _MAX_LIMIT = 100_000
+
+
+def entry_range(value: str) -> tuple[int, int]:
+    """`17` or `17..40`."""
+    return number_range(value, "entry", "entries")
 
 
 @click.group("audit", epilog=example("syncctl audit verify", "syncctl audit list --since 2026-02-01"))
@@ -131,6 +136,7 @@ def _select(conn: Connection, filters: dict[str, Any], limit: int) -> list[dict[
     epilog=example(
         "syncctl audit verify",
         'syncctl audit verify --kafka --peer-connection "host=node-b dbname=shop user=auditor"',
+        "syncctl audit verify --chain payments.node-a --range 90000..120000",
     ),
 )
 @click.option("--chain", help="Only this chain; all chains of this node when left out.")
@@ -141,10 +147,22 @@ def _select(conn: Connection, filters: dict[str, Any], limit: int) -> list[dict[
     help="Verify the peer's trail too, and compare both sides' roots and memories.",
 )
 @click.option("--kafka", is_flag=True, help="Compare with the audit topic too.")
+@click.option(
+    "--range",
+    "entries",
+    type=entry_range,
+    metavar="FIRST..LAST",
+    help="With --chain: only these entries, in this node's table.",
+)
 @output_option
 @pass_operator
 def verify(
-    operator: Operator, output: OutputFormat, chain: str | None, peer_connection: str | None, kafka: bool
+    operator: Operator,
+    output: OutputFormat,
+    chain: str | None,
+    peer_connection: str | None,
+    kafka: bool,
+    entries: tuple[int, int] | None,
 ) -> None:
     """Verify every entry: hash chain, signatures, columns, the end of each chain, operators' acts, roots.
 
@@ -153,8 +171,13 @@ def verify(
     from vsql_shared.pg.connect import connect
 
     settings = operator.settings
+    if entries is not None and (chain is None or peer_connection or kafka):
+        raise UserError(
+            "--range goes with --chain, and with neither --peer-connection nor --kafka",
+            hint="`syncctl audit diff FIRST..LAST` compares batches with the peer",
+        )
     with node_database(settings) as conn:
-        findings, trust = verify_own(conn, settings, chain)
+        findings, trust = verify_own(conn, settings, chain, entries)
         if peer_connection:
             with connect(peer_connection, application_name="vsql_sync_ctl") as peer:
                 _verify_peer(conn, peer, settings, trust, findings, chain)
@@ -172,11 +195,17 @@ def verify(
         )
 
 
-def verify_own(conn: Connection, settings: Settings, chain: str | None) -> tuple[Findings, TrustStore]:
-    """This node's own trail, by itself: entries, receipts, operators' acts."""
+def verify_own(
+    conn: Connection, settings: Settings, chain: str | None, entries: tuple[int, int] | None = None
+) -> tuple[Findings, TrustStore]:
+    """This node's own trail, by itself: entries, receipts, operators' acts.
+
+    With `entries` only these of `chain`.
+    """
     from vsql_shared.audit.acts import compare_acts
     from vsql_shared.audit.compare import compare_receipts
     from vsql_shared.audit.verify import has_chain, noted_segments, verify_table
+    from vsql_shared.audit.verify_range import verify_range
     from vsql_shared.pg import nodes
 
     node = nodes.local(conn)
@@ -185,6 +214,9 @@ def verify_own(conn: Connection, settings: Settings, chain: str | None) -> tuple
             f"node {node.name} has no chain {chain!r}", hint="`syncctl audit list` shows the chains it has"
         )
     trust = trusted_keys(conn, settings)
+    if chain is not None and entries is not None:
+        part = verify_range(conn, trust, node.cluster, chain, entries)
+        return Findings(node.name, {node.name: part}, entries=entries), trust
     report = verify_table(conn, trust, node.cluster, chain)
     findings = Findings(node.name, {node.name: report})
     bad = findings.bad_chains()

@@ -5,7 +5,6 @@ Not here: the comparison (vsql_shared/audit/leaf_diff.py) and what it proves (do
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +12,7 @@ import click
 
 from vsql_ctl.context import Operator, OutputFormat, example, output_option, pass_operator
 from vsql_ctl.output import emit, printable, render_table
-from vsql_ctl.trail import node_database, trusted_keys
+from vsql_ctl.trail import node_database, number_range, trusted_keys
 from vsql_shared.errors import RecordError, RefusedError, UserError
 
 if TYPE_CHECKING:
@@ -22,18 +21,11 @@ if TYPE_CHECKING:
     from vsql_shared.pg.connect import Connection
 
 _SHOWN = ("what", "batch", "sequence", "topic", "partition", "position", "offsets")
-_MAX_BATCH = (1 << 63) - 1
 
 
 def batch_range(value: str) -> tuple[int, int]:
     """`17` or `17..40`."""
-    found = re.fullmatch(r"([0-9]{1,19})(?:\.\.([0-9]{1,19}))?", value)
-    if found is None:
-        raise click.BadParameter(f"{value!r} is no batch; write its number, 17, or a range, 17..40")
-    first, last = int(found[1]), int(found[2] or found[1])
-    if not 1 <= first <= last <= _MAX_BATCH:
-        raise click.BadParameter(f"{value!r}: batches begin with 1, and a range with its first one")
-    return first, last
+    return number_range(value, "batch", "batches")
 
 
 class _Ends(NamedTuple):

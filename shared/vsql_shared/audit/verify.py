@@ -1,6 +1,7 @@
 """Verifying a node's audit trail: every row, every link, every signature, and the end of each chain.
 
-Not here: comparing the two sides of a stream (compare.py) and reading Kafka (history.py). Rules:
+Not here: a part of a chain (verify_range.py), comparing the two sides of a stream (compare.py), reading Kafka
+(history.py). Rules:
 
 * Only a signature makes an entry true. Everything else in the database is held against the signed documents.
 * Each chain is read from its first entry; the first bad one is named, and what follows it proves nothing.
@@ -228,7 +229,7 @@ def _kept(conn: Connection, trust: TrustStore, log: Log, base: Base | None) -> W
 
 
 # event_timestamp as a number: a value beyond Python's calendar must be reported, not stop the report.
-_SELECTED = sql.SQL(", ").join(
+SELECTED = sql.SQL(", ").join(
     sql.SQL("extract(epoch FROM event_timestamp) * 1000000")
     if name == "event_timestamp"
     else sql.Identifier(name)
@@ -242,7 +243,7 @@ _ROWS = sql.SQL(
 def _rows(conn: Connection, chain: str) -> Iterator[dict[str, Any]]:
     with conn.cursor(name="vsql_sync_verify") as cursor:
         cursor.itersize = PAGE
-        cursor.execute(_ROWS.format(_SELECTED, sql.Literal(chain)))
+        cursor.execute(_ROWS.format(SELECTED, sql.Literal(chain)))
         for row in cursor:
             yield dict(zip(COLUMNS, row, strict=True))
 
@@ -364,7 +365,7 @@ def rows_from(conn: Connection, chain: str, sequence: int, limit: int) -> list[d
         place = sql.SQL("{} AND sequence >= {}").format(place, sql.Literal(sequence))
     query = sql.SQL(
         "SELECT {} FROM vsql_sync.vsql_sync_audit WHERE {} ORDER BY sequence, event_id, document LIMIT {}"
-    ).format(_SELECTED, place, sql.Literal(limit))
+    ).format(SELECTED, place, sql.Literal(limit))
     return [dict(zip(COLUMNS, row, strict=True)) for row in conn.execute(query)]
 
 
@@ -377,5 +378,5 @@ def unnumbered(conn: Connection, chain: str) -> Problem | None:
     return None if row is None else Problem(chain, None, str(row[0]), "a row without a sequence")
 
 
-# The same checks, for whoever reads a chain slice by slice (watch.py).
+# The same checks, for whoever reads a chain slice by slice (watch.py), or a part of it (verify_range.py).
 check_row, cut, nameless, own_heads, unprotected = _check_row, _cut, _nameless, _own_heads, _unprotected
