@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from hypothesis import settings
 from psycopg.conninfo import conninfo_to_dict
 
 from tests.stack import POSTGRES_VERSIONS, Kafka, Postgres, Stack
@@ -22,6 +23,10 @@ from vsql_shared.pg.connect import connect
 from vsql_shared.pg.migrate import install
 
 pytest_plugins = ["tests.pairs"]
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("patient", settings(), deadline=None)
+settings.load_profile("patient")
 
 _FOLDER_MARKS = {"unit": "unit", "services": "services", "topology": "topology", "chaos": "chaos"}
 

@@ -66,6 +66,8 @@ class Node:
         self.echo: Echo | None = None
         self.kms = ""
         """What stands in [encryption.kms] instead of the KEK file."""
+        self.signing = ""
+        """What stands in [audit] instead of the signing key's file."""
         self.service_port: int | None = None
         """Where services and syncctl find the database, if it is not the port of `conninfo`: a proxy's."""
         self.replicas = 1
@@ -78,6 +80,7 @@ class Node:
         parts = conninfo_to_dict(self.conninfo)
         password = f'password = "{parts["password"]}"\n' if parts.get("password") else ""
         in_file = f'provider = "file"\nkek_id = "test-kek"\n[encryption.kms.file]\npath = "{kek}"'
+        signing = self.signing or f'signing_key_path = "{self.keys / "vsql-sync-signing.key"}"'
         self.config.write_text(
             f"""[cluster]
 name = "{self.cluster}"
@@ -103,7 +106,7 @@ min_insync_replicas = {max(1, self.replicas - 1)}
 {self.kms or in_file}
 
 [audit]
-signing_key_path = "{self.keys / "vsql-sync-signing.key"}"
+{signing}
 
 [metrics]
 producer_addr = "127.0.0.1:0"
@@ -238,7 +241,12 @@ class TwoNodes:
             node.execute(schema_sql)
 
     def create(
-        self, tables: Sequence[str], *, copy: bool = True, publication_args: Sequence[str] = ()
+        self,
+        tables: Sequence[str],
+        *,
+        copy: bool = True,
+        publication_args: Sequence[str] = (),
+        mode: str = "uni-directional",
     ) -> None:
         """Keys, node init on both, publication, add-peer, start: what the README tells a user."""
         kek = self.folder / "kek.key"
@@ -255,7 +263,7 @@ class TwoNodes:
         self.a.ctl("publication", "create", PUBLICATION, *table_args, *publication_args)
         self.a.ctl(
             "node", "add-peer", "--peer-node-id", "2", "--peer-name", "node-b", "--peer-connection",
-            self.b.conninfo, "--mode", "uni-directional", "--yes", *([] if copy else ["--no-copy"]),
+            self.b.conninfo, "--mode", mode, "--yes", *([] if copy else ["--no-copy"]),
         )  # fmt: skip
         for node in (self.a, self.b):
             node.ctl("start")

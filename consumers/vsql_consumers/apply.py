@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 import psycopg
 
 from vsql_consumers import faults
+from vsql_consumers.contested import LOST, Contest
 from vsql_consumers.frames import read_truncate
 from vsql_consumers.origin import OriginSession
 from vsql_consumers.plans import Plans
@@ -39,7 +40,7 @@ from vsql_consumers.statements import Plan, truncate_sql
 from vsql_consumers.window import Window, in_words, runs, transactions
 from vsql_consumers.write import GENERATED_DIFFERS, ApplyLimits, OnAnomaly, Tally, Writer
 from vsql_shared.changes import SIGNALS, Op, OpenedBatch, TableName
-from vsql_shared.errors import DecodeError
+from vsql_shared.errors import DecodeError, RowError
 
 if TYPE_CHECKING:
     from vsql_shared.pg.connect import Connection
@@ -83,6 +84,7 @@ class Applier:
         self._session = OriginSession(conn)
         self._stages = Stages(conn, self._limits.copy_chunk_bytes)
         self._writer = Writer(conn, self._stages, self._limits, on_anomaly)
+        self._contest: Contest | None = None
         self._plans = Plans(conn, self._stages)
         self._signals = Signals(conn, chain)
         self._windows: dict[TableName, Window] = {}
@@ -97,17 +99,28 @@ class Applier:
         """Prepare the session and take the replication origin. Raises our errors."""
         self._session.setup(origin_name)
 
-    def apply(self, batches: Sequence[OpenedBatch], *, singly: bool = False) -> list[Verdicts]:
+    def contend(self, contest: Contest | None) -> None:
+        """From now on every node writes these tables (None: only the source). Between transactions.
+
+        A transaction is then applied by itself: `apply` is given one, or fragments of one.
+        """
+        self._contest = self._writer.contest = contest
+
+    def apply(
+        self, batches: Sequence[OpenedBatch], *, singly: bool = False, late: bool = False
+    ) -> list[Verdicts]:
         """Write the batches' changes in the open transaction (one is begun if none is); verdicts of each.
 
         `singly`: source transactions do not wait together, and constraints are checked after each: slower,
-        and every refusal names its transaction. Raises DatabaseError, TransientError and DecodeError; the
+        and every refusal names its transaction. `late`: others of the stream were applied
+        since. Raises DatabaseError, TransientError and DecodeError; the
         transaction is then rolled back.
         """
         with self._rolled_back(f"applying {self._chain}"):
             self._session.begin()
             self._plans.prepare(batches)
             self._writer.tally = Tally()
+            self._begin_contest(batches, late=late)
             for number, batch in enumerate(batches):
                 if singly:
                     self._route_singly(batches, number, batch)
@@ -115,6 +128,37 @@ class Applier:
                     self._route(batches, number, batch, runs(batch))
             self._flush_all()
             return self._verdicts(batches)
+
+    def apply_transaction(self, batch: OpenedBatch, start: int, stop: int) -> Verdicts:
+        """Write changes [start, stop) of a batch, one source transaction, in the open transaction; verdicts.
+
+        Raises as `apply` does.
+        """
+        with self._rolled_back(f"applying {self._chain}"):
+            self._session.begin()
+            self._plans.prepare([batch])
+            self._writer.tally = Tally()
+            self._begin_contest([batch], start)
+            self._route([batch], 0, batch, runs(batch, start, stop))
+            self._flush_all()
+            self._settle_tally()
+            passed = batch.passed.get(batch.tx_of[start])
+            counts = Counter({passed: stop - start} if passed else {})
+            if not passed:
+                counts[MISSING] = self._writer.tally.missing[0]
+                counts[LOST] = 0 if self._contest is None else self._contest.lost
+                counts[APPLIED] = stop - start - counts.total()
+            return {verdict: count for verdict, count in counts.items() if count}
+
+    def _begin_contest(self, batches: Sequence[OpenedBatch], at: int = 0, *, late: bool = False) -> None:
+        """What comes now is of the transaction of change `at`."""
+        contest = self._contest
+        if contest is None:
+            return
+        contest.lost, contest.late = 0, late
+        contest.pci = any(batch.contains_pci for batch in batches)
+        if batches and batches[0].ops:
+            contest.now = batches[0].transactions[batches[0].tx_of[at]]
 
     def begin_with(self, first: Callable[[Connection], None]) -> None:
         """Begin a transaction whose first act is the caller's: locks it must hold before it writes."""
@@ -288,21 +332,33 @@ class Applier:
             return
         self._flush_all()
         self._group = None
+        if self._contest is not None and not all(seen for _, seen in group.tables):
+            raise RowError(
+                f"{plan.name} was truncated on node {self._contest.origin}, and every node writes it",
+                hint="somebody passed by the trigger that refuses it; skip the transaction, then DELETE",
+                place=batch.place(at),
+            )
         statements = truncate_sql(
             [found for found, seen in group.tables if not seen], len(group.tables), options
         )
         self._signals.before_rows()
         run(self._conn, statements)
 
-    def _verdicts(self, batches: Sequence[OpenedBatch]) -> list[Verdicts]:
+    def _settle_tally(self) -> None:
         tally = self._writer.tally
         _write_anomalies(self._conn, self._chain, tally)
         self.ways += tally.ways
         for (_, kind), count in tally.anomalies.items():
             self._unsettled[kind] += count
+
+    def _verdicts(self, batches: Sequence[OpenedBatch]) -> list[Verdicts]:
+        self._settle_tally()
+        tally = self._writer.tally
         verdicts = []
         for number, batch in enumerate(batches):
             counts = Counter({MISSING: tally.missing[number]})
+            if self._contest is not None:
+                counts[LOST] = self._contest.lost
             for transaction, count in batch.passed_over().items():
                 counts[batch.passed[transaction]] += count
             counts[APPLIED] = len(batch.ops) - counts.total()

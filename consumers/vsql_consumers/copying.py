@@ -33,6 +33,8 @@ class CopyKeeper:
     def __init__(self, conn: Connection, stream: Stream, live_chain: str) -> None:
         self._stream, self._live_chain = stream, live_chain
         self.finished = False
+        self.source_clock = 0
+        """What the source's database had for the time when all was sent, µs since 1970; 0: nobody said."""
         self.tables: dict[TableName, int] = {}
         """Table → rows expected."""
         self._rows: dict[TableName, int] = {}
@@ -66,6 +68,8 @@ class CopyKeeper:
         elif entry.event_type == COPY_FINISHED:
             self.finished = True
             final = _tables(entry)
+            clock = json.loads(entry.detail).get("clock")
+            self.source_clock = clock if isinstance(clock, int) and clock < 1 << 63 else 0
             group.also.append(lambda conn: self._end(conn, final))
 
     def batch(self, opened: OpenedBatch, group: Group) -> None:

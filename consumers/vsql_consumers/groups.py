@@ -19,7 +19,7 @@ from typing import Any
 
 from vsql_consumers import quarantine, state
 from vsql_consumers.collected import Decided, Ready
-from vsql_consumers.members import PartReceipt
+from vsql_consumers.members import PartReceipt, shredded_rest
 from vsql_consumers.shredded import Shredded
 from vsql_consumers.state import Position, Receipt
 from vsql_consumers.unseal import Descriptor
@@ -162,8 +162,11 @@ class Group:
         for write in self.also:
             write(conn)
 
-    def add_shredded(self, ready: Ready, found: Shredded) -> None:
-        """Take a batch whose data key was destroyed: verified as it lies in Kafka, counted, not opened."""
+    def add_shredded(self, ready: Ready, found: Shredded, committed: Sequence[PartReceipt] = ()) -> None:
+        """Take a batch whose data key was destroyed: verified as it lies in Kafka, counted, not opened.
+
+        `committed`: what was applied of it before, where transactions are commits of their own.
+        """
         self.move(ready)
         entry = found.verified.entry
         self.fragments = entry.continues
@@ -171,7 +174,7 @@ class Group:
         self.receipts.append(
             Receipt(
                 entry.sequence, entry.epoch, entry.batch, ready.encoded, found.verified.merkle_root,
-                {SHREDDED: entry.row_count}, found.by.as_detail(),
+                *shredded_rest(entry, found.by.as_detail(), committed),
             )
         )  # fmt: skip
         if found.verified.transactions:

@@ -205,4 +205,22 @@ def skipped(entry: AuditEntry, found: Sequence[PartReceipt]) -> tuple[dict[str, 
     verdicts["skipped"] += max(0, entry.row_count - verdicts.total())
     opened = [one for one in found if SHREDDED not in one.detail]
     applied = sorted({int(name.rpartition("/")[2]) for one in opened for name in one.parts})
-    return dict(verdicts), {**_shredded(found), **({"partitions_applied": applied} if applied else {})}
+    detail: dict[str, Any] = {**_shredded(found), **({"partitions_applied": applied} if applied else {})}
+    return dict(verdicts), detail | _committed(found)
+
+
+def shredded_rest(
+    entry: AuditEntry, by: dict[str, Any], found: Sequence[PartReceipt]
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Verdicts and detail of a batch whose key was destroyed, perhaps after some of it was committed."""
+    verdicts: Counter[str] = Counter()
+    for one in found:
+        verdicts.update(one.verdicts)
+    verdicts[SHREDDED] += max(0, entry.row_count - verdicts.total())
+    return dict(verdicts), by | _committed(found)
+
+
+def _committed(found: Sequence[PartReceipt]) -> dict[str, Any]:
+    """How many of a batch's transactions are committed, where each is a commit of its own."""
+    name = "transactions_applied"
+    return next(({name: one.detail[name]} for one in found if name in one.detail), {})

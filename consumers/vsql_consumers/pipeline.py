@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from vsql_consumers import joining, shares, state
-from vsql_consumers.apply import Applier
+from vsql_consumers import joining, shares, state, writers
+from vsql_consumers.apply import Applier, Verdicts
 from vsql_consumers.collected import Ready
 from vsql_consumers.coordination import Coordination, require_fit
 from vsql_consumers.copying import CopyKeeper
@@ -37,12 +38,14 @@ from vsql_consumers.shredded import Keys, Shredded
 from vsql_consumers.state import Position
 from vsql_consumers.unseal import Descriptor, name_altered, open_batch
 from vsql_consumers.verify import batch_name, verify_batch
+from vsql_consumers.window import transactions
 from vsql_consumers.write import ApplyLimits
 from vsql_shared import failpoints, names
 from vsql_shared.audit.chain import hole_before
 from vsql_shared.audit.entries import EPOCH_OPENED, KEY_DESTROYED, REPLICATION_BATCH, AuditEntry
 from vsql_shared.audit.shredding import Destroyed
 from vsql_shared.changes import OpenedBatch, Transaction
+from vsql_shared.config.strategies import strategies_of
 from vsql_shared.errors import (
     DecodeError,
     DivergedError,
@@ -76,11 +79,18 @@ class Pipeline:
             skip = {} if stream.kind == "copy" else state.copy_lsns(means.control, self._live_chain)
         self._copied = skip
         self._applier = Applier(
-            conn, stream.chain, limits=ApplyLimits(), on_anomaly=settings.apply.on_anomaly, skip=skip
+            conn,
+            stream.chain,
+            limits=ApplyLimits(),
+            on_anomaly=settings.apply.on_anomaly,
+            skip=skip,
         )
         # The fence: whoever holds the origin is the only one, so what it reads now stays true.
         self._applier.setup(stream.origin_name)
         with errors("reading the stream's progress"):
+            # Now the origin is there by whose number this stream's rows are known.
+            self._contest = writers.load(means.control, stream, strategies_of(settings))
+            self._applier.contend(self._contest)
             position = state.load_position(conn, stream.chain)
             self._descriptors: dict[bytes, Descriptor] = state.load_descriptors(conn, stream.chain)
             decisions = state.load_decisions(
@@ -89,6 +99,8 @@ class Pipeline:
             self._open_decisions = state.load_open_decisions(means.control, stream.chain)
         means.keep_leaves()
         self.position: Position = joining.first_position(means, self._applier, position, skip, decisions)
+        limit = settings.conflict.max_clock_skew_ms
+        self._clock = writers.DatabaseClock(means.control, stream, limit) if self._contest else None
         self.acknowledger = means.open_acknowledger()
         self._cosigner = self.acknowledger.cosigner(settings.audit.checkpoint_every)
         self._decided, self._ignored = decisions.transactions, decisions.ignored
@@ -139,6 +151,9 @@ class Pipeline:
         self.intake.look_for_lost()
         self.intake.look_for_silence()
         self.intake.tell_strays()
+        if self._clock is not None:
+            with errors("looking after tables that two nodes write"):
+                self._clock.look()
         self._rest(came)
 
     # Applying
@@ -156,7 +171,9 @@ class Pipeline:
                 if ready is None:
                     break
                 self._take(ready)
-                full = self._group.rows >= limits.merge_max_rows or self._means.totals.one_by_one
+                # A batch by itself, where its transactions are committed one by one.
+                alone = self._means.totals.one_by_one or self._contest is not None
+                full = self._group.rows >= limits.merge_max_rows or alone
                 if full or self._group.size >= limits.collect_buffer_bytes:
                     self._flush()
         except VerificationError as error:
@@ -209,6 +226,8 @@ class Pipeline:
             self._group.add_entry(ready)
             self.copy.entry(entry, self._group)
             if self.copy.finished:
+                # What clients write here from now on is younger than all the snapshots have seen.
+                self._await(self.copy.source_clock)
                 self._flush()
                 self.finished = True
 
@@ -217,7 +236,7 @@ class Pipeline:
         if isinstance(found, Shredded):
             if entry.continues and not self._group.fragments:
                 self._flush()
-            self._group.add_shredded(ready, found)
+            self._group.add_shredded(ready, found, self._committed_of(ready))
             if self._group.fragments:
                 self._store_fragment()
             return
@@ -390,11 +409,22 @@ class Pipeline:
             self._flush()
         reason = f"sequence {ready.sequence} was skipped by an operator"
         if self._members is None or entry is None or not is_by_row(entry):
-            self._group.add_skipped(ready, reason)
+            self._group.add_skipped(ready, reason, self._committed_of(ready))
             return
         self._flush()
         self._group.add_skipped(ready, reason, self._take_from_members(entry))
         self._flush()
+
+    def _committed_of(self, ready: Ready) -> list[PartReceipt]:
+        """What was committed of a batch that is not applied any further: its transactions are commits."""
+        if self._contest is None or ready.entry is None:
+            return []
+        with errors("reading how far a batch was applied"):
+            done = state.load_partial(self._means.applying, self._chain, ready.sequence, ready.entry_hash)
+        if not done.transactions:
+            return []
+        said = {"transactions_applied": done.transactions}
+        return [PartReceipt(ready.sequence, 0, {}, done.verdicts, None, said)]
 
     def _take_from_members(self, entry: AuditEntry) -> list[PartReceipt]:
         """What members have applied of a batch; they apply no more of it, if the open transaction commits."""
@@ -418,12 +448,46 @@ class Pipeline:
             means.totals.batches += len(group.batches)
             self._spoilt = True
             try:
-                group.applied(self._applier.apply(group.batches, singly=means.totals.singly))
+                if self._clock is not None and group.fragments and group.batches:
+                    # Of one transaction: before its first change is written, its time is past.
+                    self._await(group.batches[0].transactions[-1].commit_time)
+                if self._contest is None or group.fragments:
+                    group.applied(self._applier.apply(group.batches, singly=means.totals.singly))
+                else:
+                    group.applied([self._apply_by_transaction(one) for one in group.batches])
             except DecodeError as error:
                 raise self._unreadable(error, group) from error
             except RowError as error:
                 raise self._unfit(error, group) from None
             self._spoilt = False
+
+    def _apply_by_transaction(self, opened: OpenedBatch) -> Verdicts:
+        """Write a batch, each transaction but the last committed at once: a commit is a version."""
+        place = (self._chain, opened.sequence, opened.entry_hash)
+        with errors("reading how far a batch was applied"):
+            before = state.load_partial(self._means.applying, *place)
+        counts = Counter(before.verdicts)
+        parts = list(transactions(opened))
+        for number, (start, stop) in enumerate(parts, 1):
+            if number <= before.transactions:
+                continue
+            one = opened.transactions[opened.tx_of[start]]
+            self._await(one.commit_time)
+            counts.update(self._applier.apply_transaction(opened, start, stop))
+            if number < len(parts):
+                done = state.Partial(number, dict(counts))
+
+                def note(conn: Connection, done: state.Partial = done) -> None:
+                    state.save_partial(conn, *place, done)
+
+                self._applier.finish(one.commit_lsn, one.commit_time, note)
+        return dict(counts)
+
+    def _await(self, commit_time: int) -> None:
+        """Wait until this node's database is past a commit, where it writes the tables, too."""
+        if self._clock is not None:
+            with errors("reading the database's clock"):
+                self._clock.wait_for(commit_time)
 
     def _unreadable(self, error: DecodeError, group: Group) -> VsqlSyncError:
         """A signed tuple that is none: found again batch by batch, so that the refusal names one."""

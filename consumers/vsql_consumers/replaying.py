@@ -77,7 +77,7 @@ class Replay:
             keys = self._announced({batch.dek_id for batch in batches})
             for batch in batches:
                 opened = self._open(batch, transaction, keys)
-                for name, count in applier.apply([opened])[0].items():
+                for name, count in applier.apply([opened], late=True)[0].items():
                     verdicts[name] = verdicts.get(name, 0) + count
             failpoints.hit("consumer.before-replay-commit")
             applier.finish(

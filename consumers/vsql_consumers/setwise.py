@@ -7,13 +7,14 @@ Not here: savepoints (apply.py) and what follows when a set does not fit (slowpa
   caller and replayed change by change.
 """
 
+# ruff: noqa: S608 - put together from what statements.py quotes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vsql_consumers.fold import Folded, Moved
-from vsql_consumers.frames import Fields, field_chunks
+from vsql_consumers.frames import Fields, Layout, field_chunks
 from vsql_consumers.stage import Stage, Stages, copy_in, run
 from vsql_consumers.statements import NEW, OLD, Plan
 
@@ -67,6 +68,80 @@ def _tasks(
         sql = plan.insert(stage.name, staged(step.inserts), step.layout, absent=unchecked)
         tasks.append((sql, len(step.inserts)))
     return tasks
+
+
+class Guard(NamedTuple):
+    """Of a table that every node writes: nothing is touched that another node wrote last."""
+
+    ours: str
+    """Condition on t: the stream's own node wrote it last, and not later, or this transaction did."""
+    tombstones: str
+    """Table of them, as SQL."""
+    generation: int | None = None
+    """Position of the column of generations, where the table has them."""
+
+
+def write_guarded(
+    conn: Connection, plan: Plan, stages: Stages, stage: Stage, step: Folded, guard: Guard
+) -> bool:
+    """Write a folded step where no other node is met; false where one is, or might be.
+
+    Tombstones are looked at once the keys are ours: before that somebody may be about to leave one.
+    """
+    if step.vanished:
+        return False  # what was inserted and deleted: nobody holds those keys
+    found = plan.found_by_key(step.layout, NEW)
+    ours = f"{found} AND {guard.ours}"
+    tasks: list[tuple[str, int]] = []
+
+    def staged(rows: Sequence[Fields]) -> str:
+        number = stages.number()
+        for fields in rows:
+            stage.add(number, fields)
+        return f"s.k = {number}"
+
+    if step.deletes:
+        where = staged(step.deletes)
+        tasks.append((plan.delete(stage.name, where, ours), len(step.deletes)))
+        buried = bury(plan, stage.name, where, step.layout, NEW, guard.tombstones, guard.generation)
+        tasks.append((buried, len(step.deletes)))
+    for unchanged, rows in step.updates.items():
+        sql = plan.update(stage.name, staged(rows), ours, step.layout, unchanged, keep=plan.key)
+        tasks.append((sql, len(rows)))
+    if step.inserts:
+        where = staged(step.inserts)
+        tasks.append((plan.insert(stage.name, where, step.layout), len(step.inserts)))
+        others = f"{where} AND {found} AND NOT {guard.ours}"
+        tasks.append((f"SELECT FROM {guard.tombstones} t, {stage.name} s WHERE {others} LIMIT 1", 0))
+    stages.fill(stage)
+    return run(conn, [sql for sql, _ in tasks]) == [expected for _, expected in tasks]
+
+
+def bury(
+    plan: Plan,
+    stage: str,
+    where: str,
+    layout: Layout,
+    side: str,
+    tombstones: str,
+    generation: int | None = None,
+) -> str:
+    """Leave tombstones of the staged rows' keys, with the version of this transaction.
+
+    `generation`: where rows have theirs; a delete is one version more.
+    """
+    key = ", ".join(plan.column(n) for n in plan.key)
+    columns = [plan.column(n) for n in plan.key]
+    values = [plan.value(n, layout, side) for n in plan.key]
+    given = columns[0]
+    if generation is not None:
+        given = plan.column(generation)
+        columns.append(given)
+        values.append(f"{plan.value(generation, layout, side)} + 1")
+    return (
+        f"INSERT INTO {tombstones} ({', '.join(columns)}) SELECT {', '.join(values)} FROM {stage} s"
+        f" WHERE {where} ON CONFLICT ({key}) DO UPDATE SET {given} = excluded.{given}"
+    )
 
 
 def write_moved(conn: Connection, plan: Plan, stages: Stages, stage: Stage, step: Moved) -> bool:

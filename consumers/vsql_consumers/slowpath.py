@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from vsql_shared.pg.connect import Connection
 
 _CHUNK_ROWS = 100
-_TRIES = 5
+TRIES = 5
 # Marks in statements that are kept; no identifier can hold a zero byte.
 _NUMBER, _FOUND = "\0k", "\0f"
 _SET = f"s.k = {_NUMBER}"
@@ -73,18 +73,24 @@ class Replay:
     stages: Stages
     anomaly: Anomaly
     named: Named
+    make_writer: MakeWriter
+    whole: bool = False
+    """Every change brings its whole row, and the old one: what an UPDATE did not send is filled in from that,
+    for it may have to become an insert, and old rows are staged whole."""
 
     def run(self, ops: Sequence[int], plaintexts: Sequence[bytes], layout: Layout, first: int = 0) -> Layout:
         """Replay; positions count from `first`. Returns the last layout. Raises our errors."""
         last = layout
-        for last, changes in _read(ops, plaintexts, layout, len(self.plan.columns)):
+        for last, read in _read(ops, plaintexts, layout, len(self.plan.columns)):
+            changes = [_filled(change) for change in read] if self.whole else read
             for start in range(0, len(changes), _CHUNK_ROWS):
                 self._chunk(changes[start : start + _CHUNK_ROWS], last, first)
         return last
 
     def _chunk(self, changes: Sequence[Change], layout: Layout, first: int) -> None:
-        stage = self.stages.ready(self.plan, layout, self.plan.match)
-        writer = _Writer(self.conn, self.plan, layout, stage)
+        old = tuple(range(len(self.plan.columns))) if self.whole else self.plan.match
+        stage = self.stages.ready(self.plan, layout, old)
+        writer = self.make_writer(self.conn, self.plan, layout, stage)
         numbers = self._stage(stage, changes, first)
         for number, change in zip(numbers, changes, strict=True):
             try:
@@ -159,8 +165,18 @@ def _read(
     yield layout, changes
 
 
-class _Writer:
+def _filled(change: Change) -> Change:
+    """With the values that were not sent, from the old row."""
+    old, new = change.old, change.new
+    if old is None or new is None or None not in new:
+        return change
+    return change._replace(new=[old[n] if field is None else field for n, field in enumerate(new)])
+
+
+class RowWriter:
     """Writes staged changes, each by its set's number. Statements are built once, with marks to be filled."""
+
+    SET = _SET
 
     def __init__(self, conn: Connection, plan: Plan, layout: Layout, stage: Stage) -> None:
         self._conn, self._plan, self._layout, self._stage = conn, plan, layout, stage
@@ -190,7 +206,7 @@ class _Writer:
         if not self._new_key:
             self._run(number, "", ("insert",), lambda: plan.insert(stage, _SET, layout))
             return ""
-        for _ in range(_TRIES):
+        for _ in range(TRIES):
             if self._update(number, self._new_key, (), ()):
                 return INSERT_EXISTS
             if self._run(number, "", ("insert",), lambda: plan.insert(stage, _SET, layout, race=True)):
@@ -243,6 +259,10 @@ class _Writer:
         row = self._conn.execute(text.encode(), prepare=False).fetchone()
         return f"t.tableoid = {row[0]:d} AND t.ctid = '{row[1]}'" if row else ""
 
+    @staticmethod
+    def _numbered(text: str, number: int) -> bytes:
+        return text.replace(_NUMBER, str(number)).encode()
+
     def _run(self, number: int, found: str, kind: tuple[object, ...], make: Callable[[], str]) -> int:
         text = self._text(kind, make).replace(_NUMBER, str(number)).replace(_FOUND, found)
         return run(self._conn, [text])[0]
@@ -252,3 +272,7 @@ class _Writer:
         if text is None:
             text = self._texts[kind] = make()
         return text
+
+
+MakeWriter = Callable[["Connection", Plan, Layout, Stage], RowWriter]
+"""Makes what writes the changes of a table one by one."""

@@ -14,7 +14,7 @@ import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from vsql_consumers.collected import Decided, Decisions, TopicPartition
 from vsql_consumers.unseal import Descriptor
@@ -24,7 +24,7 @@ from vsql_shared.audit.entries import BATCH_SKIPPED
 from vsql_shared.audit.rows import microseconds, parse, timestamp
 from vsql_shared.audit.tree import decode_tree, encode_tree
 from vsql_shared.changes import TableName, Transaction
-from vsql_shared.errors import RefusedError
+from vsql_shared.errors import DivergedError, RefusedError
 from vsql_shared.pg.connect import Connection
 from vsql_shared.wire.pack import decode_relation
 
@@ -151,8 +151,10 @@ def save_position(conn: Connection, chain: str, position: Position) -> None:
     for (topic, number), at in position.offsets.items():
         offsets.setdefault(topic, {})[str(number)] = at
     head = position.head
+    # A part of a batch beyond it is still to be gone on with: entries before a batch may be committed alone.
     conn.execute(
-        "INSERT INTO vsql_sync.apply_progress AS p (chain, epoch, incarnation, sequence, entry_hash, batch,"
+        "WITH whole AS (DELETE FROM vsql_sync.partial_batches WHERE chain = %s AND sequence <= %s)"
+        " INSERT INTO vsql_sync.apply_progress AS p (chain, epoch, incarnation, sequence, entry_hash, batch,"
         " lsn_end, commit_time, audit_offset, offsets, tree)"
         " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
         " ON CONFLICT (chain) DO UPDATE SET (epoch, incarnation, sequence, entry_hash, batch, lsn_end,"
@@ -160,6 +162,8 @@ def save_position(conn: Connection, chain: str, position: Position) -> None:
         " excluded.sequence, excluded.entry_hash, excluded.batch, excluded.lsn_end, excluded.commit_time,"
         " excluded.audit_offset, excluded.offsets, excluded.tree, now())",
         (
+            chain,
+            head.sequence,
             chain,
             head.epoch,
             uuid.UUID(bytes=head.incarnation),
@@ -172,6 +176,42 @@ def save_position(conn: Connection, chain: str, position: Position) -> None:
             json.dumps(offsets),
             encode_tree(head.tree),
         ),
+    )
+
+
+class Partial(NamedTuple):
+    """What was committed of a batch whose transactions are commits of their own: the first ones."""
+
+    transactions: int
+    verdicts: dict[str, int]
+
+
+def load_partial(conn: Connection, chain: str, sequence: int, entry_hash: bytes) -> Partial:
+    """What was committed of this batch, which is the next. Raises DivergedError: of another in its place."""
+    row = conn.execute(
+        "SELECT sequence, entry_hash, transactions, verdicts FROM vsql_sync.partial_batches"
+        " WHERE chain = %s AND sequence >= %s",
+        (chain, sequence),
+    ).fetchone()
+    if row is None:
+        return Partial(0, {})
+    if (row[0], bytes(row[1])) != (sequence, entry_hash):
+        raise DivergedError(
+            f"sequence {row[0]} of {chain} was committed in part, and the stream stands at {sequence} with"
+            " another entry or before it: its progress was set back, or the chain is another one",
+            hint="initialise this node anew; where its tables were emptied for that, DELETE the chain's row"
+            " from vsql_sync.partial_batches, too",
+        )
+    return Partial(row[2], row[3])
+
+
+def save_partial(conn: Connection, chain: str, sequence: int, entry_hash: bytes, done: Partial) -> None:
+    """Note how many of a batch's transactions are committed, in the transaction of the last of them."""
+    conn.execute(
+        "INSERT INTO vsql_sync.partial_batches (chain, sequence, entry_hash, transactions, verdicts)"
+        " VALUES (%s, %s, %s, %s, %s) ON CONFLICT (chain) DO UPDATE SET (sequence, entry_hash, transactions,"
+        " verdicts) = (excluded.sequence, excluded.entry_hash, excluded.transactions, excluded.verdicts)",
+        (chain, sequence, entry_hash, done.transactions, json.dumps(done.verdicts)),
     )
 
 

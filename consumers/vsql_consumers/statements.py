@@ -235,6 +235,10 @@ class Plan:
         # Without the casts this would be the grammar's comparison of two rows, column by column.
         return f"CAST(ROW({rows[0]}) AS record) OPERATOR(pg_catalog.*=) CAST(ROW({rows[1]}) AS record)"
 
+    def image(self, layout: Layout, side: str) -> str:
+        """T is the staged row, byte by byte, in all columns that travel."""
+        return self._image(layout, side)
+
     # Whole statements. `stage` is the staging table's name; `where` further conditions on s.
 
     def copy(self) -> str:
@@ -243,11 +247,18 @@ class Plan:
         return f"COPY {table_sql(self.name)} ({names}) FROM STDIN (FORMAT binary)"
 
     def insert(
-        self, stage: str, where: str, layout: Layout, *, absent: bool = False, race: bool = False
+        self,
+        stage: str,
+        where: str,
+        layout: Layout,
+        *,
+        absent: bool = False,
+        race: bool = False,
+        side: str = NEW,
     ) -> str:
         """Insert staged rows; absent: those whose key is not there; race: a key that appears is no error."""
         names = ", ".join(self.column(n) for n in self.written)
-        values = ", ".join(self.value(n, layout) for n in self.written)
+        values = ", ".join(self.value(n, layout, side) for n in self.written)
         into = f"({names}) OVERRIDING SYSTEM VALUE" if names else ""
         text = f"INSERT INTO {table_sql(self.name)} {into} SELECT {values} FROM {stage} s WHERE {where}"
         if absent:

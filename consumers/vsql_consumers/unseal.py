@@ -223,6 +223,7 @@ def open_batch(
         row_count=batch.changes,
         merkle_root=batch.merkle_root,
         continues=entry.continues,
+        contains_pci=entry.contains_pci,
         transactions=batch.transactions,
         leaves=batch.leaves,
     )

@@ -86,13 +86,13 @@ class Worker:
         self.stop = threading.Event()
         self._report = Report(settings, chain)
         self._signer: Signer | None = None
+        self._signer_is_open = False
         self._failures = 0
         self._obeyed: set[int] = set()
         """Commands that were acted upon and wait for their entry and answer."""
 
     def run(self) -> int:
         """Attempt after attempt."""
-        self._signer = open_signer(self._settings)
         while not self.stop.is_set():
             try:
                 if self._attempt():
@@ -109,6 +109,8 @@ class Worker:
     def _attempt(self) -> bool:
         """Connect and run until something ends it; True when the worker's work is done."""
         try:
+            if not self._signer_is_open:  # a key service may be away: that is waited for like the rest
+                self._signer, self._signer_is_open = open_signer(self._settings), True
             with ExitStack() as closing:
                 return self._with_database(closing)
         except psycopg.Error as error:

@@ -12,19 +12,21 @@ Not here: which changes wait together (apply.py). The ways, each under a savepoi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import psycopg
 
 from vsql_consumers import faults, setwise
+from vsql_consumers.contested import Contest, ContestedWriter
 from vsql_consumers.fold import Folded, Step, fold, only_inserts
 from vsql_consumers.frames import Layout, LayoutChange, copied_chunks, insert_chunks
-from vsql_consumers.slowpath import INSERT_EXISTS, Replay
-from vsql_consumers.stage import Stages, copy_in, run
-from vsql_consumers.statements import binary_layout, quoted
+from vsql_consumers.slowpath import INSERT_EXISTS, Replay, RowWriter
+from vsql_consumers.stage import Stage, Stages, copy_in, run
+from vsql_consumers.statements import Plan, binary_layout, quoted
 from vsql_consumers.window import Window
 from vsql_shared.changes import Op, TableName
 from vsql_shared.errors import DatabaseError, RowError
@@ -78,10 +80,18 @@ class _Outcome(Enum):
 class Writer:
     """Writes windows in the open transaction."""
 
-    def __init__(self, conn: Connection, stages: Stages, limits: ApplyLimits, on_anomaly: OnAnomaly) -> None:
+    def __init__(
+        self,
+        conn: Connection,
+        stages: Stages,
+        limits: ApplyLimits,
+        on_anomaly: OnAnomaly,
+    ) -> None:
         self._conn, self._stages, self._limits, self._on_anomaly = conn, stages, limits, on_anomaly
         self._layouts: dict[TableName, Layout] = {}
         self.tally = Tally()
+        self.contest: Contest | None = None
+        """Where every node writes the tables."""
 
     def write(self, window: Window) -> None:
         """Write a window's changes. Raises our errors and psycopg's; the transaction is then lost."""
@@ -100,6 +110,9 @@ class Writer:
         if len(layout) != len(plan.columns):
             layout = binary_layout(plan.relation)
         plaintexts = window.plaintexts()
+        if self.contest is not None:
+            self._contend(window, plaintexts, layout, self.contest.guard(plan))
+            return
         if window.only_inserts:
             self._inserts(window, plaintexts, layout)
             return
@@ -118,25 +131,30 @@ class Writer:
             self.tally.add(window.plan.name, GENERATED_DIFFERS, written, batch)
 
     def _inserts(self, window: Window, plaintexts: Sequence[bytes], layout: Layout) -> None:
-        plan, chunk_bytes = window.plan, self._limits.copy_chunk_bytes
-        tried: _Outcome | None = None
-        if plan.direct(layout):
-            try:
-                if window.copied:
-                    chunks = copied_chunks(plaintexts, len(plan.columns), chunk_bytes)
-                else:
-                    chunks = insert_chunks(plaintexts, layout, chunk_bytes)
-            except LayoutChange:
-                pass
-            else:
-                doing = f"copying into {window.naming_range(0, window.rows)}"
-                tried = self._attempt(doing, lambda: copy_in(self._conn, plan.copy(), chunks))
-                if tried is _Outcome.DONE:
-                    self.tally.ways[COPIED] += window.rows
-                    return
+        tried = self._copy(window, plaintexts, layout)
+        if tried is _Outcome.DONE:
+            return
         ops = window.ops()
         for step in only_inserts(plaintexts, layout, copied=window.copied):
             self._step(window, ops, plaintexts, step, tried)
+
+    def _copy(self, window: Window, plaintexts: Sequence[bytes], layout: Layout) -> _Outcome | None:
+        """Copy inserts straight into the table; None where their bytes do not fit it."""
+        plan, chunk_bytes = window.plan, self._limits.copy_chunk_bytes
+        if not plan.direct(layout):
+            return None
+        try:
+            if window.copied:
+                chunks = copied_chunks(plaintexts, len(plan.columns), chunk_bytes)
+            else:
+                chunks = insert_chunks(plaintexts, layout, chunk_bytes)
+        except LayoutChange:
+            return None
+        doing = f"copying into {window.naming_range(0, window.rows)}"
+        outcome = self._attempt(doing, lambda: copy_in(self._conn, plan.copy(), chunks))
+        if outcome is _Outcome.DONE:
+            self.tally.ways[COPIED] += window.rows
+        return outcome
 
     def _step(
         self,
@@ -226,5 +244,50 @@ class Writer:
                 self.tally.missing[batch] += 1
             self.tally.add(name, kind, 1, window.batches[batch].batch)
 
-        replay = Replay(self._conn, window.plan, self._stages, anomaly, window.named)
+        replay = Replay(
+            self._conn,
+            window.plan,
+            self._stages,
+            anomaly,
+            window.named,
+            self._row_writer,
+            whole=self.contest is not None,
+        )
         self._layouts[name] = replay.run(ops, plaintexts, layout, first)
+
+    def _contend(
+        self, window: Window, plaintexts: Sequence[bytes], layout: Layout, guard: setwise.Guard
+    ) -> None:
+        """As sets where no other node is met, else change by change.
+
+        A first copy meets nobody: the table is closed until it is done.
+        """
+        plan, ops = window.plan, window.ops()
+        if window.copied and self._copy(window, plaintexts, layout) is _Outcome.DONE:
+            return
+        if not plan.folds:
+            self._replay(window, ops, plaintexts, layout, 0)
+            return
+        steps: Iterable[Step] = (
+            only_inserts(plaintexts, layout, copied=True)
+            if window.copied
+            else fold(ops, plaintexts, layout, plan.key)
+        )
+        for step in steps:
+            self._layouts[plan.name] = step.layout
+            if isinstance(step, Folded):
+                write = partial(
+                    setwise.write_guarded, self._conn, plan, self._stages,
+                    self._stages.ready(plan, step.layout), step, guard,
+                )  # fmt: skip
+                doing = f"writing {window.naming_range(step.start, step.stop)}"
+                if self._attempt(doing, write) is _Outcome.DONE:
+                    self.tally.ways[FOLDED] += step.stop - step.start
+                    continue
+            part = slice(step.start, step.stop)
+            self._replay(window, ops[part], plaintexts[part], step.layout, step.start)
+
+    def _row_writer(self, conn: Connection, plan: Plan, layout: Layout, stage: Stage) -> RowWriter:
+        if self.contest is not None:
+            return ContestedWriter(conn, plan, layout, stage, self.contest)
+        return RowWriter(conn, plan, layout, stage)

@@ -324,9 +324,15 @@ class Targets:
             if done is not None:
                 self._conn.execute(
                     "UPDATE vsql_sync.stream_targets"
-                    " SET acked_sequence = %s, acked_lsn = %s, acked_at = now()"
+                    " SET acked_sequence = %s, acked_lsn = %s, acked_target_lsn = %s, acked_at = now()"
                     " WHERE chain = %s AND target = %s",
-                    (target.acked_sequence, lsn.text(done.batch_lsn_end), self._chain, target.name),
+                    (
+                        target.acked_sequence,
+                        lsn.text(done.batch_lsn_end),
+                        lsn.text(done.target_lsn),
+                        self._chain,
+                        target.name,
+                    ),
                 )
             # What still waits would be passed over after a restart: the head is remembered with it.
             if not target.waiting and target.moved:

@@ -41,6 +41,7 @@ from vsql_shared import failpoints, names
 from vsql_shared.audit.leaf_store import LeafKeeper
 from vsql_shared.audit.store import ensure_partitions
 from vsql_shared.config import Settings
+from vsql_shared.crypto.signing import Signer
 from vsql_shared.errors import (
     DivergedError,
     EnvironmentFault,
@@ -111,7 +112,8 @@ class Worker:
         self._settings, self._chain = settings, chain
         self.stop = threading.Event()
         self._report = Report(settings, chain)
-        self._signer = own_signer(settings)
+        self._signer: Signer | None = None
+        self._signer_is_open = False
         self._failures = 0
         self._text_only = False
         self._owed: list[Command] = []
@@ -145,6 +147,8 @@ class Worker:
         """One epoch, until an error or a stop ends it."""
         with ExitStack() as closing:
             try:
+                if not self._signer_is_open:  # a key service may be away: that is waited for like the rest
+                    self._signer, self._signer_is_open = own_signer(self._settings), True
                 self._epoch(closing)
             except psycopg.Error as error:
                 raise translate(error, "running the stream") from error

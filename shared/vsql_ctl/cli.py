@@ -54,6 +54,7 @@ COMMANDS: dict[str, Entry] = {
     "stream": Entry("stream", "Decide on what a consumer refused."),
     "run": Entry("run", "Run one service in the foreground, as containers do."),
     "daemon": Entry("daemon", "Start, stop and watch both services of this node."),
+    "conflicts": Entry("conflicts", "Show what became of changes that met another node's."),
     "key": Entry("key", "Make, show and rotate keys."),
     "kafka": Entry("kafka", "Print or apply what Kafka must allow this node, and the schema of its records."),
     "audit": Entry("audit", "List, verify, prove and export the signed trail."),

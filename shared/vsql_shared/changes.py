@@ -166,6 +166,8 @@ class OpenedBatch:
     row_count: int
     merkle_root: bytes
     continues: bool
+    contains_pci: bool = False
+    """The manifest says so."""
     transactions: list[Transaction] = field(default_factory=list)
     relations: dict[bytes, Relation] = field(default_factory=dict)
     # one item per change, ordered by index in batch

@@ -157,6 +157,7 @@ def test_a_bundle_has_everything_and_verifies_with_public_keys_alone(node: Node)
         "connections.json",
         "retention.json",
         "access.json",
+        "writers.json",
         "configuration.toml",
     }
     missing = {one["what"]: one["reason"] for one in manifest_of(target)["not_gathered"]}

@@ -15,7 +15,7 @@ from vsql_consumers.source import Place, Source
 from vsql_shared.config import Settings, load_settings
 from vsql_shared.errors import BrokerError, TransientError
 from vsql_shared.kafka.clients import make_admin, make_producer
-from vsql_shared.kafka.topics import ensure_topic
+from vsql_shared.kafka.topics import Kind, check_topic, ensure_topic
 
 pytestmark = pytest.mark.services
 
@@ -57,6 +57,36 @@ def test_a_dead_letter_topic_that_forgets_is_refused(settings: Settings, cluster
         ensure_topic(admin, theirs, "parked", settings)
     ensure_topic(admin, ours, "parked", settings)
     ensure_topic(admin, ours, "parked", settings)
+
+
+LOSES: dict[str, tuple[Kind, dict[str, str], str]] = {
+    "a broker that lacks records may lead": (
+        "audit", {"unclean.leader.election.enable": "true"}, "election.enable = true, expected false"
+    ),
+    "records are deleted by age": ("data", {"retention.ms": "1000"}, "retention.ms = 1000, expected -1"),
+    "records are deleted by size": ("data", {"retention.bytes": "9"}, "retention.bytes = 9, expected -1"),
+    "entries are deleted": ("audit", {"cleanup.policy": "delete"}, "policy = delete, expected compact"),
+    "data is compacted": ("data", {"cleanup.policy": "compact"}, "policy = compact, expected delete"),
+    "one copy is enough": ("audit", {"min.insync.replicas": "1"}, "insync.replicas = 1, expected 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", LOSES)
+def test_a_topic_that_could_lose_records_is_refused_and_its_setting_named(
+    settings: Settings, cluster_name: str, way: str
+) -> None:
+    """Rule 5: as it is made it passes; with this one setting altered it does not."""
+    kind, altered, words = LOSES[way]
+    values = {"replication_factor": 3, "min_insync_replicas": 2}
+    safe = settings.model_copy(update={"kafka": settings.kafka.model_copy(update=values)})
+    admin = make_admin(settings)
+    good = {"cleanup.policy": "compact" if kind == "audit" else "delete", "min.insync.replicas": "2"}
+    good |= {"unclean.leader.election.enable": "false", "retention.ms": "-1", "retention.bytes": "-1"}
+    for topic, made in ((f"{cluster_name}.good", good), (f"{cluster_name}.bad", good | altered)):
+        admin.create_topics([NewTopic(topic, num_partitions=1, config=made)])[topic].result(30)
+    check_topic(admin, f"{cluster_name}.good", kind, safe)
+    with pytest.raises(BrokerError, match=f"bad is not of the shape it needs: .*{words}"):
+        check_topic(admin, f"{cluster_name}.bad", kind, safe)
 
 
 @pytest.fixture

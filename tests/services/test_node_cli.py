@@ -118,6 +118,22 @@ def test_the_way_from_two_empty_databases_to_running_streams(a: Operator, b: Ope
     assert "has stream" in a.run("publication", "drop", "pub", "--yes", code=4)
 
 
+def test_a_priority_is_set_before_there_are_peers_and_told_to_them(a: Operator, b: Operator) -> None:
+    a.run("node", "init", "--priority", "80")
+    b.run("node", "init", "--priority", "20")
+    add = ("node", "add-peer", "--peer-node-id", "2", "--peer-connection", b.conninfo)
+    a.run(*add, "--fingerprint", b.fingerprint)
+    for node in (a, b):
+        with connect(node.conninfo, application_name="test") as conn:
+            found = conn.execute("SELECT node_id, priority FROM vsql_sync.nodes ORDER BY node_id").fetchall()
+            assert found == [("node-1", 80), ("node-2", 20)]
+    assert "is set before its first peer" in b.run("node", "init", "--priority", "90", code=4)
+    b.run("node", "init", "--priority", "20")
+    b.run("node", "init")
+    with connect(b.conninfo, application_name="test") as conn:
+        assert conn.execute("SELECT priority FROM vsql_sync.nodes WHERE is_local").fetchall() == [(20,)]
+
+
 def test_a_wrong_fingerprint_or_no_answer_adds_nobody(a: Operator, b: Operator) -> None:
     a.run("node", "init")
     b.run("node", "init")
@@ -126,7 +142,6 @@ def test_a_wrong_fingerprint_or_no_answer_adds_nobody(a: Operator, b: Operator) 
     asked = a.run(*add, code=2)
     assert a.fingerprint in asked
     assert b.fingerprint in asked
-    assert "not built yet" in a.run(*add, "--mode", "bidirectional", code=3)
     assert len(json.loads(a.run("node", "list", "--output", "json"))) == 1
 
 

@@ -11,7 +11,7 @@ from tests.conftest import NewDatabase
 from vsql_shared import names
 from vsql_shared.changes import TableName
 from vsql_shared.crypto.signing import fingerprint
-from vsql_shared.errors import DatabaseError, NotBuiltError, RefusedError
+from vsql_shared.errors import DatabaseError, RefusedError
 from vsql_shared.pg import migrate, nodes, peers, publications, roles
 from vsql_shared.pg.connect import Connection, connect
 from vsql_shared.pg.peers import PeerRequest
@@ -210,9 +210,12 @@ def test_a_peer_other_than_the_one_named_is_refused(pair: Pair, request_: PeerRe
         peers.look(pair.a, pair.b, request_)
 
 
-def test_bidirectional_is_not_built(pair: Pair) -> None:
-    with pytest.raises(NotBuiltError, match="bidirectional"):
+def test_tables_that_both_write_are_refused_where_they_could_part(pair: Pair) -> None:
+    with pytest.raises(RefusedError) as refused:
         peers.look(pair.a, pair.b, replace(REQUEST, mode="bidirectional"))
+    assert "public.payments on node-a: leaves out pan" in str(refused.value)
+    assert "ALTER TABLE public.merchants REPLICA IDENTITY FULL" in str(refused.value)
+    assert pair.untouched()
 
 
 def test_the_own_database_and_a_foreign_cluster_are_no_peers(pair: Pair, new_database: NewDatabase) -> None:

@@ -42,6 +42,9 @@ def test_a_copy_of_an_idle_database_ends_and_names_empty_tables(new_source: NewS
     assert {table: said["rows"] for table, said in ended["tables"].items()} == {
         "public.filled": 2, "public.nothing": 0, "public.many": 2500
     }  # fmt: skip
+    # A target that others write, too, opens once its clock is past what the source's says at the end.
+    ((now,),) = node.query("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
+    assert 0 < now - ended["clock"] < 600 * 10**6
     at = lsn.parse(started["lsn"])
     assert {change.transaction[:2] for change in back.changes} == {(0, at)}
     assert {change.op for change in back.changes} == {Op.COPY}

@@ -82,9 +82,10 @@ def batch(*changes: tuple[int, int, TableName]) -> OpenedBatch:
         str(t).encode(): Relation(t, "d", (Column("id", True, 23, -1, "integer"),)) for _, _, t in changes
     }
     return OpenedBatch(
-        CHAIN, 1, 17, 20, b"h" * 32, 0, 0, len(changes), b"r" * 32, False, [FIRST, SECOND, THIRD], relations,
-        [number for number, _, _ in changes], [op for _, op, _ in changes],
-        [str(table).encode() for _, _, table in changes], [b"" for _ in changes],
+        CHAIN, 1, 17, 20, b"h" * 32, 0, 0, len(changes), b"r" * 32, False, False,
+        [FIRST, SECOND, THIRD], relations, [number for number, _, _ in changes],
+        [op for _, op, _ in changes], [str(table).encode() for _, _, table in changes],
+        [b"" for _ in changes],
     )  # fmt: skip
 
 

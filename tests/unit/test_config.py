@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from tests.config_reference import meaning
+from vsql_shared.changes import TableName
 from vsql_shared.config import (
     Settings,
     advice,
@@ -23,6 +24,7 @@ from vsql_shared.config import (
 )
 from vsql_shared.config.fields import model_of
 from vsql_shared.config.load import load_from
+from vsql_shared.config.strategies import strategies_of
 from vsql_shared.errors import ConfigError, NotBuiltError
 
 ROOT = Path(__file__).parents[2]
@@ -188,7 +190,6 @@ def test_the_shortest_configuration_is_built() -> None:
 
 
 NOT_BUILT = {
-    "strategy": ('[conflict]\ndefault_strategy = "manual"', "conflict.default_strategy"),
     "policy": ('[conflict]\npci_write_policy = "forward"', "conflict.pci_write_policy"),
     "cryptaply": ("[cryptaply]\nenabled = true", "cryptaply.enabled"),
     "ddl": ("[ddl]\naudit_ddl = true", "ddl.audit_ddl"),
@@ -201,6 +202,33 @@ def test_a_control_that_is_not_enforced_is_never_accepted_in_silence(text: str, 
     (note,) = not_built(parse(MINIMAL + text))
     assert note.startswith(key)
     assert "not built yet; " in note
+
+
+STRATEGY = """
+[conflict]
+default_strategy = "node_priority"
+[[conflict.tables]]
+table    = "sales.Orders"
+strategy = "manual"
+[[publications]]
+name              = "pub"
+conflict_strategy = "keep_local"
+"""
+
+
+def test_a_tables_strategy_comes_before_its_publications_and_that_before_the_default() -> None:
+    found = strategies_of(parse(MINIMAL + STRATEGY))
+    orders, other = TableName("sales", "orders"), TableName("public", "orders")
+    assert [found.of("pub", orders), found.of("other", orders)] == ["manual", "manual"]
+    assert [found.of("pub", other), found.of("other", other)] == ["keep_local", "node_priority"]
+
+
+def test_a_default_that_nobody_wrote_says_nothing() -> None:
+    table = TableName("public", "t")
+    for found in (strategies_of(None), strategies_of(parse(MINIMAL))):
+        assert (found.chosen("pub", table), found.of("pub", table)) == (None, "last_write_wins")
+    written = strategies_of(parse(MINIMAL + '[conflict]\ndefault_strategy = "last_write_wins"'))
+    assert written.chosen("pub", table) == "last_write_wins"
 
 
 REFUSALS = {
@@ -244,6 +272,11 @@ REFUSALS = {
     "pci twice": (
         '[[pci.columns]]\ntable = "t"\ncolumns = ["a"]\n[[pci.columns]]\ntable = "t"\ncolumns = ["b"]',
         "named twice",
+    ),
+    "strategy": ('[conflict]\ndefault_strategy = "newest"', "conflict.default_strategy"),
+    "strategy twice": (
+        '[conflict]\ntables = [{table="t", strategy="manual"}, {table="t", strategy="keep_local"}]',
+        "named twice; it has one strategy",
     ),
     "sasl without user": ('[kafka.security]\nprotocol = "SASL_SSL"', "needs username and a password"),
     "half a certificate": ('[kafka.security]\ncert_path = "c"', "given together"),

@@ -30,7 +30,7 @@ from vsql_shared.audit.dsse import sign_document
 from vsql_shared.audit.entries import AuditEntry
 from vsql_shared.crypto.announce import MEDIA_TYPE, KeyRing, encode_announcement, rewrap
 from vsql_shared.crypto.signing import PinnedKey, TrustStore
-from vsql_shared.errors import KeyUnavailableError, RecordError, SignatureError
+from vsql_shared.errors import KeyUnavailableError, RecordError, SignatureError, UnsealError
 from vsql_shared.kms.base import KekProvider
 from vsql_shared.kms.file import FileKek, destroy_version, rotate_kek_file
 
@@ -301,3 +301,21 @@ def test_a_record_that_kafka_deleted_and_a_manifest_names_is_missed_by_name() ->
     with pytest.raises(RecordError, match="begins at offset 2") as refused:
         collector.next_ready()
     assert refused.value.record == f"{T[0]}/0/1"
+
+
+def test_a_destroyed_key_leaves_memory_opened_or_not_and_no_other_does() -> None:
+    chain = SealedChain()
+    opened, waiting, living = _manifests(chain, 3)
+    held = _announcements(chain, 10)
+    for offset, (key, value) in enumerate(chain.log[KEYS]):
+        held.feed(*KEYS, offset, key, value)
+    gone, kept = held.open(opened, kek()), held.open(living, kek())
+    held.destroy([opened.dek_id, waiting.dek_id])
+    with pytest.raises(KeyUnavailableError, match="was wiped"):
+        _ = gone.cipher
+    for entry in (opened, waiting):
+        assert not held.has_opened(entry.dek_id)
+        with pytest.raises(UnsealError, match="was never announced"):
+            held.open(entry, kek())
+    assert held.open(living, kek()) is kept
+    assert kept.cipher is not None

@@ -35,7 +35,7 @@ def _batch(op: int, text: bytes) -> OpenedBatch:
     )
     relation = Relation(TableName("public", "t"), "d", columns)
     return OpenedBatch(
-        "pub.a", 1, 1, 2, b"", 0, 0, 1, b"", False, [Transaction(7, 0x16B374D848, 1_000_000)],
+        "pub.a", 1, 1, 2, b"", 0, 0, 1, b"", False, False, [Transaction(7, 0x16B374D848, 1_000_000)],
         {b"r": relation}, [0], [op], [b"r"], [text],
     )  # fmt: skip
 

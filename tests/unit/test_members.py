@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsql_consumers.members import PartReceipt, Patience, assign, left_at, merge, skipped
+from vsql_consumers.members import PartReceipt, Patience, assign, left_at, merge, shredded_rest, skipped
 from vsql_consumers.quarantine import NAMED_MOST, as_detail, receipt_of_skipped
 from vsql_shared.audit import merkle
 from vsql_shared.audit.entries import (
@@ -194,6 +194,22 @@ def test_a_skipped_batch_says_what_was_shredded_of_it_and_does_not_call_it_appli
     shredded = receipt_of_skipped(manifest(), b"", [two])
     assert shredded.verdicts == {"shredded": 3, "skipped": 7}
     assert shredded.detail == said
+
+
+def test_a_skipped_batch_says_which_of_its_transactions_are_committed() -> None:
+    done = PartReceipt(7, 0, {}, {"applied": 3, "lost": 1}, None, {"transactions_applied": 2})
+    receipt = receipt_of_skipped(manifest(), b"", [done])
+    assert receipt.verdicts == {"applied": 3, "lost": 1, "skipped": 6}
+    assert receipt.detail == {"transactions_applied": 2}
+
+
+def test_a_batch_whose_key_was_destroyed_half_way_says_which_of_its_transactions_are_committed() -> None:
+    by = Destroyed("kek:1", "pub.a", "ab" * 32, ("dek",), 9, 1).as_detail()
+    done = PartReceipt(7, 0, {}, {"applied": 3, "lost": 1}, None, {"transactions_applied": 2})
+    verdicts, detail = shredded_rest(manifest(), by, [done])
+    assert verdicts == {"applied": 3, "lost": 1, "shredded": 6}
+    assert detail == {**by, "transactions_applied": 2}
+    assert shredded_rest(manifest(), by, []) == ({"shredded": 10}, by)
 
 
 def test_a_batch_nobody_applied_anything_of_is_skipped_as_a_whole() -> None:

@@ -141,6 +141,12 @@ def _bytes(report: dict[str, Any]) -> bytes:
     return to_text(report).encode()
 
 
+def test_a_table_that_another_node_writes_too_has_a_report_there() -> None:
+    (said,) = [text for text in _report(other_writers=("node-b",))["not_claimed"] if "node-b" in text]
+    assert "there is a report for that node" in said
+    assert "node-b" not in str(_report())
+
+
 def test_the_shape_of_the_specification_is_in_it() -> None:
     report = verify(_bytes(_report(_quiet())), SIGNER.public_key)
     (table,) = report["tables"]

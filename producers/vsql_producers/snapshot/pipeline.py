@@ -34,7 +34,13 @@ from vsql_producers.scope import ScopeChanged, document, load_scope
 from vsql_producers.scope_record import write_scope
 from vsql_producers.sequences import Sequences
 from vsql_producers.snapshot.history import CopyHistory, read_history
-from vsql_producers.snapshot.reader import Snapshot, TableReader, export_snapshot, import_snapshot
+from vsql_producers.snapshot.reader import (
+    Snapshot,
+    TableReader,
+    export_snapshot,
+    import_snapshot,
+    read_clock,
+)
 from vsql_producers.snapshot.tables import CopyTable, count_tables, require_same, tables_to_copy
 from vsql_producers.transactions import RelationChange, Run
 from vsql_shared import failpoints, lsn, names
@@ -146,6 +152,7 @@ class CopyPipeline:
             c.settings.connection.conninfo("producer"), application_name=f"vsql-sync copy {c.stream.chain}"
         )
         c.closing.callback(conn.close)
+        before = read_clock(c.conn)
         snapshot = export_snapshot(replica, c.stream.slot_name, c.on_tick)
         import_snapshot(conn, snapshot)
         # Imported, it needs the slot no more: a long copy holds back no WAL.
@@ -161,8 +168,10 @@ class CopyPipeline:
         self._expected = sum(table.estimated_rows for table in tables)
         self._copied = sum(self._history.rows.values())
         self._tables.extend(table for table in tables if str(table.name) not in self._history.rows)
-        # Every table of the copy is one "transaction" of the source at the snapshot's position.
-        self._transaction = Transaction(0, snapshot.lsn, time.time_ns() // 1000)
+        # Every table of the copy is one "transaction" of the source at the snapshot's position. Its time is
+        # the version of its rows where others write them, too: no change that follows may be older. Who took
+        # its commit's time before this was read is waited for by the slot, and is in the snapshot.
+        self._transaction = Transaction(0, snapshot.lsn, before)
         for table in self._tables:
             self._history.snapshot[str(table.name)] = snapshot.lsn
         if str(SEQUENCES) not in self._history.rows:
@@ -306,7 +315,9 @@ class CopyPipeline:
         c = self._context
         if not self._history.finished:
             self._history.finished = True
-            self._say(COPY_FINISHED, None, self._history.finished_detail())
+            # Nothing that the copy brought, or that it saw deleted, was committed later than this.
+            clock = read_clock(c.conn)
+            self._say(COPY_FINISHED, None, {**self._history.finished_detail(), "clock": clock})
             self.outlet.keys.close()
         if not self._history.last_manifest or c.targets.acknowledged(self._history.last_manifest):
             delete_topics(c.admin, sorted(self._history.topics))

@@ -39,6 +39,13 @@ class Snapshot(NamedTuple):
     name: str
 
 
+def read_clock(conn: Connection) -> int:
+    """The server's clock, µs since 1970: the one that commits are dated by."""
+    with errors("reading the server's clock"):
+        row = conn.execute("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint").fetchone()
+    return 0 if row is None else int(row[0])
+
+
 def export_snapshot(replication: Connection, slot: str, tick: Callable[[], None]) -> Snapshot:
     """Make a temporary slot; its snapshot lives until the next command of this connection."""
     command = sql.SQL("CREATE_REPLICATION_SLOT {} TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')")

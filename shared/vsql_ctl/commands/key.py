@@ -121,6 +121,11 @@ def _make_signing_key_in_token(settings: Settings) -> dict[str, object]:
     label = settings.audit.signing_key_label
     if label is None:
         raise ConfigError("audit.signing_key_label is not set", hint="it names the key in the token")
+    if settings.audit.signing_key_provider != "pkcs11":
+        raise ConfigError(
+            'audit.signing_key_provider is "vault": a node has no right to make keys there',
+            hint="who administers Vault makes it: vault write transit/keys/NAME type=ed25519",
+        )
     public = generate_token_signer(settings.encryption.kms, label)
     return {"signing key": f"{label!r} in the token", "fingerprint": fingerprint(public)}
 
@@ -172,7 +177,9 @@ def show_public(operator: Operator, path: Path | None, output: OutputFormat) -> 
 
     where: Path | str | None = path or operator.settings.audit.signing_key_path
     if path is None and operator.settings.audit.signing_key_label is not None:
-        raw, where = _public_in_token(operator.settings), "in the token"
+        raw = _public_of_label(operator.settings)
+        in_token = operator.settings.audit.signing_key_provider == "pkcs11"
+        where = "in the token" if in_token else f"in Vault: {operator.settings.audit.signing_key_label}"
     elif where is None:
         raise ConfigError("audit.signing_key_path is not set", hint="set it, or give --key FILE")
     else:
@@ -189,7 +196,7 @@ def show_public(operator: Operator, path: Path | None, output: OutputFormat) -> 
     )
 
 
-def _public_in_token(settings: Settings) -> bytes:
+def _public_of_label(settings: Settings) -> bytes:
     from vsql_shared.kms import open_signer
 
     signer = open_signer(settings)

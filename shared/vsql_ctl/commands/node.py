@@ -45,6 +45,11 @@ def node() -> None:
 @click.option("--connection", help="Connection string of an administrator; else [connection].")
 @click.option("--region", help="Region the node is in.")
 @click.option(
+    "--priority",
+    type=click.IntRange(0, 1000),
+    help="Which of two nodes stands where their changes are equal otherwise (50); before peers are added.",
+)
+@click.option(
     "--create-roles/--no-roles", default=True, help="Make the roles of the services.", show_default=True
 )
 @click.option(
@@ -65,6 +70,7 @@ def init(
     cluster: str | None,
     connection: str | None,
     region: str | None,
+    priority: int | None,
     create_roles: bool,
     create_logins: bool,
 ) -> None:
@@ -84,6 +90,8 @@ def init(
             roles.require_possible(conn)
         applied = migrate.install(conn)
         is_new = nodes.register_local(conn, number, name, in_cluster, key, region)
+        if priority is not None:
+            nodes.set_priority(conn, priority)
         if create_roles:
             roles.create(conn, logins)
         this = nodes.local(conn)

@@ -119,6 +119,7 @@ def add_peer(operator: Operator, /, output: OutputFormat, **given: Any) -> None:
 
 
 def _peer_request(operator: Operator, given: dict[str, Any]) -> PeerRequest:
+    from vsql_shared.config.strategies import strategies_of
     from vsql_shared.pg.peers import PeerRequest
 
     settings = settings_or_none(operator)
@@ -130,6 +131,7 @@ def _peer_request(operator: Operator, given: dict[str, Any]) -> PeerRequest:
         copy=not given["no_copy"],
         schema_sync=given["schema_sync"] or _configured_sync(settings),
         allow_unsigned=settings is not None and not settings.is_prod,
+        strategies=strategies_of(settings),
     )
 
 

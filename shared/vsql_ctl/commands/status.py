@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from vsql_shared.audit.watch_state import Break, Progress
     from vsql_shared.pg.connect import Connection
+    from vsql_shared.pg.many_writers import SharedTable
     from vsql_shared.pg.nodes import NodeInfo
     from vsql_shared.pg.status import StreamStatus
 
@@ -42,10 +43,10 @@ def status(operator: Operator, output: OutputFormat, watch: bool, interval: floa
     """
     with open_node(operator) as conn:
         while True:
-            node, streams, trail = _look(conn)
+            seen = _look(conn)
             if watch and output == "table":
                 click.clear()
-            emit(output, _as_dict(node, streams, trail), lambda: _text(node, streams, trail))  # noqa: B023 - called at once
+            emit(output, _as_dict(seen), lambda: _text(seen))  # noqa: B023 - called at once
             if not watch:
                 return
             time.sleep(interval)
@@ -60,24 +61,35 @@ class Trail(NamedTuple):
     """The first entry that is here of each chain that was pruned."""
 
 
-def _look(conn: Connection) -> tuple[NodeInfo, list[StreamStatus], Trail]:
+class _Seen(NamedTuple):
+    """Everything that is shown."""
+
+    node: NodeInfo
+    streams: list[StreamStatus]
+    trail: Trail
+    shared: list[SharedTable]
+
+
+def _look(conn: Connection) -> _Seen:
     from vsql_shared.audit import watch_state
     from vsql_shared.audit.bases import noted_begins
-    from vsql_shared.pg import nodes
+    from vsql_shared.pg import many_writers, nodes
     from vsql_shared.pg import status as stream_status
 
     node = nodes.local(conn)  # first: a database that is no node has none of the tables
     trail = Trail(watch_state.progress(conn), watch_state.open_breaks(conn), noted_begins(conn))
-    return node, stream_status.read(conn), trail
+    return _Seen(node, stream_status.read(conn), trail, many_writers.shared_tables(conn))
 
 
-def _as_dict(node: NodeInfo, streams: Sequence[StreamStatus], trail: Trail) -> dict[str, object]:
+def _as_dict(seen: _Seen) -> dict[str, object]:
+    node, trail = seen.node, seen.trail
     return {
         "node": node.name,
         "number": node.number,
         "cluster": node.cluster,
-        "streams": list(streams),
+        "streams": list(seen.streams),
         "audit": trail_value(trail),
+        "shared_tables": list(seen.shared),
     }
 
 
@@ -94,12 +106,26 @@ def trail_value(trail: Trail) -> dict[str, object]:
     }
 
 
-def _text(node: NodeInfo, streams: Sequence[StreamStatus], trail: Trail) -> str:
+def _text(seen: _Seen) -> str:
+    node, streams = seen.node, seen.streams
     head = f"node {node.name} ({node.number}) of cluster {node.cluster}"
     if not streams:
-        return "\n".join([head, "no streams; add a peer: `syncctl node add-peer`", *trail_lines(trail)])
+        return "\n".join([head, "no streams; add a peer: `syncctl node add-peer`", *trail_lines(seen.trail)])
     table = render_table(_HEADERS, [_row(one) for one in streams])
-    return "\n".join([head, table, *(line for one in streams for line in _remarks(one)), *trail_lines(trail)])
+    both = {one.publication for one in seen.shared}
+    remarks = [line for one in streams for line in _remarks(one, shared=one.publication in both)]
+    return "\n".join([head, table, *remarks, *_closed(seen.shared), *trail_lines(seen.trail)])
+
+
+def _closed(shared: Sequence[SharedTable]) -> Iterator[str]:
+    """Tables that every node writes and that clients may not write here yet."""
+    closed = [printable(one.table) for one in shared if not one.writable]
+    if closed:
+        more = f" and {len(closed) - _TABLES_SHOWN} more" if len(closed) > _TABLES_SHOWN else ""
+        yield (
+            f"closed to clients here until both directions run and the first copy is done:"
+            f" {', '.join(closed[:_TABLES_SHOWN])}{more}"
+        )
 
 
 def trail_lines(trail: Trail) -> Iterator[str]:
@@ -146,10 +172,23 @@ def _shown(value: Any, how: Any) -> str | None:
     return how(value) if isinstance(value, int | float) else None
 
 
-def _remarks(one: StreamStatus) -> list[str]:
-    """What needs a sentence."""
+def _remarks(one: StreamStatus, *, shared: bool) -> list[str]:
+    """What needs a sentence; `shared`: both nodes write its tables."""
     name = f"{one.chain} ({one.direction})"
-    return [f"{name}: {line}" for line in (*_standing(one), *_troubles(one))]
+    return [f"{name}: {line}" for line in (*_standing(one), *_troubles(one), *_ways_back(one, shared=shared))]
+
+
+def _ways_back(one: StreamStatus, *, shared: bool) -> Iterator[str]:
+    """What to do about a stream that is DIVERGED."""
+    if one.init_state != "DIVERGED" or one.kind != "live":
+        return
+    if shared:
+        yield (
+            "both nodes write its tables, and bringing one of them level again is not built yet: let clients"
+            " write on one node only (docs/operations/conflicts.md)"
+        )
+    elif one.direction == "out":
+        yield _way_back(one)
 
 
 def _way_back(one: StreamStatus) -> str:
@@ -223,5 +262,3 @@ def _at_the_slot(one: StreamStatus) -> Iterator[str]:
         yield f"slot {one.slot_name} is {one.slot['wal_status']}: it loses WAL; see max_slot_wal_keep_size"
     if one.slot and one.init_state == "FINISHED":
         yield f"slot {one.slot_name} was left behind and holds WAL: `syncctl stream retire` again drops it"
-    if one.init_state == "DIVERGED" and (one.direction, one.kind) == ("out", "live"):
-        yield _way_back(one)

@@ -45,6 +45,7 @@ def gather(
     _keys(conn, settings, bundle)
     _connections(conn, settings, kafka, bundle)
     _retention(conn, settings, kafka, bundle)
+    _writers(conn, bundle)
     _access(conn, settings, kafka, bundle)
     _configuration(settings, bundle)
 
@@ -136,6 +137,21 @@ def _retention(conn: Connection, settings: Settings, kafka: Brokers, bundle: Bun
         f"how far back the trail goes, and what decides how long topics and trail stay; {archive}; {breaks}"
     )
     bundle.table("retention.json", about, found)
+
+
+def _writers(conn: Connection, bundle: Bundle) -> None:
+    from vsql_shared.pg import conflicts, many_writers
+
+    with bundle.trying("tables that every node writes, and conflicts"):
+        tables = many_writers.shared_tables(conn)
+        counted = conflicts.stats(conn, conflicts.Wanted())
+        number = sum(one.conflicts for one in counted)
+        about = (
+            f"{_count(len(tables), 'table')} that this node and another one write: mode, strategy, and"
+            f" {_count(number, 'conflict')} this node found, by kind and outcome, without rows; every other"
+            " table that is replicated has one writer"
+        )
+        bundle.table("writers.json", about, {"tables": tables, "conflicts": counted})
 
 
 def _access(conn: Connection, settings: Settings, kafka: Brokers, bundle: Bundle) -> None:

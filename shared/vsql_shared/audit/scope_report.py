@@ -145,6 +145,8 @@ class Facts:
     streams: tuple[Stream, ...]
     reader_roles: tuple[str, ...]
     reader_slots: tuple[str, ...]
+    other_writers: tuple[str, ...] = ()
+    """Nodes that write these tables, too, and send what they write by streams of their own."""
 
 
 def build(facts: Facts, generated_at: str) -> dict[str, Any]:
@@ -156,6 +158,12 @@ def build(facts: Facts, generated_at: str) -> dict[str, Any]:
     if facts.message_prefixes:
         names = ", ".join(facts.message_prefixes)
         not_claimed.append(f"What is in logical messages: those of prefix {names} leave, unread.")
+    if facts.other_writers:
+        nodes = ", ".join(facts.other_writers)
+        not_claimed.append(
+            f"What {nodes} sends: the same tables are written there, too, and leave there by a publication of"
+            " the same name, of which there is a report for that node."
+        )
     return {
         "format": FORMAT,
         "version": VERSION,

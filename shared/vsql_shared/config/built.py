@@ -35,22 +35,26 @@ def _missing(settings: Settings) -> Iterator[tuple[str, str]]:
 
 
 def _missing_many_writers(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Bidirectional streams, tables made by themselves, and what settles conflicts."""
+    """Bidirectional streams of a file, tables made by themselves, and what settles conflicts."""
     for index, peer in enumerate(settings.peers):
         if peer.mode == "bidirectional":
-            yield f'peers[{index}].mode = "bidirectional"', 'use "uni-directional"'
+            yield (
+                f'peers[{index}].mode = "bidirectional"',
+                "leave the peer out of the file and add it by `syncctl node add-peer --mode bidirectional`",
+            )
     if settings.replication.initialization.schema_sync.mode == "auto":
         yield 'replication.initialization.schema_sync.mode = "auto"', 'use "strict" or "manual"'
     for index, publication in enumerate(settings.publications):
         if publication.mode == "bidirectional":
-            yield f'publications[{index}].mode = "bidirectional"', 'use "uni-directional"'
+            yield (
+                f'publications[{index}].mode = "bidirectional"',
+                "leave it out: `syncctl node add-peer --mode bidirectional` makes it so",
+            )
     yield from _missing_conflict(settings.conflict)
 
 
 def _missing_conflict(conflict: ConflictSettings) -> Iterator[tuple[str, str]]:
     """Conflict resolution beyond the default."""
-    if conflict.default_strategy != "last_write_wins":
-        yield f'conflict.default_strategy = "{conflict.default_strategy}"', 'use "last_write_wins"'
     if conflict.pci_write_policy != "reject":
         yield f'conflict.pci_write_policy = "{conflict.pci_write_policy}"', 'use "reject"'
     if conflict.pci_write_primary is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from vsql_shared.config.archive import ArchiveSettings
 from vsql_shared.config.section import Section
@@ -19,6 +19,7 @@ from vsql_shared.config.values import (
     Whole,
     refusal,
 )
+from vsql_shared.strategies import Strategy
 
 _WHY_AUDIT = (
     "must be true: the signed, chained manifest is what makes a batch exist, nothing is applied without"
@@ -37,6 +38,18 @@ def _signature(value: str) -> str:
     return value
 
 
+def _signing_provider(value: object) -> object:
+    if value in _NO_SIGNING_KEYS:
+        raise refusal(
+            f'signing keys in "{value}" are not built; "pkcs11" and "vault" are, or signing_key_path'
+        )
+    return value
+
+
+SigningProvider = Literal["pkcs11", "vault"]
+# KEKs can be there, signing keys cannot: docs/design/0018 says why.
+_NO_SIGNING_KEYS = ("aws-kms", "azure-kv", "gcp-kms", "file")
+
 CommitRecord = Annotated[bool, AfterValidator(_part_of_commit)]
 
 
@@ -54,7 +67,11 @@ class AuditSettings(Section):
     signing_key_path: ConfigPath | None = None
     """Ed25519 private key of this node, readable by this user only; prod needs it, or signing_key_label."""
     signing_key_label: Annotated[str, Field(min_length=1)] | None = None
-    """Instead: label of the Ed25519 key in the token of [encryption.kms.pkcs11], which signs inside it."""
+    """Instead: label of the Ed25519 key in the token of [encryption.kms.pkcs11], which signs inside it; or
+    "mount/key" of the one in Vault, with signing_key_provider "vault"."""
+    signing_key_provider: Annotated[SigningProvider, BeforeValidator(_signing_provider)] = "pkcs11"
+    """Where the key of signing_key_label is: in that token, or in the Vault of [encryption.kms.vault],
+    whatever the KEK's provider is."""
     audit_table: Identifier = "vsql_sync_audit"
     """Table of the entries, in schema vsql_sync."""
     leaf_retention: Annotated[Duration, Field(ge=timedelta(0), le=timedelta(days=366))] = timedelta(days=7)
@@ -120,19 +137,28 @@ class CrdtSettings(Section):
     """One entry per column."""
 
 
+class TableStrategy(Section):
+    """[[conflict.tables]]: a table with a strategy of its own."""
+
+    table: TableName
+    """Table, with its schema if not public."""
+    strategy: Strategy
+    """Its strategy, whatever its publication's is."""
+
+
 class ConflictSettings(Section):
     """[conflict]: what happens when two nodes change the same row."""
 
-    default_strategy: Literal[
-        "last_write_wins", "first_write_wins", "node_priority", "keep_local", "apply_remote", "manual"
-    ] = "last_write_wins"
-    """Strategy of tables without their own."""
+    default_strategy: Strategy = "last_write_wins"
+    """Strategy of tables without their own; agreed on when a peer is added, the same in every node's file."""
+    tables: list[TableStrategy] = Field(default_factory=list)
+    """One entry per table with a strategy of its own."""
     pci_write_primary: NodeName | None = None
     """Node that alone writes PCI tables."""
     pci_write_policy: Literal["reject", "forward", "accept_lww"] = "reject"
     """What happens to a write to a PCI table on another node."""
     max_clock_skew_ms: Annotated[Whole, Field(ge=1, le=60_000)] = 100
-    """Milliseconds two clocks may differ before PCI replication pauses."""
+    """Milliseconds a change may be ahead of the database's clock before tables that both nodes write wait."""
     crdt: CrdtSettings = CrdtSettings()
     """Columns that merge without conflict."""
 

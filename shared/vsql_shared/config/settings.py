@@ -188,6 +188,8 @@ def _name_problems(settings: Settings) -> Iterator[Finding]:
             yield ("publications", index, "tables"), f'table "{name}" is named twice; write it once'
     for name in _repeated([entry.table for entry in settings.pci.columns]):
         yield ("pci", "columns"), f'table "{name}" is named twice; write its columns in one entry'
+    for name in _repeated([entry.table for entry in settings.conflict.tables]):
+        yield ("conflict", "tables"), f'table "{name}" is named twice; it has one strategy'
 
 
 def _repeated(values: list[_T]) -> list[_T]:

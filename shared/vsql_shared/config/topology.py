@@ -13,6 +13,7 @@ from vsql_shared.config.secrets import ConnectionString
 from vsql_shared.config.section import Section
 from vsql_shared.config.service import NodeId
 from vsql_shared.config.values import Identifier, NodeName, TableName, refusal
+from vsql_shared.strategies import Strategy
 
 StreamMode = Literal["uni-directional", "bidirectional"]
 ApplyMode = Literal["transactional", "partitioned"]
@@ -100,6 +101,8 @@ class PublicationSettings(Section):
     """Partitioned tables travel leaf by leaf, each under its own name, instead of as one table."""
     apply_mode: ApplyMode = "transactional"
     """How targets apply it: whole transactions in order, or each row's changes in order, by members."""
+    conflict_strategy: Strategy | None = None
+    """Where every node writes its tables: their strategy; else [conflict] default_strategy."""
     tables: list[Annotated[PublicationTable, BeforeValidator(_table_entry)]] = Field(default_factory=list)
     """Tables, by name or as [[publications.tables]]."""
     message_prefixes: list[str] = Field(default_factory=list)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from vsql_shared.changes import TableName
 from vsql_shared.config import PeerSettings, PublicationSettings, Settings
+from vsql_shared.config.strategies import strategies_of
 from vsql_shared.errors import NotBuiltError, RefusedError
 from vsql_shared.pg import nodes, pci, peers, publication_changes, publication_use, publications
 from vsql_shared.pg.connect import Connection, connect, errors
@@ -64,7 +65,10 @@ def apply(conn: Connection, settings: Settings, changes: Sequence[Change]) -> No
 def request_of(publication: PublicationSettings) -> PublicationRequest:
     """What a section [[publications]] asks for."""
     if publication.mode != "uni-directional":
-        raise NotBuiltError(f'mode "{publication.mode}" is not built yet', hint='use "uni-directional"')
+        raise NotBuiltError(
+            f'mode "{publication.mode}" in a file is not built yet',
+            hint="leave it out: `syncctl node add-peer --mode bidirectional` makes it so",
+        )
     specs = []
     for table in publication.tables:
         spec = parse_spec(table.name, exclude_pci=table.exclude_pci)
@@ -166,6 +170,7 @@ def _peer_request(settings: Settings, peer: PeerSettings) -> peers.PeerRequest:
         mode=peer.mode,
         schema_sync=settings.replication.initialization.schema_sync.mode,
         allow_unsigned=not settings.is_prod,
+        strategies=strategies_of(settings),
     )
 
 

@@ -95,6 +95,24 @@ def register_local(
     return row is None
 
 
+def set_priority(conn: Connection, priority: int) -> None:
+    """Say which of two nodes stands where they are equal otherwise. Raises RefusedError: peers have it."""
+    with errors("setting the node's priority"), conn.transaction():
+        changed = conn.execute(
+            "UPDATE vsql_sync.nodes SET priority = %s WHERE is_local AND priority <> %s RETURNING node_id",
+            (priority, priority),
+        ).fetchone()
+        known = conn.execute("SELECT count(*) FROM vsql_sync.nodes WHERE NOT is_local").fetchone()
+        if changed is None:
+            return
+        if known is not None and known[0]:
+            raise RefusedError(
+                "this node has peers, which settle conflicts by the priority it had when they were added",
+                hint="a node's priority is set before its first peer is added",
+            )
+        oplog.record(conn, "node.priority", "node", str(changed[0]), new={"priority": priority})
+
+
 def register_peer(conn: Connection, peer: NodeInfo) -> None:
     """Make a peer known and pin its key; inside the caller's transaction."""
     conn.execute(

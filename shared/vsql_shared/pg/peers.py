@@ -13,8 +13,8 @@ the operator declines it, also of empty tables: rows that come between now and t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from vsql_shared import names
 from vsql_shared.changes import TableName
@@ -22,12 +22,15 @@ from vsql_shared.crypto.signing import PinnedKey, fingerprint
 from vsql_shared.errors import NotBuiltError, RefusedError
 from vsql_shared.pg import (
     catalog,
+    generations,
+    many_writers,
     migrate,
     nodes,
     oplog,
     publication_leaves,
     publications,
     roles,
+    schema_compare,
     sequences,
     signers,
 )
@@ -35,10 +38,13 @@ from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.pg.nodes import NodeInfo
 from vsql_shared.pg.peer_tables import security_notes, target_problems, unlike
 from vsql_shared.pg.publications import PublicationInfo
+from vsql_shared.pg.table_spec import TableSpec
+from vsql_shared.strategies import Strategies
 
 # The audit topic has one partition. Stored with each stream, so that it may have more one day.
 AUDIT_PARTITION = 0
 
+BIDIRECTIONAL = "bidirectional"
 SCHEMA_SYNC = ("strict", "manual")
 """What may be done about tables that differ; "auto" would change the peer's."""
 
@@ -58,6 +64,8 @@ class PeerRequest:
     """Tables that are not defined alike: "strict" refuses them, "manual" notes them."""
     allow_unsigned: bool = False
     """Whether a node without a signing key is accepted (dev mode)."""
+    strategies: Strategies = field(default_factory=Strategies)
+    """Of tables that both nodes are to write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +93,14 @@ class PeerPlan:
     peer: NodeInfo
     publications: tuple[PublicationInfo, ...]
     streams: tuple[Stream, ...]
+    back: tuple[Stream, ...]
+    """Streams of the peer, where both write."""
     former: tuple[PinnedKey, ...]
     """Keys of both that have ended and the other does not know: chains begin with what they signed."""
     notes: tuple[str, ...]
     """What is worth knowing and does not stop anything."""
+    strategies: Strategies = field(default_factory=Strategies)
+    """Of tables that both nodes write."""
 
 
 def look(origin: Connection, peer: Connection, request: PeerRequest) -> PeerPlan:
@@ -107,6 +119,7 @@ def look(origin: Connection, peer: Connection, request: PeerRequest) -> PeerPlan
         problems = [line for publication in chosen for line in target_problems(origin, peer, publication)]
         problems += [line for one in chosen for line in sequences.target_problems(origin, peer, one.name)]
         problems += _overlaps(origin, chosen, there.name)
+        problems += _writers_problems(origin, peer, (here, there), chosen, request)
         differing = unlike(origin, peer, chosen)
         if request.schema_sync == "strict":
             problems += [f'{line} (schema sync is "strict")' for line in differing]
@@ -119,7 +132,41 @@ def look(origin: Connection, peer: Connection, request: PeerRequest) -> PeerPlan
     if not chosen:
         notes.append(f"node {here.name} has no publication: only the keys are exchanged")
     former = (*_former(origin, peer, here), *_former(peer, origin, there))
-    return PeerPlan(here, there, tuple(chosen), streams, former, tuple(notes))
+    back = tuple(
+        stream
+        for publication in chosen
+        if request.mode == BIDIRECTIONAL
+        for stream in plan_streams(there, here.name, publication.name, copy=False)
+    )
+    return PeerPlan(here, there, tuple(chosen), streams, back, former, tuple(notes), request.strategies)
+
+
+def _writers_problems(
+    origin: Connection,
+    peer: Connection,
+    both: tuple[NodeInfo, NodeInfo],
+    chosen: Sequence[PublicationInfo],
+    request: PeerRequest,
+) -> Iterator[str]:
+    """What stands against tables that both nodes write, or against one writer of tables that others write."""
+    here, there = both
+    mode = request.mode
+    sides = ((origin, here.name, there.name), (peer, there.name, here.name))
+    for publication in chosen:
+        tables = [table.name for table in publications.carried(origin, publication)]
+        for conn, where, other in sides:
+            partner = other if mode == BIDIRECTIONAL else None
+            yield from many_writers.outsiders(conn, where, tables, publication.name, partner)
+        if mode != BIDIRECTIONAL:
+            continue
+        for conn, where, _ in sides:
+            yield from many_writers.problems(conn, where, publication, request.strategies)
+        ours, theirs = schema_compare.read(origin, tables), schema_compare.read(peer, tables)
+        for name in sorted(ours.keys() & theirs.keys()):
+            yield from many_writers.uneven(name, ours[name], theirs[name])
+        yield from many_writers.running(peer, there.name, publication.name)
+    if mode == BIDIRECTIONAL:
+        yield from many_writers.disagreements(origin, peer)
 
 
 def _former(owner: Connection, other: Connection, node: NodeInfo) -> list[PinnedKey]:
@@ -135,8 +182,6 @@ def _former(owner: Connection, other: Connection, node: NodeInfo) -> list[Pinned
 
 
 def _require_built(request: PeerRequest) -> None:
-    if request.mode != "uni-directional":
-        raise NotBuiltError(f'mode "{request.mode}" is not built yet', hint='use "--mode uni-directional"')
     if request.schema_sync not in SCHEMA_SYNC:
         raise NotBuiltError(
             f'schema sync "{request.schema_sync}" is not built yet',
@@ -149,8 +194,10 @@ def add(origin: Connection, peer: Connection, plan: PeerPlan) -> None:
     targets = _names(origin, plan.publications)
     # The inner context ends first: the peer commits before the origin.
     with errors(f"adding peer {plan.peer.name}"), origin.transaction(), peer.transaction():
-        nodes.register_peer(peer, replace(plan.origin, mode="uni-directional"))
+        nodes.register_peer(peer, replace(plan.origin, mode=_mode(plan)))
         signers.adopt(peer, [key for key in plan.former if key.node == plan.origin.name])
+        if plan.back:
+            _add_back(origin, peer, plan)
         write_incoming(peer, plan.streams)
         roles.grant_target(peer, targets)
         names_there = sequences.target_names(origin, peer, [one.name for one in plan.publications])
@@ -164,7 +211,49 @@ def add(origin: Connection, peer: Connection, plan: PeerPlan) -> None:
         for publication in plan.publications:
             # Partitions may have been made since; the first copy reads them.
             publications.grant_reading(origin, publication)
+        many_writers.share_priorities(origin, peer)
         oplog.record(origin, "peer.add", "node", plan.peer.name, new=_as_json(plan.peer, plan.streams, "out"))
+
+
+def _mode(plan: PeerPlan) -> str:
+    return BIDIRECTIONAL if plan.back else "uni-directional"
+
+
+def _add_back(origin: Connection, peer: Connection, plan: PeerPlan) -> None:
+    """The peer's publications of the same names, and their streams to the origin.
+
+    The peer's tables are closed first, and looked at once more: what came since `look` would never be sent.
+    """
+    copied = any(stream.kind == "copy" for stream in plan.streams)
+    for publication in plan.publications:
+        tables = tuple(TableSpec(table.name, table.columns) for table in publication.tables)
+        marked = tuple((table, column) for table, columns in publication.pci.items() for column in columns)
+        twin = publications.create(peer, publications.PublicationRequest(publication.name, tables, marked))
+        floors = _floors(origin, peer, publication, plan)
+        # What the origin's clients write now is in the copy.
+        many_writers.prepare(origin, publication, plan.strategies, writable=copied)
+        many_writers.prepare(peer, twin, plan.strategies, writable=False)
+        generations.set_floors(origin, floors, later=copied)
+        generations.set_floors(peer, floors, later=False)
+    filled = _filled(origin, peer, plan.publications, plan.streams)
+    if filled:
+        raise RefusedError("\n  ".join([f"peer {plan.peer.name} is refused, nothing was changed:", *filled]))
+    write_outgoing(peer, plan.back)
+    write_incoming(origin, plan.back)
+    roles.grant_target(origin, _names(origin, plan.publications))
+
+
+def _floors(
+    origin: Connection, peer: Connection, publication: PublicationInfo, plan: PeerPlan
+) -> dict[TableName, int]:
+    """Floors of generations, where the peer begins: one that was added before has them."""
+    chains = [stream.chain for stream in plan.streams if stream.publication == publication.name]
+    row = peer.execute(
+        "SELECT EXISTS (SELECT FROM vsql_sync.streams WHERE direction = 'in' AND chain = ANY (%s))", (chains,)
+    ).fetchone()
+    if row is not None and row[0]:
+        return {}
+    return generations.floors(origin, peer, publication, plan.strategies)
 
 
 def _names(origin: Connection, chosen: Sequence[PublicationInfo]) -> list[TableName]:
@@ -344,6 +433,9 @@ def add_target(origin: Connection, target: NodeInfo, request: PeerRequest) -> tu
     )
     with errors(f"adding peer {target.name}"), origin.transaction():
         problems = _overlaps(origin, chosen, target.name)
+        for info in chosen:
+            tables = [table.name for table in publications.carried(origin, info)]
+            problems += many_writers.outsiders(origin, here.name, tables, info.name, None)
         if problems:
             raise RefusedError("; ".join(problems))
         nodes.register_peer(origin, target)
@@ -372,6 +464,9 @@ def add_origin(
         missing = [name for name in tables if catalog.describe(target, name) is None]
         if missing:
             raise RefusedError(f"there is no table {', '.join(map(str, missing))}", hint="create it first")
+        shared = list(many_writers.outsiders(target, here.name, tables, "", None))
+        if shared:
+            raise RefusedError("; ".join(shared))
         filled = catalog.has_rows(target, tables) if copy else []
         if filled:
             raise RefusedError(
@@ -389,6 +484,11 @@ def add_origin(
 def _alone(conn: Connection, peer: NodeInfo, request: PeerRequest) -> NodeInfo:
     """This node, if the peer known by number, name and key only may be added to it."""
     _require_built(request)
+    if request.mode == BIDIRECTIONAL:
+        raise RefusedError(
+            "tables that both nodes write are prepared in both databases by one command",
+            hint="give --peer-connection; --peer-key is for streams of one direction",
+        )
     if request.schema_sync == "strict":
         raise RefusedError(
             'schema sync "strict" compares the tables of both nodes, and the peer\'s are out of reach',

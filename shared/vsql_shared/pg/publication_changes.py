@@ -21,7 +21,7 @@ from psycopg import sql
 
 from vsql_shared.changes import TableName, quote_ident
 from vsql_shared.errors import RefusedError
-from vsql_shared.pg import catalog, nodes, oplog, pci, publication_use, publications
+from vsql_shared.pg import catalog, many_writers, nodes, oplog, pci, publication_use, publications
 from vsql_shared.pg.catalog import TableInfo
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.pg.publication_rules import identity_problem, leaf_problem
@@ -143,6 +143,11 @@ def remove_column(conn: Connection, name: str, table: TableName, column: str) ->
     nodes.local(conn)
     with errors(f"changing publication {name}"), conn.transaction():
         before, published = _require(conn, name, table)
+        if many_writers.is_shared(conn, name):
+            raise RefusedError(
+                f"publication {name} has tables that every node writes, and every node must have whole rows",
+                hint="what must not leave this node cannot be in such a table: move it to another one",
+            )
         info = catalog.describe(conn, table)
         if info is None:
             raise RefusedError(f"there is no table {table}", hint="check the spelling")

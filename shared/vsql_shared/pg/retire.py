@@ -21,7 +21,7 @@ import psycopg
 
 from vsql_shared import names
 from vsql_shared.errors import RefusedError, TransientError, UserError
-from vsql_shared.pg import commands, nodes, oplog
+from vsql_shared.pg import commands, many_writers, nodes, oplog
 from vsql_shared.pg.connect import Connection, errors, translate
 
 _LOOK_SECONDS = 0.1
@@ -93,7 +93,8 @@ def _wait_for_worker(conn: Connection, chain: str, deadline: float) -> None:
 def _lock(conn: Connection, chain: str) -> tuple[str, str | None, dict[str, object]]:
     """(direction, slot, what is ended) of a live stream that may be."""
     row = conn.execute(
-        "SELECT s.direction, s.slot_name, s.state, s.state_reason, h.sequence, h.lsn_end::text"
+        "SELECT s.direction, s.slot_name, s.state, s.state_reason, h.sequence, h.lsn_end::text,"
+        " s.publication"
         " FROM vsql_sync.streams s LEFT JOIN vsql_sync.chain_heads h ON h.chain = s.chain"
         " WHERE s.chain = %s AND s.kind = 'live' FOR UPDATE OF s",
         (chain,),
@@ -101,7 +102,12 @@ def _lock(conn: Connection, chain: str) -> tuple[str, str | None, dict[str, obje
     if row is None or (row[2] == "FINISHED" and (row[0] == "in" or _find(conn, row[1]) is None)):
         what = "is ended already" if row else "is no live stream of this node"
         raise RefusedError(f"stream {chain} {what}", hint="see `syncctl status`")
-    direction, slot, state, why, sequence, lsn_end = row
+    direction, slot, state, why, sequence, lsn_end, publication = row
+    if many_writers.is_shared(conn, publication):
+        raise RefusedError(
+            f"stream {chain} is one direction of tables that two nodes write; without it they would part",
+            hint="bringing one of the two level again is not built yet (docs/operations/conflicts.md)",
+        )
     if direction == "out" and state not in ("DIVERGED", "FINISHED"):
         raise RefusedError(
             f"stream {chain} is {state}: only a DIVERGED stream is ended at its origin",

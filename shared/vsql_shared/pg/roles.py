@@ -91,6 +91,10 @@ WRITES: dict[str, dict[str, str]] = {
         "anomalies": "INSERT, UPDATE",
         "sequence_sync": "INSERT, UPDATE, DELETE",
         "conflict_log": "INSERT",
+        "partial_batches": "INSERT, UPDATE, DELETE",
+        "multi_writer_tables": "UPDATE (writable, generation_floor, next_floor)",
+        "horizons": "INSERT",
+        "purge_marks": "INSERT, UPDATE, DELETE",
         "parked": "INSERT, UPDATE (replayed_at, verdicts, replay_signed)",
         "parked_batches": "INSERT",
     },
@@ -107,7 +111,9 @@ WRITES: dict[str, dict[str, str]] = {
     ADMIN: dict.fromkeys(("commands", "decisions"), "INSERT, DELETE"),
 }
 # Tables a viewer sees only in part: the rest holds rows of users' tables.
-_HIDDEN_COLUMNS = {"conflict_log": ("local_tuple", "remote_tuple")}
+_HIDDEN_COLUMNS = {"conflict_log": ("local_tuple", "remote_tuple", "row_key")}
+# Tables that hold keys of users' rows.
+_TOMBSTONES = "tombstones_"
 _LOG_AUDIT = "vsql_sync.log_audit(text, text, text, jsonb, jsonb, boolean, text)"
 _NOTE_BREAK = "vsql_sync.note_audit_break(text, text, bigint, text, text)"
 _END_BREAKS = "vsql_sync.end_audit_breaks(text, text)"
@@ -171,6 +177,7 @@ def grant_schema(conn: Connection) -> None:
                 "SELECT relname FROM pg_catalog.pg_class WHERE relkind IN ('r', 'p', 'v')"
                 " AND relnamespace = 'vsql_sync'::pg_catalog.regnamespace ORDER BY relname"
             )
+            if not row[0].startswith(_TOMBSTONES)
         ]
         for role in ROLES:
             _grant(conn, "USAGE ON SCHEMA vsql_sync", role)

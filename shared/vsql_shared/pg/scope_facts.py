@@ -23,7 +23,7 @@ from vsql_shared.audit.verify import verify_table
 from vsql_shared.changes import TableName, quote_ident
 from vsql_shared.crypto.signing import TrustStore
 from vsql_shared.errors import ChainError, RefusedError
-from vsql_shared.pg import catalog, nodes, pci, publications
+from vsql_shared.pg import catalog, many_writers, nodes, pci, publications
 from vsql_shared.pg.catalog import TableInfo
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.pg.pci_names import Kind, suggest
@@ -58,6 +58,7 @@ def gather(conn: Connection, publication: str, trust: TrustStore) -> Facts:
             " ORDER BY 1"
         ).fetchall()
         slots = conn.execute("SELECT slot_name FROM pg_catalog.pg_replication_slots ORDER BY 1").fetchall()
+        shared = [one for one in many_writers.shared_tables(conn) if one.publication == publication]
     return Facts(
         cluster=node.cluster,
         node=node.name,
@@ -68,6 +69,7 @@ def gather(conn: Connection, publication: str, trust: TrustStore) -> Facts:
         streams=tuple(streams),
         reader_roles=tuple(str(row[0]) for row in roles),
         reader_slots=tuple(str(row[0]) for row in slots),
+        other_writers=tuple(sorted({w for one in shared for w in one.writers} - {node.name})),
     )
 
 

@@ -81,7 +81,10 @@ def _check_keys(settings: Settings) -> None:
     """Say now what would end every worker: a key that cannot be read, a KEK that is not there."""
     from vsql_shared.kms import open_provider, open_signer
 
-    open_signer(settings)
+    try:
+        open_signer(settings)
+    except TransientError as error:
+        _log.warning("%s", error)
     try:
         open_provider(settings.encryption.kms, strict=settings.is_prod).close()
     except TransientError as error:
