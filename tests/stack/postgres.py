@@ -49,7 +49,7 @@ SETTINGS: dict[str, str | int] = {
     "log_timezone": "UTC",
     "log_line_prefix": "%m [%p] %a ",
     "shared_buffers": "128MB",
-    "max_wal_size": "2GB",
+    "max_wal_size": "512MB",
 }
 FAST_SETTINGS: dict[str, str | int] = {"fsync": "off", "full_page_writes": "off"}
 """For tests: data survives a killed process, not a killed machine."""

@@ -29,6 +29,9 @@ from tests.stack.kafka import KafkaBroker
 from tests.stack.postgres import PostgresServer, sharedir
 from tests.stack.processes import remove_at_death
 
+# The folder where servers of our own keep their files; the system's temporary one otherwise.
+FILES = "VSQL_TEST_FILES"
+
 
 @dataclass(frozen=True)
 class Kafka:
@@ -75,7 +78,7 @@ class Stack:
     """
 
     def __init__(self, lender: Lender | None = None) -> None:
-        self.base_dir = Path(tempfile.mkdtemp(prefix="vsql-sync-stack-"))
+        self.base_dir = Path(tempfile.mkdtemp(prefix="vsql-sync-stack-", dir=os.environ.get(FILES) or None))
         # PostgreSQL's own user has to pass through, and nobody needs to list it.
         self.base_dir.chmod(0o711)
         remove_at_death(self.base_dir)
