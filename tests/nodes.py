@@ -229,6 +229,7 @@ class TwoNodes:
             stack.new_database(version, "a"),
             stack.new_database(target_version or version, "b"),
         )
+        self._stack, self._made = stack, [] if conninfos else [source, target]
         address = kafka or stack.kafka().bootstrap_servers
         self.folder, self.cluster = folder, cluster
         self.a = Node(folder, cluster, 1, "node-a", source, address, config)
@@ -280,11 +281,16 @@ class TwoNodes:
                 node.stop(role)
 
     def end(self) -> None:
-        """Kill whatever still runs, for a test that ended half-way."""
+        """Kill whatever still runs, for a test that ended half-way; drop the databases that were made for it.
+
+        Slots that nobody reads any more would hold the WAL of all tests that follow.
+        """
         for node in (self.a, self.b):
             for process in node.services.values():
                 kill_tree(process)
             node.services.clear()
+        while self._made:
+            self._stack.drop_database(self._made.pop())
 
     def heads(self) -> tuple[int, int]:
         """(last sequence in A's chain, last sequence B applied)."""
