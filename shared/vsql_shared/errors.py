@@ -159,7 +159,14 @@ class SignatureError(VerificationError):
 
 
 class KeyEndedError(SignatureError):
-    """The signature is genuine, but its key had been retired or revoked."""
+    """The signature is genuine, but its key had been retired or revoked.
+
+    `said`: the node itself has said, signed by its next key, where this one ended. Nothing is left to decide.
+    """
+
+    def __init__(self, message: str, *, record: str = "", hint: str = "", said: bool = False) -> None:
+        super().__init__(message, record=record, hint=hint)
+        self.said = said
 
 
 class RecordError(VerificationError):
