@@ -56,6 +56,7 @@ from vsql_shared.kms import open_provider, open_signer
 from vsql_shared.pg import acts, signers
 from vsql_shared.pg.connect import Connection, translate
 from vsql_shared.pg.key_ends import owed
+from vsql_shared.service.refused_connections import RefusedConnections
 from vsql_shared.service.stopping import set_on_signals
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ _log = logging.getLogger(__name__)
 
 _HOLD_SECONDS = 0.2
 _CONNECT_AGAIN_SECONDS = 2.0
-_VERBS = frozenset({"pause", "resume", "retry", "note-break"})
+_VERBS = frozenset({"pause", "resume", "retry", "note-break", "note-refusal"})
 
 
 def _nothing() -> None:
@@ -92,6 +93,7 @@ class Worker:
         self._failures = 0
         self._obeyed: set[int] = set()
         """Commands that were acted upon and wait for their entry and answer."""
+        self._refused = RefusedConnections("consumer", chain, lambda: open_control(settings, chain, None))
 
     def run(self) -> int:
         """Attempt after attempt."""
@@ -104,6 +106,7 @@ class Worker:
                 self._back_off(longest=False)
             except EnvironmentFault as error:
                 self._report.failed(error)
+                self._refused.take(error)
                 self._back_off(longest=True)
         self._report.say_alone("stopped")
         return 0
@@ -198,6 +201,7 @@ class Worker:
     ) -> None:
         conn = control.conn
         self._failures = 0
+        self._refused.let_in()
         self._report.refusal = None
         say_running = "copying" if stream.kind == "copy" else "running"
 

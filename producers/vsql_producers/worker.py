@@ -55,6 +55,7 @@ from vsql_shared.kms import open_provider
 from vsql_shared.pg import acts, key_ends
 from vsql_shared.pg.commands import Command
 from vsql_shared.pg.connect import Connection, connect, errors, translate
+from vsql_shared.service.refused_connections import RefusedConnections
 from vsql_shared.service.stopping import set_on_signals
 
 _log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ _ANSWERS = {
     "rotate-dek": "the next batch is sealed under a new data key",
     "retry": "the stream is running; nothing to retry",
     "note-break": "the break stands in the chain",
+    "note-refusal": "the refused connection stands in the chain",
 }
 
 
@@ -126,6 +128,7 @@ class Worker:
         self._stop_by: float | None = None
         self._frame: bytes | None = None
         self._look_at_key = 0.0
+        self._refused = RefusedConnections("producer", chain, self._connect)
 
     def run(self) -> int:
         """Epoch after epoch, until told to stop."""
@@ -138,6 +141,7 @@ class Worker:
             except (TransientError, EnvironmentFault) as error:
                 self._text_only = isinstance(error, BinaryRefused)
                 self._report.failed(error)
+                self._refused.take(error)
                 # The status is that of the worker which is at work.
                 silent = isinstance(error, streams.Taken)
                 self._back_off(longest=isinstance(error, EnvironmentFault), silent=silent)
@@ -239,6 +243,7 @@ class Worker:
         conn, targets = context.conn, context.targets
         running = "copying" if context.stream.kind == "copy" else "running"
         self._acted.clear()
+        self._refused.let_in()
         self._say_ends(pipeline, context)
         while self._owed:
             self._act(self._owed.pop(0), "the stream is tried again", pipeline, conn)
@@ -362,7 +367,7 @@ class Worker:
                             self._owed.append(command)
                             streams.set_state(conn, self._chain, "PREPARING", command.reason)
                             return
-                        if command.verb == "note-break":
+                        if command.verb in ("note-break", "note-refusal"):
                             continue  # stays owed in the table until there is an epoch to put it into
                         control.answer(command, ok=False, message=f"the stream is diverged: {error}")
                     control.say("diverged", self._report.alone(conn, "diverged"), time.monotonic())

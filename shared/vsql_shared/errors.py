@@ -30,7 +30,7 @@ No message carries a secret or a row's value.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from vsql_shared.changes import RowPlace
@@ -75,9 +75,18 @@ class RefusedError(UserError):
 
 
 class EnvironmentFault(VsqlSyncError):
-    """Something outside this process is not as it must be; retrying alone does not help."""
+    """Something outside this process is not as it must be; retrying alone does not help.
+
+    `refusal`: a server does not let us in: "authentication", "authorization" or "tls"; '' otherwise.
+    """
 
     exit_code = 5
+    refusal = ""
+
+    def refusing(self, cause: str) -> Self:
+        """Say that this is such a refusal."""
+        self.refusal = cause
+        return self
 
 
 class DatabaseError(EnvironmentFault):

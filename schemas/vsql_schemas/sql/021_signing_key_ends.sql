@@ -68,3 +68,38 @@ BEGIN
     END IF;
 END $$;
 REVOKE ALL ON FUNCTION vsql_sync.require_counted(TEXT, TEXT, BIGINT) FROM PUBLIC;
+
+-- A line of the operators' log for a connection a service was refused, and an order to the stream's worker to put its
+-- hash into the chain, signed, once it is let in. NULL: such an order waits already, or twenty others do. Services may
+-- call it; they can order nothing else. Texts are cut: what is noted cannot fail for its length, nor fill the log.
+CREATE FUNCTION vsql_sync.note_refused_connection(
+    p_role TEXT, p_chain TEXT, p_place TEXT, p_cause TEXT, p_what TEXT
+) RETURNS BIGINT
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    v_what  TEXT := left(p_what, 500);
+    v_log   BIGINT;
+    v_order BIGINT;
+BEGIN
+    IF p_place NOT IN ('kafka', 'postgresql') OR p_cause NOT IN ('authentication', 'authorization', 'tls')
+       OR NOT EXISTS (SELECT FROM vsql_sync.streams s WHERE s.chain = p_chain
+                         AND p_role = CASE s.direction WHEN 'out' THEN 'producer' ELSE 'consumer' END) THEN
+        RAISE EXCEPTION 'no refused connection of a stream' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    -- Two workers of one stream, the old one and the new.
+    PERFORM pg_advisory_xact_lock(hashtextextended('vsql_sync refused ' || p_chain, 0));
+    IF (SELECT count(*) >= 20 OR bool_or(c.args ->> 'what' = v_what) FROM vsql_sync.commands c
+         WHERE c.role = p_role AND c.chain = p_chain AND c.verb = 'note-refusal'
+           AND NOT EXISTS (SELECT FROM vsql_sync.command_results r WHERE r.command_id = c.id)) THEN
+        RETURN NULL;
+    END IF;
+    v_log := vsql_sync.log_audit('connection.refused', p_place, p_chain, NULL,
+                                 jsonb_build_object('role', p_role, 'cause', p_cause), false, v_what);
+    INSERT INTO vsql_sync.commands (role, chain, verb, args, reason)
+    VALUES (p_role, p_chain, 'note-refusal', jsonb_build_object('audit_log', v_log, 'what', v_what),
+            'a connection was refused')
+    RETURNING id INTO v_order;
+    PERFORM pg_notify('vsql_sync_commands', v_order::text);
+    RETURN v_log;
+END $$;
+REVOKE ALL ON FUNCTION vsql_sync.note_refused_connection(TEXT, TEXT, TEXT, TEXT, TEXT) FROM PUBLIC;

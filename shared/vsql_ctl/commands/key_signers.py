@@ -85,9 +85,7 @@ def _handover(operator: Operator, fingerprint: str, following: Path) -> bytes:
             hint="give --next on the key's own node, before its configuration changes",
         )
     if new == fingerprint:
-        raise UserError(
-            f"{following} holds the key that is retired", hint="--next names the next one"
-        )
+        raise UserError(f"{following} holds the key that is retired", hint="--next names the next one")
     return sign_handover(signer, operator.settings.cluster.name, new)
 
 
