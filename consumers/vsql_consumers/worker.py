@@ -354,7 +354,6 @@ class Worker:
         group, where = names.group_id(cluster, ack_chain, node), (audit, stream.ack_partition)
         acknowledger.start(lambda at: read_chain(settings, client, group, where, ack_chain, at), begin)
         for said in owed(conn, cluster, node, ack_chain, self._signer):
-            failpoints.hit("consumer.key-end")
             acknowledger.say(SIGNING_KEY_ENDED, said)
         return acknowledger
 

@@ -253,7 +253,8 @@ def owed(
 
 def _ends_of(conn: Connection, node: str, chain: str, key: PinnedKey) -> KeyEnd:
     """What `chain` says of a key: its own end, and those of chains that nobody writes any more."""
-    ends = dict(key.ends) if key.revoked else _signed(conn, key.fingerprint)
+    # One that was revoked before ends were fixed has none.
+    ends = dict(key.ends) if key.revoked and key.ends else _signed(conn, key.fingerprint)
     with errors("looking which chains are written"):
         rows = conn.execute(_WRITTEN, {"node": node}).fetchall()
         row = conn.execute(
