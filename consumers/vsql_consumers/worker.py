@@ -345,7 +345,11 @@ class Worker:
         audit, ack_chain = names.audit_topic(cluster), names.ack_chain(self._chain, node)
         place = Place(cluster, self._chain, ack_chain, stream.origin, node, audit, stream.ack_partition)
         acknowledger = Acknowledger(
-            conn, make_producer(settings, client), place, self._signer, own_trust(conn, node, self._signer)
+            conn,
+            make_producer(settings, client),
+            place,
+            self._signer,
+            own_trust(conn, node, ack_chain, self._signer),
         )
         closing.callback(acknowledger.close)
         # Our answer to an entry lies after it, where both are in one partition.

@@ -17,13 +17,13 @@ def own_signer(settings: Settings) -> Signer | None:
     return open_signer(settings)
 
 
-def own_trust(conn: Connection, node: str, signer: Signer | None) -> TrustStore:
-    """Whose signatures count on our own chain: our key, and those we had before, each up to its end.
+def own_trust(conn: Connection, node: str, chain: str, signer: Signer | None) -> TrustStore:
+    """Whose signatures count on a chain of ours: our key, and those we had before, each up to its end.
 
     Raises EnvironmentFault when our key has ended: it signs nothing any more.
     """
     key_ends.require_signing(conn, signer)
-    keys = key_ends.own_pins(conn, node)
+    keys = key_ends.own_pins(conn, node, chain)
     if signer is not None and signer.fingerprint not in {key.fingerprint for key in keys}:
         keys.append(PinnedKey(node, signer.public_key, signer.fingerprint, revoked=False))
     return TrustStore(keys, allow_unsigned=signer is None)

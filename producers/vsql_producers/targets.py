@@ -94,8 +94,8 @@ class Target:
     @property
     def proven(self) -> bool:
         """Whether what ended keys signed is known to be the target's."""
-        trust, chain = TrustStore(self.keys), self.reader.chain
-        return self.reader.head.sequence >= trust.proven_from(self.name, chain)
+        ends = (key.ends.get(self.reader.chain) for key in self.keys if key.ended)
+        return all(end is None or self.reader.head.sequence >= end.sequence for end in ends)
 
     @property
     def unsaid(self) -> bool:
@@ -240,34 +240,41 @@ class Targets:
         return ChainReader(self._cluster, names.ack_chain(self._chain, target), target, trust, head)
 
     def _take(self, offset: int, value: bytes) -> None:
-        where = f"{self._topic}/{self._partition}/{offset}"
         for target in self._targets.values():
-            if target.unsaid and self._hears(target, value):
+            counts = False
+            if not target.mismatch:
+                if target.offset is not None and offset < target.offset:
+                    continue
+                counts = self._is_entry(target, offset, value)
+            if not counts and self._hears(target, value):
                 return  # all is read again, with what is known now
-            if target.mismatch or (target.offset is not None and offset < target.offset):
-                continue
-            if offset == target.offset:
-                if document_hash(value) != target.reader.head.entry_hash:
-                    self._read_again(target)
-                continue
-            try:
-                found = target.reader.accept(value, where)
-            except (SignatureError, DecodeError) as error:
-                self._doubt(target, str(error))
-            except VerificationError as error:
-                self._unfit(target, str(error))
-            else:
-                if isinstance(found, Accepted):
-                    target.offset, target.moved = offset, True
-                    target.doubt, target.went_back = "", False
-                    self._note(target, found.entry, value)
+
+    def _is_entry(self, target: Target, offset: int, value: bytes) -> bool:
+        """Whether a record is the next entry of a target's chain, or its last one again."""
+        if offset == target.offset:
+            if document_hash(value) != target.reader.head.entry_hash:
+                self._read_again(target)
+            return True
+        try:
+            found = target.reader.accept(value, f"{self._topic}/{self._partition}/{offset}")
+        except (SignatureError, DecodeError) as error:
+            self._doubt(target, str(error))
+            return False
+        except VerificationError as error:
+            self._unfit(target, str(error))
+            return False
+        if isinstance(found, Accepted):
+            target.offset, target.moved = offset, True
+            target.doubt, target.went_back = "", False
+            self._note(target, found.entry, value)
+        return isinstance(found, Accepted)
 
     def _hears(self, target: Target, value: bytes) -> bool:
         """Whether this is the target's own word where a key of it ended, behind what does not follow.
 
         Where everything before it follows, it is heard when its turn comes: it is an entry as others are.
         """
-        if not (target.doubt or target.mismatch):
+        if not target.unsaid:
             return False
         with errors("noting where a target's key ended"), self._conn.transaction():
             if not key_ends.note(self._conn, target.keys, self._cluster, target.name, value):

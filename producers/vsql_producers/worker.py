@@ -327,7 +327,7 @@ class Worker:
             stream.chain,
             node,
             self._signer,
-            own_trust(conn, node, self._signer),
+            own_trust(conn, node, stream.chain, self._signer),
             names.audit_topic(settings.cluster.name),
             stream.audit_partition,
         )

@@ -106,7 +106,7 @@ def test_the_end_of_an_own_key_is_what_the_table_has_and_nothing_is_added_behind
         insert_entries(conn, [(history.documents[-1], None)])
     for of in (own_trust, own_trust_of_target):
         with pytest.raises(EnvironmentFault, match="was revoked on this node"):
-            of(conn, "node-a", A)
+            of(conn, "node-a", CHAIN, A)
 
 
 def test_a_revocation_waits_for_entries_that_are_being_added(conn: Connection, place: str) -> None:
@@ -129,7 +129,7 @@ def test_what_a_thief_lays_into_kafka_behind_the_table_is_not_in_the_chain(conn:
     history.batch()  # with the stolen key, and not in the table
     signers.revoke(conn, A.fingerprint, "stolen")
     nodes.register_local(conn, 1, "node-a", CLUSTER, NEXT.public_key)
-    reader = ChainReader(CLUSTER, CHAIN, "node-a", own_trust(conn, "node-a", NEXT))
+    reader = ChainReader(CLUSTER, CHAIN, "node-a", own_trust(conn, "node-a", CHAIN, NEXT))
     for document in history.documents:
         reader.accept(document, "x")
     assert reader.head == true

@@ -206,13 +206,28 @@ def require_signing(conn: Connection, signer: Signer | None) -> None:
         )
 
 
-def own_pins(conn: Connection, node: str) -> list[PinnedKey]:
-    """Whose signatures count on this node's own chains: its keys, each up to where it ended.
+def own_pins(conn: Connection, node: str, chain: str) -> list[PinnedKey]:
+    """Whose signatures count on a chain of this node: its keys, each up to where it ended.
 
     A key that was handed over counts as if it lived, until the next one has said where it ended.
     """
     keys = load_own(conn, node)
-    return [key if key.revoked or key.ends else replace(key, retired_at=None) for key in keys]
+    if unsaid(keys, node, chain):
+        _remember_said(conn, node, keys)
+        keys = load_own(conn, node)
+    return [key if key.revoked or chain in key.ends else replace(key, retired_at=None) for key in keys]
+
+
+def _remember_said(conn: Connection, node: str, keys: list[PinnedKey]) -> None:
+    """Note what this node's own table has of ends that were said."""
+    with errors("looking which ends of keys were said"):
+        cluster = conn.execute("SELECT cluster FROM vsql_sync.nodes WHERE is_local").fetchone()
+        rows = conn.execute(
+            "SELECT document FROM vsql_sync.vsql_sync_audit WHERE event_type = %s AND chain IS NOT NULL",
+            (SIGNING_KEY_ENDED,),
+        ).fetchall()
+    if cluster is not None:
+        learn(conn, keys, cluster[0], node, (bytes(document) for (document,) in rows))
 
 
 def load_own(conn: Connection, node: str) -> list[PinnedKey]:
