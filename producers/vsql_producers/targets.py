@@ -279,6 +279,8 @@ class Targets:
         with errors("noting where a target's key ended"), self._conn.transaction():
             if not key_ends.note(self._conn, target.keys, self._cluster, target.name, value):
                 return False
+            if key_ends.unsaid(signers.load(self._conn), target.name, target.reader.chain):
+                return False  # it is of another chain, or another key's end is still to be said
             place = (self._chain, target.name)
             self._conn.execute("SELECT vsql_sync.forget_acknowledgements(%s, %s)", place)
         _log.warning(
