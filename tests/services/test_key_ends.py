@@ -246,7 +246,7 @@ def test_rows_that_say_more_than_their_document_count_for_nothing(conn: Connecti
             word(ACKS, B, B, End(99, b"h" * 32)),
         ),
         "another chain": (B.fingerprint, "x.node-a.ack.node-b", 3, b"h" * 32, NEXT_B.fingerprint, true),
-        "nothing": (B.fingerprint, ACKS, 99, b"h" * 32, NEXT_B.fingerprint, b""),
+        "nothing": (B.fingerprint, ACKS, 98, b"h" * 32, NEXT_B.fingerprint, b""),
     }
     for what, row in forged.items():
         conn.execute(

@@ -84,7 +84,8 @@ BEGIN
     IF p_place NOT IN ('kafka', 'postgresql') OR p_cause NOT IN ('authentication', 'authorization', 'tls')
        OR NOT EXISTS (SELECT FROM vsql_sync.streams s WHERE s.chain = p_chain
                          AND p_role = CASE s.direction WHEN 'out' THEN 'producer' ELSE 'consumer' END) THEN
-        RAISE EXCEPTION 'no refused connection of a stream' USING ERRCODE = 'invalid_parameter_value';
+        RAISE EXCEPTION 'no refused connection of a stream'
+            USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
     -- Two workers of one stream, the old one and the new.
     PERFORM pg_advisory_xact_lock(hashtextextended('vsql_sync refused ' || p_chain, 0));
