@@ -223,7 +223,7 @@ def _remember_said(conn: Connection, node: str, keys: list[PinnedKey]) -> None:
     with errors("looking which ends of keys were said"):
         cluster = conn.execute("SELECT cluster FROM vsql_sync.nodes WHERE is_local").fetchone()
         rows = conn.execute(
-            "SELECT document FROM vsql_sync.vsql_sync_audit WHERE event_type = %s AND chain IS NOT NULL",
+            "SELECT document FROM vsql_sync.audit_documents WHERE event_type = %s AND chain IS NOT NULL",
             (SIGNING_KEY_ENDED,),
         ).fetchall()
     if cluster is not None:
@@ -250,9 +250,10 @@ def owed(
     said: dict[str, set[str]] = {}
     with errors("looking which ends of keys a chain says"):
         rows = conn.execute(
-            "SELECT document FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND event_type = %s"
-            " AND signer_key = %s ORDER BY sequence",
-            (chain, SIGNING_KEY_ENDED, signer.fingerprint),
+            # Also what was kept when the chain was pruned.
+            "SELECT document FROM vsql_sync.audit_documents WHERE chain = %s AND event_type = %s"
+            " ORDER BY sequence",
+            (chain, SIGNING_KEY_ENDED),
         ).fetchall()
     for (document,) in rows:
         found = said_in(bytes(document), cluster, node, {signer.fingerprint: signer.public_key})
