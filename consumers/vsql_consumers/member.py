@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 import psycopg
 from confluent_kafka import KafkaException
 
-from vsql_consumers import shares, state
+from vsql_consumers import key_ends, shares, state
 from vsql_consumers.apply import Applier
 from vsql_consumers.collected import Ready
 from vsql_consumers.figures import Figures
@@ -39,7 +39,6 @@ from vsql_shared.audit.entries import EPOCH_OPENED, KEY_DESTROYED, AuditEntry
 from vsql_shared.audit.leaf_store import Kept, LeafKeeper
 from vsql_shared.audit.shredding import Destroyed
 from vsql_shared.changes import OpenedBatch, PartitionRoot
-from vsql_shared.crypto.signing import TrustStore
 from vsql_shared.errors import (
     DatabaseError,
     DecodeError,
@@ -151,7 +150,7 @@ class Member:
         provider = open_provider(settings.encryption.kms, strict=settings.is_prod)
         closing.callback(provider.close)
         trusted = signers.load(control)
-        trust = TrustStore(trusted, allow_unsigned=not settings.is_prod)
+        trust = key_ends.trust_of(settings, control, stream, trusted)
         group = names.group_id(cluster, chain, settings.cluster.node_name)
         source = Source(settings, f"vsql-sync-member-{chain}-{number}", group)
         closing.callback(source.close)

@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from vsql_consumers import joining, shares, state, writers
+from vsql_consumers import joining, key_ends, shares, state, writers
 from vsql_consumers.apply import Applier, Verdicts
 from vsql_consumers.collected import Ready
 from vsql_consumers.coordination import Coordination, require_fit
@@ -42,7 +42,13 @@ from vsql_consumers.window import transactions
 from vsql_consumers.write import ApplyLimits
 from vsql_shared import failpoints, names
 from vsql_shared.audit.chain import hole_before
-from vsql_shared.audit.entries import EPOCH_OPENED, KEY_DESTROYED, REPLICATION_BATCH, AuditEntry
+from vsql_shared.audit.entries import (
+    EPOCH_OPENED,
+    KEY_DESTROYED,
+    REPLICATION_BATCH,
+    SIGNING_KEY_ENDED,
+    AuditEntry,
+)
 from vsql_shared.audit.shredding import Destroyed
 from vsql_shared.changes import OpenedBatch, Transaction
 from vsql_shared.config.strategies import strategies_of
@@ -223,6 +229,8 @@ class Pipeline:
                 self._new_epoch(entry)
             elif entry.event_type == KEY_DESTROYED:
                 self._keys.take(entry)
+            elif entry.event_type == SIGNING_KEY_ENDED:
+                key_ends.take(self._means, ready.encoded)
             self._group.add_entry(ready)
             self.copy.entry(entry, self._group)
             if self.copy.finished:

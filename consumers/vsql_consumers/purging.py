@@ -10,6 +10,7 @@ tests/unit/test_contest.py), for two nodes and tables without generations:
 3. Once we have applied the peer's stream up to that place, nothing older can come: tombstones below the mark
    go. Never by age; not while something of the stream is parked, for what is parked comes late.
 
+An acknowledgement by a key of the peer that has ended counts once its next key has said where (page 25).
 Tombstones with generations stay: without them a key would begin anew here, and an insert fall at the peer.
 A node that gets nothing from its peer forgets nothing: step 3 needs its changes. That costs room, no row.
 It waits for nobody: the same thread may have a transaction open that wrote tombstones.
@@ -35,11 +36,19 @@ ON CONFLICT (publication) DO NOTHING
 """
 _APPLIED_THERE = """
 UPDATE vsql_sync.purge_marks m SET peer_lsn = t.acked_target_lsn
-  FROM vsql_sync.streams s JOIN vsql_sync.stream_targets t ON t.chain = s.chain
+  FROM vsql_sync.streams s JOIN vsql_sync.counted_targets t ON t.chain = s.chain
  WHERE m.publication = %(publication)s AND m.peer_lsn IS NULL
    AND s.publication = m.publication AND s.direction = 'out' AND s.kind = 'live'
    AND t.target = %(peer)s AND t.mismatch IS NULL AND t.acked_lsn >= m.lsn
    AND t.acked_target_lsn > '0/0'
+"""
+# While the peer has not said where a key of it ended, and where its acknowledgements do not hold: what a mark
+# took from them may be a thief's.
+_HELD = """
+DELETE FROM vsql_sync.purge_marks m USING vsql_sync.streams s
+  JOIN vsql_sync.counted_targets t ON t.chain = s.chain
+ WHERE m.publication = %(publication)s AND s.publication = m.publication
+   AND s.direction = 'out' AND s.kind = 'live' AND t.target = %(peer)s AND (t.held OR t.mismatch IS NOT NULL)
 """
 _DUE = """
 SELECT m.below::text FROM vsql_sync.purge_marks m JOIN vsql_sync.apply_progress p ON p.chain = %(chain)s
@@ -58,6 +67,7 @@ def purge(conn: Connection, stream: Stream) -> int:
     `conn` is in no transaction; again and again is no harm.
     """
     place = {"publication": stream.publication, "peer": stream.origin, "chain": stream.chain}
+    conn.execute(_HELD, place)
     conn.execute(_APPLIED_THERE, place)
     due = conn.execute(_DUE, place).fetchone()
     gone = 0

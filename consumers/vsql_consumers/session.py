@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vsql_shared import lsn, names
 from vsql_shared.crypto.signing import PinnedKey, TrustStore
 from vsql_shared.errors import RefusedError
-from vsql_shared.pg import signers
+from vsql_shared.pg import key_ends
 from vsql_shared.pg.connect import Connection, connect, errors
 
 if TYPE_CHECKING:
@@ -81,13 +81,14 @@ def open_applying(settings: Settings, chain: str, *, of_member: bool = False) ->
     )
 
 
-def own_trust(conn: Connection, node: str, signer: Signer | None) -> TrustStore:
-    """Whose signatures count on this node's own chain: its key, and those it had before, revoked or not."""
-    keys = [
-        PinnedKey(one.node, one.public_key, one.fingerprint, revoked=False)
-        for one in signers.load(conn, node)
-    ]
-    if signer is not None:
+def own_trust(conn: Connection, node: str, chain: str, signer: Signer | None) -> TrustStore:
+    """Whose signatures count on a chain of this node: its key, and those before, each up to its end.
+
+    Raises EnvironmentFault when its key has ended: it signs nothing any more.
+    """
+    key_ends.require_signing(conn, signer)
+    keys = key_ends.own_pins(conn, node, chain)
+    if signer is not None and signer.fingerprint not in {key.fingerprint for key in keys}:
         keys.append(PinnedKey(node, signer.public_key, signer.fingerprint, revoked=False))
     return TrustStore(keys, allow_unsigned=signer is None)
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import psycopg
 from confluent_kafka import KafkaException
 
-from vsql_consumers import state
+from vsql_consumers import key_ends, state
 from vsql_consumers.acknowledge import Acknowledger, Place
 from vsql_consumers.control import Control, Wish
 from vsql_consumers.means import LAST_BATCH, Means
@@ -38,9 +38,10 @@ from vsql_consumers.session import open_applying, open_control, own_trust
 from vsql_consumers.source import Source, read_chain
 from vsql_consumers.state import Stream
 from vsql_shared import failpoints, names
+from vsql_shared.audit.entries import SIGNING_KEY_ENDED
 from vsql_shared.audit.leaf_store import LeafKeeper
 from vsql_shared.audit.store import ensure_partitions
-from vsql_shared.crypto.signing import PinnedKey, Signer, TrustStore
+from vsql_shared.crypto.signing import PinnedKey, Signer
 from vsql_shared.errors import (
     DivergedError,
     EnvironmentFault,
@@ -54,6 +55,8 @@ from vsql_shared.kafka.topics import ensure_topic
 from vsql_shared.kms import open_provider, open_signer
 from vsql_shared.pg import acts, signers
 from vsql_shared.pg.connect import Connection, translate
+from vsql_shared.pg.key_ends import owed
+from vsql_shared.service.refused_connections import RefusedConnections
 from vsql_shared.service.stopping import set_on_signals
 
 if TYPE_CHECKING:
@@ -63,7 +66,7 @@ _log = logging.getLogger(__name__)
 
 _HOLD_SECONDS = 0.2
 _CONNECT_AGAIN_SECONDS = 2.0
-_VERBS = frozenset({"pause", "resume", "retry", "note-break"})
+_VERBS = frozenset({"pause", "resume", "retry", "note-break", "note-refusal"})
 
 
 def _nothing() -> None:
@@ -90,6 +93,7 @@ class Worker:
         self._failures = 0
         self._obeyed: set[int] = set()
         """Commands that were acted upon and wait for their entry and answer."""
+        self._refused = RefusedConnections("consumer", chain, lambda: open_control(settings, chain, None))
 
     def run(self) -> int:
         """Attempt after attempt."""
@@ -102,6 +106,7 @@ class Worker:
                 self._back_off(longest=False)
             except EnvironmentFault as error:
                 self._report.failed(error)
+                self._refused.take(error)
                 self._back_off(longest=True)
         self._report.say_alone("stopped")
         return 0
@@ -170,12 +175,12 @@ class Worker:
 
         The error itself is not given on: it would keep everything the pipeline held in memory.
         """
-        trusted = signers.load(conn)
+        trusted = key_ends.look_at_start(self._settings, conn, stream)
         try:
             with ExitStack() as closing:
                 self._turn(self._open_pipeline(conn, stream, trusted, closing), stream, control, trusted)
         except VerificationError as error:
-            if signers.load(conn) != trusted:
+            if key_ends.look_ahead(self._settings, conn, stream, trusted) != trusted:
                 _log.info("trusted keys have changed; reading again", extra={"record": error.record})
                 return None
             self._report.failed(error)
@@ -196,6 +201,7 @@ class Worker:
     ) -> None:
         conn = control.conn
         self._failures = 0
+        self._refused.let_in()
         self._report.refusal = None
         say_running = "copying" if stream.kind == "copy" else "running"
 
@@ -273,7 +279,7 @@ class Worker:
         ensure_topic(admin, names.keys_topic(cluster), "keys", settings)
         provider = open_provider(settings.encryption.kms, strict=settings.is_prod)
         closing.callback(provider.close)
-        trust = TrustStore(trusted, allow_unsigned=not settings.is_prod)
+        trust = key_ends.trust_of(settings, conn, stream, trusted)
         client = f"vsql-sync-consumer-{self._chain}"
         source = Source(settings, client, names.group_id(cluster, self._chain, node))
         closing.callback(source.close)
@@ -339,7 +345,11 @@ class Worker:
         audit, ack_chain = names.audit_topic(cluster), names.ack_chain(self._chain, node)
         place = Place(cluster, self._chain, ack_chain, stream.origin, node, audit, stream.ack_partition)
         acknowledger = Acknowledger(
-            conn, make_producer(settings, client), place, self._signer, own_trust(conn, node, self._signer)
+            conn,
+            make_producer(settings, client),
+            place,
+            self._signer,
+            own_trust(conn, node, ack_chain, self._signer),
         )
         closing.callback(acknowledger.close)
         # Our answer to an entry lies after it, where both are in one partition.
@@ -347,6 +357,8 @@ class Worker:
         begin = begin if stream.ack_partition == stream.audit_partition else 0
         group, where = names.group_id(cluster, ack_chain, node), (audit, stream.ack_partition)
         acknowledger.start(lambda at: read_chain(settings, client, group, where, ack_chain, at), begin)
+        for said in owed(conn, cluster, node, ack_chain, self._signer):
+            acknowledger.say(SIGNING_KEY_ENDED, said)
         return acknowledger
 
     def _note_sync(self, conn: Connection, stream: Stream, pipeline: Pipeline) -> None:

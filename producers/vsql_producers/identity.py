@@ -8,7 +8,8 @@ from __future__ import annotations
 from vsql_shared.config import Settings
 from vsql_shared.crypto.signing import PinnedKey, Signer, TrustStore
 from vsql_shared.kms import open_signer
-from vsql_shared.pg.connect import Connection, errors
+from vsql_shared.pg import key_ends
+from vsql_shared.pg.connect import Connection
 
 
 def own_signer(settings: Settings) -> Signer | None:
@@ -16,16 +17,13 @@ def own_signer(settings: Settings) -> Signer | None:
     return open_signer(settings)
 
 
-def own_trust(conn: Connection, node: str, signer: Signer | None) -> TrustStore:
-    """Whose signatures count on our own chain: our key, and those we had before."""
-    with errors("reading the pinned keys"):
-        rows = conn.execute(
-            "SELECT node_name, public_key, fingerprint, revoked_at IS NOT NULL FROM vsql_sync.signers"
-            " WHERE node_name = %s",
-            (node,),
-        ).fetchall()
-    # What this node signed with a key it has revoked since is still its own chain: it must be readable.
-    keys = [PinnedKey(name, bytes(public), print_, revoked=False) for name, public, print_, _ in rows]
-    if signer is not None:
+def own_trust(conn: Connection, node: str, chain: str, signer: Signer | None) -> TrustStore:
+    """Whose signatures count on a chain of ours: our key, and those we had before, each up to its end.
+
+    Raises EnvironmentFault when our key has ended: it signs nothing any more.
+    """
+    key_ends.require_signing(conn, signer)
+    keys = key_ends.own_pins(conn, node, chain)
+    if signer is not None and signer.fingerprint not in {key.fingerprint for key in keys}:
         keys.append(PinnedKey(node, signer.public_key, signer.fingerprint, revoked=False))
     return TrustStore(keys, allow_unsigned=signer is None)

@@ -116,7 +116,7 @@ class Retention:
         with errors("looking for what targets acknowledged"):
             row = self._conn.execute(
                 "SELECT s.pruned_sequence, coalesce((SELECT min(t.acked_sequence)"
-                " FROM vsql_sync.stream_targets t WHERE t.chain = s.chain), 0)"
+                " FROM vsql_sync.counted_targets t WHERE t.chain = s.chain), 0)"
                 " FROM vsql_sync.streams s WHERE s.chain = %s AND s.direction = 'out'",
                 (self._chain,),
             ).fetchone()

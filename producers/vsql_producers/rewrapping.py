@@ -33,7 +33,7 @@ def live_keys(conn: Connection, chain: str, epoch: int, kek_id: str) -> list[Liv
     """Live data keys of a chain that the KEK version `kek_id` does not wrap, oldest first."""
     with errors("looking for data keys in use"):
         rows = conn.execute(
-            "WITH acked AS (SELECT min(acked_sequence) AS sequence FROM vsql_sync.stream_targets"
+            "WITH acked AS (SELECT min(acked_sequence) AS sequence FROM vsql_sync.counted_targets"
             "   WHERE chain = %(chain)s AND target <> '*' HAVING count(*) > 0)"
             " SELECT d.dek_id, d.announcement FROM vsql_sync.deks d"
             " WHERE d.chain = %(chain)s AND d.kek_id <> %(kek)s AND d.state <> 'destroyed'"

@@ -10,6 +10,10 @@ Not here: what follows from it (worker.py, snapshot/). Procedure for each acknow
 A target whose own, signed acknowledgements do not hold is marked with the first reason, loudly, and stays
 marked; the stream itself goes on, because other targets are not to blame.
 
+A target's key that has ended (docs/design/0025): its acknowledgements count once the target's next key has
+signed where it ended, and they lead there. Until then the table shows them, and nothing is forgotten for them
+(SQL 021). An end that comes behind entries which do not follow has all of them read anew, from the first.
+
 What is not signed by the target, or cannot be read, says nothing of it and is passed over: whoever can write
 to the topic must not be able to mark a target. Its key may be pinned later, though, and a topic may have been
 made anew; so when an entry does not follow, all there is is read once more before the target is marked. A
@@ -45,13 +49,14 @@ from vsql_shared.audit.entries import (
     BATCH_REFUSED,
     BATCH_SKIPPED,
     CHECKPOINT_COSIGNED,
+    SIGNING_KEY_ENDED,
     AuditEntry,
 )
 from vsql_shared.audit.store import recall_head, remember_head
 from vsql_shared.crypto.signing import PinnedKey, TrustStore
 from vsql_shared.errors import DecodeError, RefusedError, SignatureError, VerificationError
 from vsql_shared.kafka.clients import from_exception, kafka_error
-from vsql_shared.pg import signers
+from vsql_shared.pg import key_ends, signers
 from vsql_shared.pg.connect import Connection, errors
 
 _log = logging.getLogger(__name__)
@@ -83,6 +88,19 @@ class Target:
     doubt: str = ""
     """The first record since the last entry that was passed over, as the chain's or unreadable."""
     went_back: bool = False
+    done: AuditEntry | None = None
+    """The last acknowledgement that is right, not yet noted: what it was signed with is not proven."""
+
+    @property
+    def proven(self) -> bool:
+        """Whether what ended keys signed is known to be the target's."""
+        ends = (key.ends.get(self.reader.chain) for key in self.keys if key.ended)
+        return all(end is None or self.reader.head.sequence >= end.sequence for end in ends)
+
+    @property
+    def unsaid(self) -> bool:
+        """Whether a key of the target ended, and the target has not said where."""
+        return key_ends.unsaid(self.keys, self.name, self.reader.chain)
 
 
 class Targets:
@@ -157,7 +175,8 @@ class Targets:
     def acknowledged(self, sequence: int) -> bool:
         """Whether every target acknowledged our manifests up to this sequence, without a mismatch."""
         return bool(self._targets) and all(
-            target.acked_sequence >= sequence and not target.mismatch for target in self._targets.values()
+            target.acked_sequence >= sequence and not target.mismatch and target.proven and not target.unsaid
+            for target in self._targets.values()
         )
 
     def detail(self, sequence: int) -> dict[str, Any]:
@@ -221,25 +240,55 @@ class Targets:
         return ChainReader(self._cluster, names.ack_chain(self._chain, target), target, trust, head)
 
     def _take(self, offset: int, value: bytes) -> None:
-        where = f"{self._topic}/{self._partition}/{offset}"
         for target in self._targets.values():
-            if target.mismatch or (target.offset is not None and offset < target.offset):
-                continue
-            if offset == target.offset:
-                if document_hash(value) != target.reader.head.entry_hash:
-                    self._read_again(target)
-                continue
-            try:
-                found = target.reader.accept(value, where)
-            except (SignatureError, DecodeError) as error:
-                self._doubt(target, str(error))
-            except VerificationError as error:
-                self._unfit(target, str(error))
-            else:
-                if isinstance(found, Accepted):
-                    target.offset, target.moved = offset, True
-                    target.doubt, target.went_back = "", False
-                    self._note(target, found.entry)
+            counts = False
+            if not target.mismatch:
+                if target.offset is not None and offset < target.offset:
+                    continue
+                counts = self._is_entry(target, offset, value)
+            if not counts and self._hears(target, value):
+                return  # all is read again, with what is known now
+
+    def _is_entry(self, target: Target, offset: int, value: bytes) -> bool:
+        """Whether a record is the next entry of a target's chain, or its last one again."""
+        if offset == target.offset:
+            if document_hash(value) != target.reader.head.entry_hash:
+                self._read_again(target)
+            return True
+        try:
+            found = target.reader.accept(value, f"{self._topic}/{self._partition}/{offset}")
+        except (SignatureError, DecodeError) as error:
+            self._doubt(target, str(error))
+            return False
+        except VerificationError as error:
+            self._unfit(target, str(error))
+            return False
+        if isinstance(found, Accepted):
+            target.offset, target.moved = offset, True
+            target.doubt, target.went_back = "", False
+            self._note(target, found.entry, value)
+        return isinstance(found, Accepted)
+
+    def _hears(self, target: Target, value: bytes) -> bool:
+        """Whether this is the target's own word where a key of it ended, behind what does not follow.
+
+        Where everything before it follows, it is heard when its turn comes: it is an entry as others are.
+        """
+        if not target.unsaid:
+            return False
+        with errors("noting where a target's key ended"), self._conn.transaction():
+            if not key_ends.note(self._conn, target.keys, self._cluster, target.name, value):
+                return False
+            if key_ends.unsaid(signers.load(self._conn), target.name, target.reader.chain):
+                return False  # it is of another chain, or another key's end is still to be said
+            place = (self._chain, target.name)
+            self._conn.execute("SELECT vsql_sync.forget_acknowledgements(%s, %s)", place)
+        _log.warning(
+            "target %s says where a key of it ended: its acknowledgements are read anew", target.name
+        )
+        del self._targets[target.name]
+        self._next_refresh, self._go_back = 0.0, True
+        return True
 
     def _doubt(self, target: Target, problem: str) -> None:
         if target.doubt:
@@ -252,7 +301,9 @@ class Targets:
 
     def _unfit(self, target: Target, problem: str) -> None:
         """An entry of the target does not follow: what was passed over before may be what is missing."""
-        if not target.went_back:
+        if target.unsaid:
+            self._doubt(target, problem)
+        elif not target.went_back:
             target.went_back = True
             self._read_again(target)
         else:
@@ -263,11 +314,14 @@ class Targets:
         target.offset = None
         self._go_back = True
 
-    def _note(self, target: Target, entry: AuditEntry) -> None:
+    def _note(self, target: Target, entry: AuditEntry, encoded: bytes) -> None:
         if entry.event_type in _COUNTED and entry.ref_sequence:
             target.waiting.append(entry)
         if entry.event_type == CHECKPOINT_COSIGNED:
             self._cosigned(target, entry)
+        if entry.event_type == SIGNING_KEY_ENDED:
+            key_ends.note(self._conn, target.keys, self._cluster, target.name, encoded)
+            self._next_refresh = 0.0
         if entry.event_type in (BATCH_REFUSED, BATCH_SKIPPED):
             _log.warning(
                 "a target says %s", entry.event_type,
@@ -320,6 +374,10 @@ class Targets:
     def _remember(self, target: Target, done: AuditEntry | None) -> None:
         if done is not None:
             target.acked_sequence = max(target.acked_sequence, done.ref_sequence)
+            target.done = done
+        if not target.proven:
+            return
+        done, target.done = target.done, None
         with errors("noting acknowledgements"), self._conn.transaction():
             if done is not None:
                 self._conn.execute(

@@ -38,6 +38,7 @@ from vsql_producers.slot import require_primary
 from vsql_producers.snapshot.pipeline import CopyPipeline
 from vsql_producers.targets import Targets
 from vsql_shared import failpoints, names
+from vsql_shared.audit.entries import SIGNING_KEY_ENDED
 from vsql_shared.audit.leaf_store import LeafKeeper
 from vsql_shared.audit.store import ensure_partitions
 from vsql_shared.config import Settings
@@ -51,9 +52,10 @@ from vsql_shared.errors import (
 )
 from vsql_shared.kafka.clients import from_exception
 from vsql_shared.kms import open_provider
-from vsql_shared.pg import acts
+from vsql_shared.pg import acts, key_ends
 from vsql_shared.pg.commands import Command
 from vsql_shared.pg.connect import Connection, connect, errors, translate
+from vsql_shared.service.refused_connections import RefusedConnections
 from vsql_shared.service.stopping import set_on_signals
 
 _log = logging.getLogger(__name__)
@@ -64,11 +66,14 @@ _DIVERGED_POLL = 1.0
 _STOP_SHARE = 0.8
 # Between two tries: well below what `syncctl status` takes for silence.
 _WAITING_SAYS_SECONDS = 5.0
+# Between looks whether an operator ended the signing key.
+_KEY_SECONDS = 1.0
 # Commands whose answer is always the same.
 _ANSWERS = {
     "rotate-dek": "the next batch is sealed under a new data key",
     "retry": "the stream is running; nothing to retry",
     "note-break": "the break stands in the chain",
+    "note-refusal": "the refused connection stands in the chain",
 }
 
 
@@ -122,6 +127,8 @@ class Worker:
         """Acts of this epoch on their way to the table: sequence, command, answer."""
         self._stop_by: float | None = None
         self._frame: bytes | None = None
+        self._look_at_key = 0.0
+        self._refused = RefusedConnections("producer", chain, self._connect)
 
     def run(self) -> int:
         """Epoch after epoch, until told to stop."""
@@ -134,6 +141,7 @@ class Worker:
             except (TransientError, EnvironmentFault) as error:
                 self._text_only = isinstance(error, BinaryRefused)
                 self._report.failed(error)
+                self._refused.take(error)
                 # The status is that of the worker which is at work.
                 silent = isinstance(error, streams.Taken)
                 self._back_off(longest=isinstance(error, EnvironmentFault), silent=silent)
@@ -235,10 +243,13 @@ class Worker:
         conn, targets = context.conn, context.targets
         running = "copying" if context.stream.kind == "copy" else "running"
         self._acted.clear()
+        self._refused.let_in()
+        self._say_ends(pipeline, context)
         while self._owed:
             self._act(self._owed.pop(0), "the stream is tried again", pipeline, conn)
         while not self.stop.is_set() and not pipeline.done:
             now = time.monotonic()
+            self._require_signing(conn, now)
             for command in control.poll(now):
                 self._obey(command, control, pipeline, context)
             paused = control.desired == "paused"
@@ -254,6 +265,20 @@ class Worker:
             streams.set_state(conn, self._chain, "FINISHED")
         self._report.say(conn, control, "stopped", pipeline, targets)
         raise Stopped
+
+    def _say_ends(self, pipeline: Pipeline, context: Context) -> None:
+        """Say where keys that this node's present one follows ended, before anything else (design 0025)."""
+        writing = context.writing
+        place = (writing.cluster, writing.node, self._chain)
+        for detail in key_ends.owed(context.conn, *place, self._signer):
+            failpoints.hit("producer.key-end")
+            pipeline.outlet.say(SIGNING_KEY_ENDED, detail)
+
+    def _require_signing(self, conn: Connection, now: float) -> None:
+        """A key that an operator ends meanwhile signs nothing more."""
+        if now >= self._look_at_key:
+            self._look_at_key = now + _KEY_SECONDS
+            key_ends.require_signing(conn, self._signer)
 
     def _obey(self, command: Command, control: Control, pipeline: Pipeline, context: Context) -> None:
         """Do what an operator orders, and put the act into the chain."""
@@ -302,7 +327,7 @@ class Worker:
             stream.chain,
             node,
             self._signer,
-            own_trust(conn, node, self._signer),
+            own_trust(conn, node, stream.chain, self._signer),
             names.audit_topic(settings.cluster.name),
             stream.audit_partition,
         )
@@ -342,7 +367,7 @@ class Worker:
                             self._owed.append(command)
                             streams.set_state(conn, self._chain, "PREPARING", command.reason)
                             return
-                        if command.verb == "note-break":
+                        if command.verb in ("note-break", "note-refusal"):
                             continue  # stays owed in the table until there is an epoch to put it into
                         control.answer(command, ok=False, message=f"the stream is diverged: {error}")
                     control.say("diverged", self._report.alone(conn, "diverged"), time.monotonic())

@@ -30,7 +30,7 @@ No message carries a secret or a row's value.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from vsql_shared.changes import RowPlace
@@ -75,9 +75,18 @@ class RefusedError(UserError):
 
 
 class EnvironmentFault(VsqlSyncError):
-    """Something outside this process is not as it must be; retrying alone does not help."""
+    """Something outside this process is not as it must be; retrying alone does not help.
+
+    `refusal`: a server does not let us in: "authentication", "authorization" or "tls"; '' otherwise.
+    """
 
     exit_code = 5
+    refusal = ""
+
+    def refusing(self, cause: str) -> Self:
+        """Say that this is such a refusal."""
+        self.refusal = cause
+        return self
 
 
 class DatabaseError(EnvironmentFault):
@@ -159,7 +168,14 @@ class SignatureError(VerificationError):
 
 
 class KeyEndedError(SignatureError):
-    """The signature is genuine, but its key had been retired or revoked."""
+    """The signature is genuine, but its key had been retired or revoked.
+
+    `said`: the node itself has said, signed by its next key, where this one ended. Nothing is left to decide.
+    """
+
+    def __init__(self, message: str, *, record: str = "", hint: str = "", said: bool = False) -> None:
+        super().__init__(message, record=record, hint=hint)
+        self.said = said
 
 
 class RecordError(VerificationError):

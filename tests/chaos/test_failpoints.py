@@ -47,8 +47,10 @@ ELSEWHERE = (
     "consumer.after-replay-commit",
     "producer.position-noted",
     "producer.wrapping-noted",
+    "producer.key-end",
 )
-"""Reached in tests/services: in test_apply_decisions.py, test_producer_slots.py and test_shred_orders.py."""
+"""Reached in tests/services (test_apply_decisions.py, test_producer_slots.py, test_shred_orders.py) and in
+tests/topology/test_key_ends.py."""
 TABLE = "CREATE TABLE t (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, v text)"
 CONFIG = "[limits]\nbatch_linger_ms = 1\nretry_backoff_max_ms = 1000\ncommand_poll_ms = 100\n"
 

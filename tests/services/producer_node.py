@@ -356,6 +356,16 @@ class PeerNode:
         for chain, old in list(self._writers.items()):
             self._again[chain] = old.tip
 
+    @property
+    def signer(self) -> Signer:
+        """Its key."""
+        return self._signer
+
+    def go_on(self, chain: str, signer: Signer, head: ChainHead) -> None:
+        """Go on behind a head that was made elsewhere, in a new epoch, under another key."""
+        self._signer = signer
+        self._again[chain] = head
+
     def begin_anew(self) -> None:
         """Go on in a new epoch, as after a restart."""
         self.sign_with(self._signer)

@@ -24,6 +24,7 @@ from tests.stack import Stack
 from tests.streams import append, read_topics
 from tests.waiting import until
 from vsql_shared import names
+from vsql_shared.audit.rows import parse
 from vsql_shared.config import load_settings
 from vsql_shared.kafka.topics import ensure_topic
 
@@ -256,6 +257,26 @@ def _refused(act: Callable[[], None]) -> None:
     assert refused.value.args[0].name() == "TOPIC_AUTHORIZATION_FAILED"
 
 
+def refusals(node: Node) -> list[tuple[str, str, str]]:
+    """What the operators' log has of connections that were refused: where, why, in words."""
+    return node.query(
+        "SELECT target_type, new_value ->> 'cause', error_message FROM vsql_sync.audit_log"
+        " WHERE action = 'connection.refused' AND NOT success AND (new_value ->> 'cause') <> 'authorization'"
+        " ORDER BY id"
+    )
+
+
+def signed_refusals(node: Node) -> int:
+    """How many of them are in the node's chains, signed."""
+    rows = node.query(
+        "SELECT document FROM vsql_sync.vsql_sync_audit WHERE event_type = 'operator_action'"
+        " AND signature IS NOT NULL"
+    )
+    details = [json.loads(parse(bytes(row[0])).entry.detail) for row in rows]
+    acts = {one["record"]: one for one in details if one["act"] == "note-refusal"}
+    return sum("audit_log/" in record for record in acts)
+
+
 # Who does not come in
 
 
@@ -341,11 +362,19 @@ def test_a_stream_that_is_not_let_in_waits_says_why_and_goes_on_when_it_is(guard
         assert "expired" in waits_and_says(pair.b, "no TLS with")
         shown = json.dumps(pair.a.ctl_json("status")) + pair.a.log_file("producer").read_text()
         assert "wr0ng secret" not in shown
+        # Once, however often it was tried.
+        for node, cause in ((pair.a, "authentication"), (pair.b, "tls")):
+            until(lambda node=node: refusals(node))  # type: ignore[misc]  # bound now
+            assert [line[:2] for line in refusals(node)] == [("kafka", cause)]
+            assert "wr0ng secret" not in str(refusals(node))
         pair.stop()
     pair.start()
     guarded.insert(1002)
     pair.wait_in_step()
     assert pair.differences() == []
+    for node in (pair.a, pair.b):
+        until(lambda node=node: signed_refusals(node) == len(refusals(node)))  # type: ignore[misc]  # bound now
+        assert node.ctl("audit", "verify").returncode == 0
 
 
 @pytest.mark.timeout(300)
@@ -357,6 +386,8 @@ def test_a_right_that_is_taken_away_is_named_and_the_stream_goes_on_when_it_is_b
         said = waits_and_says(pair.b, "TOPIC_AUTHORIZATION_FAILED")
         assert guarded.data in said
         assert "syncctl kafka acls" in said
+        query = "SELECT error_message FROM vsql_sync.audit_log WHERE new_value ->> 'cause' = 'authorization'"
+        assert "TOPIC_AUTHORIZATION_FAILED" in str(until(lambda: pair.b.query(query)))
     finally:
         kafka.no_denials()
     pair.wait_in_step()

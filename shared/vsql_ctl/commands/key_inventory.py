@@ -39,7 +39,7 @@ _DEK_BITS, _SIGNING_BITS = 256, 128
 # Manifests that some target has not acknowledged: their keys are still needed.
 _NEEDED = (
     "SELECT DISTINCT a.dek_id FROM vsql_sync.vsql_sync_audit a JOIN"
-    " (SELECT chain, min(acked_sequence) AS acked FROM vsql_sync.stream_targets WHERE target <> '*'"
+    " (SELECT chain, min(acked_sequence) AS acked FROM vsql_sync.counted_targets WHERE target <> '*'"
     "  GROUP BY chain) t USING (chain) WHERE a.sequence > t.acked AND a.dek_id <> ''"
 )
 _WRAPPED = (

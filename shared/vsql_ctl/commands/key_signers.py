@@ -5,10 +5,20 @@ Not here: what a signature is worth afterwards (crypto/signing.py, pg/signers.py
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
-from vsql_ctl.context import Operator, confirm, example, pass_operator, yes_option
-from vsql_ctl.output import render_table
+from vsql_ctl.context import (
+    Operator,
+    OutputFormat,
+    confirm,
+    example,
+    output_option,
+    pass_operator,
+    yes_option,
+)
+from vsql_ctl.output import emit, render_table
 from vsql_shared.errors import UserError
 
 _HASH_SIZE = 32
@@ -18,32 +28,79 @@ _FINGERPRINT = click.option(
 _REASON = click.option("--reason", required=True, metavar="TEXT", help="Why; kept in the audit log.")
 
 
-@click.command("retire", epilog=example('syncctl key retire --fingerprint SHA256:… --reason "yearly change"'))
+@click.command(
+    "retire",
+    epilog=example(
+        'syncctl key retire --fingerprint SHA256:… --reason "yearly change"',
+        "syncctl key retire --fingerprint SHA256:… --next new/vsql-sync-signing.pub --reason yearly",
+    ),
+)
 @_FINGERPRINT
+@click.option(
+    "--next",
+    "following",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="The next key's .pub file; the old key, still configured, signs that it follows.",
+)
 @_REASON
 @yes_option
+@output_option
 @pass_operator
-def retire(operator: Operator, fingerprint: str, reason: str, yes: bool) -> None:
+def retire(
+    operator: Operator,
+    fingerprint: str,
+    following: Path | None,
+    reason: str,
+    yes: bool,
+    output: OutputFormat,
+) -> None:
     """End a signing key that a node hands over: what it signed until now stays valid here.
 
-    Stop that node's services before, so that nothing is signed with it any more; then pin the new key.
+    Stop that node's services before; then pin the new key. The node's chains say where the old one ended,
+    signed by the new one, as soon as its services run with it.
     """
     from vsql_ctl.session import open_node
     from vsql_shared.pg import signers
 
     confirm(f"Retire signing key {fingerprint} on this node?", yes=yes)
+    handover = b"" if following is None else _handover(operator, fingerprint, following)
     with open_node(operator) as conn:
-        node = signers.retire(conn, fingerprint, reason)
-    click.echo(f"key {fingerprint} of node {node} is retired")
+        node = signers.retire(conn, fingerprint, reason, handover)
+    shown = {"fingerprint": fingerprint, "node": node, "state": "retired", "announced": following is not None}
+    emit(output, shown, lambda: f"key {fingerprint} of node {node} is retired")
+
+
+def _handover(operator: Operator, fingerprint: str, following: Path) -> bytes:
+    """The old key's word for the next one. Raises UserError unless it is the one that is configured."""
+    from vsql_shared.audit.key_ends import sign_handover
+    from vsql_shared.crypto.signing import fingerprint as fingerprint_of
+    from vsql_shared.crypto.signing import load_public_key
+    from vsql_shared.kms import open_signer
+
+    signer, new = open_signer(operator.settings), fingerprint_of(load_public_key(following))
+    if signer is None or signer.fingerprint != fingerprint:
+        raise UserError(
+            f"the configured signing key is not {fingerprint}, so it cannot name the next one",
+            hint="give --next on the key's own node, before its configuration changes",
+        )
+    if new == fingerprint:
+        raise UserError(f"{following} holds the key that is retired", hint="--next names the next one")
+    return sign_handover(signer, operator.settings.cluster.name, new)
 
 
 @click.command("revoke", epilog=example('syncctl key revoke --fingerprint SHA256:… --reason "laptop stolen"'))
 @_FINGERPRINT
 @_REASON
 @yes_option
+@output_option
 @pass_operator
-def revoke(operator: Operator, fingerprint: str, reason: str, yes: bool) -> None:
-    """End a signing key that may be stolen: only entries this node knows already stay valid here."""
+def revoke(operator: Operator, fingerprint: str, reason: str, yes: bool, output: OutputFormat) -> None:
+    """End a signing key that may be stolen: only entries this node knows already stay valid here.
+
+    On the key's own node it signs nothing from now on. The next key signs into every chain where it ended;
+    peers that have pinned that one count what leads there, and nothing else.
+    """
     from vsql_ctl.session import open_node
     from vsql_shared.pg import signers
 
@@ -52,11 +109,18 @@ def revoke(operator: Operator, fingerprint: str, reason: str, yes: bool) -> None
         seen = signers.revoke(conn, fingerprint, reason)
         own = signers.own_heads(conn, fingerprint)
     rows = [(chain, sequence) for chain, sequence in sorted(seen.items())]
-    click.echo(f"key {fingerprint} is revoked; entries that stay valid:")
-    click.echo(render_table(("chain", "up to sequence"), rows))
+    text = f"key {fingerprint} is revoked; entries that stay valid:\n"
+    text += render_table(("chain", "up to sequence"), rows)
     if own:
-        click.echo("the last entries of this node, for its peers' `syncctl key trust`:")
-        click.echo(render_table(("chain", "sequence", "hash"), own))
+        text += "\nthe last entries of this node, for its peers' `syncctl key trust`:\n"
+        text += render_table(("chain", "sequence", "hash"), own)
+    shown = {
+        "fingerprint": fingerprint,
+        "state": "revoked",
+        "trusted_to": seen,
+        "own": [dict(zip(("chain", "sequence", "hash"), row, strict=True)) for row in own],
+    }
+    emit(output, shown, lambda: text)
 
 
 @click.command(
@@ -100,7 +164,7 @@ def trust(
         finally:
             consumer.close()
         told_head.require()
-        node = signers.trust_up_to(conn, fingerprint, chain, sequence, reason)
+        node = signers.trust_up_to(conn, fingerprint, chain, sequence, digest, reason)
     click.echo(f"key {fingerprint} of node {node} is trusted up to entry {sequence} of {chain}")
 
 

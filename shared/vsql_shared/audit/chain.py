@@ -10,6 +10,8 @@ Rules (numbers as on the design page):
    table has again where it cannot know that Kafka has it. A reader remembers the last entries only; beyond
    them, a place that is taken is taken.
 4. Entries of an older epoch, or of another incarnation, are void. A later, never opened epoch is an error.
+5. Where a chain, or its writer's living key, says that another key of the writer ended (key_ends.py), entries
+   by that key behind its end, and those that do not lead to it, are void.
 
 Every reader comes to the same head at the same entry: it depends only on the entries before it.
 """
@@ -24,6 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vsql_shared import lsn
+from vsql_shared.audit import chain_names
 from vsql_shared.audit.dsse import (
     AUDIT_ENTRY,
     SignedDocument,
@@ -40,11 +43,14 @@ from vsql_shared.audit.entries import (
     peek_chain,
     signed_place,
 )
+from vsql_shared.audit.key_ends import EndsSoFar
 from vsql_shared.audit.tree import Tree, grow
-from vsql_shared.errors import ChainError, DecodeError, SignatureError
+from vsql_shared.errors import ChainError, DecodeError, KeyEndedError, SignatureError
 
 if TYPE_CHECKING:
     from vsql_shared.crypto.signing import Signer, TrustStore
+
+writer_of, acknowledges = chain_names.writer_of, chain_names.acknowledges
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,23 +102,6 @@ class Prepared(NamedTuple):
     entry: AuditEntry
     encoded: bytes
     entry_hash: bytes
-
-
-def writer_of(chain: str) -> str:
-    """The node that signs a chain, by the chain's name (names.py). Raises ChainError."""
-    match chain.split("."):
-        case [_, origin] | [_, origin, "copy", _]:
-            return origin
-        case [_, _, "ack", target] | [_, _, "copy", _, "ack", target]:
-            return target
-        case _:
-            raise ChainError(f"{chain[:200]!r} is not the name of a chain")
-
-
-def acknowledges(chain: str) -> bool:
-    """Whether a chain is one of acknowledgements, by its name."""
-    parts = chain.split(".")
-    return len(parts) > 3 and parts[-2] == "ack"
 
 
 def void_reason(head: ChainHead, entry: AuditEntry, entry_hash: bytes) -> str:
@@ -232,6 +221,7 @@ class ChainReader:
         self._pruned = pruned
         self._recent: OrderedDict[int, bytes] = OrderedDict()
         self._acknowledges = acknowledges(chain)
+        self._ends = EndsSoFar(chain)
 
     def accept(self, encoded: bytes, where: str) -> Accepted | Void | None:
         """Take the next document of the partition; `where` names it in errors (topic/partition/offset).
@@ -240,25 +230,37 @@ class ChainReader:
         Raises ChainError, SignatureError or DecodeError.
         """
         try:
-            entry = self._verified(encoded)
+            document = SignedDocument.decode(encoded)
+            entry = self._verified(document)
         except DecodeError as error:
             raise DecodeError(f"{error.message} [{where}]", hint=error.hint) from error
         except (SignatureError, ChainError) as error:
             error.record = where
+            if isinstance(error, KeyEndedError) and error.said:
+                return Void(error.message)
             raise
         if entry is None:
             return None
         if entry.sequence <= self._pruned:
             return Void("below the base the chain was pruned at")
         entry_hash = document_hash(encoded)
-        reason = void_reason(self.head, entry, entry_hash) or self._repeats(entry, entry_hash)
+        reason = self._uncounted(entry, entry_hash, document.signer)
+        reason = reason or void_reason(self.head, entry, entry_hash) or self._repeats(entry, entry_hash)
         if reason:
             return Void(reason)
-        self.head = advance(self.head, entry, entry_hash, where)
+        head = advance(self.head, entry, entry_hash, where)
+        self._ends.take(entry, document.signer, entry_hash)
+        self.head = head
         self._recent[entry.sequence] = entry_hash
         if len(self._recent) > REMEMBERED_ENTRIES:
             self._recent.popitem(last=False)
         return Accepted(entry, entry_hash, self.head)
+
+    def _uncounted(self, entry: AuditEntry, entry_hash: bytes, signer: str) -> str:
+        """Why an entry by a key that has ended does not count (rule 5), or ''."""
+        if entry.sequence > self.head.sequence and self._ends.behind(signer):
+            return f"signed by key {signer}, which ended before"
+        return self._trust.strays(self.writer_node, signer, self.chain, entry.sequence, entry_hash)
 
     def _repeats(self, entry: AuditEntry, entry_hash: bytes) -> str:
         """Why an entry whose place is taken is void; '' when it is not, or when it is a fork."""
@@ -270,17 +272,17 @@ class ChainReader:
         known = self._recent.get(entry.sequence, entry_hash)
         return "a repetition of an entry before" if known == entry_hash else ""
 
-    def _verified(self, encoded: bytes) -> AuditEntry | None:
+    def _verified(self, document: SignedDocument) -> AuditEntry | None:
         # 1. Recognise other chains by what they claim: a wrong claim here can only hide an entry, and a
         #    hidden entry is a gap at the next one.
-        document = SignedDocument.decode(encoded)
         if document.payload_type == AUDIT_ENTRY and peek_chain(document.payload)[1] != self.chain:
             return None
         # 2. The signature, by a key pinned for this chain's writer (forged or altered entries).
         payload = verify_document(self._trust, self.writer_node, document, AUDIT_ENTRY, signed_place)
         entry = AuditEntry.decode(payload)
         if entry.sequence > self.head.sequence:
-            self._trust.require_not_followed(self.writer_node, document.signer, self.head.event_timestamp)
+            last = self.head.event_timestamp
+            self._trust.require_not_followed(self.writer_node, document.signer, self.chain, last)
         # 3. Not a genuine entry of another cluster with equal names, nor in another node's name (replay).
         if entry.cluster != self.cluster:
             raise ChainError(

@@ -44,6 +44,7 @@ KEY_DESTROYED: Final = "key_destroyed"
 TRANSACTION_REPLAYED: Final = "transaction_replayed"
 CHECKPOINT_COSIGNED: Final = "checkpoint_cosigned"
 TRAIL_PRUNED: Final = "trail_pruned"
+SIGNING_KEY_ENDED: Final = "signing_key_ended"
 EVENT_TYPES = frozenset(
     {
         EPOCH_OPENED,
@@ -60,6 +61,7 @@ EVENT_TYPES = frozenset(
         TRANSACTION_REPLAYED,
         CHECKPOINT_COSIGNED,
         TRAIL_PRUNED,
+        SIGNING_KEY_ENDED,
     }
 )
 """What this version writes. Readers accept other types too: they link the chain and bring no batch."""

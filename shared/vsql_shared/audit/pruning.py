@@ -61,7 +61,7 @@ def limits(conn: Connection, chain: str) -> dict[str, int]:
     """How far each of rules 2 and 3 lets the chain be pruned: reason → sequence."""
     with errors("looking how far a chain may be pruned"):
         targets = conn.execute(
-            "SELECT target, acked_sequence, mismatch IS NOT NULL FROM vsql_sync.stream_targets"
+            "SELECT target, acked_sequence, mismatch IS NOT NULL, held FROM vsql_sync.counted_targets"
             " WHERE chain = %s AND target <> '*' ORDER BY target",
             (chain,),
         ).fetchall()
@@ -75,8 +75,10 @@ def limits(conn: Connection, chain: str) -> dict[str, int]:
     found = {
         f"target {target} has acknowledgements that do not hold"
         if wrong
+        else f"a signing key of target {target} has ended, and its next one has not said where"
+        if held
         else f"target {target} has acknowledged up to {acked}": 0 if wrong else int(acked)
-        for target, acked, wrong in targets
+        for target, acked, wrong, held in targets
     }
     # What goes on from the table goes back to its last batch that ended (store.load_head).
     found["its last epoch begins there"] = (int(opened[0]) if opened else 1) - 1

@@ -85,6 +85,10 @@ def insert_entries(
     parsed = [parse(encoded, offset) for encoded, offset in entries]
     by_chain = sorted(parsed, key=lambda one: one.entry.chain)  # stable: order within a chain stays
     with errors("writing the audit trail"), conn.transaction():
+        # In an order all writers have: the highest entry each key signed.
+        last = {(one.document.signer, one.entry.chain): one.entry.sequence for one in by_chain}
+        for (signer, chain), sequence in sorted(last.items()):
+            conn.execute("SELECT vsql_sync.require_counted(%s, %s, %s)", (signer, chain, sequence))
         for chain, group in groupby(by_chain, key=lambda one: one.entry.chain):
             _move_head(conn, chain, list(group))
         with conn.cursor() as cursor, cursor.copy(_COPY) as copy:

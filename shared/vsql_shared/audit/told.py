@@ -34,7 +34,12 @@ MAX_STARTS = 16
 def _trusting(keys: Iterable[PinnedKey], fingerprint: str, chain: str, sequence: int) -> TrustStore:
     """These keys, and this one as far as was told."""
     return TrustStore(
-        replace(key, trusted_to={**key.trusted_to, chain: max(sequence, key.trusted_to.get(chain, 0))})
+        replace(
+            key,
+            trusted_to={**key.trusted_to, chain: max(sequence, key.trusted_to.get(chain, 0))},
+            # Of this node's own key: the end that is to be moved.
+            ends={other: end for other, end in key.ends.items() if other != chain},
+        )
         if key.fingerprint == fingerprint
         else key
         for key in keys

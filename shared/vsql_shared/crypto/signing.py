@@ -11,6 +11,8 @@ Not here: what is signed (audit/ builds the DSSE pre-authentication encoding) an
   allowed only for nodes without any pinned key, so a signature cannot be stripped off.
 * A retired key counts for what was signed up to that moment; a revoked one for the entries of each chain this
   node had seen by then. What a document says of its time and place is read only after its signature held.
+* Once the node's next key has signed where a key ended in a chain (audit/key_ends.py), that counts there
+  instead: up to that entry, and only what leads to it.
 * Verification raises SignatureError; there is no boolean to forget.
 """
 
@@ -151,6 +153,13 @@ def public_pem(public_key_raw: bytes) -> str:
     ).decode()
 
 
+class End(NamedTuple):
+    """The last entry a key signed in a chain, and its hash; sequence 0: it signed none."""
+
+    sequence: int
+    entry_hash: bytes
+
+
 @dataclass(frozen=True)
 class PinnedKey:
     """A public key an operator accepted for a node (a row of vsql_sync.signers)."""
@@ -163,6 +172,13 @@ class PinnedKey:
     """µs since 1970."""
     trusted_to: Mapping[str, int] = field(default_factory=dict)
     """Of a revoked key: chain → sequence of the last entry it still counts for."""
+    ends: Mapping[str, End] = field(default_factory=dict)
+    """Of a key that has ended, as the node's next key signed it: chain → the last entry it counts for."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether an operator here ended it."""
+        return self.revoked or self.retired_at is not None
 
 
 class Signed(NamedTuple):
@@ -173,14 +189,28 @@ class Signed(NamedTuple):
     at: int
 
 
+class Way(NamedTuple):
+    """The entries between a reader's place in a chain and a signed end behind it."""
+
+    after: int
+    hashes: frozenset[bytes]
+
+
 class TrustStore:
     """The pinned keys of all nodes; says whether a document was signed by the node it claims.
 
     `allow_unsigned` is dev mode's: documents without signature pass for nodes without a pinned key.
+    `ways`: of a chain in which a key ended, the hashes of the entries that lead to that end.
     """
 
-    def __init__(self, keys: Iterable[PinnedKey], allow_unsigned: bool = False) -> None:
+    def __init__(
+        self,
+        keys: Iterable[PinnedKey],
+        allow_unsigned: bool = False,
+        ways: Mapping[str, Way] | None = None,
+    ) -> None:
         self._allow_unsigned = allow_unsigned
+        self._ways = ways or {}
         self._pins: dict[tuple[str, str], PinnedKey] = {}
         self._public: dict[tuple[str, str], Ed25519PublicKey] = {}
         for pin in keys:
@@ -195,7 +225,7 @@ class TrustStore:
             )
         name = (pin.node, pin.fingerprint)
         known = self._pins.get(name)
-        if known is None or not known.revoked:  # revoked once is revoked
+        if known is None or not known.ended:  # ended once is ended
             self._pins[name] = pin
         self._public[name] = Ed25519PublicKey.from_public_bytes(pin.public_key)
 
@@ -228,16 +258,36 @@ class TrustStore:
             raise SignatureError(
                 f"the signature of node {node} (key {signer}) does not verify: altered, or not its own"
             ) from error
-        if pin.revoked or pin.retired_at is not None:
+        if pin.ended:
             _check_counted(pin, signed() if signed is not None else None)
 
-    def require_not_followed(self, node: str, signer: str, head_at: int) -> None:
+    def strays(self, node: str, signer: str, chain: str, sequence: int, entry_hash: bytes) -> str:
+        """Why a genuine entry by a key that has ended does not lead to its signed end; '' where it does."""
+        pin = self._pins.get((node, signer))
+        end = pin.ends.get(chain) if pin is not None and pin.ended else None
+        if end is None or sequence > end.sequence:  # what lies behind the end is no matter of hashes
+            return ""
+        if sequence == end.sequence and entry_hash != end.entry_hash:
+            return f"not the entry {sequence} key {signer} ended with"
+        way = self._ways.get(chain)
+        if way is not None and sequence > way.after and entry_hash not in way.hashes:
+            return f"does not lead to the entry key {signer} ended with"
+        return ""
+
+    def proven_from(self, node: str, chain: str) -> int:
+        """The highest signed end of a chain: what ended keys signed is proven once that is read."""
+        pins = (pin for pin in self._pins.values() if pin.node == node and pin.ended)
+        return max((pin.ends[chain].sequence for pin in pins if chain in pin.ends), default=0)
+
+    def require_not_followed(self, node: str, signer: str, chain: str, head_at: int) -> None:
         """Raise KeyEndedError when a chain has passed a retired key's end already; `head_at`: µs since 1970.
 
         Its owner could sign for then, dated back, what a key that followed has not.
         """
         pin = self._pins.get((node, signer))
-        if pin is not None and pin.retired_at is not None and head_at > pin.retired_at:
+        if pin is None or chain in pin.ends:
+            return
+        if pin.retired_at is not None and head_at > pin.retired_at:
             raise KeyEndedError(
                 f"signed by the retired key {pin.fingerprint} of node {pin.node}, behind entries of later",
                 hint="find out who has that key",
@@ -248,9 +298,13 @@ class TrustStore:
         return [(pin.node, pin.public_key) for pin in self._pins.values() if pin.node == node]
 
     def known_up_to(self, node: str, signer: str, chain: str) -> int:
-        """Of a revoked key: the last entry of a chain it still counts for; 0: none, or it is not revoked."""
+        """Of a key that has ended: the last entry of a chain it still counts for, as far as that is known."""
         pin = self._pins.get((node, signer))
-        return pin.trusted_to.get(chain, 0) if pin is not None and pin.revoked else 0
+        if pin is None or not pin.ended:
+            return 0
+        if chain in pin.ends:
+            return pin.ends[chain].sequence
+        return pin.trusted_to.get(chain, 0) if pin.revoked else 0
 
     def _check_unsigned(self, node: str) -> None:
         if any(pin.node == node for pin in self._pins.values()):
@@ -276,6 +330,15 @@ class TrustStore:
 def _check_counted(pin: PinnedKey, signed: Signed | None) -> None:
     """Raise SignatureError unless a key that has ended counted for what it signed."""
     hint = "if the node has a new key, pin it with `syncctl node add-peer`"
+    end = pin.ends.get(signed.chain) if signed is not None and signed.sequence else None
+    if signed is not None and end is not None:
+        if signed.sequence > end.sequence:
+            raise KeyEndedError(
+                f"signed by key {pin.fingerprint} of node {pin.node} behind its end, entry {end.sequence}",
+                hint=hint,
+                said=True,
+            )
+        return
     if pin.revoked:
         known = pin.trusted_to.get(signed.chain, 0) if signed is not None else 0
         if signed is None or not 0 < signed.sequence <= known:

@@ -45,6 +45,12 @@ _AWAY = frozenset(
         KafkaError.NOT_COORDINATOR,
     }
 )
+_REFUSALS = {
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED: "authorization",
+    KafkaError.SASL_AUTHENTICATION_FAILED: "authentication",
+    KafkaError._AUTHENTICATION: "authentication",
+    KafkaError._SSL: "tls",
+}
 
 
 def kafka_error(error: KafkaError, doing: str) -> VsqlSyncError:
@@ -53,12 +59,13 @@ def kafka_error(error: KafkaError, doing: str) -> VsqlSyncError:
     if error.code() in _AWAY or error.retriable():
         return TransientError(text, hint="vsql-sync goes on by itself when the brokers answer")
     if error.code() in (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED):
-        return BrokerError(text, hint="grant this principal what `syncctl kafka acls` prints")
+        hint = "grant this principal what `syncctl kafka acls` prints"
+        return BrokerError(text, hint=hint).refusing("authorization")
     if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
         return BrokerError(
             text, hint="lower limits.message_max_bytes, or raise the broker's message.max.bytes"
         )
-    return BrokerError(text)
+    return BrokerError(text).refusing(_REFUSALS.get(error.code(), ""))
 
 
 def is_unknown_topic(exception: KafkaException) -> bool:

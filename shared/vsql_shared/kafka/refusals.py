@@ -53,20 +53,22 @@ def explain(settings: Settings, error: KafkaError | None) -> VsqlSyncError | Non
         return BrokerError(
             f"{where} refuses user {security.username} ({security.mechanism}): {_words(error)}",
             hint="check kafka.security: username, password and mechanism",
-        )
+        ).refusing("authentication")
     reason = tls.refusal(host, port, _means(security)) if security.uses_tls else None
     if reason is not None:
         return BrokerError(
             f"no TLS with {where}: {reason.text}", hint=f"{reason.hint} (kafka.security.ca_path, cert_path)"
-        )
+        ).refusing("tls")
     if error is not None and error.code() == _SSL:
-        return BrokerError(f"no TLS with {where}: {_words(error)}", hint="check kafka.security")
+        return BrokerError(f"no TLS with {where}: {_words(error)}", hint="check kafka.security").refusing(
+            "tls"
+        )
     if error is None and (security.uses_tls or not tls.spoken(host, port)):
         return None
     return BrokerError(
         f"{where} ends the connection although kafka.security.protocol is {security.protocol}",
         hint="set the protocol of the brokers' listener: SSL or SASL_SSL where it has TLS",
-    )
+    ).refusing("tls")
 
 
 def _means(security: KafkaSecurity) -> tls.Means:

@@ -71,6 +71,15 @@ _ADVICE = (
     (r"connection refused|no such file", "check host and port, and that the server runs"),
     (r"must be superuser or replication role|replication role", "ALTER ROLE … REPLICATION"),
 )
+# What of these means that we are not let in.
+_REFUSALS = (
+    (
+        r"authentication failed|no password supplied|no pg_hba.conf entry|not permitted to log in",
+        "authentication",
+    ),
+    (r"permission denied|replication role", "authorization"),
+    (r"SSL|TLS|certificate", "tls"),
+)
 # Data and constraint errors: the primary message quotes values.
 _TELLING_CLASSES = ("22", "23")
 
@@ -199,12 +208,13 @@ def _connect_error(error: psycopg.Error, parameters: dict[str, str]) -> VsqlSync
         return DatabaseError(
             f"cannot connect {_where(parameters)}: no TLS: {refused.text}",
             hint=f"{refused.hint} (sslrootcert, sslcert)",
-        )
+        ).refusing("tls")
     advice = next((say for pattern, say in _ADVICE if re.search(pattern, reason, re.IGNORECASE)), "")
     message = f"cannot connect {_where(parameters)}: {reason}"
     if _PASSING.search(reason):
         return TransientError(message, hint=advice)
-    return DatabaseError(message, hint=advice or "check the connection string")
+    cause = next((cause for pattern, cause in _REFUSALS if re.search(pattern, reason, re.IGNORECASE)), "")
+    return DatabaseError(message, hint=advice or "check the connection string").refusing(cause)
 
 
 def _connect_reason(text: str, parameters: dict[str, str]) -> str:

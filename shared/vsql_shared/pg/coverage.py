@@ -49,7 +49,7 @@ ORDER BY d.chain, d.dek_id
 _UNAPPLIED = """
 SELECT a.chain, a.dek_id, count(*) FROM vsql_sync.vsql_sync_audit a
 WHERE a.event_type = 'replication_batch' AND a.dek_id = ANY(%s) AND EXISTS (
-    SELECT FROM vsql_sync.stream_targets t
+    SELECT FROM vsql_sync.counted_targets t
     WHERE t.chain = a.chain AND t.target <> '*' AND t.acked_sequence < a.sequence)
 GROUP BY a.chain, a.dek_id
 """

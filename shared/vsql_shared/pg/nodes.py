@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from vsql_shared.crypto.signing import fingerprint
 from vsql_shared.errors import RefusedError
-from vsql_shared.pg import migrate, oplog
+from vsql_shared.pg import key_ends, migrate, oplog
 from vsql_shared.pg.connect import Connection, errors
 
 
@@ -195,6 +195,7 @@ def _set_own_key(conn: Connection, name: str, public_key: bytes, before: bytes |
                 hint="point audit.signing_key_path at the key the node was initialised with; to change it,"
                 f" `syncctl key retire --fingerprint {fingerprint(before)}` first",
             )
+        key_ends.require_announced(conn, fingerprint(before), print_)
         if not used:
             conn.execute("DELETE FROM vsql_sync.signers WHERE node_name = %s", (name,))
     conn.execute(

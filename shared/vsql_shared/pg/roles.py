@@ -64,6 +64,7 @@ _SERVICE = {
     # Emptied slot by slot.
     **{f"batch_leaves_{slot:02}": "TRUNCATE" for slot in range(SLOTS)},
     "audit_watch": "INSERT, UPDATE",
+    "signed_ends": "INSERT",
 }
 # Table of vsql_sync → what the role may do beside SELECT on all of them.
 WRITES: dict[str, dict[str, str]] = {
@@ -117,6 +118,9 @@ _TOMBSTONES = "tombstones_"
 _LOG_AUDIT = "vsql_sync.log_audit(text, text, text, jsonb, jsonb, boolean, text)"
 _NOTE_BREAK = "vsql_sync.note_audit_break(text, text, bigint, text, text)"
 _END_BREAKS = "vsql_sync.end_audit_breaks(text, text)"
+_FORGET_ACKS = "vsql_sync.forget_acknowledgements(text, text)"
+_NOTE_REFUSAL = "vsql_sync.note_refused_connection(text, text, text, text, text)"
+_COUNTED = "vsql_sync.require_counted(text, text, bigint)"
 _PARTITION = "vsql_sync.ensure_audit_partition(timestamp with time zone)"
 _PRUNE = ("vsql_sync.prune_audit(text, bigint)", "vsql_sync.drop_empty_audit_partitions()")
 
@@ -188,8 +192,11 @@ def grant_schema(conn: Connection) -> None:
             _grant(conn, f"EXECUTE ON FUNCTION {_LOG_AUDIT}", role)
         for role in (PRODUCER, CONSUMER, ADMIN):
             _grant(conn, f"EXECUTE ON FUNCTION {_PARTITION}", role)
+            _grant(conn, f"EXECUTE ON FUNCTION {_COUNTED}", role)
+            _grant(conn, f"EXECUTE ON FUNCTION {_NOTE_REFUSAL}", role)
             _grant(conn, f"EXECUTE ON FUNCTION {_NOTE_BREAK}", role)
             _grant(conn, f"EXECUTE ON FUNCTION {_END_BREAKS}", role)
+        _grant(conn, f"EXECUTE ON FUNCTION {_FORGET_ACKS}", PRODUCER)
         for function in _PRUNE:
             _grant(conn, f"EXECUTE ON FUNCTION {function}", ADMIN)
         for name in names:

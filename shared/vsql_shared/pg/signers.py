@@ -5,6 +5,8 @@ Not here: pinning (nodes.py), and what a signature is worth (crypto/signing.py).
 * Nothing is deleted: what a key signed while it counted must stay verifiable.
 * A retired key counts for what its node says it signed up to that moment. A revoked one counts only up to the
   entry of each chain that this node had seen by then, whatever time stands in an entry: a thief backdates.
+* Once the node's next key has signed where a key ended (key_ends.py), that counts instead, chain by chain.
+* Of this node's own key its end is fixed here and now: no entry is added behind it (SQL 021).
 * Each end is one line of the operators' log.
 """
 
@@ -16,9 +18,9 @@ from psycopg.types.json import Jsonb
 
 from vsql_shared.audit.chain import writer_of
 from vsql_shared.audit.rows import microseconds
-from vsql_shared.crypto.signing import PinnedKey, fingerprint
+from vsql_shared.crypto.signing import End, PinnedKey, fingerprint
 from vsql_shared.errors import ChainError, RefusedError, UserError
-from vsql_shared.pg import oplog
+from vsql_shared.pg import key_ends, oplog
 from vsql_shared.pg.connect import Connection, errors
 
 
@@ -31,10 +33,11 @@ def load(conn: Connection, node: str | None = None) -> list[PinnedKey]:
             " ORDER BY fingerprint",
             {"node": node},
         ).fetchall()
-    return [
+    keys = [
         PinnedKey(name, bytes(key), print_, revoked, microseconds(retired) if retired else None, trusted_to)
         for name, key, print_, revoked, retired, trusted_to in rows
     ]
+    return key_ends.with_ends(conn, keys)
 
 
 def former(conn: Connection, node: str) -> tuple[PinnedKey, ...]:
@@ -79,14 +82,21 @@ def adopt(conn: Connection, keys: Iterable[PinnedKey]) -> None:
             oplog.record(conn, "signer.pin", "node", key.node, new=new)
 
 
-def retire(conn: Connection, fingerprint: str, reason: str) -> str:
-    """A node hands over to another key; returns its name."""
-    return _end(conn, "retire", fingerprint, reason)
+def retire(conn: Connection, fingerprint: str, reason: str, handover: bytes = b"") -> str:
+    """A node hands over to another key; returns its name. `handover`: the key's own word for the next one."""
+    with errors("ending a signing key"), conn.transaction():
+        owner = _end(conn, "retire", fingerprint, reason)
+        if handover:
+            conn.execute(
+                "UPDATE vsql_sync.signers SET handover = %s WHERE fingerprint = %s", (handover, fingerprint)
+            )
+    return owner
 
 
 def revoke(conn: Connection, fingerprint: str, reason: str) -> dict[str, int]:
     """Nothing more by this key counts; returns chain → the last entry it is still trusted for here."""
     with errors("ending a signing key"), conn.transaction():
+        key_ends.hold_writers(conn)
         owner = _end(conn, "revoke", fingerprint, reason)
         rows = conn.execute(
             "SELECT chain, max(sequence) FROM (SELECT chain, sequence FROM vsql_sync.chain_heads"
@@ -96,6 +106,7 @@ def revoke(conn: Connection, fingerprint: str, reason: str) -> dict[str, int]:
         conn.execute(
             "UPDATE vsql_sync.signers SET trusted_to = %s WHERE fingerprint = %s", (Jsonb(seen), fingerprint)
         )
+        key_ends.fix_own(conn, owner, fingerprint)
     return seen
 
 
@@ -118,11 +129,17 @@ def own_heads(conn: Connection, fingerprint: str) -> list[tuple[str, int, str]]:
     ]
 
 
-def trust_up_to(conn: Connection, fingerprint: str, chain: str, sequence: int, reason: str) -> str:
-    """Trust a revoked key for more entries of a chain; its owner. Whoever calls has verified them."""
+def trust_up_to(
+    conn: Connection, fingerprint: str, chain: str, sequence: int, told: bytes, reason: str
+) -> str:
+    """Trust a revoked key for more entries of a chain; its owner. Whoever calls has verified them.
+
+    `told`: the last one's hash. Of this node's own key that moves its end, as long as nobody was told.
+    """
     if not reason.strip():
         raise UserError("trusting a revoked key further needs a reason", hint='--reason "…"')
     with errors("trusting a revoked key further"), conn.transaction():
+        key_ends.hold_writers(conn)
         row = conn.execute(
             "UPDATE vsql_sync.signers SET trusted_to = trusted_to || jsonb_build_object(%(chain)s::text,"
             " greatest(%(to)s, coalesce((trusted_to ->> %(chain)s)::bigint, 0)))"
@@ -133,6 +150,7 @@ def trust_up_to(conn: Connection, fingerprint: str, chain: str, sequence: int, r
             raise RefusedError(f"no key {fingerprint} was revoked here", hint="see `syncctl key inventory`")
         if not _is_of(chain, row[0]):
             raise RefusedError(f"chain {chain} is not one of node {row[0]}")
+        key_ends.move_own(conn, row[0], fingerprint, chain, End(sequence, told))
         new = {"fingerprint": fingerprint, "chain": chain, "sequence": sequence, "reason": reason.strip()}
         oplog.record(conn, "signer.trust", "node", row[0], new=new)
     return str(row[0])

@@ -1,0 +1,308 @@
+"""Where signing keys ended: this node's own, to be said in its chains, and peers', as their chains say it.
+
+Not here: what an end is worth (crypto/signing.py), the entries' form (audit/key_ends.py), an operator's act
+(signers.py). Rules:
+
+* A row of `signed_ends` counts as far as its document does: a living key of the key's node signed it, and it
+  says what the row says. Nobody who may write rows can move an end.
+* The end of an own key that was revoked is fixed in the transaction of the act: what this node's table has by
+  then. A thief's entry that lies in Kafka and not in the table is not in the chain.
+* The end of an own key that was handed over: the last entry it signed in the chain the next key goes on with.
+* Each chain says its own end; chains that nobody writes any more are named in all others of the node.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from psycopg.types.json import Jsonb
+
+from vsql_shared.audit.chain_names import writer_of
+from vsql_shared.audit.dsse import SignedDocument, document_hash
+from vsql_shared.audit.entries import SIGNING_KEY_ENDED, ZERO_HASH
+from vsql_shared.audit.key_ends import RETIRED, REVOKED, KeyEnd, lesser, living, require_handover, said_in
+from vsql_shared.crypto.signing import End, PinnedKey
+from vsql_shared.errors import ChainError, DecodeError, EnvironmentFault, RefusedError, SignatureError
+from vsql_shared.names import ack_chain
+from vsql_shared.pg.connect import Connection, errors
+
+if TYPE_CHECKING:
+    from vsql_shared.crypto.signing import Signer
+
+_log = logging.getLogger(__name__)
+
+_LOCK_KEY = 1987277165
+"""As SQL 021 has it."""
+_ROWS = (
+    "SELECT fingerprint, chain, sequence, entry_hash, document FROM vsql_sync.signed_ends ORDER BY 1, 2, 3"
+)
+_NOTE = (
+    "INSERT INTO vsql_sync.signed_ends (fingerprint, chain, sequence, entry_hash, said_by, document)"
+    " VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING"
+)
+# Chains this node writes: its streams' and its acknowledgements'.
+_WRITTEN = (
+    "SELECT chain, direction FROM vsql_sync.streams WHERE state <> 'FINISHED'"
+    " AND (origin = %(node)s AND direction = 'out' OR direction = 'in')"
+)
+_SIGNED = (
+    "SELECT DISTINCT ON (chain) chain, sequence, document FROM vsql_sync.vsql_sync_audit"
+    " WHERE signer_key = %s ORDER BY chain, sequence DESC"
+)
+
+
+def with_ends(conn: Connection, keys: list[PinnedKey]) -> list[PinnedKey]:
+    """These keys, with the ends that were signed since. All keys of a node must be among them."""
+    if not any(key.ended for key in keys):
+        return keys
+    with errors("reading where signing keys ended"):
+        cluster = conn.execute("SELECT cluster FROM vsql_sync.nodes WHERE is_local").fetchone()
+        rows = conn.execute(_ROWS).fetchall()
+        own = dict(
+            conn.execute(
+                "SELECT fingerprint, ended_heads FROM vsql_sync.signers"
+                " WHERE revoked_at IS NOT NULL AND ended_heads <> '{}'"
+            ).fetchall()
+        )
+    if cluster is None:
+        return keys
+    found: dict[str, dict[str, End]] = {}
+    owner = {key.fingerprint: key.node for key in keys}
+    alive = {node: tuple(sorted(living(keys, node).items())) for node in set(owner.values())}
+    for print_, chain, sequence, entry_hash, document in rows:
+        node = owner.get(print_, "")
+        said = _said(bytes(document), cluster[0], node, alive.get(node, ()))
+        end = End(sequence, bytes(entry_hash))
+        if said is not None and said.key == print_ and said.ends.get(chain) == end:
+            ends = found.setdefault(print_, {})
+            ends[chain] = lesser(ends.get(chain), end)
+    for print_, heads in own.items():
+        fixed = {chain: End(sequence, bytes.fromhex(digest)) for chain, (sequence, digest) in heads.items()}
+        found[print_] = found.get(print_, {}) | fixed
+    return [replace(key, ends=found[key.fingerprint]) if key.fingerprint in found else key for key in keys]
+
+
+@lru_cache(maxsize=1024)
+def _said(document: bytes, cluster: str, node: str, alive: tuple[tuple[str, bytes], ...]) -> KeyEnd | None:
+    """A service looks at its keys several times a second; a signature is verified once."""
+    return said_in(document, cluster, node, dict(alive))
+
+
+def note(conn: Connection, keys: Iterable[PinnedKey], cluster: str, node: str, encoded: bytes) -> bool:
+    """Remember an entry that says where a key of `node` ended; False when it says nothing that counts."""
+    pins = list(keys)
+    alive = living(pins, node)
+    said = said_in(encoded, cluster, node, alive)
+    ended = next((key for key in pins if said and (key.node, key.fingerprint) == (node, said.key)), None)
+    if said is None or ended is None or not ended.ended:
+        return False
+    signer = SignedDocument.decode(encoded).signer
+    try:
+        if said.handover:
+            require_handover(said, cluster, node, ended.public_key, signer)
+    except (DecodeError, SignatureError) as error:
+        _log.error("an entry that says where a signing key ended does not count: %s", error)
+        return False
+    with errors("noting where a signing key ended"):
+        for chain, end in said.ends.items():
+            conn.execute(_NOTE, (said.key, chain, end.sequence, end.entry_hash, signer, encoded))
+    return True
+
+
+def unsaid(keys: Iterable[PinnedKey], node: str, chain: str) -> bool:
+    """Whether a key of the node has ended, and the node has not said where it did in this chain."""
+    return any(key.node == node and key.ended and chain not in key.ends for key in keys)
+
+
+# This node's own keys
+
+
+def require_announced(conn: Connection, former: str, following: str) -> None:
+    """Raise RefusedError when a key that was handed over named another one than the next."""
+    row = conn.execute("SELECT handover FROM vsql_sync.signers WHERE fingerprint = %s", (former,)).fetchone()
+    if row is None or row[0] is None:
+        return
+    document = SignedDocument.decode(bytes(row[0]))
+    if json.loads(document.payload).get("next") != following:
+        raise RefusedError(
+            f"key {former} was handed over to another key than {following}",
+            hint="configure the key that was given to `syncctl key retire --next`",
+        )
+
+
+def hold_writers(conn: Connection) -> None:
+    """Wait for entries that are being added; in the transaction that fixes an end."""
+    conn.execute("SELECT pg_catalog.pg_advisory_xact_lock(%s::bigint)", (_LOCK_KEY,))
+
+
+def fix_own(conn: Connection, owner: str, fingerprint: str) -> None:
+    """The end of this node's own key is what its table has now; of another node's there is nothing to fix."""
+    if not _is_local(conn, owner):
+        return
+    heads = {chain: [end.sequence, end.entry_hash.hex()] for chain, end in _signed(conn, fingerprint).items()}
+    conn.execute(
+        "UPDATE vsql_sync.signers SET ended_heads = %s WHERE fingerprint = %s", (Jsonb(heads), fingerprint)
+    )
+
+
+def move_own(conn: Connection, owner: str, fingerprint: str, chain: str, end: End) -> None:
+    """An entry the table lacked is the own key's last one: told by a peer that has it."""
+    if not _is_local(conn, owner):
+        if any(key.fingerprint == fingerprint and chain in key.ends for key in load_own(conn, owner)):
+            raise RefusedError(
+                f"node {owner} has said, signed by its next key, where key {fingerprint} ended in {chain}",
+                hint="what lies behind that does not count",
+            )
+        return
+    said = conn.execute(
+        "SELECT 1 FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND sequence > coalesce("
+        " (SELECT (ended_heads -> %s::text ->> 0)::bigint FROM vsql_sync.signers WHERE fingerprint = %s), 0)"
+        " LIMIT 1",
+        (chain, chain, fingerprint),
+    ).fetchone()
+    if said is not None:
+        raise RefusedError(
+            f"chain {chain} has gone on behind the end of key {fingerprint}: it cannot be moved any more",
+            hint="targets that hold more are to be initialised anew",
+        )
+    conn.execute(
+        "UPDATE vsql_sync.signers SET ended_heads = ended_heads || jsonb_build_object(%s::text, %s::jsonb)"
+        " WHERE fingerprint = %s",
+        (chain, Jsonb([end.sequence, end.entry_hash.hex()]), fingerprint),
+    )
+
+
+def _is_local(conn: Connection, node: str) -> bool:
+    row = conn.execute("SELECT node_id FROM vsql_sync.nodes WHERE is_local").fetchone()
+    return row is not None and row[0] == node
+
+
+def _signed(conn: Connection, fingerprint: str) -> dict[str, End]:
+    """Chain → the last entry a key signed in this node's table."""
+    with errors("looking for the last entries of a signing key"):
+        rows = conn.execute(_SIGNED, (fingerprint,)).fetchall()
+    return {chain: End(sequence, document_hash(bytes(document))) for chain, sequence, document in rows}
+
+
+def require_signing(conn: Connection, signer: Signer | None) -> None:
+    """Raise EnvironmentFault when this node's configured key has ended here: it signs nothing any more."""
+    if signer is None:
+        return
+    with errors("looking whether the signing key has ended"):
+        row = conn.execute(
+            "SELECT CASE WHEN revoked_at IS NOT NULL THEN 'revoked' ELSE 'retired' END FROM vsql_sync.signers"
+            " WHERE fingerprint = %s AND coalesce(revoked_at, retired_at) IS NOT NULL",
+            (signer.fingerprint,),
+        ).fetchone()
+    if row is not None:
+        raise EnvironmentFault(
+            f"the configured signing key {signer.fingerprint} was {row[0]} on this node",
+            hint="point audit.signing_key_path (or _label) at the next one, `syncctl node init`, restart",
+        )
+
+
+def own_pins(conn: Connection, node: str, chain: str) -> list[PinnedKey]:
+    """Whose signatures count on a chain of this node: its keys, each up to where it ended.
+
+    A key that was handed over counts as if it lived, until the next one has said where it ended.
+    """
+    keys = load_own(conn, node)
+    if unsaid(keys, node, chain):
+        _remember_said(conn, node, keys)
+        keys = load_own(conn, node)
+    return [key if key.revoked or chain in key.ends else replace(key, retired_at=None) for key in keys]
+
+
+def _remember_said(conn: Connection, node: str, keys: list[PinnedKey]) -> None:
+    """Note what this node's own table has of ends that were said."""
+    with errors("looking which ends of keys were said"):
+        cluster = conn.execute("SELECT cluster FROM vsql_sync.nodes WHERE is_local").fetchone()
+        rows = conn.execute(
+            "SELECT document FROM vsql_sync.audit_documents WHERE event_type = %s AND chain IS NOT NULL",
+            (SIGNING_KEY_ENDED,),
+        ).fetchall()
+    if cluster is not None:
+        learn(conn, keys, cluster[0], node, (bytes(document) for (document,) in rows))
+
+
+def load_own(conn: Connection, node: str) -> list[PinnedKey]:
+    """This node's keys, as they are."""
+    from vsql_shared.pg import signers
+
+    return signers.load(conn, node)
+
+
+def owed(
+    conn: Connection, cluster: str, node: str, chain: str, signer: Signer | None
+) -> list[dict[str, Any]]:
+    """Details of the entries this chain has yet to say, signed by `signer`; what is said is remembered."""
+    keys = load_own(conn, node)
+    ended = [
+        key for key in keys if key.ended and signer is not None and key.fingerprint != signer.fingerprint
+    ]
+    if not ended or signer is None:
+        return []
+    said: dict[str, set[str]] = {}
+    with errors("looking which ends of keys a chain says"):
+        rows = conn.execute(
+            # Also what was kept when the chain was pruned.
+            "SELECT document FROM vsql_sync.audit_documents WHERE chain = %s AND event_type = %s"
+            " ORDER BY sequence",
+            (chain, SIGNING_KEY_ENDED),
+        ).fetchall()
+    for (document,) in rows:
+        found = said_in(bytes(document), cluster, node, {signer.fingerprint: signer.public_key})
+        if found is not None:
+            said.setdefault(found.key, set()).update(found.ends)
+            note(conn, keys, cluster, node, bytes(document))
+    details: list[dict[str, Any]] = []
+    for key in ended:
+        if chain not in said.get(key.fingerprint, ()):
+            details += _ends_of(conn, node, chain, key).as_details()
+    return details
+
+
+def _ends_of(conn: Connection, node: str, chain: str, key: PinnedKey) -> KeyEnd:
+    """What `chain` says of a key: its own end, and those of chains that nobody writes any more."""
+    # One that was revoked before ends were fixed has none.
+    ends = dict(key.ends) if key.revoked and key.ends else _signed(conn, key.fingerprint)
+    with errors("looking which chains are written"):
+        rows = conn.execute(_WRITTEN, {"node": node}).fetchall()
+        row = conn.execute(
+            "SELECT handover FROM vsql_sync.signers WHERE fingerprint = %s", (key.fingerprint,)
+        ).fetchone()
+    written = {ack_chain(name, node) if direction == "in" else name for name, direction in rows}
+    told = {name: end for name, end in ends.items() if name not in written and _is_of(name, node)}
+    handover = bytes(row[0]) if row is not None and row[0] is not None and not key.revoked else b""
+    if chain in ends or not _is_pruned(conn, chain):
+        told[chain] = ends.get(chain, End(0, ZERO_HASH))
+    return KeyEnd(key.fingerprint, REVOKED if key.revoked else RETIRED, told, handover)
+
+
+def _is_pruned(conn: Connection, chain: str) -> bool:
+    """Whether a key's entries may be there no more: then it cannot be said that it signed none."""
+    with errors("looking where a chain was pruned"):
+        row = conn.execute("SELECT 1 FROM vsql_sync.audit_bases WHERE chain = %s", (chain,)).fetchone()
+    return row is not None
+
+
+def _is_of(chain: str, node: str) -> bool:
+    try:
+        return writer_of(chain) == node
+    except ChainError:
+        return False
+
+
+def learn(
+    conn: Connection, keys: Iterable[PinnedKey], cluster: str, node: str, documents: Iterable[bytes]
+) -> bool:
+    """Note what documents of a chain say of its writer's keys; whether any says something."""
+    pins, learned = list(keys), False
+    for encoded in documents:
+        learned = note(conn, pins, cluster, node, encoded) or learned
+    return learned
