@@ -66,7 +66,7 @@ def _many(conn: Connection, count: int) -> list[int]:
 
 def _run_as(conn: Connection, role: str, statement: str) -> None:
     with conn.transaction():
-        conn.execute(f"SET LOCAL ROLE {role}".encode())
+        conn.execute(f'SET LOCAL ROLE "{role}"'.encode())
         conn.execute(statement.encode())
 
 
@@ -222,7 +222,7 @@ def test_a_client_that_may_only_insert_gets_its_ids_and_cannot_touch_where_they_
                 "SELECT vsql_sync.snowflake_advance()", "SELECT vsql_sync.snowflake_restart('mine')",
             ):  # fmt: skip
                 with pytest.raises(psycopg.errors.InsufficientPrivilege):
-                    client.execute(statement.encode())
+                    _run_as(client, "ids client", statement)
     finally:
         conn.execute('DROP TABLE IF EXISTS public.orders; DROP OWNED BY "ids client"; DROP ROLE "ids client"')
 
