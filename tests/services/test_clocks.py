@@ -208,6 +208,7 @@ def alone(sides: tuple[Side, Side]) -> Iterator[tuple[Side, Side, Turns, Lens]]:
     a, b = sides
     with ExitStack() as closing:
         turns = until(lambda: _open(b, closing), 60)
+        assert turns is not None
         turns.look(("node-a",))
         lens = Lens(b.settings)
         closing.callback(lens.close)
