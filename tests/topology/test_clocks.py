@@ -18,6 +18,7 @@ from tests.nodes import Node, TwoNodes
 from tests.stack import Stack
 from tests.stack.postgres import PostgresServer
 from tests.waiting import until
+from vsql_shared.errors import DatabaseError, RefusedError
 
 pytestmark = pytest.mark.topology
 
@@ -139,6 +140,26 @@ def test_ids_of_a_database_whose_clock_is_set(scene: tuple[TwoNodes, Wrong]) -> 
         given += [row[0] for row in client.execute(take)]
         assert given == sorted(set(given))
         assert client.execute("SELECT count(*) FROM made").fetchone() == (len(given),)
+
+
+def test_a_service_that_needs_a_kept_clock_does_not_start_with_this_one(
+    scene: tuple[TwoNodes, Wrong],
+) -> None:
+    """Either nobody keeps this host's clock, or the database's is far from it."""
+    pair, wrong = scene
+    b = pair.b
+    wrong.set(7)
+    section = "[replication.clock_sync]"
+    b.config.write_text(b.config.read_text().replace(section, f"{section}\nrequire_ntp = true"))
+    code = b.start("consumer").wait(60)
+    b.services.clear()
+    said = b.tail("consumer")
+    if "not synchronised" in said or "nothing on this host says" in said:
+        assert code == RefusedError.exit_code
+        assert "replication.clock_sync.require_ntp = true" in said
+    else:
+        assert code == DatabaseError.exit_code
+        assert "from this host's" in said
 
 
 def _tell(pair: TwoNodes) -> str:

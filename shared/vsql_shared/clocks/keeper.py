@@ -78,6 +78,8 @@ class ClockKeeper:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="clocks", daemon=True)
         self._said = ""
+        self._signer: Signer | None = None
+        self._signer_is_open = False
 
     def start(self) -> None:
         """Begin."""
@@ -125,14 +127,21 @@ class ClockKeeper:
             while not (peers := clocks.peers(conn)):
                 if self._stop.wait(_LOOK_SECONDS):
                     return
-            from vsql_shared.kms import open_signer
-
+            signer = self._open_signer()
             with contextlib.ExitStack() as closing:
-                turns = Turns(settings, conn, open_signer(settings), closing)
+                turns = Turns(settings, conn, signer, closing)
                 turns.look(peers)
                 self._said = ""
                 while not self._stop.is_set():
                     turns.turn()
+
+    def _open_signer(self) -> Signer | None:
+        """Once: a session at a token or a key service stays open as long as the process."""
+        from vsql_shared.kms import open_signer
+
+        if not self._signer_is_open:
+            self._signer, self._signer_is_open = open_signer(self._settings), True
+        return self._signer
 
 
 class Turns:
