@@ -63,7 +63,7 @@ _FRESH_LOOK_SECONDS = 60.0
 _ASK_KAFKA_SECONDS = 5.0
 _SLICE = 100
 _REST_SECONDS = 0.2
-"""After a slice that was full: a flood gets a tenth of a processor, whatever it is."""
+"""After a slice that was full: a flood gets a part of a processor, whatever it is."""
 _HOST_SECONDS = 60.0
 _GRACE_SECONDS = 10.0
 _FLUSH_SECONDS = 1.0
