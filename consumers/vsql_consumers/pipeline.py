@@ -235,13 +235,12 @@ class Pipeline:
                 self.finished = True
 
     def _hold_pci(self, ready: Ready) -> None:
-        """Raise TransientError before a batch with PCI data while the clocks are too far apart."""
+        """Raise SkewError before a batch with PCI data while the clocks are too far apart."""
         if ready.entry is None or not ready.entry.contains_pci or ready.skipped:
             return
-        if (why := self._skew.too_far()) is not None:
-            if not self._group.fragments:
-                self._flush()  # what came before does not wait
-            raise self._skew.refusal(why)
+        if self._skew.too_far() is not None and not self._group.fragments:
+            self._flush()  # what came before does not wait
+        self._skew.require_near()
 
     def _take_batch(self, ready: Ready, entry: AuditEntry) -> None:
         found = self._open(ready, entry)

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 _ASK_SECONDS = 1.0
 
 
+class SkewError(TransientError):
+    """PCI data was met while the clocks are too far apart: the stream holds until they are not."""
+
+
 class SkewGuard:
     """Of one stream: its source's clock against ours."""
 
@@ -38,17 +42,18 @@ class SkewGuard:
             found, self._asked = clocks.fresh(self._conn, self._origin), now
             self._why = None
             if found is not None and found.surely_us > self._limit_ms * 1000:
-                self._why = (
-                    f"PCI data of node {self._origin} waits: the clock of its database is"
-                    f" {found.offset_us / 1e6:+.3f} s from ours (± {found.uncertainty_us / 1e6:.3f} s)"
-                )
+                offset, unsure = found.offset_us / 1e6, found.uncertainty_us / 1e6
+                whose = f"the clock of node {self._origin}'s database"
+                self._why = f"for {whose}, {offset:+.3f} s from ours (± {unsure:.3f} s)"
         return self._why
 
-    def refusal(self, why: str) -> TransientError:
-        """To be raised: it is tried again."""
-        return TransientError(
-            why, hint=f"set both clocks; [conflict] max_clock_skew_ms = {self._limit_ms} is their limit"
-        )
+    def require_near(self) -> None:
+        """Raise SkewError while data that must not be applied now waits."""
+        if (why := self.too_far()) is not None:
+            raise SkewError(
+                f"PCI data waits {why}",
+                hint=f"set both clocks; [conflict] max_clock_skew_ms = {self._limit_ms} is their limit",
+            )
 
 
 class FutureCommits:

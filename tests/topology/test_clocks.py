@@ -111,7 +111,8 @@ def test_a_database_whose_clock_is_set(scene: tuple[TwoNodes, Wrong]) -> None:
     a.execute("INSERT INTO notes VALUES (1, 'no card')")
     until(lambda: _count(b, "notes") == 1, 60, lambda: _tell(pair))
     a.execute("INSERT INTO cards VALUES (2, 'must wait')")
-    until(lambda: "PCI data of node-a waits" in b.ctl("status").stdout, 60, lambda: _tell(pair))
+    waits = re.compile(r"^pub\.node-a \(in\): waits for the clock of node node-a's database", re.MULTILINE)
+    until(lambda: waits.search(b.ctl("status").stdout), 60, lambda: _tell(pair))
     a.execute("INSERT INTO notes VALUES (2, 'behind it')")
     assert (_count(b, "cards"), _count(b, "notes")) == (1, 1)
 

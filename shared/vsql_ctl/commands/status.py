@@ -236,6 +236,8 @@ def _standing(one: StreamStatus) -> Iterator[str]:
         yield "was never started; `syncctl start`"
     if one.init_state == "FINISHED" and one.init_reason:
         yield printable(one.init_reason)
+    if one.state == "waiting" and one.detail.get("waiting_for"):
+        yield f"waits {printable(one.detail['waiting_for'])}"
     if one.desired == "paused":
         yield f"paused: {printable(one.desired_reason)}"
     if one.sequences:
