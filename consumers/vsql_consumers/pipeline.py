@@ -35,6 +35,7 @@ from vsql_consumers.members import PartReceipt, is_alone, is_by_row, part_receip
 from vsql_consumers.parking import PARKED, DeadLetters, Kept, Opens, parked_parts
 from vsql_consumers.replaying import Replay, sign_replays
 from vsql_consumers.shredded import Keys, Shredded
+from vsql_consumers.skew import SkewGuard
 from vsql_consumers.state import Position
 from vsql_consumers.unseal import Descriptor, name_altered, open_batch
 from vsql_consumers.verify import batch_name, verify_batch
@@ -107,6 +108,7 @@ class Pipeline:
         self.position: Position = joining.first_position(means, self._applier, position, skip, decisions)
         limit = settings.conflict.max_clock_skew_ms
         self._clock = writers.DatabaseClock(means.control, stream, limit) if self._contest else None
+        self._skew = SkewGuard(means.control, stream.origin, limit)
         self.acknowledger = means.open_acknowledger()
         self._cosigner = self.acknowledger.cosigner(settings.audit.checkpoint_every)
         self._decided, self._ignored = decisions.transactions, decisions.ignored
@@ -208,6 +210,7 @@ class Pipeline:
 
     def _take(self, ready: Ready) -> None:
         """One entry of the chain."""
+        self._hold_pci(ready)
         self._cosigner.hold(ready.head)
         entry = ready.entry
         if self._members is not None:
@@ -238,6 +241,14 @@ class Pipeline:
                 self._await(self.copy.source_clock)
                 self._flush()
                 self.finished = True
+
+    def _hold_pci(self, ready: Ready) -> None:
+        """Raise SkewError before a batch with PCI data while the clocks are too far apart."""
+        if ready.entry is None or not ready.entry.contains_pci or ready.skipped:
+            return
+        if self._skew.too_far() is not None and not self._group.fragments:
+            self._flush()  # what came before does not wait
+        self._skew.require_near()
 
     def _take_batch(self, ready: Ready, entry: AuditEntry) -> None:
         found = self._open(ready, entry)

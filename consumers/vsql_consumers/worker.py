@@ -35,6 +35,7 @@ from vsql_consumers.pipeline import Pipeline
 from vsql_consumers.quarantine import Refusal, watch
 from vsql_consumers.report import Report
 from vsql_consumers.session import open_applying, open_control, own_trust
+from vsql_consumers.skew import SkewError, SkewGuard
 from vsql_consumers.source import Source, read_chain
 from vsql_consumers.state import Stream
 from vsql_shared import failpoints, names
@@ -91,6 +92,7 @@ class Worker:
         self._signer: Signer | None = None
         self._signer_is_open = False
         self._failures = 0
+        self._skewed = False
         self._obeyed: set[int] = set()
         """Commands that were acted upon and wait for their entry and answer."""
         self._refused = RefusedConnections("consumer", chain, lambda: open_control(settings, chain, None))
@@ -133,7 +135,7 @@ class Worker:
             stream = state.load_stream(conn, settings.cluster.name, self._chain)
             if stream.state == "FINISHED":
                 return True
-            held = state.hold_reason(conn, stream, control.desired)
+            held = state.hold_reason(conn, stream, control.desired) or self._too_skewed(conn, stream)
             if held is not None:
                 self._hold(control, stream, *held)
                 continue
@@ -141,6 +143,15 @@ class Worker:
             if refused is not None:
                 self._refuse(conn, stream, control, refused)
         return True
+
+    def _too_skewed(self, conn: Connection, stream: Stream) -> tuple[str, str] | None:
+        """Why it waits on, once PCI data was met while clocks were too far apart; as state.hold_reason."""
+        if self._skewed:
+            limit = self._settings.conflict.max_clock_skew_ms
+            if (why := SkewGuard(conn, stream.origin, limit).too_far()) is not None:
+                return "waiting", why
+            self._skewed = False
+        return None
 
     def _hold(self, control: Control, stream: Stream, what: str, why: str) -> None:
         """Wait a moment, answering the operator."""
@@ -179,6 +190,9 @@ class Worker:
         try:
             with ExitStack() as closing:
                 self._turn(self._open_pipeline(conn, stream, trusted, closing), stream, control, trusted)
+        except SkewError as error:
+            self._report.failed(error)
+            self._skewed = True
         except VerificationError as error:
             if key_ends.look_ahead(self._settings, conn, stream, trusted) != trusted:
                 _log.info("trusted keys have changed; reading again", extra={"record": error.record})

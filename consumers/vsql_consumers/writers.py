@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from vsql_consumers import purging
 from vsql_consumers.contest import Writer
 from vsql_consumers.contested import Contest, Tombstones
+from vsql_consumers.skew import FutureCommits
 from vsql_shared.changes import TableName, quote_ident
 from vsql_shared.errors import DatabaseError, DivergedError, TransientError
 from vsql_shared.pg.many_writers import TRIGGERS
@@ -171,15 +172,20 @@ class DatabaseClock:
         """What it said, µs since 1970, and when that was known here, by a monotonic clock."""
         self._noted = self._looked = self._purged = float("-inf")
         self._open = False
+        self._future = FutureCommits(conn, stream.origin)
 
     def wait_for(self, commit_time: int) -> None:
         """Return once it is past a commit's time, µs since 1970. Raises TransientError: too far ahead."""
-        limit = self._limit_ms
+        limit, noted = self._limit_ms, False
         while (ahead := commit_time - self._now()) >= 0:
             # What was added since the answer may be wrong; the answer itself is not.
             if (ahead := commit_time - self._now(0.0)) < 0:
                 return
+            if not noted:
+                self._future.came(ahead)
+                noted = True
             if ahead > limit * 1000:
+                self._future.write(now=True)
                 raise TransientError(
                     f"node {self._stream.origin} committed a change {ahead / 1e6:.3f} s from now by the"
                     " clock of this node's database",
@@ -205,6 +211,7 @@ class DatabaseClock:
         """Open tables that may be written now, note the horizon, forget deleted rows. Often is no harm."""
         now, conn = time.monotonic(), self._conn
         self._now()
+        self._future.write()
         if now - self._noted > _HORIZON_SECONDS:
             conn.execute("SELECT vsql_sync.note_horizon()")
             self._noted = now

@@ -74,6 +74,16 @@ def parked_topic(cluster: str) -> str:
     return _topic(cluster, "parked")
 
 
+def clocks_topic(cluster: str) -> str:
+    """Questions and answers about the time, worth nothing after a minute. No data topic has so few parts."""
+    return _topic(cluster, "clocks")
+
+
+def clock_key(asker: str, answerer: str, kind: str) -> bytes:
+    """Kafka key of a question, or of its answer: one for each pair and direction."""
+    return f"{asker}/{answerer}/{kind}".encode()
+
+
 def audit_key(chain: str, epoch: int, incarnation: bytes, sequence: int) -> bytes:
     """Kafka key of an audit entry; unique, so that compaction removes nothing."""
     return f"{chain}/{epoch}/{incarnation.hex()}/{sequence}".encode()

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from tests.audit_history import CHAIN, CLUSTER, A, ordinary, trust
 from tests.audit_segments import KEYS as SEGMENT_KEYS
 from tests.audit_segments import base, encoded, segment
-from tests.fuzz import bundles, log_files
+from tests.fuzz import bundles, clock_messages, log_files
 from tests.unit import sealed_chain
 from tests.unit.apply_tuples import UNSENT, delete, insert, tuple_data, update
 from vsql_consumers import frames
@@ -503,6 +503,9 @@ PARSERS: dict[str, Parser] = {
     "document": Parser(_document, _documents),
     "entry": Parser(_entry, _entries),
     "announcement": Parser(_announcement, _announcements),
+    "clock-question": Parser(clock_messages.question, clock_messages.questions),
+    "clock-answer": Parser(clock_messages.answer, clock_messages.answers),
+    "host-clock": Parser(clock_messages.host, clock_messages.hosts),
     "shred-order": Parser(_shred_order, _shred_orders),
     "base": Parser(_base, _bases),
     "segment": Parser(_segment, _segments),

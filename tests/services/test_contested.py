@@ -435,6 +435,9 @@ def test_a_change_waits_until_the_databases_clock_is_past_it(two: Nodes) -> None
     assert row[0] > ahead
     with pytest.raises(TransientError, match="node node-a committed a change"):
         clock.wait_for(now() + 2 * SECOND)
+    (noted,) = two.b.execute("SELECT node_id, waits, most_ahead_us FROM vsql_sync.future_commits").fetchall()
+    assert noted[:2] == ("node-a", 2)
+    assert 1.5 * SECOND < noted[2] <= 2 * SECOND
 
 
 def test_a_table_opens_once_its_changes_are_sent_and_its_copy_is_done(two: Nodes) -> None:

@@ -69,7 +69,8 @@ class PostgresServer:
             psycopg.connect(server.conninfo())
 
     Without `port` a free one is chosen and kept over restarts. `settings` are added to `SETTINGS`; `fast`
-    turns fsync off; `auth` is what loopback connections need: "trust" or "scram" (see `password`).
+    turns fsync off; `auth` is what loopback connections need: "trust" or "scram" (see `password`); `env` is
+    added to its environment.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class PostgresServer:
         fast: bool = True,
         auth: Literal["trust", "scram"] = "trust",
         detached: bool = False,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.version = version
         self.data_dir = data_dir
@@ -94,6 +96,7 @@ class PostgresServer:
         self._fixed_port = port
         self._port = port
         self._detached = detached
+        self._env = dict(env or {})
         self._home = fetch.postgres_home(version)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -268,7 +271,7 @@ class PostgresServer:
         return False
 
     def _environment(self) -> dict[str, str]:
-        return {"LD_LIBRARY_PATH": str(self._home / "lib"), "LC_ALL": "C.UTF-8", "PGTZ": "UTC"}
+        return {"LD_LIBRARY_PATH": str(self._home / "lib"), "LC_ALL": "C.UTF-8", "PGTZ": "UTC", **self._env}
 
 
 def sharedir(version: int) -> Path:

@@ -342,8 +342,12 @@ def _page_type(kind: Any, found: dict[str, list[tuple[str, str]]], fixed: dict[s
 
 
 @pytest.mark.parametrize(
-    "name", ["signed_document", "audit_entry", "key_announcement", "pack", "relation", "sequence_value"]
-)
+    "name",
+    [
+        "signed_document", "audit_entry", "key_announcement", "pack", "relation", "sequence_value",
+        "clock_question", "clock_answer",
+    ],
+)  # fmt: skip
 def test_every_record_of_the_schemas_is_on_the_page_with_its_types(name: str) -> None:
     """A field that is added to a schema and not to the page is found; so is one of another type."""
     from vsql_shared.wire.pack import schema

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from vsql_shared.audit.watch_state import Break, Progress
+    from vsql_shared.pg.clocks import NodeClock
     from vsql_shared.pg.connect import Connection
     from vsql_shared.pg.many_writers import SharedTable
     from vsql_shared.pg.nodes import NodeInfo
@@ -68,17 +69,18 @@ class _Seen(NamedTuple):
     streams: list[StreamStatus]
     trail: Trail
     shared: list[SharedTable]
+    clocks: list[NodeClock]
 
 
 def _look(conn: Connection) -> _Seen:
     from vsql_shared.audit import watch_state
     from vsql_shared.audit.bases import noted_begins
-    from vsql_shared.pg import many_writers, nodes
+    from vsql_shared.pg import clocks, many_writers, nodes
     from vsql_shared.pg import status as stream_status
 
     node = nodes.local(conn)  # first: a database that is no node has none of the tables
     trail = Trail(watch_state.progress(conn), watch_state.open_breaks(conn), noted_begins(conn))
-    return _Seen(node, stream_status.read(conn), trail, many_writers.shared_tables(conn))
+    return _Seen(node, stream_status.read(conn), trail, many_writers.shared_tables(conn), clocks.read(conn))
 
 
 def _as_dict(seen: _Seen) -> dict[str, object]:
@@ -90,6 +92,7 @@ def _as_dict(seen: _Seen) -> dict[str, object]:
         "streams": list(seen.streams),
         "audit": trail_value(trail),
         "shared_tables": list(seen.shared),
+        "clocks": list(seen.clocks),
     }
 
 
@@ -114,7 +117,29 @@ def _text(seen: _Seen) -> str:
     table = render_table(_HEADERS, [_row(one) for one in streams])
     both = {one.publication for one in seen.shared}
     remarks = [line for one in streams for line in _remarks(one, shared=one.publication in both)]
-    return "\n".join([head, table, *remarks, *_closed(seen.shared), *trail_lines(seen.trail)])
+    more = (*_closed(seen.shared), *clock_lines(seen.clocks), *trail_lines(seen.trail))
+    return "\n".join([head, table, *remarks, *more])
+
+
+def clock_lines(clocks: Sequence[NodeClock]) -> Iterator[str]:
+    """How far the clocks of nodes are apart, as far as it was measured."""
+    for one in clocks:
+        name = "this node's database, against this host" if one.local else printable(one.node)
+        text = "not measured yet"
+        if one.offset_us is not None and one.uncertainty_us is not None and one.age_seconds is not None:
+            text = f"{one.offset_us / 1000:+.1f} ms ± {one.uncertainty_us / 1000:.1f} ms"
+            text += f", {human_seconds(max(0.0, one.age_seconds))} ago"
+        if one.unanswered > 1:
+            text += f"; {one.unanswered} questions were not answered"
+        if one.local and one.ntp_source is not None:
+            text += f"; the host is {'' if one.ntp_synchronised else 'NOT '}synchronised ({one.ntp_source})"
+        if one.future_waits and one.future_most_us is not None:
+            text += (
+                f"; {one.future_waits} changes had to wait for our clock,"
+                f" {one.future_most_us / 1000:.0f} ms at most, {printable(one.future_most_at)}"
+            )
+        loud = {"warning": "CLOCK: ", "error": "CLOCK, far off: "}.get(one.state, "clock: ")
+        yield f"{loud}{name}: {text}"
 
 
 def _closed(shared: Sequence[SharedTable]) -> Iterator[str]:
@@ -211,6 +236,8 @@ def _standing(one: StreamStatus) -> Iterator[str]:
         yield "was never started; `syncctl start`"
     if one.init_state == "FINISHED" and one.init_reason:
         yield printable(one.init_reason)
+    if one.state == "waiting" and one.detail.get("waiting_for"):
+        yield f"waits {printable(one.detail['waiting_for'])}"
     if one.desired == "paused":
         yield f"paused: {printable(one.desired_reason)}"
     if one.sequences:

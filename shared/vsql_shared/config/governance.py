@@ -158,7 +158,8 @@ class ConflictSettings(Section):
     pci_write_policy: Literal["reject", "forward", "accept_lww"] = "reject"
     """What happens to a write to a PCI table on another node."""
     max_clock_skew_ms: Annotated[Whole, Field(ge=1, le=60_000)] = 100
-    """Milliseconds a change may be ahead of the database's clock before tables that both nodes write wait."""
+    """Milliseconds a change may be ahead of the database's clock before tables that both nodes write wait,
+    and the clocks may be apart, as measured, before PCI data waits."""
     crdt: CrdtSettings = CrdtSettings()
     """Columns that merge without conflict."""
 

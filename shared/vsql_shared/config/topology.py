@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from vsql_shared.config.clocks import ClockSyncSettings
 from vsql_shared.config.secrets import ConnectionString
 from vsql_shared.config.section import Section
 from vsql_shared.config.service import NodeId
@@ -68,6 +69,8 @@ class ReplicationSettings(Section):
 
     initialization: InitializationSettings = InitializationSettings()
     """How a peer begins."""
+    clock_sync: ClockSyncSettings = ClockSyncSettings()
+    """How far the clocks of nodes may be apart."""
 
 
 class PublicationTable(Section):

@@ -160,15 +160,16 @@ def make_producer(settings: Settings, client_id: str) -> Producer:
 
 
 def make_consumer(
-    settings: Settings, client_id: str, group_id: str, *, partition_eof: bool = False
+    settings: Settings, client_id: str, group_id: str, *, partition_eof: bool = False, wait_ms: int = 50
 ) -> Consumer:
     """A consumer that is assigned partitions by hand; offsets are committed by us.
 
-    With `partition_eof` it says when it has read a partition to its end.
+    With `partition_eof` it says when it has read a partition to its end. `wait_ms`: how long a broker holds
+    its answer while nothing comes.
     """
     config = dict(settings.kafka.client_config("consumer", settings.limits))
     config |= {"client.id": client_id, "group.id": group_id, "enable.partition.eof": partition_eof}
-    config.setdefault("fetch.wait.max.ms", 50)
+    config.setdefault("fetch.wait.max.ms", wait_ms)
     config.setdefault("fetch.error.backoff.ms", 50)
     config.setdefault("topic.metadata.refresh.interval.ms", 30_000)
     return Consumer(_options(config))

@@ -1,8 +1,8 @@
 """Topics: created by us with a fixed shape, and refused when somebody else gave them another.
 
-Four kinds. `audit` and `keys` are compacted and keep everything, `parked` keeps everything; `data` keeps
+Five kinds. `audit` and `keys` are compacted and keep everything, `parked` keeps everything; `data` keeps
 records until every target has acknowledged them (the producer deletes below that): its retention is no timer
-of Kafka's.
+of Kafka's. `clocks` forgets after an hour: what is there is worth nothing after a minute.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vsql_shared.kafka.refusals import explain
 if TYPE_CHECKING:
     from vsql_shared.config import Settings
 
-Kind = Literal["data", "audit", "keys", "parked"]
+Kind = Literal["data", "audit", "keys", "parked", "clocks"]
 TIMEOUT_SECONDS = 30.0
 # A broker that is there answers in milliseconds; TLS and SASL take a second at worst.
 ANSWER_SECONDS = 5.0
@@ -44,6 +44,9 @@ def _wanted(kind: Kind, settings: Settings) -> dict[str, str]:
     }
     if kind in ("data", "parked"):
         return {**shape, "cleanup.policy": "delete", "retention.ms": "-1", "retention.bytes": "-1"}
+    if kind == "clocks":
+        # A segment goes as a whole, an hour after its last record.
+        return {**shape, "cleanup.policy": "delete", "retention.ms": "3600000", "segment.ms": "600000"}
     return {**shape, "cleanup.policy": "compact"}
 
 

@@ -120,6 +120,16 @@ AUDIT_VERIFIED_AT = _gauge(
 AUDIT_WHOLE_AT = _gauge(
     "audit_whole_timestamp_seconds", "When a pass over all of it ended that found nothing (Unix time)."
 )
+_CLOCK = ("peer", "node")
+CLOCK_OFFSET, CLOCK_UNCERTAINTY, CLOCK_MEASURED_AT, CLOCK_STATE = (
+    Gauge(f"vsql_sync_clock_{name}", text, _CLOCK, registry=REGISTRY, multiprocess_mode="livemostrecent")
+    for name, text in (
+        ("offset_seconds", "The clock of a peer's database minus that of this node's, as last measured."),
+        ("uncertainty_seconds", "How far that may be from the truth."),
+        ("measured_timestamp_seconds", "When it was measured (Unix time)."),
+        ("state", "0: near; 1: beyond warn_drift_ms for sure; 2: beyond max_drift_ms for sure."),
+    )
+)
 BUFFER_BYTES = _gauge("buffer_bytes", "Bytes held of batches that are not whole.")
 RESIDENT_BYTES = _gauge("resident_bytes", "Resident memory of the stream's worker.")
 LAST_PROGRESS = _gauge("last_progress_timestamp_seconds", "When the stream last moved forward (Unix time).")
@@ -234,6 +244,16 @@ def audit_watched(chain: str, node: str, sequence: int, at: float | None, whole:
         AUDIT_VERIFIED_AT.labels(chain, node).set(at)
     if whole is not None:
         AUDIT_WHOLE_AT.labels(chain, node).set(whole)
+
+
+def clock_measured(
+    peer: str, node: str, offset: float, uncertainty: float, state: Literal["ok", "warning", "error"]
+) -> None:
+    """How far the clock of a peer's database is from this node's, now."""
+    CLOCK_OFFSET.labels(peer, node).set(offset)
+    CLOCK_UNCERTAINTY.labels(peer, node).set(uncertainty)
+    CLOCK_MEASURED_AT.labels(peer, node).set(time.time())
+    CLOCK_STATE.labels(peer, node).set(("ok", "warning", "error").index(state))
 
 
 def exposition() -> bytes:

@@ -65,6 +65,7 @@ _SERVICE = {
     **{f"batch_leaves_{slot:02}": "TRUNCATE" for slot in range(SLOTS)},
     "audit_watch": "INSERT, UPDATE",
     "signed_ends": "INSERT",
+    "clocks": "INSERT, UPDATE",
 }
 # Table of vsql_sync → what the role may do beside SELECT on all of them.
 WRITES: dict[str, dict[str, str]] = {
@@ -96,6 +97,7 @@ WRITES: dict[str, dict[str, str]] = {
         "multi_writer_tables": "UPDATE (writable, generation_floor, next_floor)",
         "horizons": "INSERT",
         "purge_marks": "INSERT, UPDATE, DELETE",
+        "future_commits": "INSERT, UPDATE",
         "parked": "INSERT, UPDATE (replayed_at, verdicts, replay_signed)",
         "parked_batches": "INSERT",
     },
@@ -122,6 +124,9 @@ _FORGET_ACKS = "vsql_sync.forget_acknowledgements(text, text)"
 _NOTE_REFUSAL = "vsql_sync.note_refused_connection(text, text, text, text, text)"
 _COUNTED = "vsql_sync.require_counted(text, text, bigint)"
 _PARTITION = "vsql_sync.ensure_audit_partition(timestamp with time zone)"
+_RESTART_IDS = "vsql_sync.snowflake_restart(text)"
+# Only the functions of ids move them (SQL 022): a value that somebody else took or set could be given twice.
+_ID_SEQUENCES = "vsql_sync.snowflake_values, vsql_sync.snowflake_turns"
 _PRUNE = ("vsql_sync.prune_audit(text, bigint)", "vsql_sync.drop_empty_audit_partitions()")
 
 
@@ -189,6 +194,7 @@ def grant_schema(conn: Connection) -> None:
             _grant(conn, "SELECT ON ALL TABLES IN SCHEMA vsql_sync", role)
         for role in (PRODUCER, CONSUMER, OPERATOR, ADMIN):
             _grant(conn, "USAGE ON ALL SEQUENCES IN SCHEMA vsql_sync", role)
+            _end_grant(conn, f"ALL ON SEQUENCE {_ID_SEQUENCES}", role)
             _grant(conn, f"EXECUTE ON FUNCTION {_LOG_AUDIT}", role)
         for role in (PRODUCER, CONSUMER, ADMIN):
             _grant(conn, f"EXECUTE ON FUNCTION {_PARTITION}", role)
@@ -197,7 +203,7 @@ def grant_schema(conn: Connection) -> None:
             _grant(conn, f"EXECUTE ON FUNCTION {_NOTE_BREAK}", role)
             _grant(conn, f"EXECUTE ON FUNCTION {_END_BREAKS}", role)
         _grant(conn, f"EXECUTE ON FUNCTION {_FORGET_ACKS}", PRODUCER)
-        for function in _PRUNE:
+        for function in (*_PRUNE, _RESTART_IDS):
             _grant(conn, f"EXECUTE ON FUNCTION {function}", ADMIN)
         for name in names:
             _grant(conn, f"{_viewer_select(conn, name)} ON TABLE vsql_sync.{name}", VIEWER)
@@ -260,6 +266,10 @@ def _words(text: str) -> sql.SQL:
 
 def _grant(conn: Connection, what: str, role: str) -> None:
     conn.execute(sql.SQL("GRANT {} TO {}").format(_words(what), sql.Identifier(role)))
+
+
+def _end_grant(conn: Connection, what: str, role: str) -> None:
+    conn.execute(sql.SQL("REVOKE {} FROM {}").format(_words(what), sql.Identifier(role)))
 
 
 def _viewer_select(conn: Connection, table: str) -> str:

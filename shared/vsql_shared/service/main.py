@@ -20,6 +20,7 @@ from vsql_shared.errors import TransientError, VsqlSyncError
 from vsql_shared.observe import shared_metrics
 from vsql_shared.observe.logging import setup
 from vsql_shared.observe.process import die_with_parent, harden
+from vsql_shared.service.clock_check import require_clock
 from vsql_shared.service.nursery import Nursery, begin
 from vsql_shared.service.supervisor import Role, Supervisor, first_connection
 
@@ -94,6 +95,7 @@ def _check_keys(settings: Settings) -> None:
 def _run_service(settings: Settings, role: Role, nursery: Nursery) -> int:
     _check_keys(settings)
     first_connection(settings, role)
+    require_clock(settings, role)
     shared_metrics.begin()
     # Only now: prometheus_client decides at import whether values are shared between processes.
     from vsql_shared.observe.http import HealthServer

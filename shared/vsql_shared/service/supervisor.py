@@ -21,6 +21,7 @@ import time
 from typing import TYPE_CHECKING, Literal
 
 from vsql_shared import names
+from vsql_shared.clocks.keeper import ClockKeeper
 from vsql_shared.errors import DatabaseError, RefusedError, TransientError, VsqlSyncError
 from vsql_shared.pg.connect import Connection, connect, errors
 from vsql_shared.service.auditor import Auditor
@@ -38,6 +39,7 @@ _DIRECTION: dict[Role, str] = {"producer": "out", "consumer": "in"}
 _POLL_SECONDS = 0.5
 _STANDBY_SECONDS = 1.0
 _AUDIT_STOP_SECONDS = 6.0
+_CLOCKS_STOP_SECONDS = 2.0
 _SILENT_SECONDS = 60.0
 _UNSIGNED_WARNING_SECONDS = 60.0
 _WORKING_STATES = frozenset({"running", "paused", "copying"})
@@ -81,6 +83,8 @@ class Supervisor:
         warned = float("-inf")
         auditor = Auditor(self._settings, self._role)
         auditor.start()
+        clocks = ClockKeeper(self._settings, self._role)
+        clocks.start()
         try:
             while not self._stop.is_set():
                 self._last_seen = time.monotonic()
@@ -92,8 +96,10 @@ class Supervisor:
                 self._stop.wait(_POLL_SECONDS)
         finally:
             _log.info("stopping: workers finish their batch")
+            clocks.stop(0.0)
             graceful = self._workers.stop()
             auditor.stop(_AUDIT_STOP_SECONDS)
+            clocks.stop(_CLOCKS_STOP_SECONDS)
             for connection in (self._connection, self._watching):
                 if connection is not None:
                     connection.close()
