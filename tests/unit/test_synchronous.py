@@ -1,0 +1,85 @@
+"""Rules 23 and 26 of docs/design/0005 on values: what lets commits return, and whose word counts."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vsql_producers.synchronous import Answer, Ledger, quorum_sequence
+from vsql_shared.pg.synchronous import standby_list
+
+
+def test_nothing_is_applied_before_its_acknowledgement() -> None:
+    ledger = Ledger(100)
+    ledger.published(1, 200)
+    ledger.published(2, 300)
+    ledger.nothing_outstanding(900)
+    assert ledger.applied == 100
+    ledger.acknowledged(1)
+    assert ledger.applied == 200
+    ledger.nothing_outstanding(900)
+    assert ledger.applied == 200
+    ledger.acknowledged(2)
+    ledger.nothing_outstanding(900)
+    assert ledger.applied == 900
+
+
+def test_a_ledger_begins_behind_the_last_acknowledgement() -> None:
+    ledger = Ledger(100, [(7, 200), (8, 300)])
+    ledger.nothing_outstanding(500)
+    assert ledger.applied == 100
+    ledger.acknowledged(7)
+    assert (ledger.applied, len(ledger)) == (200, 1)
+
+
+@given(st.lists(st.one_of(
+    st.tuples(st.just("publish"), st.integers(1, 50)),
+    st.tuples(st.just("acknowledge"), st.integers(0, 30)),
+    st.tuples(st.just("idle"), st.integers(0, 50)),
+), max_size=60))  # fmt: skip
+def test_applied_never_passes_an_unacknowledged_commit_and_never_goes_back(
+    steps: list[tuple[str, int]],
+) -> None:
+    ledger, ends, position, acked = Ledger(0), [], 0, 0
+    for verb, number in steps:
+        before = ledger.applied
+        if verb == "publish":
+            position += number
+            ends.append(position)
+            ledger.published(len(ends), position)
+        elif verb == "acknowledge":
+            acked = max(acked, min(number, len(ends)))
+            ledger.acknowledged(acked)
+        else:
+            position += number
+            ledger.nothing_outstanding(position)
+        assert ledger.applied >= before
+        assert ledger.applied < min(ends[acked:], default=position + 1)
+
+
+ANSWERS = {
+    "no target": ([], None, -1),
+    "one that has joined": ([Answer(5, True, True)], None, 5),
+    "the first copy is under way": ([Answer(0, False, True)], None, -1),
+    "one joins beside another": ([Answer(5, True, True), Answer(0, False, True)], None, 5),
+    "all of them": ([Answer(5, True, True), Answer(3, True, True)], None, 3),
+    "any of them": ([Answer(5, True, True), Answer(3, True, True)], 1, 5),
+    "any two of three": ([Answer(5, True, True), Answer(3, True, True), Answer(9, True, True)], 2, 5),
+    "more than there are": ([Answer(5, True, True)], 2, -1),
+    "one that does not hold is still needed": ([Answer(5, True, True), Answer(9, True, False)], None, -1),
+    "one that does not hold is no voice": ([Answer(5, True, True), Answer(9, True, False)], 1, 5),
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_the_quorum_is_of_targets_whose_word_counts(case: str) -> None:
+    answers, quorum, expected = ANSWERS[case]
+    assert quorum_sequence(answers, quorum) == expected
+    assert quorum_sequence(reversed(answers), quorum) == expected
+
+
+def test_the_list_asks_for_all_of_its_names() -> None:
+    assert standby_list([]) == ""
+    assert standby_list(["vsql_0123456789abcdef"]) == "FIRST 1 (vsql_0123456789abcdef)"
+    assert standby_list(["any", 'a "b"', "Ü"]) == 'FIRST 3 ("any", "a ""b""", "Ü")'
