@@ -1,4 +1,4 @@
-"""Rule 14 of docs/design/0005: what is acknowledged is flushed, whatever a role, a database or a trigger sets."""
+"""Rule 14 of docs/design/0005: what is acknowledged is flushed, whatever a role or a trigger sets."""
 
 from __future__ import annotations
 

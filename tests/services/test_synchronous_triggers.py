@@ -316,7 +316,7 @@ def test_enabling_refuses_lists_of_others_and_takes_them_when_told(admin: Connec
         _set_names(admin, "*")
         with pytest.raises(RefusedError, match="any standby"):
             synchronous.enable(admin, "pub", None, accept_others=True)
-        _set_names(admin, "ANY 1 (backup, first)")
+        _set_names(admin, 'ANY 1 (backup, "first")')
         made = synchronous.enable(admin, "pub", None, accept_others=True)
         row = admin.execute("SHOW synchronous_standby_names").fetchone()
         assert row == (f'FIRST 3 (backup, "first", {made.standby_name})',)

@@ -157,13 +157,18 @@ CREATE FUNCTION vsql_sync.synchronous_relations() RETURNS TABLE (publication TEX
      CROSS JOIN LATERAL (SELECT c.oid UNION SELECT l.relid FROM pg_partition_tree(c.oid) l) r
 $$;
 
--- Makes the triggers that are missing; says how many.
+-- Makes the triggers that are missing; says how many. Half-made, they are what our own event triggers refuse: those
+-- stand aside meanwhile, where there are any (then the user may do that).
 CREATE FUNCTION vsql_sync.make_synchronous_triggers() RETURNS INTEGER
     LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     v_one  RECORD;
     v_made INTEGER := 0;
+    v_role TEXT := current_setting('session_replication_role');
 BEGIN
+    IF EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'vsql_sync_synchronous') THEN
+        PERFORM set_config('session_replication_role', 'replica', true);
+    END IF;
     FOR v_one IN SELECT r.* FROM vsql_sync.synchronous_relations() r
                   WHERE NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = r.relation
                                        AND t.tgname = 'vsql_sync_on_targets_' || substr(r.standby_name, 6))
@@ -176,6 +181,8 @@ BEGIN
                        'vsql_sync_on_targets_' || substr(v_one.standby_name, 6));
         v_made := v_made + 1;
     END LOOP;
+    PERFORM set_config('session_replication_role', v_role, true)
+      WHERE v_role <> current_setting('session_replication_role');
     RETURN v_made;
 END
 $$;

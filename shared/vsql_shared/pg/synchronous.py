@@ -8,7 +8,7 @@ Not here: who waits for whom at run time (vsql_producers/synchronous.py), the tr
 * `synchronous_standby_names` becomes `FIRST n (all n)`: whoever else stands in it must confirm as well, so an
   operator has to accept that. `*` is refused: any standby would let commits return.
 * Default commits stay local: they would wait for a manifest otherwise.
-* Settings of the server before triggers, triggers before settings at the end: at no moment is a write let
+* Settings of the server before triggers, at the end, too: in between writes are refused, and none is let
   through that was to wait. A crash in between is mended by the same command again.
 """
 
@@ -133,13 +133,14 @@ def disable(conn: Connection, publication: str, reason: str) -> Synchronous:
     known = _require(conn, publication)
     with errors(f"ending the waiting of publication {publication}"):
         _require_allowed(conn, NAMES)
+        oplog.record(conn, "sync.disable", "publication", publication, new={"reason": reason})
+        # The name first: a commit that waits holds a lock on its table. New writes are refused meanwhile.
+        _drop_name(conn, known.standby_name)
         with conn.transaction():
-            conn.execute("SELECT vsql_sync.drop_synchronous_triggers(%s)", (known.standby_name,))
             conn.execute(
                 "DELETE FROM vsql_sync.synchronous_publications WHERE publication = %s", (publication,)
             )
-            oplog.record(conn, "sync.disable", "publication", publication, new={"reason": reason})
-        _drop_name(conn, known.standby_name)
+            conn.execute("SELECT vsql_sync.drop_synchronous_triggers(%s)", (known.standby_name,))
     return known
 
 
