@@ -185,7 +185,8 @@ class Listener:
     def _close(self) -> None:
         self._ended = True
         self._thread.join(5 * _LISTEN_SECONDS)
-        os.close(self.wake)
+        if not self._thread.is_alive():  # otherwise it may yet write to what would be another's descriptor
+            os.close(self.wake)
 
 
 class Waits:

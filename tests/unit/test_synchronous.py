@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.test_pgoutput_transactions import ORIGIN, begin, commit, describe, relation, row, truncate
+from vsql_producers.pgoutput import RelationMessage, TypeMessage
 from vsql_producers.synchronous import Answer, Ledger, quorum_sequence
+from vsql_producers.transactions import Descriptor, NotCarried, Transactions
 from vsql_shared.pg.synchronous import standby_list
 
 
@@ -83,3 +88,31 @@ def test_the_list_asks_for_all_of_its_names() -> None:
     assert standby_list([]) == ""
     assert standby_list(["vsql_0123456789abcdef"]) == "FIRST 1 (vsql_0123456789abcdef)"
     assert standby_list(["any", 'a "b"', "Ü"]) == 'FIRST 3 ("any", "a ""b""", "Ü")'
+
+
+def _only_t(message: RelationMessage, types: Mapping[int, TypeMessage]) -> Descriptor | None:
+    return describe(message, types) if message.table == "t" else None
+
+
+NOT_CARRIED = {
+    "a row": (begin(1), relation(1, table="renamed"), row(1), commit(1)),
+    "a row beside one that is": (begin(1), relation(1), relation(2, table="u"), row(1), row(2), commit(1)),
+    "a TRUNCATE": (begin(1), relation(1, table="renamed"), truncate(1), commit(1)),
+}
+
+
+@pytest.mark.parametrize("what", NOT_CARRIED)
+def test_what_a_synchronous_stream_would_pass_over_stops_it(what: str) -> None:
+    transactions = Transactions(_only_t, 0)
+    transactions.strict = True
+    with pytest.raises(NotCarried):
+        transactions.feed(list(NOT_CARRIED[what]))
+
+
+def test_our_own_schema_and_other_nodes_changes_pass_a_synchronous_stream() -> None:
+    transactions = Transactions(_only_t, 0)
+    transactions.strict = True
+    ours = (begin(1), relation(2, "vsql_sync", "streams"), row(2), truncate(2), commit(1))
+    theirs = (begin(20), ORIGIN, relation(3, table="u"), row(3), truncate(3), commit(20))
+    assert transactions.feed([*ours, *theirs]) == []
+    assert transactions.received_lsn == 28

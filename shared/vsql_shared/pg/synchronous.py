@@ -232,6 +232,13 @@ def _require_fit(conn: Connection, publication: str) -> None:
     row = conn.execute("SELECT mode FROM vsql_sync.publications WHERE name = %s", (publication,)).fetchone()
     if row is not None and row[0] != "uni-directional":
         problems.append("every node writes it, and two that wait for each other would wait for ever")
+    row = conn.execute(
+        "SELECT pg_catalog.has_function_privilege(proowner,"
+        " 'pg_catalog.pg_replication_origin_session_is_setup()', 'EXECUTE') FROM pg_catalog.pg_proc"
+        " WHERE oid = 'vsql_sync.commit_on_targets()'::pg_catalog.regprocedure"
+    ).fetchone()
+    if row is not None and not row[0]:
+        problems.append("the owner of schema vsql_sync may not call pg_replication_origin_session_is_setup()")
     if problems:
         lines = "\n  ".join(problems)
         raise RefusedError(
