@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,8 +11,12 @@ from hypothesis import strategies as st
 
 from tests.unit.test_pgoutput_transactions import ORIGIN, begin, commit, describe, relation, row, truncate
 from vsql_producers.pgoutput import RelationMessage, TypeMessage
-from vsql_producers.synchronous import Answer, Ledger, quorum_sequence
+from vsql_producers.synchronous import Answer, Ledger, left_out, quorum_sequence
+from vsql_producers.targets import Target
 from vsql_producers.transactions import Descriptor, NotCarried, Transactions
+from vsql_shared.audit.chain import EMPTY_HEAD, ChainReader, ChainWriter
+from vsql_shared.audit.entries import BATCH_APPLIED, BATCH_COVERED, BATCH_SKIPPED
+from vsql_shared.crypto.signing import TrustStore
 from vsql_shared.pg.synchronous import standby_list
 
 
@@ -116,3 +121,30 @@ def test_our_own_schema_and_other_nodes_changes_pass_a_synchronous_stream() -> N
     theirs = (begin(20), ORIGIN, relation(3, table="u"), row(3), truncate(3), commit(20))
     assert transactions.feed([*ours, *theirs]) == []
     assert transactions.received_lsn == 28
+
+
+LEFT_OUT = {
+    "all applied": (BATCH_APPLIED, (("applied", 3),), ""),
+    "the first copy has it": (BATCH_COVERED, (("covered", 7),), ""),
+    "skipped": (BATCH_SKIPPED, (), "skipped batch 4"),
+    "one was parked": (BATCH_APPLIED, (("applied", 2), ("parked", 1)), "1 parked"),
+    "one was shredded": (BATCH_APPLIED, (("shredded", 3),), "3 shredded"),
+    "one found no row": (BATCH_APPLIED, (("applied", 2), ("missing", 1)), "1 missing"),
+    "one lost": (BATCH_APPLIED, (("lost", 1),), "1 lost"),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_an_acknowledgement_of_less_than_everything_holds_its_target(case: str) -> None:
+    event_type, verdicts, said = LEFT_OUT[case]
+    writer = ChainWriter(None, "c", "pub.a.ack.b", EMPTY_HEAD, bytes(16), node="b")
+    opened = writer.open_epoch(lsn=1, system_identifier="1", timeline=1).entry
+    entry = replace(opened, event_type=event_type, verdicts=verdicts, batch=4, ref_sequence=9, sequence=2)
+    assert said in left_out(entry)
+    target = Target("b", ChainReader("c", "pub.a.ack.b", "b", TrustStore([]), EMPTY_HEAD), [], None, 8, "")
+    target.synced_sequence = 8
+    target.advance(entry)
+    assert target.synced_sequence == (9 if not said else 8)
+    # What comes after does not go round it.
+    target.advance(replace(opened, event_type=BATCH_APPLIED, verdicts=(("applied", 1),), ref_sequence=10))
+    assert target.synced_sequence == (10 if not said else 8)
