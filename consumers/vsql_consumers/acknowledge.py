@@ -34,6 +34,7 @@ from vsql_consumers.quarantine import is_skipped
 from vsql_consumers.session import server_position
 from vsql_consumers.state import Receipt
 from vsql_shared import failpoints, names
+from vsql_shared.audit.append import append_entry
 from vsql_shared.audit.chain import Accepted, ChainReader, ChainWriter, Prepared, new_incarnation
 from vsql_shared.audit.checkpoint import Log
 from vsql_shared.audit.dsse import document_hash
@@ -70,6 +71,9 @@ PAGE = 500
 _STEP_BACK = 10_000
 """Offsets before the likely place of our last entry that are read before the whole partition is."""
 
+_LEFT_MOST = 64
+"""Entries that may go into the table by themselves before receipts Kafka has heard of are forgotten."""
+
 ReadOwn = Callable[[int], Iterable[tuple[int, bytes]]]
 """Gives (offset, document) of this chain's records in Kafka from an offset on, oldest first, to the end."""
 
@@ -98,7 +102,7 @@ class Acknowledger:
         self._writer: ChainWriter | None = None
         self._under_way: deque[bytes] = deque()
         self._failure: VsqlSyncError | None = None
-        self._published_up_to = 0
+        self._published_up_to = self._left = 0
         self.entries = self.bytes = 0
 
     def cosigner(self, every: timedelta) -> Cosigner:
@@ -347,15 +351,20 @@ class Acknowledger:
     def _record(self, prepared: Sequence[Prepared], also: Callable[[Connection], None] | None = None) -> None:
         """Table, then Kafka. What Kafka had acknowledged before is forgotten in the same transaction."""
         failpoints.hit("consumer.before-ack-table")
-        with errors("writing acknowledgements"), self._conn.transaction():
-            if self._published_up_to:
-                state.drop_receipts(self._conn, self._place.chain, self._published_up_to)
-            insert_entries(self._conn, [(one.encoded, None) for one in prepared])
-            if also is not None:
-                also(self._conn)
-        self._published_up_to = 0
-        failpoints.hit("consumer.after-ack-table")
         writer = self._open_writer()
+        if len(prepared) == 1 and also is None and self._left < _LEFT_MOST:
+            # A commit may be waiting for it. What Kafka has is forgotten a little later.
+            self._left += 1
+            append_entry(self._conn, prepared[0].encoded, writer.head)
+        else:
+            with errors("writing acknowledgements"), self._conn.transaction():
+                if self._published_up_to:
+                    state.drop_receipts(self._conn, self._place.chain, self._published_up_to)
+                insert_entries(self._conn, [(one.encoded, None) for one in prepared])
+                if also is not None:
+                    also(self._conn)
+            self._published_up_to = self._left = 0
+        failpoints.hit("consumer.after-ack-table")
         for one in prepared:
             writer.commit(one.entry_hash)
         failpoints.hit("consumer.before-ack-publish")

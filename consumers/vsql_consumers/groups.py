@@ -221,6 +221,12 @@ class Group:
             leaves.write(conn, chain, self.leaves)
         self.leaves = []
 
+    @property
+    def is_small(self) -> bool:
+        """Whether what it writes is a few statements, none of them a COPY."""
+        few = max(len(self.receipts), len(self.leaves), len(self.descriptors)) <= state.SMALL
+        return few and not (self.also or self.shredded or self.copied)
+
     def write(self, conn: Connection, chain: str, leaves: LeafKeeper | None) -> None:
         """Everything the applying transaction holds beside the rows."""
         self.store_leaves(conn, chain, leaves)

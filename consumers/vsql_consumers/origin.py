@@ -9,6 +9,8 @@ Not here: what is written. Rules:
 * A rollback moves the origin to a position that was set, too (tried on 18). So what can fail is done before,
   and position and COMMIT travel in one message; and what was applied is known by vsql_sync.apply_progress,
   which is committed with it, never by the origin's position.
+* What is acknowledged is on this server's disk: the commit is flushed, whatever the role's, the database's or
+  the server's default is, and whatever a trigger of the table has set.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from __future__ import annotations
 import contextlib
 import time
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, LiteralString
 
 import psycopg
+from psycopg import sql
 
 from vsql_consumers import faults
 from vsql_consumers.stage import run
@@ -52,12 +55,21 @@ _SETTINGS = {
 }
 
 
+_COMMIT = sql.SQL(
+    "SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL synchronous_commit = {flushed};"
+    " SELECT pg_replication_origin_xact_setup({at}, {time}); COMMIT;"
+    " SELECT local_lsn::text, pg_replication_origin_xact_reset()"
+    " FROM pg_show_replication_origin_status() WHERE external_id = {name}"
+)
+
+
 class OriginSession:
     """A session that commits under a replication origin."""
 
     def __init__(self, conn: Connection) -> None:
         self._conn = conn
         self._name = ""
+        self._flushed: LiteralString = "on"
 
     def setup(self, name: str) -> None:
         """Settings, and the origin of this name, made if it is not there. Raises our errors."""
@@ -67,6 +79,7 @@ class OriginSession:
             # Staging tables of who applied here before: they are numbered anew.
             self._conn.execute("DISCARD TEMP")
             self._take_origin(name)
+            self._flushed = self._waits_for()
         except psycopg.Error as error:
             raise self._setup_fault(error) from None
         self._name = name
@@ -91,6 +104,21 @@ class OriginSession:
             else:
                 return
 
+    def _waits_for(self) -> LiteralString:
+        """`on` waits for this server's standbys, too; `local`, where producers of ours are all there are."""
+        names = self._conn.execute(
+            "SELECT pg_catalog.current_setting('synchronous_standby_names')"
+        ).fetchone()
+        if names is None or not names[0]:
+            return "on"
+        row = self._conn.execute(
+            "SELECT pg_catalog.cardinality(m) > 0 AND NOT EXISTS (SELECT FROM pg_catalog.unnest(m) one"
+            " WHERE one NOT IN (SELECT standby_name FROM vsql_sync.synchronous_publications))"
+            " FROM vsql_sync.standby_members(%s) m",
+            names,
+        ).fetchone()
+        return "local" if row is not None and row[0] else "on"
+
     @staticmethod
     def _setup_fault(error: psycopg.Error) -> Exception:
         if error.sqlstate != "42501":
@@ -112,19 +140,17 @@ class OriginSession:
             at = _EPOCH + timedelta(microseconds=origin_time_us)
         except OverflowError:
             raise DecodeError(f"a commit time of {origin_time_us} µs is out of range") from None
-        run(
-            self._conn,
-            [
-                "SET CONSTRAINTS ALL IMMEDIATE",
-                f"SELECT pg_replication_origin_xact_setup('{lsn.text(origin_lsn)}', '{at.isoformat()}')",
-                "COMMIT",
-            ],
+        # One message: what is set is of this transaction, and nothing comes between it and the COMMIT.
+        message = _COMMIT.format(
+            flushed=sql.SQL(self._flushed),
+            at=sql.Literal(lsn.text(origin_lsn)),
+            time=sql.Literal(at.isoformat()),
+            name=sql.Literal(self._name),
         )
-        row = self._conn.execute(
-            "SELECT local_lsn::text, pg_replication_origin_xact_reset()"
-            " FROM pg_show_replication_origin_status() WHERE external_id = %s",
-            (self._name,),
-        ).fetchone()
+        cursor = self._conn.execute(message, prepare=False)
+        while cursor.nextset():
+            continue
+        row = cursor.fetchone()
         return lsn.parse(row[0]) if row else 0
 
     def rollback(self) -> None:

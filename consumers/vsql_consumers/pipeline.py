@@ -18,7 +18,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -577,10 +577,12 @@ class Pipeline:
         self._commit_offsets()
 
     def _write(self, conn: Connection, group: Group, honoured: list[int]) -> None:
-        self.copy.write(conn, group)
-        group.write(conn, self._chain, self._means.leaves)
-        if honoured:
-            state.honour_decisions(conn, honoured)
+        # Of one small transaction nothing has to be waited for: its statements travel together.
+        with conn.pipeline() if group.is_small else nullcontext():
+            self.copy.write(conn, group)
+            group.write(conn, self._chain, self._means.leaves)
+            if honoured:
+                state.honour_decisions(conn, honoured)
 
     def _honoured(self, position: Position) -> list[int]:
         """Decisions whose place the stream has passed once it stands at `position`."""

@@ -101,9 +101,11 @@ _VERSION = """concat_ws(' ', c.oid, c.xmin,
     (SELECT string_agg(g.oid || ':' || g.xmin::text, ',' ORDER BY g.oid) FROM pg_trigger g
       WHERE g.tgrelid = c.oid))"""
 
+# By the indexes of the catalog: with each batch. Names are compared whole, type name holds 63 bytes.
 _VERSIONS = f"""
-SELECT n.nspname, c.relname, {_VERSION} FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE (n.nspname::text, c.relname::text) IN (SELECT * FROM unnest(%s::text[], %s::text[]))"""
+SELECT n.nspname, c.relname, {_VERSION} FROM unnest(%s::text[], %s::text[]) AS u (s, t)
+  JOIN pg_namespace n ON n.nspname = u.s::name AND n.nspname::text = u.s
+  JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = u.t::name AND c.relname::text = u.t"""
 
 # What else decides whether a row fits: partitions, and the labels and checks of types and the types in them.
 _RULES = f"""

@@ -20,6 +20,7 @@ from vsql_producers.publish import Publisher
 from vsql_producers.scope_record import write_seen
 from vsql_producers.seal import Place
 from vsql_producers.stream import Stream
+from vsql_producers.synchronous import Waits
 from vsql_producers.targets import Targets
 from vsql_producers.volume import AuditVolume
 from vsql_shared import names
@@ -70,6 +71,8 @@ class Context:
     """The session before this one met a type that cannot travel in binary."""
     frame: bytes = b""
     """What stands before each pack."""
+    waits: Waits | None = None
+    """Commits wait for this stream."""
     _admin: AdminClient | None = field(default=None)
 
     def on_tick(self) -> None:
@@ -95,7 +98,10 @@ class Context:
         """A producer of this attempt."""
         client = f"vsql-sync-producer-{self.stream.chain}"
         publisher = Publisher(
-            make_producer(self.settings, client), self.writing.topic, self.writing.partition, self.on_tick
+            make_producer(self.settings, client, at_once=self.waits is not None),
+            self.writing.topic,
+            self.writing.partition,
+            self.on_tick,
         )
         self.closing.callback(publisher.close)
         return publisher

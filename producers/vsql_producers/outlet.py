@@ -74,15 +74,19 @@ class Outlet:
         write_seen: Callable[[int, str], str],
         target: str = "*",
         spread: Spread | None = None,
+        made: Callable[[Prepared], None] | None = None,
     ) -> None:
-        """`write_seen` takes a batch's number and what it describes, and returns the hash of that."""
+        """`write_seen` takes a batch's number and what it describes, and returns the hash of that.
+
+        `made` is told of each manifest before it leaves.
+        """
         self._place, self._writer = place, writer
         self.publisher, self.keys = publisher, keys
         self._limits = pack_limits(limits)
         self._ensure_topic = ensure_topic
         self._metrics = metrics
         self._position, self._target = position, target
-        self._write_seen = write_seen
+        self._write_seen, self._made = write_seen, made
         self._relations = Relations(spread)
         self._topics: set[str] = set()
         self._number = writer.tip.batch
@@ -158,6 +162,8 @@ class Outlet:
             detail=_detail(batch),
         )
         self._position = end
+        if self._made is not None:
+            self._made(prepared)
         return prepared
 
 

@@ -17,12 +17,13 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vsql_producers import drift, joining, replication
 from vsql_producers import slot as slots
-from vsql_producers.batches import Batch, Batches
+from vsql_producers.batches import Batch, Batches, BatchLimits
 from vsql_producers.binary_types import may_be_binary
 from vsql_producers.context import Context
 from vsql_producers.epoch import open_epoch
@@ -45,6 +46,7 @@ from vsql_shared.audit.chain import ChainHead
 from vsql_shared.audit.store import last_transaction
 from vsql_shared.errors import DivergedError, TransientError
 from vsql_shared.observe.metrics import Stage
+from vsql_shared.pg import synchronous
 
 if TYPE_CHECKING:
     from vsql_shared.pg.connect import Connection
@@ -76,7 +78,7 @@ class LivePipeline:
         self._slot_from = context.stream.slot_from or 0
         self._next_scope = 0.0
         self._sequences: Sequences | None = None
-        self._was_reading = True
+        self._was_reading, self._most = True, 0
         self.epoch = self.sequence = 0
         self.done = False
         """Never: a live stream goes on."""
@@ -89,8 +91,10 @@ class LivePipeline:
         binary = not c.text_only and may_be_binary(c.conn, c.stream.publication)
         self._scope = scope = load_scope(c.conn, c.stream.publication)
         messages = load_messages(c.conn, c.stream.publication)
+        waits = c.waits
         connection = replication.open_replication(
-            settings.connection.conninfo("producer"), f"vsql-sync producer {c.stream.chain}"
+            settings.connection.conninfo("producer"),
+            waits.policy.standby_name if waits else f"vsql-sync producer {c.stream.chain}",
         )
         c.closing.callback(connection.close)
         identity = replication.identify(connection)
@@ -131,6 +135,7 @@ class LivePipeline:
             position,
             write_seen=c.write_seen(head.epoch),
             spread=Spread(os.urandom(INDEX_KEY_SIZE), partitions) if partitions > 1 else None,
+            made=waits.made if waits else None,
         )
         c.leaves.keep(time.monotonic())
         self._progress = Progress(c.conn, opened.writer, slot.confirmed_lsn, c.leaves)
@@ -140,7 +145,17 @@ class LivePipeline:
         self._transactions = Transactions(describe, head.lsn_end, slot.confirmed_lsn, messages, last)
         self._begins_at = position
         self._sequences = Sequences.open(c.conn, settings, c.stream.publication, c.closing.callback)
-        self._batches = Batches(batch_limits(settings.limits, settings.encryption.dek.max_tuples))
+        self._batches = Batches(self._limits())
+
+    def _limits(self) -> BatchLimits:
+        settings, waits = self._context.settings, self._context.waits
+        limits = batch_limits(settings.limits, settings.encryption.dek.max_tuples)
+        if waits is None:
+            return limits
+        # Nobody waits for others to come: who comes while a batch is under way goes with the next.
+        self._most, self._transactions.strict = 1, True
+        waits.open()
+        return replace(limits, linger=0.0)
 
     def _slot(self, connection: Connection, identity: replication.Identity, points: dict[int, int]) -> None:
         """Step 2 of the start order. A crash between making the slot and noting it leaves one to adopt."""
@@ -188,7 +203,12 @@ class LivePipeline:
         stream = self._context.stream
         try:
             return replication.WalStream(
-                connection, stream.slot_name, stream.publication, binary=binary, messages=messages
+                connection,
+                stream.slot_name,
+                stream.publication,
+                binary=binary,
+                messages=messages,
+                synchronous=self._context.waits is not None,
             )
         except replication.SlotInUse:
             raise slots.held(self._context.conn, stream.slot_name) from None
@@ -216,7 +236,7 @@ class LivePipeline:
             self._was_reading = reading or not looked
         busy = outlet.publisher.inflight or not self._batches.is_empty
         if dry and not busy and reading:
-            wal.wait(_LONG if not self._acknowledged else _SHORT)
+            self._wait(wal, _LONG if not self._acknowledged else _SHORT)
         pause = _SHORT if busy and dry else 0.0
         self._acknowledged += outlet.publisher.poll(pause if reading else _LONG)
         self._settle(wal, outlet, now)
@@ -226,6 +246,23 @@ class LivePipeline:
             self._next_scope = now + _SCOPE_SECONDS
             self._require_same_scope()
             joining.require_no_new(self._context.conn, self._context.stream.chain, self._targets)
+            self._require_same_policy()
+
+    def _wait(self, wal: replication.WalStream, seconds: float) -> None:
+        if self._context.waits is None:
+            wal.wait(seconds)
+        elif not wal.wait(0.0):
+            self._context.waits.wait(wal.fileno, seconds)
+
+    def _require_same_policy(self) -> None:
+        """Whether commits wait is a name the walsender has from its start."""
+        waits, c = self._context.waits, self._context
+        if (waits is None) != (synchronous.load(c.conn, c.stream.publication) is None):
+            raise ScopeChanged(
+                "whether commits wait for targets was changed", hint="the stream goes on with it"
+            )
+        if waits is not None:
+            waits.look_again()
 
     def _require_same_scope(self) -> None:
         """Descriptors and PCI marks are those of the epoch's start: other ones need another epoch."""
@@ -260,7 +297,7 @@ class LivePipeline:
         return drained.more
 
     def _send_what_fits(self, outlet: Outlet, now: float, *, more: bool = False) -> None:
-        most = self._context.settings.limits.inflight_batches
+        most = self._most or self._context.settings.limits.inflight_batches
         while outlet.publisher.inflight < most:
             if not self._ready:
                 self._ready += self._batches.due(now, more=more)
@@ -286,6 +323,7 @@ class LivePipeline:
     def _settle(self, wal: replication.WalStream, outlet: Outlet, now: float) -> None:
         """Make durable what Kafka has, and tell PostgreSQL."""
         idle = not outlet.publisher.inflight
+        self._let_return(wal, idle=idle)
         if self._acknowledged and (idle or now >= self._record_at):
             self._record()
             self._record_at = now + _RECORD_SECONDS
@@ -305,6 +343,20 @@ class LivePipeline:
         wal.report(now)
         if wal.confirmed != before:
             failpoints.hit("producer.confirmed")
+
+    def _let_return(self, wal: replication.WalStream, *, idle: bool) -> None:
+        """Where commits wait: tell the walsender which of them may return."""
+        if self._context.waits is None:
+            return
+        received = None
+        if idle and not self._ready and self._batches.is_empty and not self._transactions.is_open:
+            received = max(self._keepalive_lsn, self._transactions.received_lsn)
+            self._transactions.require_met(received)
+        applied = self._context.waits.applied(
+            recorded=self.sequence, confirmed=self._progress.confirmed, idle_at=received
+        )
+        wal.apply(applied)
+        wal.report()
 
     def _record(self) -> None:
         """Those that are known to stand: everything before them in the partition has been read back."""
@@ -368,6 +420,7 @@ class LivePipeline:
             "dek_id": key.dek_id if key else "",
             "dek_tuples": key.tuples_used if key else 0,
             **self._context.leaves.figures,
+            **({"synchronous": self._context.waits.detail()} if self._context.waits else {}),
         }
 
     def marks(self) -> Marks | None:

@@ -6,6 +6,8 @@ still the stream's (slot.py). Rules:
 * Frames are drained in bulk, because waking for each row costs more than everything else done with it; a call
   returns at most `max_bytes`, so memory is bounded however fast the walsender is.
 * Only positions that were given to `confirm` are reported as flushed; replies to keepalives repeat them.
+* What is reported as applied lets commits return where they wait for us (docs/design/0027): of a synchronous
+  stream nothing but what was given to `apply`.
 * The walsender is asked how far it is: WAL of other databases keeps it busy for minutes without a word.
 """
 
@@ -131,14 +133,23 @@ class WalStream:
     """START_REPLICATION on a connection; from then on it carries frames only."""
 
     def __init__(
-        self, conn: Connection, slot: str, publication: str, *, binary: bool, messages: bool = False
+        self,
+        conn: Connection,
+        slot: str,
+        publication: str,
+        *,
+        binary: bool,
+        messages: bool = False,
+        synchronous: bool = False,
     ) -> None:
+        """`synchronous`: commits wait for what `apply` says; nothing is applied before it said something."""
         self._conn = conn
         self._pq: pq.abc.PGconn = conn.pgconn
         self._pending = False
         self._next_status = self._next_question = 0.0
         self._reply_wanted = False
         self.confirmed = 0
+        self._applied: int | None = 0 if synchronous else None
         self._start(slot, publication, binary, messages)
 
     def _start(self, slot: str, publication: str, binary: bool, messages: bool) -> None:
@@ -228,6 +239,12 @@ class WalStream:
             self.confirmed = position
             self._next_status = 0.0
 
+    def apply(self, position: int) -> None:
+        """Commits that end at or below `position` may return to their clients; said at once."""
+        if self._applied is not None and position > self._applied:
+            self._applied = position
+            self._next_status = 0.0
+
     def report(self, now: float | None = None) -> None:
         """Send a status message when one is due: progress, a wanted reply, or the interval."""
         now = time.monotonic() if now is None else now
@@ -236,7 +253,8 @@ class WalStream:
         at = self.confirmed
         asks = now >= self._next_question
         try:
-            self._pq.put_copy_data(_STATUS.pack(b"r", at, at, at, 0, asks))
+            applied = at if self._applied is None else self._applied
+            self._pq.put_copy_data(_STATUS.pack(b"r", max(at, applied), at, applied, 0, asks))
             self._pq.flush()
         except psycopg.Error as error:
             raise translate(error, "reporting progress to the walsender") from error

@@ -25,6 +25,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,7 @@ from confluent_kafka import (
 )
 
 from vsql_producers.joining import uncovered
+from vsql_producers.synchronous import Answer, Listener, Manifest, left_out
 from vsql_shared import lsn, names
 from vsql_shared.audit import cosigned
 from vsql_shared.audit.chain import EMPTY_HEAD, Accepted, ChainHead, ChainReader
@@ -90,6 +92,13 @@ class Target:
     went_back: bool = False
     done: AuditEntry | None = None
     """The last acknowledgement that is right, not yet noted: what it was signed with is not proven."""
+    near: bool = True
+    """In this node's own region."""
+    synced_sequence: int = 0
+    """Up to this manifest everything was applied there; what was left out holds it."""
+    held: str = ""
+    compared: int = 0
+    """Its own entries up to this sequence were held against our manifests."""
 
     @property
     def proven(self) -> bool:
@@ -102,6 +111,20 @@ class Target:
         """Whether a key of the target ended, and the target has not said where."""
         return key_ends.unsaid(self.keys, self.name, self.reader.chain)
 
+    @property
+    def holds(self) -> bool:
+        """Whether what it acknowledged counts: nothing is wrong with it, or open about its keys."""
+        return not self.mismatch and self.proven and not self.unsaid
+
+    def advance(self, entry: AuditEntry) -> None:
+        """Take an acknowledgement that is right."""
+        self.compared = max(self.compared, entry.sequence)
+        if self.held or entry.ref_sequence <= self.synced_sequence:
+            return
+        self.held = left_out(entry)
+        if not self.held:
+            self.synced_sequence = entry.ref_sequence
+
 
 class Targets:
     """The targets of one outgoing stream."""
@@ -109,7 +132,7 @@ class Targets:
     def __init__(
         self,
         conn: Connection,
-        consumer: Consumer,
+        consumer: Consumer | Listener,
         cluster: str,
         chain: str,
         topic: str,
@@ -132,15 +155,62 @@ class Targets:
             return
         self._next_poll = now + _POLL_SECONDS
         if now >= self._next_refresh:
-            self._next_refresh = now + _REFRESH_SECONDS
-            self._refresh()
+            self.refresh()
         if not self._targets:
             return
+        self._read()
+        for target in self._targets.values():
+            self._settle(target)
+
+    def _read(self) -> None:
         for _ in range(_PORTIONS):
             if not self._read_portion():
                 break
+
+    def verify(self, manifests: Mapping[int, Manifest]) -> None:
+        """Take what came and compare it with our newest manifests; `poll` writes down what follows."""
+        if not self._targets:
+            return
+        self._read()
         for target in self._targets.values():
-            self._settle(target)
+            for entry in target.waiting:
+                if entry.sequence <= target.compared:
+                    continue
+                ours = manifests.get(entry.ref_sequence)
+                if ours is None or entry.event_type == BATCH_COVERED:
+                    break  # the table knows
+                if problem := _compare(entry, ours):
+                    self._mark(target, problem)
+                    target.waiting.clear()
+                    break
+                target.advance(entry)
+
+    def answers(self) -> list[Answer]:
+        """How far the targets are that commits may wait for."""
+        return [
+            Answer(one.synced_sequence, one.acked_sequence > 0 or one.synced_sequence > 0, one.holds)
+            for one in self._targets.values()
+            if one.near
+        ]
+
+    def behind(self) -> dict[str, str]:
+        """Synchronous targets, and how far each is or why it does not count."""
+        return {
+            one.name: one.mismatch or (f"held: {one.held}" if one.held else f"at {one.synced_sequence}")
+            for one in self._targets.values()
+            if one.near
+        }
+
+    def forgive(self) -> None:
+        """An operator let commits return without what targets left out: from here on they count again."""
+        for target in self._targets.values():
+            target.held, target.synced_sequence = "", max(target.synced_sequence, target.acked_sequence)
+        with errors("noting acknowledgements"):
+            self._conn.execute(
+                "UPDATE vsql_sync.stream_targets SET held = NULL,"
+                " synced_sequence = greatest(synced_sequence, acked_sequence) WHERE chain = %s",
+                (self._chain,),
+            )
 
     def _read_portion(self) -> bool:
         """Take some records; whether more may be there at once."""
@@ -175,8 +245,7 @@ class Targets:
     def acknowledged(self, sequence: int) -> bool:
         """Whether every target acknowledged our manifests up to this sequence, without a mismatch."""
         return bool(self._targets) and all(
-            target.acked_sequence >= sequence and not target.mismatch and target.proven and not target.unsaid
-            for target in self._targets.values()
+            target.acked_sequence >= sequence and target.holds for target in self._targets.values()
         )
 
     def detail(self, sequence: int) -> dict[str, Any]:
@@ -191,12 +260,16 @@ class Targets:
             for target in self._targets.values()
         }
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """Targets come and go while the stream runs; a new one may have acknowledged before we knew it."""
+        self._next_refresh = time.monotonic() + _REFRESH_SECONDS
         with errors("reading the targets"):
             rows = self._conn.execute(
-                "SELECT target, acked_sequence, coalesce(mismatch, '') FROM vsql_sync.stream_targets"
-                " WHERE chain = %s AND target <> '*'",
+                "SELECT t.target, t.acked_sequence, coalesce(t.mismatch, ''), t.synced_sequence,"
+                " coalesce(t.held, ''), n.region IS NOT DISTINCT FROM here.region"
+                " FROM vsql_sync.stream_targets t LEFT JOIN vsql_sync.nodes n ON n.node_id = t.target"
+                " LEFT JOIN vsql_sync.nodes here ON here.is_local"
+                " WHERE t.chain = %s AND t.target <> '*'",
                 (self._chain,),
             ).fetchall()
         pinned: dict[str, list[PinnedKey]] = {}
@@ -208,12 +281,16 @@ class Targets:
             if target.keys != pinned.get(target.name, []):
                 self._renew(target, pinned.get(target.name, []))
         new = [row for row in rows if row[0] not in self._targets]
-        for name, acked, mismatch in new:
+        for name, acked, mismatch, synced, held, _ in new:
             chain = names.ack_chain(self._chain, name)
             known = recall_head(self._conn, chain)
             head, offset = known or (EMPTY_HEAD, None)
             keys = pinned.get(name, [])
-            self._targets[name] = Target(name, self._reader(name, keys, head), keys, offset, acked, mismatch)
+            target = Target(name, self._reader(name, keys, head), keys, offset, acked, mismatch)
+            target.synced_sequence, target.held = synced, held
+            self._targets[name] = target
+        for row in rows:
+            self._targets[row[0]].near = row[5]
         if new or self._go_back:
             self._assign()
 
@@ -369,6 +446,7 @@ class Targets:
                 target.waiting.clear()
                 break
             done = entry
+            target.advance(entry)
         self._remember(target, done)
 
     def _remember(self, target: Target, done: AuditEntry | None) -> None:
@@ -382,12 +460,14 @@ class Targets:
             if done is not None:
                 self._conn.execute(
                     "UPDATE vsql_sync.stream_targets"
-                    " SET acked_sequence = %s, acked_lsn = %s, acked_target_lsn = %s, acked_at = now()"
-                    " WHERE chain = %s AND target = %s",
+                    " SET acked_sequence = %s, acked_lsn = %s, acked_target_lsn = %s, acked_at = now(),"
+                    " synced_sequence = %s, held = nullif(%s, '') WHERE chain = %s AND target = %s",
                     (
                         target.acked_sequence,
                         lsn.text(done.batch_lsn_end),
                         lsn.text(done.target_lsn),
+                        target.synced_sequence,
+                        target.held,
                         self._chain,
                         target.name,
                     ),
@@ -411,7 +491,7 @@ class Targets:
             )
 
 
-def _compare(entry: AuditEntry, manifest: tuple[int, bytes, bytes] | None) -> str:
+def _compare(entry: AuditEntry, manifest: tuple[int, bytes, bytes] | Manifest | None) -> str:
     """Steps 2 and 3; '' when the acknowledgement is right. `manifest` is ours: epoch, hash, root."""
     if entry.event_type == BATCH_SKIPPED:
         # An operator there decided; what was skipped may have been unreadable: nothing to compare.

@@ -19,7 +19,7 @@ Not here: how batches are cut (batches.py) and what a tuple holds. Rules:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import NamedTuple
@@ -40,7 +40,7 @@ from vsql_producers.pgoutput import (
 from vsql_producers.projection import Projection
 from vsql_shared import lsn
 from vsql_shared.changes import Op, TableName, Transaction
-from vsql_shared.errors import DecodeError, DivergedError
+from vsql_shared.errors import DecodeError, DivergedError, EnvironmentFault
 
 OWN_SCHEMA = "vsql_sync"
 # Relation ids that no table can have.
@@ -48,6 +48,10 @@ MESSAGE_KEY, SEQUENCE_KEY = relation_key(0), relation_key(1)
 _ROWS = re.compile(rb"[IUD]+")
 # Relation id, kind of the first tuple, and its number of columns.
 _shape_of = itemgetter(slice(26, 33))
+
+
+class NotCarried(EnvironmentFault):
+    """A commit waits for rows that this stream does not send."""
 
 
 class Descriptor(NamedTuple):
@@ -123,8 +127,11 @@ class Transactions:
         self._widths: dict[bytes, bytes] = {}
         self._projections: dict[bytes, Projection] = {}
         self._passed_over: set[bytes] = set()
+        self._others: dict[bytes, TableName] = {}
         self._types: dict[int, TypeMessage] = {}
         self._changes: list[RelationChange] = []
+        self.strict = False
+        """Commits wait for this stream: a table that it passes over would be taken for one that was sent."""
         self.received_lsn = 0
         """End of the last transaction that was received, dropped ones included."""
 
@@ -156,9 +163,19 @@ class Transactions:
         if self._dropped:
             return
         if self._passed_over:
+            if self.strict:
+                self._require_carried(frame[RELATION_ID] for frame in frames)
             frames = [frame for frame in frames if frame[RELATION_ID] not in self._passed_over]
         if frames:
             self._current(self._begin).frames += self._as_described(frames)
+
+    def _require_carried(self, keys: Iterable[bytes]) -> None:
+        for key in keys:
+            if key in self._others:
+                raise NotCarried(
+                    f"PostgreSQL's publication has {self._others[key]}, which the stream does not carry",
+                    hint="its commits wait: give it its name back, or `syncctl sync disable`",
+                )
 
     def _as_described(self, frames: list[bytes]) -> list[bytes]:
         """Rows with the columns their tables were described with. Raises DecodeError for one with others."""
@@ -253,8 +270,11 @@ class Transactions:
         descriptor = None if message.schema == OWN_SCHEMA else self._describe(message, self._types)
         if descriptor is None:
             self._passed_over.add(key)
+            if message.schema != OWN_SCHEMA:
+                self._others[key] = TableName(message.schema, message.table)
             return
         self._passed_over.discard(key)
+        self._others.pop(key, None)
         self._widths.pop(key, None)
         self._projections.pop(key, None)
         if descriptor.columns is not None:
@@ -302,6 +322,8 @@ class Transactions:
         keys = [relation_key(relation_id) for relation_id in message.relation_ids]
         if not self._known.issuperset(keys):
             raise DecodeError("a TRUNCATE of a table that was not described")
+        if self.strict and not self._dropped:
+            self._require_carried(keys)
         keys = [key for key in keys if key not in self._passed_over]
         if self._dropped or not keys:
             return

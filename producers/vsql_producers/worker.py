@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from typing import Protocol
 
 import psycopg
-from confluent_kafka import KafkaException
+from confluent_kafka import Consumer, KafkaException
 
 from vsql_producers import key_orders, prune_orders
 from vsql_producers import stream as streams
@@ -36,6 +36,7 @@ from vsql_producers.relations import BinaryRefused
 from vsql_producers.report import Report, Told
 from vsql_producers.slot import require_primary
 from vsql_producers.snapshot.pipeline import CopyPipeline
+from vsql_producers.synchronous import Listener, Waits
 from vsql_producers.targets import Targets
 from vsql_shared import failpoints, names
 from vsql_shared.audit.entries import SIGNING_KEY_ENDED
@@ -52,7 +53,7 @@ from vsql_shared.errors import (
 )
 from vsql_shared.kafka.clients import from_exception
 from vsql_shared.kms import open_provider
-from vsql_shared.pg import acts, key_ends
+from vsql_shared.pg import acts, key_ends, synchronous
 from vsql_shared.pg.commands import Command
 from vsql_shared.pg.connect import Connection, connect, errors, translate
 from vsql_shared.service.refused_connections import RefusedConnections
@@ -68,6 +69,11 @@ _STOP_SHARE = 0.8
 _WAITING_SAYS_SECONDS = 5.0
 # Between looks whether an operator ended the signing key.
 _KEY_SECONDS = 1.0
+# What becomes of commits that wait, once the order stands in the chain.
+_WAITS = {
+    "degrade": "commits wait for no target any more",
+    "restore": "commits wait for their targets again",
+}
 # Commands whose answer is always the same.
 _ANSWERS = {
     "rotate-dek": "the next batch is sealed under a new data key",
@@ -178,9 +184,13 @@ class Worker:
         provider = open_provider(settings.encryption.kms, strict=settings.is_prod)
         closing.callback(provider.close)
         writing = self._writing(conn, stream)
+        answers: Consumer | Listener = open_consumer(settings, self._chain, closing)
+        policy = None if stream.kind == "copy" else synchronous.load(conn, stream.publication)
+        if policy is not None:
+            answers = Listener(answers, closing)
         targets = Targets(
             conn,
-            open_consumer(settings, self._chain, closing),
+            answers,
             writing.cluster,
             self._chain,
             writing.topic,
@@ -191,6 +201,8 @@ class Worker:
         context = Context(
             settings, stream, conn, provider, writing, targets, self._report.metrics, closing, leaves
         )
+        if policy is not None and isinstance(answers, Listener):
+            context.waits = Waits(conn, self._chain, policy, targets, answers)
         context.volume, context.text_only = self._report.volume, self._text_only
         context.frame = self._pack_frame(conn)
         self._report.opening()
@@ -258,9 +270,9 @@ class Worker:
                 self._report.say(conn, control, state, pipeline, targets)
             targets.poll(now)
             pipeline.turn(reading=not paused)
-            self._answer_acts(control, pipeline.sequence)
+            self._answer_acts(control, pipeline.sequence, context)
         pipeline.finish(self._time_to_stop(), context.on_tick)
-        self._answer_acts(control, pipeline.sequence)
+        self._answer_acts(control, pipeline.sequence, context)
         if pipeline.done:
             streams.set_state(conn, self._chain, "FINISHED")
         self._report.say(conn, control, "stopped", pipeline, targets)
@@ -298,6 +310,8 @@ class Worker:
             if not done:
                 control.answer(command, ok=False, message=message)
                 return
+        elif command.verb in _WAITS and context.waits is not None:
+            message = _WAITS[command.verb]
         elif command.verb in ("pause", "resume"):
             message = f"the stream is {control.desired}"
         else:
@@ -311,10 +325,12 @@ class Worker:
         sequence = pipeline.outlet.act(acts.describe(conn, command))
         self._acted.append((sequence, command, message))
 
-    def _answer_acts(self, control: Control, recorded: int) -> None:
+    def _answer_acts(self, control: Control, recorded: int, context: Context) -> None:
         """Answer the commands whose entries this node's own table has."""
         while self._acted and self._acted[0][0] <= recorded:
             _, command, message = self._acted.pop(0)
+            if context.waits is not None and command.verb in _WAITS:
+                context.waits.degrade(command.reason if command.verb == "degrade" else None)
             control.answer(command, ok=True, message=message)
 
     def _writing(self, conn: Connection, stream: streams.Stream) -> Writing:

@@ -52,6 +52,7 @@ COMMANDS: dict[str, Entry] = {
     "resume": Entry("resume", "Resume paused streams."),
     "status": Entry("status", "Show each stream's state, positions and lag."),
     "stream": Entry("stream", "Decide on what a consumer refused."),
+    "sync": Entry("sync", "Have commits to PCI tables wait for other nodes."),
     "run": Entry("run", "Run one service in the foreground, as containers do."),
     "daemon": Entry("daemon", "Start, stop and watch both services of this node."),
     "conflicts": Entry("conflicts", "Show what became of changes that met another node's."),

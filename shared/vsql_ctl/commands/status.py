@@ -270,12 +270,30 @@ def _troubles(one: StreamStatus) -> Iterator[str]:
             datetime.fromtimestamp(at, UTC).isoformat(" ", "seconds") if isinstance(at, int | float) else at
         )
         yield f"last error, {printable(when)}: {printable(said['last_error'])}"
+    yield from _waits(one)
     for target, ack in (said.get("targets") or {}).items():
         if ack.get("mismatch"):
             yield f"{target} computed another root: {printable(ack['mismatch'])}"
         if ack.get("passed_over") and ack.get("lag_batches"):
             yield f"a record in the place of {target}'s answers is not by it: {printable(ack['passed_over'])}"
     yield from _at_the_slot(one)
+
+
+def _waits(one: StreamStatus) -> Iterator[str]:
+    """Of a stream whose commits wait for targets: for which they do, or that they do not."""
+    said = one.detail.get("synchronous")
+    if not isinstance(said, dict):
+        return
+    from vsql_ctl.commands.sync import waiting_lines
+
+    yield from waiting_lines("clients wait", said)
+    if said.get("state") == "degraded":
+        why = printable(said.get("degraded_reason"))
+        yield f"DEGRADED since {printable(said.get('degraded_at'))}, commits wait for no target: {why}"
+    for found in said.get("unwaited") or ():
+        yield f"COMMITS PASS BY: {printable(found)}"
+    if said.get("server"):
+        yield f"writes to its tables are refused: {printable(said['server'])}"
 
 
 def _at_the_slot(one: StreamStatus) -> Iterator[str]:

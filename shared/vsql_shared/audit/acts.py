@@ -41,6 +41,8 @@ ORDERS = (
     "key.rotate-dek",
     "key.rotate-kek",
     "audit.prune",
+    "sync.degrade",
+    "sync.restore",
 )
 """Actions of the operators' log that a worker obeys; the others are done when their line is written."""
 

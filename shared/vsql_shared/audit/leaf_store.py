@@ -35,6 +35,8 @@ _SOON_SECONDS = 0.5
 _LOCK_MS = 200
 _COPY = "COPY vsql_sync.batch_leaves (slot, chain, sequence, part, leaves) FROM STDIN (FORMAT binary)"
 _TYPES = ("int2", "text", "int8", "int4", "bytea")
+# So few travel as statements of their own.
+_SMALL = 4
 _NOW = """
 SELECT now(), has_table_privilege('vsql_sync.batch_leaves_00', 'TRUNCATE'),
        (SELECT max(slot) FROM vsql_sync.leaf_slots WHERE ended_at IS NULL)
@@ -65,6 +67,14 @@ Kept = tuple[int, PartLeaves]
 def write_leaves(conn: Connection, slot: int | None, chain: str, kept: Sequence[Kept]) -> None:
     """Keep leaves in the open transaction; nothing where no slot is written to."""
     if slot is None or not kept:
+        return
+    if len(kept) <= _SMALL:
+        for sequence, one in kept:
+            conn.execute(
+                "INSERT INTO vsql_sync.batch_leaves (slot, chain, sequence, part, leaves)"
+                " VALUES (%s, %s, %s, %s, %s)",
+                (slot, chain, sequence, one.part, one.leaves),
+            )
         return
     with conn.cursor() as cursor, cursor.copy(_COPY) as copy:
         copy.set_types(_TYPES)

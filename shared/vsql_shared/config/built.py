@@ -55,18 +55,14 @@ def _missing_many_writers(settings: Settings) -> Iterator[tuple[str, str]]:
 
 def _missing_conflict(conflict: ConflictSettings) -> Iterator[tuple[str, str]]:
     """Conflict resolution beyond the default."""
-    if conflict.pci_write_policy != "reject":
-        yield f'conflict.pci_write_policy = "{conflict.pci_write_policy}"', 'use "reject"'
-    if conflict.pci_write_primary is not None:
-        yield f'conflict.pci_write_primary = "{conflict.pci_write_primary}"', "remove it"
+    if conflict.pci_write_policy == "forward":
+        yield 'conflict.pci_write_policy = "forward"', 'use "reject" or "accept_lww"'
     if conflict.crdt.columns:
         yield "conflict.crdt.columns", "remove the entries"
 
 
 def _missing_control(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Synchronous commit, schema changes, key governance."""
-    if settings.consistency.pci_sync_mode != "async":
-        yield f'consistency.pci_sync_mode = "{settings.consistency.pci_sync_mode}"', 'use "async"'
+    """Schema changes, key governance."""
     for key in ("enforce_governed_ddl", "audit_ddl"):
         if getattr(settings.ddl, key):
             yield f"ddl.{key} = true", "use false"

@@ -154,7 +154,7 @@ class ConflictSettings(Section):
     tables: list[TableStrategy] = Field(default_factory=list)
     """One entry per table with a strategy of its own."""
     pci_write_primary: NodeName | None = None
-    """Node that alone writes PCI tables."""
+    """Node that alone writes PCI tables, as `syncctl sync primary` was told on each node."""
     pci_write_policy: Literal["reject", "forward", "accept_lww"] = "reject"
     """What happens to a write to a PCI table on another node."""
     max_clock_skew_ms: Annotated[Whole, Field(ge=1, le=60_000)] = 100
@@ -168,7 +168,7 @@ class ConsistencySettings(Section):
     """[consistency]: whether a commit waits for the other node."""
 
     pci_sync_mode: Literal["async", "remote_apply"] = "async"
-    """For PCI tables."""
+    """For PCI tables; with remote_apply the producer starts only once `syncctl sync enable` was run."""
     non_pci_sync_mode: Literal["async"] = "async"
     """For all others."""
 

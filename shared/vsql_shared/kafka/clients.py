@@ -148,12 +148,13 @@ def _options(config: dict[str, ClientOption]) -> dict[str, Any]:
     return {**config, "error_cb": _on_error, "logger": _chatter}
 
 
-def make_producer(settings: Settings, client_id: str) -> Producer:
-    """An idempotent producer (acks=all)."""
+def make_producer(settings: Settings, client_id: str, *, at_once: bool = False) -> Producer:
+    """An idempotent producer (acks=all). `at_once`: a message waits for no other one."""
     config = dict(settings.kafka.client_config("producer", settings.limits))
     config["client.id"] = client_id
     # Packs are large already: waiting for more of them only adds latency.
-    config.setdefault("linger.ms", 1)
+    config.setdefault("linger.ms", 0 if at_once else 1)
+    config.setdefault("socket.nagle.disable", True)
     config.setdefault("queue.buffering.max.messages", 100_000)
     config.setdefault("message.timeout.ms", 60_000)
     return Producer(_options(config))

@@ -81,6 +81,7 @@ WRITES: dict[str, dict[str, str]] = {
         "registry_ids": "INSERT, UPDATE (id, answered_at)",
         "audit_cosigned": "INSERT",
         "audit_bases": "INSERT",
+        "synchronous_publications": "UPDATE (degraded_at, degraded_reason)",
     },
     CONSUMER: _SERVICE
     | {

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal
 from vsql_shared import names
 from vsql_shared.clocks.keeper import ClockKeeper
 from vsql_shared.errors import DatabaseError, RefusedError, TransientError, VsqlSyncError
+from vsql_shared.pg import synchronous, write_primary
 from vsql_shared.pg.connect import Connection, connect, errors
 from vsql_shared.service.auditor import Auditor
 from vsql_shared.service.stopping import set_on_signals
@@ -237,6 +238,9 @@ def first_connection(settings: Settings, role: Role) -> None:
                 hint="run `syncctl node init` first",
             )
         _require_privileges(connection, role)
+        write_primary.require_as_configured(connection, settings)
+        if role == "producer":
+            synchronous.require_as_configured(connection, settings)
         try:
             _lock_service(connection, settings, role)
         except AlreadyRunningError:
