@@ -59,8 +59,6 @@ def _missing_conflict(conflict: ConflictSettings) -> Iterator[tuple[str, str]]:
         yield f'conflict.pci_write_policy = "{conflict.pci_write_policy}"', 'use "reject"'
     if conflict.pci_write_primary is not None:
         yield f'conflict.pci_write_primary = "{conflict.pci_write_primary}"', "remove it"
-    if conflict.crdt.columns:
-        yield "conflict.crdt.columns", "remove the entries"
 
 
 def _missing_control(settings: Settings) -> Iterator[tuple[str, str]]:
