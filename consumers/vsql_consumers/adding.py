@@ -124,11 +124,11 @@ class AddingWriter(ContestedWriter):
             return TransientError(f"{what} yet, and waits for it", hint="another node's stream brings it")
         return RowError(
             what,
-            hint="where its INSERT was parked: `syncctl stream park` this one, too, then `stream replay` both,"
+            hint="where its INSERT was parked: `syncctl stream park` this one, too, then `replay` both,"
             " the INSERT first; a row that was lost is brought by hand, then `stream retry`",
         )
 
-    def _saw(self, number: int, change: Change, side: str) -> bool:  # noqa: ARG002 - as its base has it
+    def _saw(self, number: int, change: Change, side: str) -> bool:  # noqa: ARG002
         """Whether it was made of the row that is here, but for what adds up; asked where no order is."""
         if self._rules.strategy in SYMMETRIC or change.op != Op.UPDATE:
             return False

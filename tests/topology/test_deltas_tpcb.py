@@ -46,7 +46,7 @@ def _bank(node: Node, seed: int, done: threading.Event, failures: list[str]) -> 
     """TPC-B; now and then a change of what does not add up, and one of both."""
     number = 0
     with psycopg.connect(node.conninfo, autocommit=True) as conn:
-        while not done.wait(0.015):
+        while not done.wait(0.04):
             number += 1
             at = number * 7 + seed * 13
             aid, tid, bid, delta = at % 200 + 1, at % 10 + 1, at % 2 + 1, at % 2001 - 1000

@@ -248,6 +248,7 @@ def _prepare(
         table.name,
     ).fetchone()
     if row is None:
+        _drop_triggers(conn, table)
         row = conn.execute("SELECT 'tombstones_' || nextval('vsql_sync.tombstones_number')").fetchone()
     name = "" if row is None else str(row[0])
     if conn.execute("SELECT to_regclass(%s)", (f"vsql_sync.{name}",)).fetchone() == (None,):
@@ -270,6 +271,17 @@ def _prepare(
                 sql.Identifier(name), sql.Identifier(roles.CONSUMER)
             )
         )
+
+
+def _drop_triggers(conn: Connection, table: TableInfo) -> None:
+    """Those of a table that was one before: they write to the tombstones it had then."""
+    for (name,) in conn.execute(
+        "SELECT tgname FROM pg_trigger WHERE tgrelid = %s AND NOT tgisinternal"
+        " AND starts_with(tgname::text, 'vsql_sync_')",
+        (table.oid,),
+    ).fetchall():
+        text = sql.SQL("DROP TRIGGER {} ON {}")
+        conn.execute(text.format(sql.Identifier(name), sql.Identifier(*table.name)))
 
 
 def _make_tombstones(conn: Connection, name: str, table: TableInfo, key: Sequence[str]) -> None:
