@@ -446,6 +446,17 @@ def test_a_row_that_has_not_come_is_waited_for_and_nothing_is_added_before(both:
     assert _row(both.b, key) == [("x", "105.00")]
 
 
+def test_an_insert_that_was_parked_falls_where_its_row_was_deleted_since(both: Both) -> None:
+    key = next(KEYS)
+    parked = _batches(both, f"INSERT INTO public.account VALUES ({key}, 'x', 100)")
+    both.a.do(f"DELETE FROM public.account WHERE id = {key}")
+    both.b.apply(both.a.source.batches())
+    assert both.b.applier.apply(parked, late=True) == [{"lost": 1}]
+    both.b.applier.finish(parked[0].lsn_end, parked[0].transactions[0].commit_time, lambda _: None)
+    both.b.source.batches()
+    assert _row(both.b, key) == []
+
+
 def test_a_sum_that_does_not_fit_stops_and_is_added_once_there_is_room(both: Both) -> None:
     key = _known(both, 9_999_999_990)
     both.b.do(f"UPDATE public.account SET bal = bal + 9 WHERE id = {key}")
