@@ -128,11 +128,11 @@ class AddingWriter(ContestedWriter):
             " the INSERT first; a row that was lost is brought by hand, then `stream retry`",
         )
 
-    def _saw(self, number: int, change: Change, side: str) -> bool:  # noqa: ARG002
+    def _saw(self, number: int, change: Change, side: str) -> bool:
         """Whether it was made of the row that is here, but for what adds up; asked where no order is."""
         if self._rules.strategy in SYMMETRIC or change.op != Op.UPDATE:
             return False
-        return self._is_rest(number, OLD)
+        return self._is_rest(number, side)
 
     def _is_rest(self, number: int, side: str) -> bool:
         """Whether the row that is here is the staged one, byte by byte, but for key, sums and generation."""
