@@ -99,7 +99,7 @@ def _infinite(conn: Connection, table: TableInfo, columns: Sequence[str]) -> Ite
 def _is_infinite(alias: str, columns: Sequence[str]) -> sql.Composable:
     return sql.SQL(" OR ").join(
         sql.SQL("{0}.{1} IN ('NaN', 'Infinity', '-Infinity')").format(
-            sql.SQL(alias),  # type: ignore[arg-type]  # of this module: t, NEW
+            sql.SQL(alias),
             sql.Identifier(column),
         )
         for column in columns
