@@ -23,10 +23,11 @@ its commit is the version of all it wrote. Rules:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
+from vsql_consumers import versions
 from vsql_consumers.contest import Act, Decision, Kind, Local, Version, Writer, decide
 from vsql_consumers.fold import unchanged
 from vsql_consumers.frames import Layout
@@ -58,6 +59,8 @@ class Tombstones(NamedTuple):
     table: str
     key: tuple[str, ...]
     strategy: Strategy
+    adding: tuple[str, ...] = ()
+    """Columns that add up."""
 
 
 @dataclass(slots=True)
@@ -79,6 +82,8 @@ class Contest:
     """The manifest of what is applied says that it has PCI data."""
     lost: int = 0
     """Changes of the transaction that fell so far."""
+    nodes: Mapping[str, Writer] = field(default_factory=dict)
+    """All that are known, by name."""
 
     def version(self) -> Version:
         """Of what is being applied."""
@@ -105,11 +110,31 @@ class Contest:
             " FROM pg_xact_commit_timestamp_origin(t.xmin) o (timestamp, roident)),"
             " age(t.xmin) <= age(pg_current_xact_id()::xid))"
         )
-        return Guard(ours, rules.table, generation_of(plan, rules, self.origin))
+        buried = ours
+        if rules.adding:
+            ours = buried = "false"  # a tombstone stands, whoever left it
+        else:
+            ours += f" AND {versions.none_counts(plan.name, rules.key)}"
+        return Guard(ours, rules.table, generation_of(plan, rules, self.origin), buried, bool(rules.adding))
 
     def node_of(self, origin: int) -> tuple[str, Writer]:
         """Who wrote under an origin; one that is no stream's counts as this node."""
         return self.writers.get(origin) or self.writers[0]
+
+    @property
+    def third_nodes(self) -> bool:
+        """Whether any node but this one and the stream's writes here."""
+        return not {name for name, _ in self.writers.values()} <= {self.writers[0][0], self.origin}
+
+    def named(self, node: str) -> Writer:
+        """A node that vsql_sync.row_versions names. Raises DatabaseError."""
+        writer = self.nodes.get(node)
+        if writer is None:
+            raise DatabaseError(
+                f"a row's version names node {node}, which is not in vsql_sync.nodes",
+                hint="vsql_sync.row_versions or vsql_sync.nodes was altered; initialise the node anew",
+            )
+        return writer
 
 
 def generation_of(plan: Plan, rules: Tombstones, origin: str) -> int | None:
@@ -141,6 +166,9 @@ class _Found(NamedTuple):
     time: datetime | None
     came: int = 1
     """Generation of the change."""
+
+
+Found = _Found
 
 
 class ContestedWriter(RowWriter):
@@ -271,7 +299,7 @@ class ContestedWriter(RowWriter):
         version, local = contest.version(), None if found is None else found.local
         if found is not None:
             version = version._replace(generation=found.came)
-        decision = decide(change.op, version, local, self._rules.strategy, late=contest.late, seen=seen)
+        decision = self._rule(change, version, local, seen=seen)
         if decision.act is Act.STOP and found is not None:
             raise DivergedError(
                 f"the clock of node {contest.origin} went back: it changed a row of {self._plan.name} at"
@@ -281,6 +309,10 @@ class ContestedWriter(RowWriter):
                 " then `syncctl stream retry`",
             )
         return decision
+
+    def _rule(self, change: Change, version: Version, local: Local | None, *, seen: bool) -> Decision:
+        strategy, late = self._rules.strategy, self._contest.late
+        return decide(change.op, version, local, strategy, late=late, seen=seen)
 
     def _lock_key(self, number: int, side: str) -> bool:
         """Lock the row of a key as it is after every wait; false when there is none."""
@@ -298,11 +330,18 @@ class ContestedWriter(RowWriter):
         """Of a row that is locked, or of a tombstone: in a statement of its own, with a new snapshot."""
         found = self._new_key if side == NEW else self._old_key
         table = self._plan.table if live else self._rules.table
+        kept, entry = (
+            "v.row_xmin IS NOT NULL, v.at, v.node",
+            versions.joined(self._plan.name, self._rules.key),
+        )
+        if not live:
+            kept, entry = "false, NULL::timestamptz, NULL", ""
         text = self._text(
             ("look", op, side, live),
             lambda: (
                 "SELECT o.timestamp, o.roident, a.here <= a.now, (pg_current_xact_id()::text::bigint"
-                f" + a.now - a.here)::text, {self._generations(op)} FROM {self._stage.name} s, {table} t,"
+                f" + a.now - a.here)::text, {self._generations(op)}, {kept}"
+                f" FROM {self._stage.name} s, {table} t{entry},"
                 " LATERAL pg_xact_commit_timestamp_origin(t.xmin) o (timestamp, roident),"
                 " LATERAL (SELECT age(t.xmin)::bigint, age(pg_current_xact_id()::xid)::bigint)"
                 " a (here, now)"
@@ -312,14 +351,17 @@ class ContestedWriter(RowWriter):
         row = self._conn.execute(self._numbered(text, number), prepare=False).fetchone()
         if row is None:
             return None
-        time, origin, ours, xid, here, came = row
+        time, origin, ours, xid, here, came, is_kept, at, by = row
         contest = self._contest
+        if is_kept:
+            version = Version(None if at is None else _microseconds(at), contest.named(by), here)
+            return _Found(Local(live, version), by, at, came)
         if time is None and ours:
             return _Found(Local(live, contest.version()), contest.origin, None, came)
         if time is None and here == came:
             self._require_younger(xid)
         node, writer = contest.node_of(origin or 0)
-        microseconds = None if time is None else (time - _EPOCH) // timedelta(microseconds=1)
+        microseconds = None if time is None else _microseconds(time)
         return _Found(Local(live, Version(microseconds, writer, here)), node, time, came)
 
     def _generations(self, op: int) -> str:
@@ -412,6 +454,10 @@ class ContestedWriter(RowWriter):
         )
         stage = self._stage.name
         return f"(SELECT to_jsonb(r)::text FROM (SELECT {values} FROM {stage} s WHERE {_set()}) r)"
+
+
+def _microseconds(time: datetime) -> int:
+    return (time - _EPOCH) // timedelta(microseconds=1)
 
 
 def _set() -> str:

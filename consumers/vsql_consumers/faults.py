@@ -32,7 +32,8 @@ _HINTS = {
     "23P01": "another row of the target excludes this one; find out who wrote it, then"
     " `syncctl stream retry`",
     "22001": "a column of the target is shorter than the source's",
-    "22003": "a column of the target holds a smaller range, or fewer digits, than the source's; widen it",
+    "22003": "a column of the target holds a smaller range, or fewer digits, than the source's; widen it."
+    " One that adds up: UPDATE the row here so that there is room, then `syncctl stream retry`",
     "22P05": "the target database's encoding lacks a character of this row: make the target anew with "
     "ENCODING 'UTF8', or skip or park its transaction with `syncctl stream`",
 }

@@ -79,6 +79,10 @@ class Guard(NamedTuple):
     """Table of them, as SQL."""
     generation: int | None = None
     """Position of the column of generations, where the table has them."""
+    buried: str = "false"
+    """Condition on t, a tombstone: an INSERT may pass it over."""
+    adds: bool = False
+    """Columns of it add up: a change is no set of values."""
 
 
 def write_guarded(
@@ -111,7 +115,7 @@ def write_guarded(
     if step.inserts:
         where = staged(step.inserts)
         tasks.append((plan.insert(stage.name, where, step.layout), len(step.inserts)))
-        others = f"{where} AND {found} AND NOT {guard.ours}"
+        others = f"{where} AND {found} AND NOT {guard.buried}"
         tasks.append((f"SELECT FROM {guard.tombstones} t, {stage.name} s WHERE {others} LIMIT 1", 0))
     stages.fill(stage)
     return run(conn, [sql for sql, _ in tasks]) == [expected for _, expected in tasks]

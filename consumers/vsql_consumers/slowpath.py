@@ -35,7 +35,7 @@ from vsql_consumers.stage import Stage, Stages, run
 from vsql_consumers.statements import NEW, OLD, Plan
 from vsql_consumers.window import in_words
 from vsql_shared.changes import Op, RowPlace
-from vsql_shared.errors import DecodeError, TransientError
+from vsql_shared.errors import DecodeError, RowError, TransientError
 
 if TYPE_CHECKING:
     from vsql_shared.pg.connect import Connection
@@ -97,6 +97,9 @@ class Replay:
                 kind = writer.write(number, change)
             except psycopg.Error as error:
                 raise self._fault(error, first + change.at) from None
+            except RowError as error:
+                error.place = error.place or self.named(first + change.at)
+                raise
             if kind is None:
                 where = in_words(self.named(first + change.at))
                 raise TransientError(f"{where} keeps meeting concurrent writers")

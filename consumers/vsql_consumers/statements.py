@@ -227,7 +227,11 @@ class Plan:
 
     def _image(self, layout: Layout, side: str) -> str:
         """T equals the staged row byte by byte: 1.0 is not 1.00."""
-        written = [(n, self.columns[n].type.sql) for n in self.written]
+        return self.image_of(self.written, layout, side)
+
+    def image_of(self, columns: Sequence[int], layout: Layout, side: str) -> str:
+        """T equals the staged row byte by byte in some columns."""
+        written = [(n, self.columns[n].type.sql) for n in columns]
         rows = [
             ", ".join(f"CAST(t.{self.column(n)} AS {type_})" for n, type_ in written),
             ", ".join(f"CAST({self.value(n, layout, side, seek=True)} AS {type_})" for n, type_ in written),

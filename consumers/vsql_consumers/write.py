@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import psycopg
 
 from vsql_consumers import faults, setwise
+from vsql_consumers.adding import AddingWriter
 from vsql_consumers.contested import Contest, ContestedWriter
 from vsql_consumers.fold import Folded, Step, fold, only_inserts
 from vsql_consumers.frames import Layout, LayoutChange, copied_chunks, insert_chunks
@@ -265,7 +266,7 @@ class Writer:
         plan, ops = window.plan, window.ops()
         if window.copied and self._copy(window, plaintexts, layout) is _Outcome.DONE:
             return
-        if not plan.folds:
+        if not plan.folds or (guard.adds and not window.only_inserts):
             self._replay(window, ops, plaintexts, layout, 0)
             return
         steps: Iterable[Step] = (
@@ -288,6 +289,8 @@ class Writer:
             self._replay(window, ops[part], plaintexts[part], step.layout, step.start)
 
     def _row_writer(self, conn: Connection, plan: Plan, layout: Layout, stage: Stage) -> RowWriter:
+        if self.contest is not None and self.contest.require(plan.name).adding:
+            return AddingWriter(conn, plan, layout, stage, self.contest)
         if self.contest is not None:
             return ContestedWriter(conn, plan, layout, stage, self.contest)
         return RowWriter(conn, plan, layout, stage)

@@ -77,9 +77,11 @@ def load(conn: Connection, stream: Stream, said: Strategies | None = None) -> Co
     `said`: what this node's file says about strategies.
     """
     tables = {
-        TableName(schema, name): Tombstones(f"vsql_sync.{quote_ident(buried)}", tuple(key), strategy)
-        for schema, name, buried, key, strategy in conn.execute(
-            "SELECT table_schema, table_name, tombstones, key_columns, strategy"
+        TableName(schema, name): Tombstones(
+            f"vsql_sync.{quote_ident(buried)}", tuple(key), strategy, tuple(adding)
+        )
+        for schema, name, buried, key, strategy, adding in conn.execute(
+            "SELECT table_schema, table_name, tombstones, key_columns, strategy, delta_columns"
             " FROM vsql_sync.multi_writer_tables m WHERE publication = %s",
             (stream.publication,),
         )
@@ -107,7 +109,8 @@ def load(conn: Connection, stream: Stream, said: Strategies | None = None) -> Co
     if row is None or row[0] is None:
         raise DatabaseError(f"replication origin {stream.origin_name} is not there", hint="start again")
     writers[row[0]] = nodes[stream.origin]
-    return Contest(stream.chain, stream.origin, row[0], nodes[stream.origin][1], writers, tables)
+    known = dict(nodes.values())
+    return Contest(stream.chain, stream.origin, row[0], nodes[stream.origin][1], writers, tables, nodes=known)
 
 
 def _require_agreed(publication: str, tables: Mapping[TableName, Tombstones], said: Strategies) -> None:
@@ -121,6 +124,15 @@ def _require_agreed(publication: str, tables: Mapping[TableName, Tombstones], sa
                 hint="the strategy is what it was when the first peer was added: write that in [conflict],"
                 " [[conflict.tables]] or [[publications]] conflict_strategy",
             )
+        adding = said.adding.get(name)
+        if adding is not None and set(adding) != set(rules.adding):
+            there = ", ".join(sorted(rules.adding)) or "nothing"
+            raise DatabaseError(
+                f"of table {name}, which every node writes, {there} adds up, and this node's file says"
+                f" {', '.join(sorted(adding))}",
+                hint="what adds up is what it was when the first peer was added: write that in"
+                " [[conflict.crdt.columns]]",
+            )
 
 
 def _require_fit(conn: Connection, stream: Stream) -> None:
@@ -128,7 +140,8 @@ def _require_fit(conn: Connection, stream: Stream) -> None:
     for name, why in conn.execute(
         "SELECT name, why FROM (SELECT * FROM vsql_sync.unfit_tables()"
         " UNION ALL SELECT * FROM vsql_sync.unsent_tables()"
-        " UNION ALL SELECT * FROM vsql_sync.unfit_generations()) u WHERE publication = %s",
+        " UNION ALL SELECT * FROM vsql_sync.unfit_generations()"
+        " UNION ALL SELECT * FROM vsql_sync.unfit_deltas()) u WHERE publication = %s",
         (stream.publication,),
     ):
         raise DatabaseError(f"table {name} is written by every node: {why}", hint="then start again")

@@ -42,6 +42,8 @@ class Strategies:
     default: Strategy | None = None
     publications: Mapping[str, Strategy] = field(default_factory=dict)
     tables: Mapping[TableName, Strategy] = field(default_factory=dict)
+    adding: Mapping[TableName, Mapping[str, str]] = field(default_factory=dict)
+    """Table → columns that add up, each with the type its function is for ("" for any)."""
 
     def chosen(self, publication: str, table: TableName) -> Strategy | None:
         """What somebody chose for a table."""

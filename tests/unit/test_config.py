@@ -170,7 +170,6 @@ def test_what_the_sample_asks_for_and_is_not_built_stops_a_service_and_is_named(
     for key in (
         'peers[0].mode = "bidirectional"',
         'publications[0].mode = "bidirectional"',
-        "conflict.crdt.columns",
         "ddl.enforce_governed_ddl = true",
         "ddl.audit_ddl = true",
     ):

@@ -57,8 +57,6 @@ def _missing_conflict(conflict: ConflictSettings) -> Iterator[tuple[str, str]]:
     """Conflict resolution beyond the default."""
     if conflict.pci_write_policy == "forward":
         yield 'conflict.pci_write_policy = "forward"', 'use "reject" or "accept_lww"'
-    if conflict.crdt.columns:
-        yield "conflict.crdt.columns", "remove the entries"
 
 
 def _missing_control(settings: Settings) -> Iterator[tuple[str, str]]:

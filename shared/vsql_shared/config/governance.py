@@ -19,6 +19,7 @@ from vsql_shared.config.values import (
     Whole,
     refusal,
 )
+from vsql_shared.deltas import TYPES, type_of
 from vsql_shared.strategies import Strategy
 
 _WHY_AUDIT = (
@@ -42,6 +43,15 @@ def _signing_provider(value: object) -> object:
     if value in _NO_SIGNING_KEYS:
         raise refusal(
             f'signing keys in "{value}" are not built; "pkcs11" and "vault" are, or signing_key_path'
+        )
+    return value
+
+
+def _delta_function(value: str) -> str:
+    if type_of(value) is None:
+        raise refusal(
+            f'"{value}" is no function that adds up; write "delta_apply", or with the column\'s type, as in'
+            f' "delta_apply_numeric" or "spock_delta_apply_float8": {", ".join(TYPES)}'
         )
     return value
 
@@ -125,16 +135,16 @@ class CrdtColumn(Section):
     table: TableName
     """Table, with its schema if not public."""
     column: Identifier
-    """Numeric column."""
-    function: Annotated[str, Field(min_length=1)]
-    """Delta function, such as "spock_delta_apply_float8"."""
+    """Column: smallint, integer, bigint, numeric, real, double precision or money, NOT NULL."""
+    function: Annotated[str, AfterValidator(_delta_function)]
+    """What adds up: "delta_apply", or with its column's type, such as "spock_delta_apply_float8"."""
 
 
 class CrdtSettings(Section):
     """[conflict.crdt]: columns that merge without conflict."""
 
     columns: list[CrdtColumn] = Field(default_factory=list)
-    """One entry per column."""
+    """One entry per column; agreed on when a peer is added, the same in every node's file."""
 
 
 class TableStrategy(Section):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from psycopg import sql
 
 from vsql_shared.changes import TableName, quote_ident
-from vsql_shared.pg import catalog, generations, roles
+from vsql_shared.pg import catalog, deltas, generations, roles
 from vsql_shared.pg.connect import errors
 from vsql_shared.strategies import GENERATIONS
 
@@ -62,7 +62,8 @@ SELECT pg_catalog.format('%I.%I', m.table_schema, m.table_name), m.publication,
                 AND s.direction = 'in' AND s.state <> 'FINISHED' ORDER BY 1),
        m.strategy, m.writable,
        coalesce((SELECT greatest(c.reltuples, 0)::bigint FROM pg_catalog.pg_class c
-                  WHERE c.relname = m.tombstones AND c.relnamespace = 'vsql_sync'::regnamespace), 0)
+                  WHERE c.relname = m.tombstones AND c.relnamespace = 'vsql_sync'::regnamespace), 0),
+       m.delta_columns
   FROM vsql_sync.multi_writer_tables m ORDER BY 2, 1
 """
 _PRIORITIES = "SELECT node_id, priority FROM vsql_sync.nodes"
@@ -93,6 +94,8 @@ def problems(
             yield from (f"{table.name} on {where}: {why}" for why in _unfit(conn, published, table))
             chosen = generations.problems(conn, publication.name, table, strategies)
             yield from (f"{table.name} on {where}: {why}" for why in chosen)
+            added = deltas.problems(conn, table, strategies)
+            yield from (f"{table.name} on {where}: {why}" for why in added)
 
 
 def _unfit(conn: Connection, published: PublishedTable, table: TableInfo) -> Iterator[str]:
@@ -182,6 +185,8 @@ class SharedTable:
     """Whether clients may write it here: not before the first copy is done and our own slot is there."""
     deleted: int
     """Deleted rows that are remembered, as PostgreSQL estimates (vsql_consumers/purging.py forgets them)."""
+    adding: list[str]
+    """Columns that add up."""
 
 
 def shared_tables(conn: Connection) -> list[SharedTable]:
@@ -224,11 +229,18 @@ def prepare(
         table = catalog.describe(conn, published.name)
         if table is not None:
             strategy = strategies.of(publication.name, table.name)
-            _prepare(conn, publication.name, table, strategy, writable=writable)
+            adding = sorted(strategies.adding.get(table.name, ()))
+            _prepare(conn, publication.name, table, strategy, adding, writable=writable)
 
 
 def _prepare(
-    conn: Connection, publication: str, table: TableInfo, strategy: Strategy, *, writable: bool
+    conn: Connection,
+    publication: str,
+    table: TableInfo,
+    strategy: Strategy,
+    adding: Sequence[str],
+    *,
+    writable: bool,
 ) -> None:
     key = next(one.columns for one in table.keys if one.primary)
     row = conn.execute(
@@ -236,6 +248,7 @@ def _prepare(
         table.name,
     ).fetchone()
     if row is None:
+        _drop_triggers(conn, table)
         row = conn.execute("SELECT 'tombstones_' || nextval('vsql_sync.tombstones_number')").fetchone()
     name = "" if row is None else str(row[0])
     if conn.execute("SELECT to_regclass(%s)", (f"vsql_sync.{name}",)).fetchone() == (None,):
@@ -243,12 +256,14 @@ def _prepare(
     if strategy in GENERATIONS:
         generations.prepare(conn, table, name, key)
     _make_triggers(conn, name, table, key)
+    if adding:
+        deltas.prepare(conn, table, name, key, adding)
     conn.execute(
         "INSERT INTO vsql_sync.multi_writer_tables (table_schema, table_name, publication, tombstones,"
-        " key_columns, strategy, writable) VALUES (%s, %s, %s, %s, %s, %s, %s)"
+        " key_columns, strategy, delta_columns, writable) VALUES (%s, %s, %s, %s, %s, %s, %s, %s)"
         " ON CONFLICT (table_schema, table_name) DO UPDATE SET (publication, strategy)"
         " = (excluded.publication, excluded.strategy)",
-        (table.name.schema, table.name.table, publication, name, list(key), strategy, writable),
+        (*table.name, publication, name, list(key), strategy, list(adding), writable),
     )
     if roles.exist(conn):
         conn.execute(
@@ -256,6 +271,17 @@ def _prepare(
                 sql.Identifier(name), sql.Identifier(roles.CONSUMER)
             )
         )
+
+
+def _drop_triggers(conn: Connection, table: TableInfo) -> None:
+    """Those of a table that was one before: they write to the tombstones it had then."""
+    for (name,) in conn.execute(
+        "SELECT tgname FROM pg_trigger WHERE tgrelid = %s AND NOT tgisinternal"
+        " AND starts_with(tgname::text, 'vsql_sync_')",
+        (table.oid,),
+    ).fetchall():
+        text = sql.SQL("DROP TRIGGER {} ON {}")
+        conn.execute(text.format(sql.Identifier(name), sql.Identifier(*table.name)))
 
 
 def _make_tombstones(conn: Connection, name: str, table: TableInfo, key: Sequence[str]) -> None:

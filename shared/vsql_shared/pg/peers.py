@@ -22,6 +22,7 @@ from vsql_shared.crypto.signing import PinnedKey, fingerprint
 from vsql_shared.errors import NotBuiltError, RefusedError
 from vsql_shared.pg import (
     catalog,
+    deltas,
     generations,
     many_writers,
     migrate,
@@ -126,6 +127,8 @@ def look(origin: Connection, peer: Connection, request: PeerRequest) -> PeerPlan
         # Only tables that are there can be looked into.
         problems += _filled(origin, peer, chosen, streams) if request.copy and not problems else []
         notes = [*differing, *security_notes(origin, peer, _names(origin, chosen))] if not problems else []
+        if request.mode == BIDIRECTIONAL and not problems:
+            notes += [line for one in chosen for line in deltas.notes(origin, one, request.strategies)]
     if problems:
         lines = "\n  ".join(problems)
         raise RefusedError(f"peer {there.name} is refused, nothing was changed:\n  {lines}")
@@ -235,6 +238,7 @@ def _add_back(origin: Connection, peer: Connection, plan: PeerPlan) -> None:
         many_writers.prepare(peer, twin, plan.strategies, writable=False)
         generations.set_floors(origin, floors, later=copied)
         generations.set_floors(peer, floors, later=False)
+        deltas.share_used_keys(origin, peer, publication)
     filled = _filled(origin, peer, plan.publications, plan.streams)
     if filled:
         raise RefusedError("\n  ".join([f"peer {plan.peer.name} is refused, nothing was changed:", *filled]))

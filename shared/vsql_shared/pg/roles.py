@@ -97,6 +97,7 @@ WRITES: dict[str, dict[str, str]] = {
         "partial_batches": "INSERT, UPDATE, DELETE",
         "multi_writer_tables": "UPDATE (writable, generation_floor, next_floor)",
         "horizons": "INSERT",
+        "row_versions": "INSERT, UPDATE, DELETE",
         "purge_marks": "INSERT, UPDATE, DELETE",
         "future_commits": "INSERT, UPDATE",
         "parked": "INSERT, UPDATE (replayed_at, verdicts, replay_signed)",
@@ -115,7 +116,10 @@ WRITES: dict[str, dict[str, str]] = {
     ADMIN: dict.fromkeys(("commands", "decisions"), "INSERT, DELETE"),
 }
 # Tables a viewer sees only in part: the rest holds rows of users' tables.
-_HIDDEN_COLUMNS = {"conflict_log": ("local_tuple", "remote_tuple", "row_key")}
+_HIDDEN_COLUMNS = {
+    "conflict_log": ("local_tuple", "remote_tuple", "row_key"),
+    "row_versions": ("row_key",),
+}
 # Tables that hold keys of users' rows.
 _TOMBSTONES = "tombstones_"
 _LOG_AUDIT = "vsql_sync.log_audit(text, text, text, jsonb, jsonb, boolean, text)"

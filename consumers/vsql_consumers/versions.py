@@ -1,0 +1,74 @@
+"""Versions of rows whose xmin says another one: vsql_sync.row_versions, as SQL.
+
+Not here: who stands (contest.py). Rules (rule 15; docs/design/0028-columns-that-add-up.md):
+
+* An entry counts only while the row's xmin is the one it names: the next write of the row ends it.
+* A row is named by its key as it is spelled in the row, so both sides of the comparison are made of one row.
+* Whoever writes one holds the row, and reads its xmin after the write: within a savepoint that is another id
+  than the transaction's.
+"""
+
+# ruff: noqa: S608 - quoted names, and literals made here
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from vsql_shared.pg.deltas import row_key
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from vsql_shared.changes import TableName
+
+_TABLE = "vsql_sync.row_versions"
+
+
+class Kept(NamedTuple):
+    """A version as it is written down; no time: nobody knows it."""
+
+    at: datetime | None
+    node: str
+    generation: int
+
+
+def literal(text: str) -> str:
+    """A string constant as SQL, whatever the server's settings are."""
+    escaped = text.replace("\\", "\\\\").replace("'", "''")
+    return f" E'{escaped}'"
+
+
+def of_row(table: TableName, key: Sequence[str]) -> str:
+    """Condition: v is t's version, and counts."""
+    return (
+        f"v.table_schema = {literal(table.schema)} AND v.table_name = {literal(table.table)}"
+        f" AND v.row_key = {row_key('t', key)} AND v.row_xmin = t.xmin"
+    )
+
+
+def none_counts(table: TableName, key: Sequence[str]) -> str:
+    """Condition on t: its xmin is its version. Of tables without entries it costs one look for all rows."""
+    mine = f"w.table_schema = {literal(table.schema)} AND w.table_name = {literal(table.table)}"
+    return (
+        f"NOT (EXISTS (SELECT FROM {_TABLE} w WHERE {mine})"
+        f" AND EXISTS (SELECT FROM {_TABLE} v WHERE {of_row(table, key)}))"
+    )
+
+
+def joined(table: TableName, key: Sequence[str]) -> str:
+    """To be put behind t in FROM: v is its entry, or nothing."""
+    return f" LEFT JOIN {_TABLE} v ON {of_row(table, key)}"
+
+
+def keep(table: TableName, key: Sequence[str], source: str, version: Kept) -> str:
+    """Write down the version of the row t of `source` (FROM and WHERE)."""
+    at, node, generation = version
+    when = "NULL" if at is None else literal(at.isoformat())
+    return (
+        f"INSERT INTO {_TABLE} (table_schema, table_name, row_key, row_xmin, at, node, generation)"
+        f" SELECT {literal(table.schema)}, {literal(table.table)}, {row_key('t', key)}, t.xmin,"
+        f" CAST({when} AS timestamptz), {literal(node)}, {generation:d}"
+        f" {source} ON CONFLICT (table_schema, table_name, row_key) DO UPDATE SET"
+        " (row_xmin, at, node, generation)"
+        " = (excluded.row_xmin, excluded.at, excluded.node, excluded.generation)"
+    )
