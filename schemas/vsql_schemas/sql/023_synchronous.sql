@@ -166,13 +166,13 @@ DECLARE
     v_made INTEGER := 0;
     v_role TEXT := current_setting('session_replication_role');
 BEGIN
-    IF EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'vsql_sync_synchronous') THEN
-        PERFORM set_config('session_replication_role', 'replica', true);
-    END IF;
     FOR v_one IN SELECT r.* FROM vsql_sync.synchronous_relations() r
                   WHERE NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = r.relation
                                        AND t.tgname = 'vsql_sync_on_targets_' || substr(r.standby_name, 6))
     LOOP
+        IF v_made = 0 AND EXISTS (SELECT FROM pg_event_trigger WHERE evtname = 'vsql_sync_synchronous') THEN
+            PERFORM set_config('session_replication_role', 'replica', true);
+        END IF;
         EXECUTE format('CREATE TRIGGER %I AFTER INSERT OR UPDATE OR DELETE OR TRUNCATE ON %s FOR EACH STATEMENT'
                        ' EXECUTE FUNCTION vsql_sync.commit_on_targets(%L, %L)',
                        'vsql_sync_on_targets_' || substr(v_one.standby_name, 6), v_one.relation::regclass,
