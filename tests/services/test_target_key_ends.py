@@ -78,8 +78,10 @@ def test_acknowledgements_count_again_once_the_next_key_says_where_the_old_one_e
     # Unseen by the source when it ends the key: genuine, and not counted yet.
     node.execute("INSERT INTO t VALUES (2, 'b')")
     node.wait_confirmed()
+    node.stop(worker)  # one that runs looks at the keys every few seconds
     end_here(node, old, new)
     target.acknowledge(CHAIN)
+    worker = node.start(log="second")
     node.wait(lambda: bool(said(node).get("passed_over")))
     assert counted(node) == (0, True)
     head = go_on(node, target, old, new, head_of(node, old))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ from vsql_shared.errors import ChainError, DecodeError, KeyEndedError, Signature
 NEXT, THIRD = signer("node-a", "next"), signer("node-a", "third")
 
 
-def pinned(one: Signer, *, revoked: bool = False, **more: object) -> PinnedKey:
+def pinned(one: Signer, *, revoked: bool = False, **more: Any) -> PinnedKey:
     return replace(PinnedKey(one.node, one.public_key, one.fingerprint, revoked), **more)
 
 
@@ -72,7 +73,8 @@ def other(history: History, at: int, batches: int) -> History:
 
 def read(store: TrustStore, documents: list[bytes], chain: str = CHAIN) -> list[object]:
     """What a reader from the beginning takes each for: a hash that counts, 'void', or its error."""
-    reader, found = ChainReader(CLUSTER, chain, "node-a", store), []
+    reader = ChainReader(CLUSTER, chain, "node-a", store)
+    found: list[object] = []
     for document in documents:
         try:
             outcome = reader.accept(document, "shop.audit/0/0")

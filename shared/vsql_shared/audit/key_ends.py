@@ -70,7 +70,7 @@ def end_in(entry: AuditEntry) -> KeyEnd | None:
         others = [chain for chain in ends if writer_of(chain) != entry.signer_node_id]
     except (KeyError, TypeError, ValueError, AttributeError, ChainError) as error:
         raise DecodeError(f"entry {entry.sequence} of {entry.chain} names no end of a key") from error
-    wrong = not isinstance(found.key, str) or found.act not in (RETIRED, REVOKED) or others
+    wrong = said["key"] != str(found.key) or found.act not in (RETIRED, REVOKED) or bool(others)
     if wrong or any(len(end.entry_hash) != len(ZERO_HASH) for end in ends.values()):
         raise DecodeError(f"entry {entry.sequence} of {entry.chain} names no end of a key of its node")
     return found

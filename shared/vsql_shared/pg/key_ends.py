@@ -63,7 +63,7 @@ def with_ends(conn: Connection, keys: list[PinnedKey]) -> list[PinnedKey]:
     with errors("reading where signing keys ended"):
         cluster = conn.execute("SELECT cluster FROM vsql_sync.nodes WHERE is_local").fetchone()
         rows = conn.execute(_ROWS).fetchall()
-        own = dict(
+        own: dict[str, dict[str, list[Any]]] = dict(
             conn.execute(
                 "SELECT fingerprint, ended_heads FROM vsql_sync.signers"
                 " WHERE revoked_at IS NOT NULL AND ended_heads <> '{}'"
