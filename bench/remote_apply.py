@@ -105,7 +105,7 @@ class Standbys:
 
 def run(stack: Stack, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """The measurement itself, on servers of its own."""
-    settings = {"max_prepared_transactions": 0, "synchronous_commit": "local"}
+    settings: dict[str, str | int] = {"max_prepared_transactions": 0, "synchronous_commit": "local"}
     source, target = (stack.own_postgres(18, settings, fast=not args.fsync) for _ in range(2))
     for server, databases in ((source, ["a"]), (target, ["b", "native"])):
         with psycopg.connect(server.conninfo("postgres"), autocommit=True) as connection:

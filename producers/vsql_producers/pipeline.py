@@ -229,7 +229,8 @@ class LivePipeline:
             dry = not self._receive(wal)
         # Looked at only when a batch is due: is the WAL ahead of us, or are we waiting for it?
         due = self._batches.deadline is not None and now >= self._batches.deadline
-        self._send_what_fits(outlet, now, more=due and reading and wal.wait(0.0))
+        # What was received a moment ago and has no linger is due now, not with the next turn.
+        self._send_what_fits(outlet, time.monotonic(), more=due and reading and wal.wait(0.0))
         # The last look before a pause; during one nothing new is said.
         if reading or self._was_reading:
             looked = self._look_at_sequences(outlet, now, at_once=not reading)

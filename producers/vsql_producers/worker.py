@@ -184,10 +184,9 @@ class Worker:
         provider = open_provider(settings.encryption.kms, strict=settings.is_prod)
         closing.callback(provider.close)
         writing = self._writing(conn, stream)
-        answers: Consumer | Listener = open_consumer(settings, self._chain, closing)
+        consumer = open_consumer(settings, self._chain, closing)
         policy = None if stream.kind == "copy" else synchronous.load(conn, stream.publication)
-        if policy is not None:
-            answers = Listener(answers, closing)
+        answers: Consumer | Listener = consumer if policy is None else Listener(consumer, closing)
         targets = Targets(
             conn,
             answers,

@@ -368,7 +368,7 @@ def test_prepared_transactions_and_waiting_do_not_go_together(stack: Stack) -> N
 def test_ending_it_lets_waiting_commits_return(client: Client, admin: Connection) -> None:
     client.send("INSERT INTO cards VALUES (600, 'x')")
     assert client.waits()
-    assert synchronous.waiting(admin).count == 1
+    assert synchronous.waiting(admin).commits == 1
     try:
         synchronous.disable(admin, "pub", "a test")
         assert client.answered()

@@ -200,7 +200,7 @@ def _look(conn: Connection) -> dict[str, Any]:
         "region": node.region,
         "publications": [one(policy) for policy in synchronous.everything(conn)],
         "unwaited": [found._asdict() for found in synchronous.unwaited(conn)],
-        "waiting_commits": waiting.count,
+        "waiting_commits": waiting.commits,
         "waiting_since": waiting.since,
         "write_primary": write_primary.load(conn),
     }

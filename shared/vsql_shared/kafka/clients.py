@@ -171,6 +171,7 @@ def make_consumer(
     config = dict(settings.kafka.client_config("consumer", settings.limits))
     config |= {"client.id": client_id, "group.id": group_id, "enable.partition.eof": partition_eof}
     config.setdefault("fetch.wait.max.ms", wait_ms)
+    config.setdefault("socket.nagle.disable", True)
     config.setdefault("fetch.error.backoff.ms", 50)
     config.setdefault("topic.metadata.refresh.interval.ms", 30_000)
     return Consumer(_options(config))

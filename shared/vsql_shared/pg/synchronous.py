@@ -59,7 +59,7 @@ class Unwaited(NamedTuple):
 class Waiting(NamedTuple):
     """Commits that wait for a standby now."""
 
-    count: int
+    commits: int
     since: datetime | None
 
 

@@ -48,8 +48,8 @@ WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_trigger t WHERE t.tgrelid = l.relid 
     AND t.tgfoid = 'vsql_sync.refuse_away_from_primary()'::pg_catalog.regprocedure)
 ORDER BY 1
 """  # noqa: S608 - our own text
-_REFUSING = f"SELECT t.tgrelid::pg_catalog.regclass::text FROM ({_WITH_TRIGGER}) t ORDER BY 1"  # noqa: S608
-_TAKE_OFF = f"SELECT vsql_sync.set_write_primary(t.tgrelid, NULL) FROM ({_WITH_TRIGGER}) t"  # noqa: S608
+_REFUSING = f"SELECT t.tgrelid::pg_catalog.regclass::text FROM ({_WITH_TRIGGER}) t ORDER BY 1"  # noqa: S608 - as above
+_TAKE_OFF = f"SELECT vsql_sync.set_write_primary(t.tgrelid, NULL) FROM ({_WITH_TRIGGER}) t"  # noqa: S608 - as above
 
 
 def load(conn: Connection) -> WritePrimary | None:
