@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from confluent_kafka import Producer
@@ -33,6 +34,10 @@ def _until(done: Callable[[], object], what: str, seconds: float = 40) -> None:
     while not done():
         assert time.monotonic() < deadline, what
         time.sleep(0.2)
+
+
+def _reached(pair: TwoNodes, point: str) -> bool:
+    return f'"failpoint": "{point}"' in pair.a.tail("producer", 200)
 
 
 def _next_key(pair: TwoNodes) -> None:
@@ -99,8 +104,7 @@ def test_a_thiefs_entry_before_the_end_counts_for_nobody_wherever_the_rotation_i
     for point in ("producer.opening", "producer.epoch-opened", "producer.key-end"):
         env = {"VSQL_SYNC_ALLOW_FAILPOINTS": "1", "VSQL_SYNC_FAILPOINTS": f"{point}=kill"}
         pair.a.start("producer", env)
-        told = f'"failpoint": "{point}"'
-        _until(lambda told=told: told in pair.a.tail("producer", 200), f"{point} is not reached")  # type: ignore[misc]
+        _until(partial(_reached, pair, point), f"{point} is not reached")
         pair.a.stop("producer")
     pair.start()
     pair.a.execute("INSERT INTO t VALUES (2, 'signed by the second key')")
