@@ -38,6 +38,7 @@ from vsql_shared.audit.entries import (
     AuditEntry,
     signed_place,
 )
+from vsql_shared.audit.merkle import EMPTY_ROOT
 from vsql_shared.audit.rows import StoredDocument
 from vsql_shared.audit.store import iterate
 from vsql_shared.audit.verify import Problem
@@ -352,7 +353,7 @@ def compare_receipts(
         what = (
             _check_acked(acks, found, sequence, bytes(root), verdicts)
             if acked
-            else _check_open(trust, name, bytes(manifest), None if COVERED in verdicts else bytes(root))
+            else _check_open(trust, name, bytes(manifest), _computed(bytes(root), verdicts))
         )
         if what is not None:
             problems[name] = Problem(name, sequence, None, what)
@@ -381,6 +382,12 @@ def _check_acked(
     if dict(ack.verdicts) != verdicts:
         return "the receipt and the acknowledgement have different verdicts"
     return None
+
+
+def _computed(root: bytes, verdicts: dict[str, int]) -> bytes | None:
+    """The root a receipt has; None where what came with a copy, or was skipped, has none of its own."""
+    without = COVERED in verdicts or ("skipped" in verdicts and root == EMPTY_ROOT)
+    return None if without else root
 
 
 def _check_open(trust: TrustStore, chain: str, manifest: bytes, root: bytes | None) -> str | None:
