@@ -280,15 +280,19 @@ class TwoNodes:
             for role in list(node.services):
                 node.stop(role)
 
+    def kill(self) -> None:
+        """Kill what runs."""
+        for node in (self.a, self.b):
+            for process in node.services.values():
+                kill_tree(process)
+            node.services.clear()
+
     def end(self) -> None:
         """Kill whatever still runs, for a test that ended half-way; drop the databases that were made for it.
 
         Slots that nobody reads any more would hold the WAL of all tests that follow.
         """
-        for node in (self.a, self.b):
-            for process in node.services.values():
-                kill_tree(process)
-            node.services.clear()
+        self.kill()
         while self._made:
             self._stack.drop_database(self._made.pop())
 

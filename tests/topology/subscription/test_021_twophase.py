@@ -126,7 +126,7 @@ def test_021_an_empty_prepared_transaction_and_an_empty_name_are_passed_over(sce
 def test_021_both_servers_and_both_services_die_between_prepare_and_the_end(scene: Scene, how: str) -> None:
     first = 100 if how == "COMMIT" else 200
     scene.prepare(f"crash {how}", f"INSERT INTO t SELECT generate_series({first}, {first} + 49), 'x'")
-    scene.pair.end()
+    scene.pair.kill()
     for server in (scene.source, scene.target):
         server.kill()
         server.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 
+import psycopg
 import pytest
 
 from tests.nodes import TwoNodes
@@ -55,8 +56,9 @@ def pair(stack: Stack, tmp_path_factory: pytest.TempPathFactory, users: dict[str
         made.stop()
     finally:
         made.end()
-        for user in users.values():
-            made.a.execute(f"DROP ROLE IF EXISTS {user}")
+        with psycopg.connect(stack.postgres(18).conninfo, autocommit=True) as connection:
+            for user in users.values():
+                connection.execute(f"DROP ROLE IF EXISTS {user}".encode())
 
 
 def test_a_table_with_row_security_stops_by_name_until_the_services_users_bypass_it(
