@@ -679,6 +679,20 @@ def test_kafka_that_lost_entries_is_found_by_the_trail() -> None:
     assert (sequence, "Kafka lost entries" in what) == (6, True)
 
 
+def test_what_a_service_adds_while_kafka_is_read_is_no_finding() -> None:
+    source = ordinary()
+    size = len(source.entries)
+    for report, read in ((report_of(source, 4), 6), (report_of(source, 4), 4), (Report((), ()), 6)):
+        history = KafkaHistory(CLUSTER, "node-a", trust(), report)
+        for offset, encoded in enumerate(source.documents[:read]):
+            history.feed(encoded, f"shop.audit/0/{offset}")
+        assert history.problems({CHAIN: (size, source.entries[-1].entry_hash)}) == []
+    history = KafkaHistory(CLUSTER, "node-a", trust(), report_of(source, 4))
+    history.feed(source.documents[0], "shop.audit/0/0")
+    [lost] = history.problems({CHAIN: (size, source.entries[-1].entry_hash)})
+    assert (lost.sequence, "Kafka lost entries" in lost.what) == (2, True)
+
+
 def test_trail_of_another_history_is_found_by_kafka() -> None:
     source, other = built(["batch", "batch"]), built(["batch", "note"])
     [(sequence, what)] = kafka_problems(report_of(other), source.documents)

@@ -303,7 +303,7 @@ def _verify_kafka(conn: Connection, settings: Settings, trust: TrustStore, findi
         history = KafkaHistory(
             cluster, findings.node, trust, report, _base_heads(conn, trust, cluster, report)
         )
-        found = _compare_topic(conn, settings, report, history)
+        found = _compare_topic(conn, settings, history)
         # Pruned meanwhile: read anew. Each time costs a signed entry more, so this ends.
         if not found or not history.pruned_further(_base_heads(conn, trust, cluster, report)):
             break
@@ -322,9 +322,7 @@ def _base_heads(conn: Connection, trust: TrustStore, cluster: str, report: Repor
     return {name: base.head for name, base in bases.items() if base is not None}
 
 
-def _compare_topic(
-    conn: Connection, settings: Settings, report: Report, history: KafkaHistory
-) -> list[Problem]:
+def _compare_topic(conn: Connection, settings: Settings, history: KafkaHistory) -> list[Problem]:
     """What the topic has otherwise than the trail."""
     from vsql_shared.audit.history import read_topic
     from vsql_shared.audit.store import recall_head
@@ -339,7 +337,7 @@ def _compare_topic(
     # A producer at work stores an entry right after Kafka has it: give what is under way its time.
     deadline = time.monotonic() + _SETTLE_SECONDS
     while True:
-        heads = {one.chain: recall_head(conn, one.chain) for one in report.chains}
+        heads = {name: recall_head(conn, name) for name in history.chains}
         now = {name: (head[0].sequence, head[0].entry_hash) for name, head in heads.items() if head}
         if not history.lagging(now) or time.monotonic() > deadline:
             break

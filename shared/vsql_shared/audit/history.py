@@ -63,6 +63,11 @@ class KafkaHistory:
             if outcome.entry.sequence == sequence and outcome.entry_hash != entry_hash:
                 self._found(outcome.entry.chain, sequence, f"{where}: Kafka has another entry {sequence}")
 
+    @property
+    def chains(self) -> set[str]:
+        """The chains of this node that the report or the topic has."""
+        return self._wanted.keys() | self._readers.keys()
+
     def lagging(self, heads: Mapping[str, tuple[int, bytes]]) -> bool:
         """True while Kafka has entries of this node that the trail does not have yet."""
         return any(
@@ -79,21 +84,27 @@ class KafkaHistory:
         )
 
     def problems(self, heads: Mapping[str, tuple[int, bytes]] | None = None) -> list[Problem]:
-        """What differs; `heads` are the trail's heads now, read again after the topic was read."""
-        for chain, (sequence, _) in ({**self._wanted, **(heads or {})}).items():
+        """What differs; `heads` are the trail's heads now, read again after the topic was read.
+
+        Kafka must have what the trail had before the topic was read, and nothing the trail lacks after it:
+        a service at work adds to both meanwhile.
+        """
+        for chain in self.chains | (heads or {}).keys():
+            before = self._wanted.get(chain, (0, b""))[0]
+            now = (self._wanted if heads is None else heads).get(chain, (0, b""))[0]
             known = self._readers.get(chain)
             at = known.head.sequence if known else 0
-            if at > sequence:
+            if at > 0 == now:
+                self._found(chain, 1, "Kafka has this chain of this node, the trail does not")
+            elif at > now:
                 self._found(
                     chain,
-                    sequence + 1,
-                    f"the trail ends at {sequence}, Kafka has entries up to {at}: it was cut at its end, or "
+                    now + 1,
+                    f"the trail ends at {now}, Kafka has entries up to {at}: it was cut at its end, or "
                     "its writer stopped before it could store them (it adds them when it starts)",
                 )
-            elif at < sequence:
-                self._found(chain, at + 1, f"Kafka ends at {at}, the trail at {sequence}: Kafka lost entries")
-        for chain in self._readers.keys() - self._wanted.keys() - (heads or {}).keys():
-            self._found(chain, 1, "Kafka has this chain of this node, the trail does not")
+            elif at < before:
+                self._found(chain, at + 1, f"Kafka ends at {at}, the trail at {before}: Kafka lost entries")
         return list(self._problems.values())
 
     def _reader(self, name: str) -> ChainReader | None:
