@@ -213,7 +213,8 @@ class Targets:
         if not self._targets:
             return
         self._read()
-        self._look_at_ends()
+        if any(target.waiting for target in self._targets.values()):
+            self._look_at_ends()
         for target in self._targets.values():
             for entry in target.waiting:
                 if entry.sequence <= target.compared:
@@ -357,7 +358,7 @@ class Targets:
 
     def _look_at_ends(self) -> None:
         """Before anything is counted: a key that an operator has ended signs no acknowledgement any more."""
-        if any(target.waiting for target in self._targets.values()) and self._count_ends() != self._ends:
+        if self._count_ends() != self._ends:
             self.refresh()
 
     def _prove(self, target: Target) -> None:

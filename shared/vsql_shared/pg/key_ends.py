@@ -318,9 +318,10 @@ def _told(conn: Connection, cluster: str, node: str, keys: Iterable[PinnedKey]) 
     told: dict[str, dict[str, End]] = {}
     for document in _own_words(conn):
         said = said_in(document, cluster, node, pins)
-        for chain, end in said.ends.items() if said is not None else ():
-            ends = told.setdefault(said.key, {})
-            ends[chain] = lesser(ends.get(chain), end)
+        if said is None:
+            continue
+        ends = told.setdefault(said.key, {})
+        ends |= {chain: lesser(ends.get(chain), end) for chain, end in said.ends.items()}
     return told
 
 
