@@ -2,8 +2,9 @@
 
 Not here: what such an entry must be (audit/key_ends.py). Rules (docs/design/0025):
 
-* What a chain says of an end is looked for where it is needed before its turn comes: at the beginning of a
-  chain, and where something is refused. Only a signature by a living key of the origin counts there.
+* What a chain says of an end is looked for where it is needed before its turn comes: whenever a stream is
+  opened, in what it has not read yet; and in all of it where something is refused. Only a signature by a
+  living key of the origin counts there.
 * Of entries before an end those count that lead to it. The partition is read once more, to know which.
 * What is learned makes the stream be opened anew with it, as if an operator had changed the keys.
 """
@@ -31,19 +32,21 @@ _log = logging.getLogger(__name__)
 
 
 def look_at_start(settings: Settings, conn: Connection, stream: Stream) -> list[PinnedKey]:
-    """The pinned keys; where a chain begins that may have ended keys, with what it says of their end."""
-    trusted = signers.load(conn)
-    begins = state.load_position(conn, stream.chain).head.sequence == 0
-    return look_ahead(settings, conn, stream, trusted) if begins else trusted
+    """The pinned keys, with what the chain says of their end behind the stream's place in it.
+
+    A retired key's entry counts by its time until then: what a thief laid there must not come first.
+    """
+    begin = state.load_position(conn, stream.chain).audit_offset
+    return look_ahead(settings, conn, stream, signers.load(conn), begin)
 
 
 def look_ahead(
-    settings: Settings, conn: Connection, stream: Stream, trusted: Sequence[PinnedKey]
+    settings: Settings, conn: Connection, stream: Stream, trusted: Sequence[PinnedKey], begin: int = 0
 ) -> list[PinnedKey]:
-    """The pinned keys now, with ends of keys that the chain says up to where it is now."""
+    """The pinned keys now, with ends of keys that the chain says from an offset up to where it is now."""
     if key_ends.unsaid(trusted, stream.origin, stream.chain):
         place = (settings.cluster.name, stream.origin)
-        if key_ends.learn(conn, signers.load(conn), *place, _read(settings, stream, 0)):
+        if key_ends.learn(conn, signers.load(conn), *place, _read(settings, stream, begin)):
             _log.warning(
                 "the chain says where a signing key of its writer ended", extra={"chain": stream.chain}
             )

@@ -10,9 +10,10 @@ Not here: what follows from it (worker.py, snapshot/). Procedure for each acknow
 A target whose own, signed acknowledgements do not hold is marked with the first reason, loudly, and stays
 marked; the stream itself goes on, because other targets are not to blame.
 
-A target's key that has ended (docs/design/0025): its acknowledgements count once the target's next key has
-signed where it ended, and they lead there. Until then the table shows them, and nothing is forgotten for them
-(SQL 021). An end that comes behind entries which do not follow has all of them read anew, from the first.
+A target's key that has ended (docs/design/0025): its acknowledgements count once this reader has come, link
+by link, to where the target's next key says that it ended (`ends_read`). Until then the table shows them,
+nothing is forgotten for them (SQL 021), and commits wait. An end that comes behind entries which do not
+follow, or is known from elsewhere, has all of them read anew, from the first. The target is needed meanwhile.
 
 What is not signed by the target, or cannot be read, says nothing of it and is passed over: whoever can write
 to the topic must not be able to mark a target. Its key may be pinned later, though, and a topic may have been
@@ -42,6 +43,7 @@ from vsql_producers.joining import uncovered
 from vsql_producers.synchronous import Answer, Listener, Manifest, left_out
 from vsql_shared import lsn, names
 from vsql_shared.audit import cosigned
+from vsql_shared.audit.bases import start_of
 from vsql_shared.audit.chain import EMPTY_HEAD, Accepted, ChainHead, ChainReader
 from vsql_shared.audit.checkpoint import Log
 from vsql_shared.audit.dsse import document_hash
@@ -54,6 +56,7 @@ from vsql_shared.audit.entries import (
     SIGNING_KEY_ENDED,
     AuditEntry,
 )
+from vsql_shared.audit.key_ends import KeyEnd
 from vsql_shared.audit.store import recall_head, remember_head
 from vsql_shared.crypto.signing import PinnedKey, TrustStore
 from vsql_shared.errors import DecodeError, RefusedError, SignatureError, VerificationError
@@ -71,6 +74,14 @@ _DOUBT_CHARACTERS = 300
 """Of what is said of a record that is not the target's: its texts may be anybody's."""
 # Kafka no longer has, or does not have yet, the offset to go on from.
 _LOST = (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE)  # noqa: SLF001 - librdkafka's public name
+_TARGETS = (
+    "SELECT t.target, t.acked_sequence, coalesce(t.mismatch, ''), t.synced_sequence, coalesce(t.held, ''),"
+    " t.forgiven_sequence, t.joined, t.ends_read, n.region IS NOT DISTINCT FROM here.region"
+    " FROM vsql_sync.stream_targets t LEFT JOIN vsql_sync.nodes n ON n.node_id = t.target"
+    " LEFT JOIN vsql_sync.nodes here ON here.is_local WHERE t.chain = %s AND t.target <> '*'"
+)
+# A key that was retired and then revoked has two.
+_ENDS = "SELECT count(retired_at) + count(revoked_at) FROM vsql_sync.signers"
 _COUNTED = frozenset({BATCH_APPLIED, BATCH_SKIPPED, BATCH_COVERED})
 
 
@@ -97,14 +108,35 @@ class Target:
     synced_sequence: int = 0
     """Up to this manifest everything was applied there; what was left out holds it."""
     held: str = ""
+    forgiven_sequence: int = 0
+    """What was left out up to here was let pass by this node's operator."""
+    joined: bool = False
+    """It had acknowledged something before its acknowledgements were read anew."""
+    ends_read: frozenset[str] = frozenset()
+    """Its ended keys whose end this reader has come to."""
+    ends_noted: frozenset[str] = frozenset()
+    """Those of them the table has."""
+    anew: bool = False
+    """Its chain is read from the beginning; no key that has ended counts beyond its end."""
+    listens: bool = False
+    """What lies in the partition is read once more, for its word where a key ended."""
     compared: int = 0
     """Its own entries up to this sequence were held against our manifests."""
 
     @property
+    def ended(self) -> frozenset[str]:
+        """Its keys that have ended."""
+        return frozenset(key.fingerprint for key in self.keys if key.ended)
+
+    @property
     def proven(self) -> bool:
         """Whether what ended keys signed is known to be the target's."""
-        ends = (key.ends.get(self.reader.chain) for key in self.keys if key.ended)
-        return all(end is None or self.reader.head.sequence >= end.sequence for end in ends)
+        return self.ended <= self.ends_read
+
+    @property
+    def needed(self) -> bool:
+        """Whether commits wait for it: it has acknowledged something, whatever of that counts now."""
+        return self.joined or self.acked_sequence > 0 or self.synced_sequence > 0
 
     @property
     def unsaid(self) -> bool:
@@ -114,7 +146,13 @@ class Target:
     @property
     def holds(self) -> bool:
         """Whether what it acknowledged counts: nothing is wrong with it, or open about its keys."""
-        return not self.mismatch and self.proven and not self.unsaid
+        return not self.mismatch and self.proven
+
+    def look_back(self) -> None:
+        """Read from the beginning, with the ends known, it is proven when it has come to the last one."""
+        ends = [key.ends.get(self.reader.chain) for key in self.keys if key.ended]
+        if self.anew and all(end and end.sequence <= self.reader.head.sequence for end in ends):
+            self.ends_read = self.ended
 
     def advance(self, entry: AuditEntry) -> None:
         """Take an acknowledgement that is right."""
@@ -147,6 +185,8 @@ class Targets:
         self._targets: dict[str, Target] = {}
         self._next_poll = self._next_refresh = 0.0
         self._go_back = False
+        self._ends = 0
+        """How many ends of keys there were when keys were loaded."""
 
     def poll(self, now: float | None = None) -> None:
         """Look at what came; returns at once. Costs nothing while there are no targets."""
@@ -159,6 +199,7 @@ class Targets:
         if not self._targets:
             return
         self._read()
+        self._look_at_ends()
         for target in self._targets.values():
             self._settle(target)
 
@@ -172,6 +213,8 @@ class Targets:
         if not self._targets:
             return
         self._read()
+        if any(target.waiting for target in self._targets.values()):
+            self._look_at_ends()
         for target in self._targets.values():
             for entry in target.waiting:
                 if entry.sequence <= target.compared:
@@ -188,15 +231,15 @@ class Targets:
     def answers(self) -> list[Answer]:
         """How far the targets are that commits may wait for."""
         return [
-            Answer(one.synced_sequence, one.acked_sequence > 0 or one.synced_sequence > 0, one.holds)
-            for one in self._targets.values()
-            if one.near
+            Answer(one.synced_sequence, one.needed, one.holds) for one in self._targets.values() if one.near
         ]
 
     def behind(self) -> dict[str, str]:
         """Synchronous targets, and how far each is or why it does not count."""
         return {
-            one.name: one.mismatch or (f"held: {one.held}" if one.held else f"at {one.synced_sequence}")
+            one.name: one.mismatch
+            or (f"held: {one.held}" if one.held else f"at {one.synced_sequence}")
+            + ("" if one.proven else "; a signing key of it ended, and where is not read yet")
             for one in self._targets.values()
             if one.near
         }
@@ -205,10 +248,12 @@ class Targets:
         """An operator let commits return without what targets left out: from here on they count again."""
         for target in self._targets.values():
             target.held, target.synced_sequence = "", max(target.synced_sequence, target.acked_sequence)
+            target.forgiven_sequence = target.synced_sequence
         with errors("noting acknowledgements"):
             self._conn.execute(
                 "UPDATE vsql_sync.stream_targets SET held = NULL,"
-                " synced_sequence = greatest(synced_sequence, acked_sequence) WHERE chain = %s",
+                " synced_sequence = greatest(synced_sequence, acked_sequence),"
+                " forgiven_sequence = greatest(synced_sequence, acked_sequence) WHERE chain = %s",
                 (self._chain,),
             )
 
@@ -263,15 +308,9 @@ class Targets:
     def refresh(self) -> None:
         """Targets come and go while the stream runs; a new one may have acknowledged before we knew it."""
         self._next_refresh = time.monotonic() + _REFRESH_SECONDS
+        self._ends = self._count_ends()
         with errors("reading the targets"):
-            rows = self._conn.execute(
-                "SELECT t.target, t.acked_sequence, coalesce(t.mismatch, ''), t.synced_sequence,"
-                " coalesce(t.held, ''), n.region IS NOT DISTINCT FROM here.region"
-                " FROM vsql_sync.stream_targets t LEFT JOIN vsql_sync.nodes n ON n.node_id = t.target"
-                " LEFT JOIN vsql_sync.nodes here ON here.is_local"
-                " WHERE t.chain = %s AND t.target <> '*'",
-                (self._chain,),
-            ).fetchall()
+            rows = self._conn.execute(_TARGETS, (self._chain,)).fetchall()
         pinned: dict[str, list[PinnedKey]] = {}
         for key in signers.load(self._conn):
             pinned.setdefault(key.node, []).append(key)
@@ -281,22 +320,87 @@ class Targets:
             if target.keys != pinned.get(target.name, []):
                 self._renew(target, pinned.get(target.name, []))
         new = [row for row in rows if row[0] not in self._targets]
-        for name, acked, mismatch, synced, held, _ in new:
-            chain = names.ack_chain(self._chain, name)
-            known = recall_head(self._conn, chain)
-            head, offset = known or (EMPTY_HEAD, None)
-            keys = pinned.get(name, [])
-            target = Target(name, self._reader(name, keys, head), keys, offset, acked, mismatch)
-            target.synced_sequence, target.held = synced, held
-            self._targets[name] = target
+        for row in new:
+            self._targets[row[0]] = self._remembered(row, pinned.get(row[0], []))
         for row in rows:
-            self._targets[row[0]].near = row[5]
+            self._targets[row[0]].near = row[-1]
+        for target in list(self._targets.values()):
+            self._prove(target)
         if new or self._go_back:
             self._assign()
+
+    def _remembered(self, row: tuple[Any, ...], keys: list[PinnedKey]) -> Target:
+        """A target as its row (_TARGETS) and the remembered head of its chain have it."""
+        name, acked, mismatch, synced, held, forgiven, joined, ends_read, near = row
+        known = recall_head(self._conn, names.ack_chain(self._chain, name))
+        head, offset = known or (EMPTY_HEAD, None)
+        return Target(
+            name,
+            self._reader(name, keys, head),
+            keys,
+            offset,
+            acked,
+            mismatch,
+            near=near,
+            synced_sequence=synced,
+            held=held,
+            forgiven_sequence=forgiven,
+            joined=joined,
+            ends_read=frozenset(ends_read),
+            ends_noted=frozenset(ends_read),
+            anew=known is None and acked == 0,
+        )
+
+    def _count_ends(self) -> int:
+        with errors("looking whether keys have ended"):
+            row = self._conn.execute(_ENDS).fetchone()
+        return int(row[0]) if row else 0
+
+    def _look_at_ends(self) -> None:
+        """Before anything is counted: a key that an operator has ended signs no acknowledgement any more."""
+        if self._count_ends() != self._ends:
+            self.refresh()
+
+    def _prove(self, target: Target) -> None:
+        """Where a key of a target ended: hear where, or read anew with what is known of it."""
+        if target.proven:
+            return
+        if not target.unsaid:
+            if not target.anew:
+                self._forget(target)
+        elif not target.listens:
+            # Its word may have passed by while its key still counted here.
+            target.listens = True
+            self._read_again(target)
+
+    def _forget(self, target: Target) -> None:
+        """Read its acknowledgements anew, from the first: what of them counts was not known before."""
+        _log.warning(
+            "it is known where a key of target %s ended: its acknowledgements are read anew", target.name
+        )
+        with errors("forgetting acknowledgements"):
+            place = (self._chain, target.name)
+            self._conn.execute("SELECT vsql_sync.forget_acknowledgements(%s, %s)", place)
+        keys = signers.load(self._conn, target.name)
+        self._targets[target.name] = Target(
+            target.name,
+            self._reader(target.name, keys, EMPTY_HEAD),
+            keys,
+            None,
+            0,
+            "",
+            near=target.near,
+            synced_sequence=target.forgiven_sequence,
+            forgiven_sequence=target.forgiven_sequence,
+            joined=target.needed,
+            anew=True,
+        )
+        self._go_back = True
 
     def _renew(self, target: Target, keys: list[PinnedKey]) -> None:
         """Its keys were pinned, retired or revoked since: what was passed over may count now."""
         target.reader, target.keys = self._reader(target.name, keys, target.reader.head), keys
+        target.anew = target.listens = False
         if target.doubt:
             target.doubt, target.went_back = "", False
             self._go_back = True
@@ -304,7 +408,8 @@ class Targets:
     def _assign(self) -> None:
         """Read from the last entry of each target that is read; what others have had is left out."""
         self._go_back = False
-        offsets = [target.offset for target in self._targets.values() if not target.mismatch]
+        read = (one for one in self._targets.values() if not one.mismatch or one.unsaid)
+        offsets = [target.offset for target in read]
         starts = [offset for offset in offsets if offset is not None]
         start = min(starts, default=OFFSET_END) if len(starts) == len(offsets) else OFFSET_BEGINNING
         try:
@@ -351,21 +456,26 @@ class Targets:
 
         Where everything before it follows, it is heard when its turn comes: it is an entry as others are.
         """
-        if not target.unsaid:
+        chain = target.reader.chain
+        if not target.unsaid or not self._notes_end(target, target.keys, value, chain):
             return False
-        with errors("noting where a target's key ended"), self._conn.transaction():
-            if not key_ends.note(self._conn, target.keys, self._cluster, target.name, value):
-                return False
-            if key_ends.unsaid(signers.load(self._conn), target.name, target.reader.chain):
-                return False  # it is of another chain, or another key's end is still to be said
-            place = (self._chain, target.name)
-            self._conn.execute("SELECT vsql_sync.forget_acknowledgements(%s, %s)", place)
-        _log.warning(
-            "target %s says where a key of it ended: its acknowledgements are read anew", target.name
-        )
-        del self._targets[target.name]
-        self._next_refresh, self._go_back = 0.0, True
+        if key_ends.unsaid(signers.load(self._conn, target.name), target.name, chain):
+            return False  # another key's end is still to be said
+        self._forget(target)
         return True
+
+    def _notes_end(
+        self, target: Target, keys: list[PinnedKey], encoded: bytes, chain: str = ""
+    ) -> KeyEnd | None:
+        """What an entry says of where a key of the target ended (with `chain`: there), once it is noted."""
+        return key_ends.note(self._conn, keys, self._cluster, target.name, encoded, chain)
+
+    def _comes_to_end(self, target: Target, encoded: bytes) -> None:
+        """Its word in its turn: what leads there is the target's."""
+        said = self._notes_end(target, signers.load(self._conn, target.name), encoded)
+        if said is not None and target.reader.chain in said.ends:
+            target.ends_read |= {said.key}
+        self._next_refresh = 0.0
 
     def _doubt(self, target: Target, problem: str) -> None:
         if target.doubt:
@@ -397,8 +507,7 @@ class Targets:
         if entry.event_type == CHECKPOINT_COSIGNED:
             self._cosigned(target, entry)
         if entry.event_type == SIGNING_KEY_ENDED:
-            key_ends.note(self._conn, target.keys, self._cluster, target.name, encoded)
-            self._next_refresh = 0.0
+            self._comes_to_end(target, encoded)
         if entry.event_type in (BATCH_REFUSED, BATCH_SKIPPED):
             _log.warning(
                 "a target says %s", entry.event_type,
@@ -418,7 +527,8 @@ class Targets:
 
     def _settle(self, target: Target) -> None:
         """Compare what waits with our manifests, and remember how far the target is."""
-        if not target.moved and not target.waiting:
+        target.look_back()
+        if not target.moved and not target.waiting and target.ends_read == target.ends_noted:
             return
         with errors("reading our manifests"):
             rows = self._conn.execute(
@@ -429,12 +539,16 @@ class Targets:
         head = recall_head(self._conn, self._chain)
         last = head[0].sequence if head else 0
         ours = {row[0]: (row[1], document_hash(bytes(row[2])), bytes(row[3])) for row in rows}
+        missing = any(one.ref_sequence not in ours for one in target.waiting if one.ref_sequence <= last)
+        # Below its base a pruned chain has no manifests. They were compared before they went.
+        base = start_of(self._conn, Log(self._cluster, self._chain)).sequence if missing else 0
         done: AuditEntry | None = None
         # Beyond our table's end: Kafka had our manifest, and so its reader, before the table did.
         while target.waiting and target.waiting[0].ref_sequence <= last:
             entry = target.waiting[0]
-            problem: str | None = _compare(entry, ours.get(entry.ref_sequence))
-            if not problem and entry.event_type == BATCH_COVERED:
+            pruned = entry.ref_sequence <= base
+            problem: str | None = "" if pruned else _compare(entry, ours.get(entry.ref_sequence))
+            if not problem and not pruned and entry.event_type == BATCH_COVERED:
                 problem = uncovered(
                     self._conn, self._chain, target.name, target.acked_sequence, entry.ref_sequence
                 )
@@ -473,9 +587,20 @@ class Targets:
                     ),
                 )
             # What still waits would be passed over after a restart: the head is remembered with it.
-            if not target.waiting and target.moved:
-                remember_head(self._conn, target.reader.chain, target.reader.head, target.offset)
-                target.moved = False
+            if not target.waiting:
+                self._remember_head(target)
+
+    def _remember_head(self, target: Target) -> None:
+        """How far it is read, and so which ends of its keys."""
+        if target.moved:
+            remember_head(self._conn, target.reader.chain, target.reader.head, target.offset)
+            target.moved = False
+        if target.ends_read != target.ends_noted:
+            self._conn.execute(
+                "UPDATE vsql_sync.stream_targets SET ends_read = %s WHERE chain = %s AND target = %s",
+                (sorted(target.ends_read), self._chain, target.name),
+            )
+            target.ends_noted = target.ends_read
 
     def _mark(self, target: Target, problem: str) -> None:
         target.mismatch = problem

@@ -17,8 +17,10 @@ from tests.waiting import until
 from vsql_consumers import purging
 from vsql_consumers.session import own_trust as own_trust_of_target
 from vsql_consumers.state import Stream
+from vsql_producers import stream
 from vsql_producers.identity import own_trust
-from vsql_shared.audit.chain import ChainReader
+from vsql_shared.audit.append import append_entry
+from vsql_shared.audit.chain import ChainReader, Void
 from vsql_shared.audit.entries import SIGNING_KEY_ENDED, canonical_json
 from vsql_shared.audit.key_ends import REVOKED, KeyEnd, sign_handover
 from vsql_shared.audit.pruning import limits
@@ -88,6 +90,11 @@ def ends(conn: Connection, one: Signer) -> dict[str, End]:
     return dict(found.ends)
 
 
+def read_by_its_reader(conn: Connection, ended: Signer) -> None:
+    """What producers/targets.py notes once it has come to the end of a target's key."""
+    conn.execute("UPDATE vsql_sync.stream_targets SET ends_read = ARRAY[%s]", (ended.fingerprint,))
+
+
 def counted(conn: Connection) -> tuple[int, bool]:
     rows = conn.execute("SELECT acked_sequence, held FROM vsql_sync.counted_targets").fetchall()
     assert len(rows) == 1
@@ -109,18 +116,141 @@ def test_the_end_of_an_own_key_is_what_the_table_has_and_nothing_is_added_behind
             of(conn, "node-a", CHAIN, A)
 
 
-def test_a_revocation_waits_for_entries_that_are_being_added(conn: Connection, place: str) -> None:
+def test_nothing_is_added_behind_it_in_one_round_trip_either(conn: Connection) -> None:
     history = written(conn)
+    before = history.head
+    history.batch()
+    append_entry(conn, history.documents[-1], before)
+    signers.revoke(conn, A.fingerprint, "laptop stolen")
+    end = end_of(history)
+    before = history.head
+    history.batch()
+    with pytest.raises(DatabaseError, match="was revoked, and entry 6"):
+        append_entry(conn, history.documents[-1], before)
+    heads = conn.execute("SELECT sequence, entry_hash FROM vsql_sync.chain_heads WHERE own").fetchall()
+    assert [End(*row) for row in heads] == [end]
+    assert ends(conn, A) == {CHAIN: end}
+
+
+@pytest.mark.parametrize("add", ["insert", "append"])
+def test_a_revocation_waits_for_entries_that_are_being_added(conn: Connection, place: str, add: str) -> None:
+    history = written(conn)
+    before = history.head
     history.batch()
     with connect(place, application_name="other") as other:
         with conn.transaction():
-            insert_entries(conn, [(history.documents[-1], None)])
+            if add == "insert":
+                insert_entries(conn, [(history.documents[-1], None)])
+            else:
+                append_entry(conn, history.documents[-1], before)
             done = threading.Thread(target=signers.revoke, args=(other, A.fingerprint, "stolen"))
             done.start()
             waits = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
             until(lambda: conn.execute(waits).fetchone() is not None, 20)
         done.join(20)
     assert ends(conn, A) == {CHAIN: end_of(history)}
+
+
+def test_an_entry_waits_for_a_revocation_and_is_refused_then(conn: Connection, place: str) -> None:
+    history = written(conn)
+    before = history.head
+    end = end_of(history)
+    history.batch()
+    failures: list[Exception] = []
+
+    def add(other: Connection) -> None:
+        try:
+            append_entry(other, history.documents[-1], before)
+        except DatabaseError as error:
+            failures.append(error)
+
+    with connect(place, application_name="other") as other:
+        with conn.transaction():
+            signers.revoke(conn, A.fingerprint, "stolen")
+            done = threading.Thread(target=add, args=(other,))
+            done.start()
+            waits = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+            until(lambda: conn.execute(waits).fetchone() is not None, 20)
+        done.join(20)
+    assert [str(one) for one in failures if "was revoked, and entry 5" in str(one)]
+    assert ends(conn, A) == {CHAIN: end}
+
+
+def test_a_producer_at_work_is_not_cut_off_but_by_an_order_to(conn: Connection, place: str) -> None:
+    """Its targets have applied what Kafka has, and the table has not yet."""
+    history = written(conn)
+    with connect(place, application_name="worker") as worker:
+        stream.lock(worker, CHAIN)
+        with pytest.raises(RefusedError, match=r"stream orders\.node-a is at work"):
+            signers.revoke(conn, A.fingerprint, "stolen")
+        assert conn.execute(
+            "SELECT count(*) FROM vsql_sync.signers WHERE revoked_at IS NOT NULL"
+        ).fetchone() == (0,)
+        signers.revoke(conn, B.fingerprint, "a peer's key is another matter")
+        signers.revoke(conn, A.fingerprint, "stolen", now=True)
+    assert ends(conn, A) == {CHAIN: end_of(history)}
+
+
+def void(conn: Connection, chain: str, document: bytes) -> bool:
+    """Whether an entry by an ended own key is passed over where node A reads a chain of its own."""
+    reader = ChainReader(CLUSTER, chain, "node-a", own_trust(conn, "node-a", chain, NEXT))
+    return isinstance(reader.accept(document, "x"), Void)
+
+
+def test_a_revoked_key_has_no_place_in_a_chain_it_never_signed(conn: Connection) -> None:
+    """A record of the thief's there keeps nobody from opening the chain."""
+    written(conn)
+    signers.revoke(conn, A.fingerprint, "stolen")
+    nodes.register_local(conn, 1, "node-a", CLUSTER, NEXT.public_key)
+    for chain in ("invoices.node-a", ack_chain("orders.node-b", "node-a")):
+        assert void(conn, chain, History(chain, A).open().encoded)
+
+
+def test_a_retired_key_does_not_live_again_in_a_stream_that_was_made_later(conn: Connection) -> None:
+    signers.retire(conn, A.fingerprint, "yearly")
+    nodes.register_local(conn, 1, "node-a", CLUSTER, NEXT.public_key)
+    streams = "INSERT INTO vsql_sync.streams (chain, direction, publication, origin) VALUES (%s, %s, 'p', %s)"
+    conn.execute(streams, ("p.node-a", "out", "node-a"))
+    conn.execute(streams, ("p.node-b", "in", "node-b"))
+    for chain in ("p.node-a", ack_chain("p.node-b", "node-a")):
+        assert void(conn, chain, History(chain, A).open().encoded)
+    assert not void(conn, CHAIN, History(CHAIN, A).open().encoded), "it may be in Kafka alone"
+
+
+def test_a_third_key_says_the_first_ones_end_in_a_chain_that_was_pruned(conn: Connection) -> None:
+    history = written(conn)
+    first = end_of(history)
+    signers.retire(conn, A.fingerprint, "yearly")
+    nodes.register_local(conn, 1, "node-a", CLUSTER, NEXT.public_key)
+    (detail,) = key_ends.owed(conn, CLUSTER, "node-a", CHAIN, NEXT)
+    history.by = NEXT
+    history.open()
+    history.add(
+        event_type=SIGNING_KEY_ENDED, batch_lsn_start=5, batch_lsn_end=5, detail=canonical_json(detail)
+    )
+    history.batch()
+    insert_entries(conn, [(one, None) for one in history.documents[-3:]])
+    # All but the last batch goes; what is no batch is kept apart, as prune_audit does it.
+    size = history.head.sequence - 1
+    conn.execute("INSERT INTO vsql_sync.audit_bases (chain, size, base) VALUES (%s, %s, '{}')", (CHAIN, size))
+    conn.execute(
+        "INSERT INTO vsql_sync.audit_kept (chain, sequence, event_type, source_node_id, document)"
+        " SELECT chain, sequence, event_type, source_node_id, document FROM vsql_sync.vsql_sync_audit"
+        " WHERE sequence <= %s AND event_type = %s",
+        (size, SIGNING_KEY_ENDED),
+    )
+    conn.execute("DELETE FROM vsql_sync.vsql_sync_audit WHERE sequence <= %s", (size,))
+    assert conn.execute("SELECT count(*) FROM vsql_sync.vsql_sync_audit").fetchone() == (1,)
+    third = signer("node-a", "third")
+    signers.retire(conn, NEXT.fingerprint, "yearly, again")
+    nodes.register_local(conn, 1, "node-a", CLUSTER, third.public_key)
+    (old,) = [key for key in key_ends.own_pins(conn, "node-a", CHAIN) if key.fingerprint == A.fingerprint]
+    assert (old.ended, old.ends.get(CHAIN)) == (True, first)
+    owed = key_ends.owed(conn, CLUSTER, "node-a", CHAIN, third)
+    assert {one["key"]: one["ends"][CHAIN] for one in owed} == {
+        A.fingerprint: [first.sequence, first.entry_hash.hex()],
+        NEXT.fingerprint: [history.head.sequence, history.head.entry_hash.hex()],
+    }
 
 
 def test_what_a_thief_lays_into_kafka_behind_the_table_is_not_in_the_chain(conn: Connection) -> None:
@@ -192,6 +322,10 @@ def test_an_end_is_moved_only_while_the_chain_has_not_gone_on(conn: Connection) 
     history.batch()  # a genuine one, which a peer has and this node's table lacks
     signers.trust_up_to(conn, A.fingerprint, CHAIN, history.head.sequence, history.head.entry_hash, "told")
     assert ends(conn, A) == {CHAIN: end_of(history)}
+    for lower in (history.head.sequence, history.head.sequence - 1):
+        with pytest.raises(RefusedError, match=r"counts up to entry 5 of chain orders\.node-a already"):
+            signers.trust_up_to(conn, A.fingerprint, CHAIN, lower, bytes(32), "another peer told")
+    assert ends(conn, A) == {CHAIN: end_of(history)}
     insert_entries(conn, [(history.documents[-1], None)])
     nodes.register_local(conn, 1, "node-a", CLUSTER, NEXT.public_key)
     history.by = NEXT
@@ -225,6 +359,8 @@ def test_nothing_is_forgotten_for_what_an_ended_key_acknowledged(conn: Connectio
     assert key_ends.note(conn, keys, CLUSTER, "node-b", of_another)
     assert counted(conn) == (0, True), "that is another chain's"
     assert key_ends.note(conn, keys, CLUSTER, "node-b", word(ACKS, NEXT_B, B, End(3, b"h" * 32)))
+    assert counted(conn) == (0, True), "said, and not read yet by who reads the acknowledgements"
+    read_by_its_reader(conn, B)
     assert counted(conn) == (7, False)
     # Its next key ends, too: what that one said is worth nothing now.
     signers.revoke(conn, NEXT_B.fingerprint, "stolen as well")
@@ -294,6 +430,9 @@ def test_tombstones_wait_for_the_peers_next_key(conn: Connection) -> None:
     conn.execute(mark, (str(number), "0/900"))
     stream = _incoming()
     signers.revoke(conn, B.fingerprint, "stolen")
+    assert conn.execute("SELECT count(*) FROM vsql_sync.purge_marks").fetchone() == (0,), "made by a thief?"
+    # One that a look at the acknowledgements made a moment before.
+    conn.execute(mark, (str(number), "0/900"))
     purging.purge(conn, stream)
     rows = conn.execute("SELECT lsn > '0/600', peer_lsn FROM vsql_sync.purge_marks").fetchall()
     assert rows == [(True, None)], "what the mark took from the stolen key's acknowledgement is gone"
@@ -301,6 +440,13 @@ def test_tombstones_wait_for_the_peers_next_key(conn: Connection) -> None:
     conn.execute(mark, (str(number), None))
     nodes.pin(conn, "node-b", NEXT_B.public_key)
     key_ends.note(conn, signers.load(conn), CLUSTER, "node-b", word(ACKS, NEXT_B, B, End(3, b"h" * 32)))
+    # Forgetting the acknowledgements takes the mark, too: nobody may have looked meanwhile.
+    conn.execute("UPDATE vsql_sync.purge_marks SET peer_lsn = '0/1'")
+    with conn.transaction(force_rollback=True):
+        conn.execute("SELECT vsql_sync.forget_acknowledgements(%s, 'node-b')", (CHAIN,))
+        assert conn.execute("SELECT count(*) FROM vsql_sync.purge_marks").fetchone() == (0,)
+    conn.execute("UPDATE vsql_sync.purge_marks SET peer_lsn = NULL")
+    read_by_its_reader(conn, B)
     purging.purge(conn, stream)
     assert conn.execute("SELECT peer_lsn::text FROM vsql_sync.purge_marks").fetchall() == [("0/900",)]
 

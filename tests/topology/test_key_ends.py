@@ -6,10 +6,13 @@ Two nodes with their services; what an operator does is `syncctl`, in the order 
 from __future__ import annotations
 
 import json
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
+import psycopg
 import pytest
 from confluent_kafka import Producer
 
@@ -147,6 +150,83 @@ def test_what_a_peer_had_refused_counts_once_the_next_key_has_signed_that_it_doe
     _until(lambda: pair.a.query(said, pair.chain), "the end is not said: " + pair.a.tail("producer"))
     pair.b.ctl("stream", "retry", "--chain", pair.chain, "--reason", "its next key is pinned")
     pair.wait_in_step()
+    assert pair.differences() == []
+    _both_verify(pair)
+    pair.stop()
+
+
+@contextmanager
+def _rows(pair: TwoNodes) -> Iterator[None]:
+    """Rows go into A's table, one transaction each, until the block ends."""
+    over = threading.Event()
+
+    def write() -> None:
+        with psycopg.connect(pair.a.conninfo, autocommit=True) as connection:
+            number = 1000
+            while not over.wait(0.002):
+                number += 1
+                connection.execute("INSERT INTO t VALUES (%s, 'a row')", (number,))
+
+    writing = threading.Thread(target=write)
+    writing.start()
+    try:
+        yield
+    finally:
+        over.set()
+        writing.join(20)
+
+
+@pytest.mark.timeout(300)
+def test_a_producer_at_work_has_its_key_revoked_and_no_target_is_left_behind(pairs: Pairs) -> None:
+    """Its targets apply what Kafka has before the table has it: the end must not lie before that."""
+    pair = pairs(TABLE, config=QUICK)
+    pair.create(["t(*)"])
+    pair.start()
+    with _rows(pair):
+        _until(lambda: pair.heads()[1] > 5, "nothing is applied")
+        old = pair.a.fingerprint()
+        refused = pair.a.ctl(*REVOKE, old, check=False)
+        assert refused.returncode != 0
+        assert f"stream {pair.chain} is at work" in refused.stderr
+        pair.a.stop("producer")
+        pair.a.ctl(*REVOKE, old)
+        _until(lambda: len(set(pair.heads())) == 1, "the target is beyond its source, or never gets there")
+        pair.b.ctl(*REVOKE, old)
+        _next_key(pair)
+        pair.a.start("producer")
+        _until(lambda: _ends(pair), "the end is not said: " + pair.a.tail("producer"))
+    pair.wait_in_step()
+    assert pair.differences() == []
+    assert pair.a.query("SELECT mismatch FROM vsql_sync.stream_targets") == [(None,)]
+    _both_verify(pair)
+    pair.stop()
+
+
+@pytest.mark.timeout(300)
+def test_a_target_at_work_has_its_key_revoked_and_counts_again_with_the_next_one(pairs: Pairs) -> None:
+    """Each small transaction is acknowledged by itself; none of that goes behind the end."""
+    pair = pairs(TABLE, config=QUICK + "batch_linger_ms = 1\n")
+    pair.create(["t(*)"])
+    pair.start()
+    with _rows(pair):
+        _until(lambda: pair.heads()[1] > 5, "nothing is applied")
+        old = pair.b.fingerprint()
+        pair.b.ctl(*REVOKE, old)
+        _until(lambda: "was revoked on this node" in pair.b.tail("consumer"), "it signs on")
+        pair.a.ctl(*REVOKE, old)
+        pair.b.stop("consumer")
+        pair.b.new_key()
+        peer = ("--peer-node-id", "2", "--peer-name", "node-b", "--peer-connection", pair.b.conninfo)
+        pair.a.ctl("node", "add-peer", *peer, "--yes", "--no-copy")
+        assert pair.a.query("SELECT held FROM vsql_sync.counted_targets") == [(True,)]
+        pair.b.start("consumer")
+        counts = "SELECT 1 FROM vsql_sync.counted_targets WHERE NOT held AND mismatch IS NULL"
+        _until(lambda: pair.a.query(counts), "it does not count again: " + pair.a.tail("producer"))
+    pair.wait_in_step()
+    acked = "SELECT 1 FROM vsql_sync.counted_targets WHERE acked_sequence >= %s AND mismatch IS NULL"
+    last = "SELECT max(sequence) FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND batch > 0"
+    ((batch,),) = pair.a.query(last, pair.chain)
+    _until(lambda: pair.a.query(acked, batch), "the last batch is not acknowledged")
     assert pair.differences() == []
     _both_verify(pair)
     pair.stop()

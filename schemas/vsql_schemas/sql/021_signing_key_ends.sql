@@ -20,8 +20,14 @@ CREATE TABLE vsql_sync.signed_ends (
     PRIMARY KEY (fingerprint, chain, said_by, sequence, entry_hash)
 );
 
+ALTER TABLE vsql_sync.stream_targets
+    -- Keys of the target that have ended, as far as the stream's own worker has read its acknowledgements to where its
+    -- next key says that they did. A row of signed_ends alone says nothing of what was read.
+    ADD COLUMN ends_read TEXT[] NOT NULL DEFAULT '{}';
+
 -- What targets have acknowledged, as far as anything may be forgotten for it. Once a target's key has ended, nothing is
--- until its next key has said where: until then a thief's acknowledgement looks like one of the target's.
+-- until its next key has said where, and that was read: until then a thief's acknowledgement looks like one of the
+-- target's. Nobody reads what acknowledges a stream that is finished: there the next key's word is enough.
 CREATE VIEW vsql_sync.counted_targets AS
 SELECT t.chain, t.target, t.mismatch, h.held,
        CASE WHEN h.held THEN 0 ELSE t.acked_sequence END AS acked_sequence,
@@ -31,13 +37,16 @@ SELECT t.chain, t.target, t.mismatch, h.held,
     SELECT EXISTS (
         SELECT FROM vsql_sync.signers s
          WHERE s.node_name = t.target AND coalesce(s.revoked_at, s.retired_at) IS NOT NULL
-           AND NOT EXISTS (SELECT FROM vsql_sync.signed_ends e
+           AND s.fingerprint <> ALL (t.ends_read)
+           AND NOT EXISTS (SELECT FROM vsql_sync.signed_ends e JOIN vsql_sync.streams f
+                                ON f.chain = t.chain AND f.direction = 'out' AND f.state = 'FINISHED'
                             WHERE e.fingerprint = s.fingerprint AND e.chain = t.chain || '.ack.' || t.target
                               AND EXISTS (SELECT FROM vsql_sync.signers l
                                            WHERE l.fingerprint = e.said_by AND l.node_name = t.target
                                              AND l.revoked_at IS NULL AND l.retired_at IS NULL))) AS held) h;
 
--- A target's acknowledgements are read anew from their beginning: what of them counts was not known before.
+-- A target's acknowledgements are read anew from their beginning: what of them counts was not known before. It stays one
+-- that commits wait for, and a mark for tombstones that came from them goes (columns of SQL 023, looked up by the call).
 CREATE FUNCTION vsql_sync.forget_acknowledgements(p_chain TEXT, p_target TEXT) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -46,10 +55,14 @@ BEGIN
         RAISE EXCEPTION 'no signing key of node % has ended', p_target USING ERRCODE = 'insufficient_privilege';
     END IF;
     UPDATE vsql_sync.stream_targets
-       SET acked_sequence = 0, acked_lsn = NULL, acked_target_lsn = NULL, acked_at = NULL, mismatch = NULL
+       SET acked_sequence = 0, acked_lsn = NULL, acked_target_lsn = NULL, acked_at = NULL, mismatch = NULL,
+           ends_read = '{}', joined = joined OR acked_sequence > 0 OR synced_sequence > 0,
+           synced_sequence = forgiven_sequence, held = NULL
      WHERE chain = p_chain AND target = p_target;
     IF FOUND THEN
         DELETE FROM vsql_sync.chain_heads WHERE chain = p_chain || '.ack.' || p_target AND NOT own;
+        DELETE FROM vsql_sync.purge_marks m USING vsql_sync.streams s
+         WHERE s.chain = p_chain AND m.publication = s.publication;
     END IF;
 END $$;
 REVOKE ALL ON FUNCTION vsql_sync.forget_acknowledgements(TEXT, TEXT) FROM PUBLIC;

@@ -23,7 +23,11 @@ CREATE TABLE vsql_sync.synchronous_tables (
 -- leave something out ends this, until the source's operator has degraded and restored the stream.
 ALTER TABLE vsql_sync.stream_targets
     ADD COLUMN synced_sequence BIGINT NOT NULL DEFAULT 0,
-    ADD COLUMN held TEXT;
+    ADD COLUMN held TEXT,
+    -- Up to where the source's operator let commits return without what was left out.
+    ADD COLUMN forgiven_sequence BIGINT NOT NULL DEFAULT 0,
+    -- It had acknowledged something when its acknowledgements were forgotten (SQL 021): it is needed all the same.
+    ADD COLUMN joined BOOLEAN NOT NULL DEFAULT false;
 UPDATE vsql_sync.stream_targets SET synced_sequence = acked_sequence;
 
 -- One row for each transaction and table, gone again when it commits. Its deferred trigger has the last word.

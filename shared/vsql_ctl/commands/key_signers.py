@@ -92,21 +92,29 @@ def _handover(operator: Operator, fingerprint: str, following: Path) -> bytes:
 @click.command("revoke", epilog=example('syncctl key revoke --fingerprint SHA256:… --reason "laptop stolen"'))
 @_FINGERPRINT
 @_REASON
+@click.option(
+    "--now",
+    is_flag=True,
+    help="On the key's own node: even while its producer runs. What a target has that this node had not"
+    " recorded does not count then, until `syncctl key trust` here says so, before the next key is used.",
+)
 @yes_option
 @output_option
 @pass_operator
-def revoke(operator: Operator, fingerprint: str, reason: str, yes: bool, output: OutputFormat) -> None:
+def revoke(
+    operator: Operator, fingerprint: str, reason: str, now: bool, yes: bool, output: OutputFormat
+) -> None:
     """End a signing key that may be stolen: only entries this node knows already stay valid here.
 
-    On the key's own node it signs nothing from now on. The next key signs into every chain where it ended;
-    peers that have pinned that one count what leads there, and nothing else.
+    On the key's own node, whose producer is stopped before, it signs nothing from now on. The next key signs
+    into every chain where it ended; peers that have pinned that one count what leads there, and nothing else.
     """
     from vsql_ctl.session import open_node
     from vsql_shared.pg import signers
 
     confirm(f"Revoke signing key {fingerprint} on this node? Its streams stop here.", yes=yes)
     with open_node(operator) as conn:
-        seen = signers.revoke(conn, fingerprint, reason)
+        seen = signers.revoke(conn, fingerprint, reason, now=now)
         own = signers.own_heads(conn, fingerprint)
     rows = [(chain, sequence) for chain, sequence in sorted(seen.items())]
     text = f"key {fingerprint} is revoked; entries that stay valid:\n"

@@ -16,6 +16,11 @@ def writer_of(chain: str) -> str:
             raise ChainError(f"{chain[:200]!r} is not the name of a chain")
 
 
+def acknowledged(chain: str) -> str:
+    """The chain that one of acknowledgements answers; '' for another one."""
+    return chain.rsplit(".ack.", 1)[0] if acknowledges(chain) else ""
+
+
 def acknowledges(chain: str) -> bool:
     """Whether a chain is one of acknowledgements, by its name."""
     parts = chain.split(".")

@@ -9,26 +9,30 @@ Not here: what an end is worth (crypto/signing.py), the entries' form (audit/key
   then. A thief's entry that lies in Kafka and not in the table is not in the chain.
 * The end of an own key that was handed over: the last entry it signed in the chain the next key goes on with.
 * Each chain says its own end; chains that nobody writes any more are named in all others of the node.
+* What a former key said of those before it stays known here, for the next one to say again: the entries it
+  was read from may have been pruned.
+* An own key that was revoked, and has no entry in a chain, ended there before it began. So did one that was
+  handed over before the stream was made.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from psycopg.types.json import Jsonb
 
-from vsql_shared.audit.chain_names import writer_of
+from vsql_shared.audit.chain_names import acknowledged, writer_of
 from vsql_shared.audit.dsse import SignedDocument, document_hash
 from vsql_shared.audit.entries import SIGNING_KEY_ENDED, ZERO_HASH
 from vsql_shared.audit.key_ends import RETIRED, REVOKED, KeyEnd, lesser, living, require_handover, said_in
 from vsql_shared.crypto.signing import End, PinnedKey
 from vsql_shared.errors import ChainError, DecodeError, EnvironmentFault, RefusedError, SignatureError
-from vsql_shared.names import ack_chain
+from vsql_shared.names import ack_chain, advisory_key
 from vsql_shared.pg.connect import Connection, errors
 
 if TYPE_CHECKING:
@@ -93,25 +97,30 @@ def _said(document: bytes, cluster: str, node: str, alive: tuple[tuple[str, byte
     return said_in(document, cluster, node, dict(alive))
 
 
-def note(conn: Connection, keys: Iterable[PinnedKey], cluster: str, node: str, encoded: bytes) -> bool:
-    """Remember an entry that says where a key of `node` ended; False when it says nothing that counts."""
+def note(
+    conn: Connection, keys: Iterable[PinnedKey], cluster: str, node: str, encoded: bytes, chain: str = ""
+) -> KeyEnd | None:
+    """Remember an entry that says where a key of `node` ended; None when it says nothing that counts.
+
+    With `chain`, only one that says it of this chain.
+    """
     pins = list(keys)
     alive = living(pins, node)
     said = said_in(encoded, cluster, node, alive)
     ended = next((key for key in pins if said and (key.node, key.fingerprint) == (node, said.key)), None)
-    if said is None or ended is None or not ended.ended:
-        return False
+    if said is None or ended is None or not ended.ended or (chain and chain not in said.ends):
+        return None
     signer = SignedDocument.decode(encoded).signer
     try:
         if said.handover:
             require_handover(said, cluster, node, ended.public_key, signer)
     except (DecodeError, SignatureError) as error:
         _log.error("an entry that says where a signing key ended does not count: %s", error)
-        return False
+        return None
     with errors("noting where a signing key ended"):
-        for chain, end in said.ends.items():
-            conn.execute(_NOTE, (said.key, chain, end.sequence, end.entry_hash, signer, encoded))
-    return True
+        for name, end in said.ends.items():
+            conn.execute(_NOTE, (said.key, name, end.sequence, end.entry_hash, signer, encoded))
+    return said
 
 
 def unsaid(keys: Iterable[PinnedKey], node: str, chain: str) -> bool:
@@ -140,6 +149,29 @@ def hold_writers(conn: Connection) -> None:
     conn.execute("SELECT pg_catalog.pg_advisory_xact_lock(%s::bigint)", (_LOCK_KEY,))
 
 
+def require_drained(conn: Connection, owner: str) -> None:
+    """Raise RefusedError while a worker writes a stream of this node; none begins in this transaction.
+
+    Kafka is ahead of the table under load, and targets apply what Kafka has: an end that is fixed then leaves
+    genuine entries behind it. A graceful stop records them all.
+    """
+    if not _is_local(conn, owner):
+        return
+    chains = conn.execute(
+        "SELECT chain FROM vsql_sync.streams WHERE direction = 'out' AND state <> 'FINISHED' ORDER BY 1"
+    ).fetchall()
+    for (chain,) in chains:
+        free = conn.execute(
+            "SELECT pg_catalog.pg_try_advisory_xact_lock(%s::bigint)", (advisory_key(chain, "out"),)
+        ).fetchone()
+        if free is None or not free[0]:
+            raise RefusedError(
+                f"stream {chain} is at work: targets may have applied entries this node has not recorded",
+                hint="stop the producer first, it records what it has sent; or give --now, and then"
+                " `syncctl key trust` for what a target has beyond, before the next key is used",
+            )
+
+
 def fix_own(conn: Connection, owner: str, fingerprint: str) -> None:
     """The end of this node's own key is what its table has now; of another node's there is nothing to fix."""
     if not _is_local(conn, owner):
@@ -159,6 +191,7 @@ def move_own(conn: Connection, owner: str, fingerprint: str, chain: str, end: En
                 hint="what lies behind that does not count",
             )
         return
+    _require_further(conn, fingerprint, chain, end)
     said = conn.execute(
         "SELECT 1 FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND sequence > coalesce("
         " (SELECT (ended_heads -> %s::text ->> 0)::bigint FROM vsql_sync.signers WHERE fingerprint = %s), 0)"
@@ -175,6 +208,20 @@ def move_own(conn: Connection, owner: str, fingerprint: str, chain: str, end: En
         " WHERE fingerprint = %s",
         (chain, Jsonb([end.sequence, end.entry_hash.hex()]), fingerprint),
     )
+
+
+def _require_further(conn: Connection, fingerprint: str, chain: str, end: End) -> None:
+    """Raise RefusedError unless an end lies behind the present one: entries that count stay so."""
+    row = conn.execute(
+        "SELECT (ended_heads -> %s::text ->> 0)::bigint FROM vsql_sync.signers WHERE fingerprint = %s",
+        (chain, fingerprint),
+    ).fetchone()
+    present = int(row[0] or 0) if row is not None else 0
+    if end.sequence <= present:
+        raise RefusedError(
+            f"key {fingerprint} counts up to entry {present} of chain {chain} already",
+            hint="an end is only ever moved further; give the highest entry that a target has",
+        )
 
 
 def _is_local(conn: Connection, node: str) -> bool:
@@ -209,25 +256,73 @@ def require_signing(conn: Connection, signer: Signer | None) -> None:
 def own_pins(conn: Connection, node: str, chain: str) -> list[PinnedKey]:
     """Whose signatures count on a chain of this node: its keys, each up to where it ended.
 
-    A key that was handed over counts as if it lived, until the next one has said where it ended.
+    A key that was handed over counts as if it lived, until the next one has said where it ended; not in a
+    chain that was made later.
     """
     keys = load_own(conn, node)
-    if unsaid(keys, node, chain):
-        _remember_said(conn, node, keys)
-        keys = load_own(conn, node)
-    return [key if key.revoked or chain in key.ends else replace(key, retired_at=None) for key in keys]
-
-
-def _remember_said(conn: Connection, node: str, keys: list[PinnedKey]) -> None:
-    """Note what this node's own table has of ends that were said."""
+    if not unsaid(keys, node, chain):
+        return keys
     with errors("looking which ends of keys were said"):
-        cluster = conn.execute("SELECT cluster FROM vsql_sync.nodes WHERE is_local").fetchone()
+        row = conn.execute("SELECT cluster FROM vsql_sync.nodes WHERE is_local").fetchone()
+    if row is None:
+        return keys
+    learn(conn, keys, row[0], node, _own_words(conn))
+    keys = load_own(conn, node)
+    told = _told(conn, row[0], node, keys)
+    return [_as_own(conn, chain, key, told.get(key.fingerprint, {})) for key in keys]
+
+
+def _as_own(conn: Connection, chain: str, key: PinnedKey, told: Mapping[str, End]) -> PinnedKey:
+    """An own key for a reader of one chain, with its end there as far as this node can know it."""
+    if not key.ended or chain in key.ends:
+        return key
+    if chain in told:
+        return replace(key, ends={**key.ends, chain: told[chain]})
+    if _never_signed(conn, chain, key):
+        return replace(key, ends={**key.ends, chain: End(0, ZERO_HASH)})
+    return key if key.revoked else replace(key, retired_at=None)
+
+
+def _never_signed(conn: Connection, chain: str, key: PinnedKey) -> bool:
+    """Whether nothing an ended own key signed in a chain can count: the table has nothing of it.
+
+    What a retired one signed may still lie in Kafka alone, unless the stream is younger than its end.
+    """
+    if _is_pruned(conn, chain):
+        return False
+    with errors("looking whether a key signed in a chain"):
+        row = conn.execute(
+            "SELECT EXISTS (SELECT FROM vsql_sync.vsql_sync_audit WHERE chain = %(chain)s"
+            " AND signer_key = %(key)s), EXISTS (SELECT FROM vsql_sync.streams s JOIN vsql_sync.signers k"
+            " ON k.fingerprint = %(key)s WHERE s.chain IN (%(chain)s::text, %(acknowledged)s::text)"
+            " AND s.created_at > k.retired_at)",
+            {"chain": chain, "key": key.fingerprint, "acknowledged": acknowledged(chain)},
+        ).fetchone()
+    return row is not None and not row[0] and (key.revoked or bool(row[1]))
+
+
+def _own_words(conn: Connection) -> list[bytes]:
+    """What this node's chains say of keys, in its own table."""
+    with errors("looking which ends of keys were said"):
         rows = conn.execute(
+            # Also what was kept when a chain was pruned.
             "SELECT document FROM vsql_sync.audit_documents WHERE event_type = %s AND chain IS NOT NULL",
             (SIGNING_KEY_ENDED,),
         ).fetchall()
-    if cluster is not None:
-        learn(conn, keys, cluster[0], node, (bytes(document) for (document,) in rows))
+    return [bytes(document) for (document,) in rows]
+
+
+def _told(conn: Connection, cluster: str, node: str, keys: Iterable[PinnedKey]) -> dict[str, dict[str, End]]:
+    """Key → chain → its end, as any of this node's keys said it in this node's own table."""
+    pins = {key.fingerprint: key.public_key for key in keys if key.node == node}
+    told: dict[str, dict[str, End]] = {}
+    for document in _own_words(conn):
+        said = said_in(document, cluster, node, pins)
+        if said is None:
+            continue
+        ends = told.setdefault(said.key, {})
+        ends |= {chain: lesser(ends.get(chain), end) for chain, end in said.ends.items()}
+    return told
 
 
 def load_own(conn: Connection, node: str) -> list[PinnedKey]:
@@ -261,16 +356,22 @@ def owed(
             said.setdefault(found.key, set()).update(found.ends)
             note(conn, keys, cluster, node, bytes(document))
     details: list[dict[str, Any]] = []
+    told = _told(conn, cluster, node, keys)
     for key in ended:
         if chain not in said.get(key.fingerprint, ()):
-            details += _ends_of(conn, node, chain, key).as_details()
+            details += _ends_of(conn, node, chain, key, told.get(key.fingerprint, {})).as_details()
     return details
 
 
-def _ends_of(conn: Connection, node: str, chain: str, key: PinnedKey) -> KeyEnd:
+def _ends_of(
+    conn: Connection, node: str, chain: str, key: PinnedKey, told_before: Mapping[str, End]
+) -> KeyEnd:
     """What `chain` says of a key: its own end, and those of chains that nobody writes any more."""
     # One that was revoked before ends were fixed has none.
-    ends = dict(key.ends) if key.revoked and key.ends else _signed(conn, key.fingerprint)
+    ends = {
+        **told_before,
+        **(key.ends if key.revoked and key.ends else _signed(conn, key.fingerprint)),
+    }
     with errors("looking which chains are written"):
         rows = conn.execute(_WRITTEN, {"node": node}).fetchall()
         row = conn.execute(
@@ -304,5 +405,5 @@ def learn(
     """Note what documents of a chain say of its writer's keys; whether any says something."""
     pins, learned = list(keys), False
     for encoded in documents:
-        learned = note(conn, pins, cluster, node, encoded) or learned
+        learned = note(conn, pins, cluster, node, encoded) is not None or learned
     return learned

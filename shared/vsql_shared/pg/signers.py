@@ -6,7 +6,9 @@ Not here: pinning (nodes.py), and what a signature is worth (crypto/signing.py).
 * A retired key counts for what its node says it signed up to that moment. A revoked one counts only up to the
   entry of each chain that this node had seen by then, whatever time stands in an entry: a thief backdates.
 * Once the node's next key has signed where a key ended (key_ends.py), that counts instead, chain by chain.
-* Of this node's own key its end is fixed here and now: no entry is added behind it (SQL 021).
+* Of this node's own key its end is fixed here and now: no entry is added behind it (SQL 021). So its workers
+  are to be stopped before, unless it cannot wait.
+* A mark for tombstones that came from a peer's acknowledgements goes with the key.
 * Each end is one line of the operators' log.
 """
 
@@ -93,11 +95,16 @@ def retire(conn: Connection, fingerprint: str, reason: str, handover: bytes = b"
     return owner
 
 
-def revoke(conn: Connection, fingerprint: str, reason: str) -> dict[str, int]:
-    """Nothing more by this key counts; returns chain → the last entry it is still trusted for here."""
+def revoke(conn: Connection, fingerprint: str, reason: str, *, now: bool = False) -> dict[str, int]:
+    """Nothing more by this key counts; returns chain → the last entry it is still trusted for here.
+
+    Of this node's own key: refused while a producer is at work, but for `now`.
+    """
     with errors("ending a signing key"), conn.transaction():
         key_ends.hold_writers(conn)
         owner = _end(conn, "revoke", fingerprint, reason)
+        if not now:
+            key_ends.require_drained(conn, owner)
         rows = conn.execute(
             "SELECT chain, max(sequence) FROM (SELECT chain, sequence FROM vsql_sync.chain_heads"
             " UNION ALL SELECT chain, sequence FROM vsql_sync.apply_progress) h GROUP BY chain"
@@ -181,6 +188,13 @@ def _end(conn: Connection, act: str, fingerprint: str, reason: str) -> str:
             f"UPDATE vsql_sync.signers SET {column}_at = now(), {column}_reason = %s"  # noqa: S608 - two words
             " WHERE fingerprint = %s",
             (reason.strip(), fingerprint),
+        )
+        # A mark that took a place in the peer's WAL from an acknowledgement may have it from a thief.
+        conn.execute(
+            "DELETE FROM vsql_sync.purge_marks m USING vsql_sync.streams s"
+            " JOIN vsql_sync.stream_targets t ON t.chain = s.chain"
+            " WHERE m.publication = s.publication AND t.target = %s",
+            (row[0],),
         )
         new = {"fingerprint": fingerprint, "reason": reason.strip()}
         oplog.record(conn, f"signer.{act}", "node", row[0], new=new)
