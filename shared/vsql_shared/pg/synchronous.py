@@ -154,7 +154,8 @@ def enable(
     with errors(f"making publication {publication} synchronous"):
         _require_fit(conn, publication)
         standby_names.require_fit(conn)
-        _require_targets(conn, publication, quorum)
+        if quorum is not None or load(conn, publication) is None:  # what is enabled is mended in any case
+            _require_targets(conn, publication, quorum)
         ours = {one.standby_name for one in everything(conn)}
         wanted = standby_names.plan(conn, standby, ours, accept_others=accept_others)
         if not keep_default:
