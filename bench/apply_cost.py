@@ -16,6 +16,7 @@ import psycopg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tests.services.apply_pair import own_function
 from tests.services.apply_source import add_change, empty_batch
 from tests.stack import Stack
 from vsql_consumers.apply import Applier
@@ -110,6 +111,7 @@ def main(count: int) -> None:
         with psycopg.connect(conninfo, autocommit=True) as conn:
             conn.execute("SET client_min_messages = warning")
             conn.execute(DDL.encode())
+            conn.execute(("CREATE SCHEMA vsql_sync; " + own_function("applier_level")).encode())
             applier = Applier(conn, "bench.a")
             applier.setup(f"vsql_bench_{conn.info.backend_pid}")
             rate("inserts, 100-row transactions", applier, batches(Op.INSERT, rows, 100), 4)

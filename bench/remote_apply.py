@@ -26,8 +26,10 @@ import psycopg
 from tests.nodes import PUBLICATION, TwoNodes
 from tests.stack import Stack
 from tests.stack.postgres import PostgresServer
+from tests.waiting import until
 from vsql_shared import names
 
+_COPYING = "SELECT FROM vsql_sync.streams WHERE direction = 'out' AND kind = 'copy' AND state <> 'FINISHED'"
 _TABLE = """
 CREATE TABLE {name} (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, pan text NOT NULL, amount bigint NOT NULL,
@@ -117,6 +119,7 @@ def run(stack: Stack, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         pair.create(["cards(*)"], publication_args=("--pci-column", "cards.pan"))
         pair.start()
         pair.wait_in_step()
+        until(lambda: not pair.a.query(_COPYING))
         pair.a.ctl("sync", "enable", PUBLICATION)
         _native(a, target.conninfo("native"))
         return _rounds(pair, Standbys(source), a, args)

@@ -10,7 +10,8 @@ Not here: what is written. Rules:
   and position and COMMIT travel in one message; and what was applied is known by vsql_sync.apply_progress,
   which is committed with it, never by the origin's position.
 * What is acknowledged is on this server's disk: the commit is flushed, whatever the role's, the database's or
-  the server's default is, and whatever a trigger of the table has set.
+  the server's default is, and whatever a trigger of the table has set. For this server's standbys it waits,
+  too, unless producers of ours are all there are: decided anew for each commit, as the list changes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import time
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, LiteralString
+from typing import TYPE_CHECKING
 
 import psycopg
 from psycopg import sql
@@ -56,7 +57,8 @@ _SETTINGS = {
 
 
 _COMMIT = sql.SQL(
-    "SET CONSTRAINTS ALL IMMEDIATE; SET LOCAL synchronous_commit = {flushed};"
+    "SET CONSTRAINTS ALL IMMEDIATE;"
+    " SELECT set_config('synchronous_commit', vsql_sync.applier_level(), true);"
     " SELECT pg_replication_origin_xact_setup({at}, {time}); COMMIT;"
     " SELECT local_lsn::text, pg_replication_origin_xact_reset()"
     " FROM pg_show_replication_origin_status() WHERE external_id = {name}"
@@ -69,7 +71,6 @@ class OriginSession:
     def __init__(self, conn: Connection) -> None:
         self._conn = conn
         self._name = ""
-        self._flushed: LiteralString = "on"
 
     def setup(self, name: str) -> None:
         """Settings, and the origin of this name, made if it is not there. Raises our errors."""
@@ -79,7 +80,6 @@ class OriginSession:
             # Staging tables of who applied here before: they are numbered anew.
             self._conn.execute("DISCARD TEMP")
             self._take_origin(name)
-            self._flushed = self._waits_for()
         except psycopg.Error as error:
             raise self._setup_fault(error) from None
         self._name = name
@@ -104,21 +104,6 @@ class OriginSession:
             else:
                 return
 
-    def _waits_for(self) -> LiteralString:
-        """`on` waits for this server's standbys, too; `local`, where producers of ours are all there are."""
-        names = self._conn.execute(
-            "SELECT pg_catalog.current_setting('synchronous_standby_names')"
-        ).fetchone()
-        if names is None or not names[0]:
-            return "on"
-        row = self._conn.execute(
-            "SELECT pg_catalog.cardinality(m) > 0 AND NOT EXISTS (SELECT FROM pg_catalog.unnest(m) one"
-            " WHERE one NOT IN (SELECT standby_name FROM vsql_sync.synchronous_publications))"
-            " FROM vsql_sync.standby_members(%s) m",
-            names,
-        ).fetchone()
-        return "local" if row is not None and row[0] else "on"
-
     @staticmethod
     def _setup_fault(error: psycopg.Error) -> Exception:
         if error.sqlstate != "42501":
@@ -142,7 +127,6 @@ class OriginSession:
             raise DecodeError(f"a commit time of {origin_time_us} µs is out of range") from None
         # One message: what is set is of this transaction, and nothing comes between it and the COMMIT.
         message = _COMMIT.format(
-            flushed=sql.SQL(self._flushed),
             at=sql.Literal(lsn.text(origin_lsn)),
             time=sql.Literal(at.isoformat()),
             name=sql.Literal(self._name),

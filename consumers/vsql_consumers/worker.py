@@ -360,7 +360,7 @@ class Worker:
         place = Place(cluster, self._chain, ack_chain, stream.origin, node, audit, stream.ack_partition)
         acknowledger = Acknowledger(
             conn,
-            make_producer(settings, client),
+            make_producer(settings, client, at_once=True),
             place,
             self._signer,
             own_trust(conn, node, ack_chain, self._signer),

@@ -236,8 +236,10 @@ class LivePipeline:
             looked = self._look_at_sequences(outlet, now, at_once=not reading)
             self._was_reading = reading or not looked
         busy = outlet.publisher.inflight or not self._batches.is_empty
-        if dry and not busy and reading:
-            self._wait(wal, _LONG if not self._acknowledged else _SHORT)
+        if dry and not busy and reading and self._wait(wal, _LONG if not self._acknowledged else _SHORT):
+            dry = not self._receive(wal)
+            self._send_what_fits(outlet, time.monotonic())
+            busy = outlet.publisher.inflight or not self._batches.is_empty
         pause = _SHORT if busy and dry else 0.0
         self._acknowledged += outlet.publisher.poll(pause if reading else _LONG)
         self._settle(wal, outlet, now)
@@ -249,11 +251,12 @@ class LivePipeline:
             joining.require_no_new(self._context.conn, self._context.stream.chain, self._targets)
             self._require_same_policy()
 
-    def _wait(self, wal: replication.WalStream, seconds: float) -> None:
+    def _wait(self, wal: replication.WalStream, seconds: float) -> bool:
+        """Whether clients wait for what has come: then it is taken in this turn."""
         if self._context.waits is None:
             wal.wait(seconds)
-        elif not wal.wait(0.0):
-            self._context.waits.wait(wal.fileno, seconds)
+            return False
+        return wal.wait(0.0) or self._context.waits.wait(wal.fileno, seconds)
 
     def _require_same_policy(self) -> None:
         """Whether commits wait is a name the walsender has from its start."""

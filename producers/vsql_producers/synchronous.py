@@ -12,7 +12,8 @@ Rules (docs/design/0027):
 * Synchronous are the registered targets in this node's own region, once they have acknowledged something: one
   whose first copy is under way is not waited for, and does not count. A target that does not hold is
   still one that is needed. Without any, everything waits.
-* Only an operator's signed order lets commits return without their targets.
+* Only an operator lets commits return without their targets: by `degrade`, an order that is signed into the
+  chain first, or by saying whom they wait for (quorum, a node's region), which the operators' log has.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ _APPLIED = frozenset({"applied", COVERED})
 _MOST = 10_000
 _LISTEN_SECONDS = 0.2
 _PORTION = 500
+# Records that wait to be verified; what comes behind them waits in librdkafka's queue, which has a bound.
+_MOST_UNREAD = 5_000
 
 
 class Manifest(NamedTuple):
@@ -142,7 +145,9 @@ class Listener:
         with self._lock:
             if self._failure is not None:
                 raise self._failure
-            return [self._came.popleft() for _ in range(min(most, len(self._came)))]
+            found = [self._came.popleft() for _ in range(min(most, len(self._came)))]
+            self._lock.notify()
+            return found
 
     def rest(self) -> None:
         """Before all that came is taken: what comes from now on wakes again."""
@@ -154,7 +159,7 @@ class Listener:
     def _listen(self) -> None:
         while not self._ended:
             with self._lock:
-                if not self._generation:
+                if not self._generation or len(self._came) >= _MOST_UNREAD:
                     self._lock.wait(_LISTEN_SECONDS)
                     continue
                 generation = self._generation
@@ -261,9 +266,10 @@ class Waits:
             self._since = time.time() if len(self._ledger) else None
         return self._ledger.applied
 
-    def wait(self, wal: int, seconds: float) -> None:
-        """Wait until the WAL or an acknowledgement brings something."""
-        select.select([wal, self._listener.wake], [], [], seconds)
+    def wait(self, wal: int, seconds: float) -> bool:
+        """Wait until the WAL or an acknowledgement brings something; whether the WAL does."""
+        readable, _, _ = select.select([wal, self._listener.wake], [], [], seconds)
+        return wal in readable
 
     def look_again(self) -> None:
         """Take over what an operator decided since."""

@@ -552,7 +552,7 @@ class Targets:
                 problem = uncovered(
                     self._conn, self._chain, target.name, target.acked_sequence, entry.ref_sequence
                 )
-                if problem is None:
+                if problem is None or not self._hold_as_copied(target, entry):
                     break  # looked at again with the next poll
             del target.waiting[0]
             if problem:
@@ -561,9 +561,26 @@ class Targets:
                 break
             done = entry
             target.advance(entry)
-        self._remember(target, done)
+        self._remember(target, done, last)
 
-    def _remember(self, target: Target, done: AuditEntry | None) -> None:
+    def _hold_as_copied(self, target: Target, entry: AuditEntry) -> bool:
+        """What a first copy covers was applied as far as the copy was; false: that is not known yet."""
+        publication, origin = names.live_chain_of(self._chain).split(".")
+        with errors("looking at what the first copy left out"):
+            row = self._conn.execute(
+                "SELECT s.state = 'FINISHED', t.held FROM vsql_sync.streams s"
+                " JOIN vsql_sync.stream_targets t USING (chain)"
+                " WHERE s.chain = %s AND s.direction = 'out' AND t.target = %s",
+                (names.copy_chain(publication, origin, target.name), target.name),
+            ).fetchone()
+        if row is None:
+            return True
+        if row[1] and not target.held and entry.ref_sequence > target.synced_sequence:
+            target.held = f"of its first copy, {row[1]}"
+        return bool(row[0])
+
+    def _remember(self, target: Target, done: AuditEntry | None, last: int) -> None:
+        """`last`: our own table's end. Beyond it nothing is noted: it may be lost with Kafka's."""
         if done is not None:
             target.acked_sequence = max(target.acked_sequence, done.ref_sequence)
             target.done = done
@@ -580,7 +597,7 @@ class Targets:
                         target.acked_sequence,
                         lsn.text(done.batch_lsn_end),
                         lsn.text(done.target_lsn),
-                        target.synced_sequence,
+                        min(target.synced_sequence, last),
                         target.held,
                         self._chain,
                         target.name,

@@ -11,6 +11,7 @@ from tests.conftest import NewDatabase
 from tests.services.apply_source import Source, contents
 from vsql_consumers.apply import Applier
 from vsql_shared.changes import OpenedBatch
+from vsql_shared.pg import migrate
 
 Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
 
@@ -20,7 +21,16 @@ CREATE TABLE vsql_sync.anomalies (
     chain TEXT NOT NULL, table_schema TEXT NOT NULL, table_name TEXT NOT NULL, kind TEXT NOT NULL,
     count BIGINT NOT NULL DEFAULT 0, last_batch BIGINT, last_at TIMESTAMPTZ NOT NULL DEFAULT now(),
     PRIMARY KEY (chain, table_schema, table_name, kind));
-CREATE TABLE vsql_sync.progress (batch BIGINT)"""
+CREATE TABLE vsql_sync.progress (batch BIGINT);
+"""
+
+
+def own_function(name: str) -> str:
+    """The statement that makes one of our functions, as the schema has it."""
+    begin = f"CREATE FUNCTION vsql_sync.{name}("
+    text = next(step.text for step in migrate.migrations() if begin in step.text)
+    text = text[text.index(begin) :]
+    return text[: text.index("\n$$;") + len("\n$$;")]
 
 
 class Pair:
@@ -31,7 +41,7 @@ class Pair:
         self.conninfo = target
         # A test that left a transaction open shall fail, not hang.
         self.target: Connection = psycopg.connect(target, autocommit=True, options="-c statement_timeout=20s")
-        self.target.execute(ANOMALIES)
+        self.target.execute((ANOMALIES + own_function("applier_level")).encode())
         self.appliers: list[Connection] = []
         self._applier: Applier | None = None
         self.origin = f"vsql_apply_{self.target.info.backend_pid}"

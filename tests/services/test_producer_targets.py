@@ -12,7 +12,7 @@ from tests.services.conftest import NewSource
 from tests.services.producer_node import CHAIN, PeerNode, SourceNode, make_shorter
 from vsql_producers.joining import uncovered
 from vsql_shared import names
-from vsql_shared.audit.entries import BATCH_COVERED
+from vsql_shared.audit.entries import BATCH_COVERED, BATCH_SKIPPED
 from vsql_shared.crypto.signing import fingerprint, generate_signing_key, load_public_key, load_signer
 
 TABLE = "CREATE TABLE t (id bigint PRIMARY KEY, note text)"
@@ -191,3 +191,26 @@ def test_a_batch_is_covered_by_a_finished_copy_only(new_source: NewSource) -> No
     assert said(node)["acked_sequence"] == 0
     assert said(node)["mismatch"] is None
     node.stop(worker)
+
+
+def test_what_the_first_copy_left_out_is_not_applied_by_being_covered(new_source: NewSource) -> None:
+    node = new_source(f"{TABLE}; INSERT INTO t VALUES (1, 'a')", ["t"], config=QUICK)
+    target = PeerNode(node, "node-b")
+    copy = node.add_copy()
+    live = node.start()
+    node.wait(lambda: node.state()[0] == "running")
+    node.execute("INSERT INTO t VALUES (2, 'b')")
+    node.wait_confirmed()
+    copying = node.start(copy, log="copy")
+    ended = "SELECT 1 FROM vsql_sync.vsql_sync_audit WHERE chain = %s AND event_type = 'copy_finished'"
+    node.wait(lambda: bool(node.query(ended, copy)), what=node.log("copy"))
+    target.acknowledge(CHAIN, event=BATCH_COVERED)
+    target.acknowledge(copy, event=BATCH_SKIPPED)
+    last = node.read().manifests[-1].sequence
+    node.wait(lambda: said(node).get("acked_sequence") == last)
+    stood = "SELECT synced_sequence, held FROM vsql_sync.stream_targets WHERE chain = %s"
+    ((synced, held),) = node.query(stood, CHAIN)
+    assert synced < last
+    assert "first copy, it skipped" in held
+    node.stop(copying)
+    node.stop(live)

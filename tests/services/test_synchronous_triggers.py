@@ -13,11 +13,21 @@ import pytest
 from tests.services.waiting_commits import Client, watcher
 from tests.stack import Stack
 from tests.stack.postgres import PostgresServer
+from vsql_shared import names
 from vsql_shared.errors import RefusedError
-from vsql_shared.pg import migrate, nodes, publications, synchronous, write_primary
+from vsql_shared.pg import (
+    many_writers,
+    migrate,
+    nodes,
+    publications,
+    standby_names,
+    synchronous,
+    write_primary,
+)
 from vsql_shared.pg.connect import Connection, connect
 from vsql_shared.pg.publications import PublicationRequest
 from vsql_shared.pg.table_spec import parse_column, parse_spec, parse_table
+from vsql_shared.strategies import Strategies
 
 TABLES = """
 CREATE TABLE public.cards (id int PRIMARY KEY, pan text);
@@ -26,12 +36,30 @@ CREATE TABLE public.parts (id int, pan text, PRIMARY KEY (id)) PARTITION BY RANG
 CREATE TABLE public.parts_1 PARTITION OF public.parts FOR VALUES FROM (0) TO (10) PARTITION BY RANGE (id);
 CREATE TABLE public.parts_1a PARTITION OF public.parts_1 FOR VALUES FROM (0) TO (10);
 CREATE TABLE public.stock (id int PRIMARY KEY, pan text);
+CREATE TABLE public.again (id int PRIMARY KEY, pan text);
+CREATE TABLE public.quieting (id int);
+CREATE FUNCTION public.be_quiet() RETURNS trigger LANGUAGE plpgsql
+    AS $$ BEGIN PERFORM set_config('synchronous_commit', 'off', true); RETURN NULL; END $$;
+CREATE CONSTRAINT TRIGGER quiet AFTER INSERT ON public.quieting DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION public.be_quiet();
 INSERT INTO public.stock SELECT n, 'x' FROM generate_series(1, 50) n;
 CREATE ROLE owner_of_stock LOGIN;
 CREATE FUNCTION public.quietly(n int) RETURNS void LANGUAGE sql SET synchronous_commit = off
     AS $$ INSERT INTO public.cards VALUES (n, 'x') $$;
 """
 NAME = "vsql_0123456789abcdef"
+
+
+def join_targets(conn: Connection, publication: str, *targets: str) -> None:
+    """A stream with its slot, and targets that need no copy: what commits can wait for."""
+    chain = f"{publication}.node-a"
+    conn.execute(
+        "INSERT INTO vsql_sync.streams (chain, direction, publication, origin, slot_name, slot_created)"
+        " VALUES (%s, 'out', %s, 'node-a', 'none', true)",
+        (chain, publication),
+    )
+    for target in targets or ("node-b",):
+        conn.execute("INSERT INTO vsql_sync.stream_targets (chain, target) VALUES (%s, %s)", (chain, target))
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +78,14 @@ def conninfo(server: PostgresServer) -> str:
         conn.execute(TABLES.encode())
         conn.execute("ALTER TABLE public.stock OWNER TO owner_of_stock")
         conn.execute("GRANT ALL ON SCHEMA public TO owner_of_stock")
-        tables = ("cards", "parts", "stock")
+        tables = ("cards", "parts", "stock", "again")
         request = PublicationRequest(
             "pub", tuple(map(parse_spec, tables)), tuple(parse_column(f"{name}.pan") for name in tables)
         )
         publications.create(conn, request)
         also = PublicationRequest("mixed", (parse_spec("cards"), parse_spec("plain")))
         publications.create(conn, also)
+        join_targets(conn, "pub")
         synchronous.enable(conn, "pub", None, accept_others=False)
     return made
 
@@ -96,6 +125,8 @@ WRITES = {
     " INSERT INTO cards VALUES (9, 'x'); ROLLBACK TO s; SET LOCAL synchronous_commit = local; COMMIT",
     "constraints made immediate": "BEGIN; INSERT INTO cards VALUES (10, 'x'); SET CONSTRAINTS ALL IMMEDIATE;"
     " COMMIT",
+    "another table's deferred trigger": "BEGIN; INSERT INTO cards VALUES (12, 'x');"
+    " INSERT INTO quieting VALUES (1); COMMIT",
     "do block": "DO $$ BEGIN INSERT INTO cards VALUES (11, 'x'); END $$",
 }
 
@@ -205,6 +236,115 @@ def test_one_taken_out_between_write_and_commit_is_not_committed(conninfo: str, 
                 client.commit()
         finally:
             _by_hand(admin, "ALTER PUBLICATION pub ADD TABLE public.cards")
+
+
+# A statement fires the triggers of the table it names: how a table comes under another one, and out again.
+THROUGH = {
+    "inheritance": (
+        "CREATE TABLE public.over (pan text)",
+        "ALTER TABLE public.cards INHERIT public.over",
+        "ALTER TABLE public.cards NO INHERIT public.over",
+    ),
+    "a partitioned table": (
+        "CREATE TABLE public.over (id int NOT NULL, pan text) PARTITION BY RANGE (id)",
+        "ALTER TABLE public.over ATTACH PARTITION public.cards FOR VALUES FROM (MINVALUE) TO (MAXVALUE)",
+        "ALTER TABLE public.over DETACH PARTITION public.cards",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", THROUGH)
+def test_a_table_does_not_come_under_one_that_is_not_waited_for(admin: Connection, how: str) -> None:
+    make, join, leave = THROUGH[how]
+    admin.execute(make.encode())
+    try:
+        with pytest.raises(psycopg.errors.FeatureNotSupported, match=r"written through public\.over"):
+            admin.execute(join.encode())
+        assert synchronous.unwaited(admin) == []
+        _by_hand(admin, join)
+        try:
+            assert [one.table for one in synchronous.unwaited(admin)] == ["public.cards"]
+            with pytest.raises(RefusedError, match="written through"):
+                synchronous.enable(admin, "pub", None, accept_others=False)
+        finally:
+            _by_hand(admin, leave)
+    finally:
+        admin.execute("DROP TABLE public.over")
+
+
+def test_a_partition_that_is_published_alone_is_not_waited_for(admin: Connection) -> None:
+    """Who writes it through its root fires no trigger of its own."""
+    admin.execute("CREATE TABLE public.tree (id int PRIMARY KEY, pan text) PARTITION BY RANGE (id)")
+    admin.execute("CREATE TABLE public.tree_1 PARTITION OF public.tree FOR VALUES FROM (0) TO (10)")
+    request = PublicationRequest(
+        "leaf", (parse_spec("tree_1"),), (parse_column("tree_1.pan"),), via_leaf=True
+    )
+    publications.create(admin, request)
+    join_targets(admin, "leaf")
+    try:
+        with pytest.raises(RefusedError, match=r"written through public\.tree"):
+            synchronous.enable(admin, "leaf", None, accept_others=True)
+    finally:
+        standby_names.drop(admin, names.slot_name("c", "leaf", "node-a"))
+
+
+ANEW = ("DROP TABLE public.again", "CREATE TABLE public.again (id int PRIMARY KEY, pan text)")
+
+
+def test_a_table_made_anew_waits_once_it_is_published(client: Client, admin: Connection) -> None:
+    for statement in ANEW:
+        admin.execute(statement.encode())
+    assert client.commits("INSERT INTO again VALUES (1, 'x')")
+    admin.execute("ALTER PUBLICATION pub ADD TABLE ONLY public.again")
+    assert synchronous.unwaited(admin) == []
+    assert not client.commits("INSERT INTO again VALUES (2, 'x')")
+
+
+def test_a_table_made_anew_by_hand_is_found_and_mended(client: Client, admin: Connection) -> None:
+    for statement in (*ANEW, "ALTER PUBLICATION pub ADD TABLE ONLY public.again"):
+        _by_hand(admin, statement)
+    assert [one.table for one in synchronous.unwaited(admin)] == ["public.again"]
+    synchronous.enable(admin, "pub", None, accept_others=False)
+    assert synchronous.unwaited(admin) == []
+    assert not client.commits("INSERT INTO again VALUES (3, 'x')")
+    gone = (
+        "SELECT FROM vsql_sync.synchronous_tables"
+        " WHERE NOT EXISTS (SELECT FROM pg_class WHERE oid = table_oid)"
+    )
+    assert admin.execute(gone).fetchone() is None
+
+
+def test_what_was_found_before_keeps_nothing_else_from_being_done(admin: Connection) -> None:
+    """Two findings are mended one after the other, and what has to do with neither passes."""
+    row = admin.execute("SELECT tgname FROM pg_trigger WHERE tgname LIKE 'vsql_sync_on%' LIMIT 1").fetchone()
+    assert row is not None
+    for table in ("cards", "stock"):
+        _by_hand(admin, f"ALTER TABLE public.{table} DISABLE TRIGGER {row[0]}")
+    try:
+        admin.execute("CREATE TEMP TABLE passing (id int)")
+        admin.execute("ALTER TABLE passing ADD COLUMN more int")
+        admin.execute("ALTER TABLE public.plain ALTER COLUMN note SET DEFAULT 'x'")
+        with pytest.raises(psycopg.errors.FeatureNotSupported):
+            admin.execute("ALTER TABLE public.cards ALTER COLUMN pan SET DEFAULT 'x'")
+    finally:
+        for table in ("cards", "stock"):
+            admin.execute(f"ALTER TABLE public.{table} ENABLE ALWAYS TRIGGER {row[0]}".encode())
+    assert synchronous.unwaited(admin) == []
+
+
+def test_who_writes_alone_is_looked_at_in_both_orders(admin: Connection) -> None:
+    info = publications.find(admin, "pub")
+    assert info is not None
+    said = list(many_writers.problems(admin, "this node", info, Strategies()))
+    assert any("wait for other nodes" in one for one in said)
+    synchronous.disable(admin, "pub", "a test")
+    try:
+        write_primary.decide(admin, nodes.local(admin).name, "accept_lww", [])
+        with pytest.raises(RefusedError, match="accept_lww"):
+            synchronous.enable(admin, "pub", None, accept_others=False)
+    finally:
+        write_primary.clear(admin)
+        synchronous.enable(admin, "pub", None, accept_others=False)
 
 
 ENDS = {
@@ -392,6 +532,11 @@ def test_away_from_the_primary_writes_are_refused(conninfo: str, admin: Connecti
                 assert (
                     error.value.diag.message_hint == "Connect to the database of node node-p for this write."
                 )
+            admin.execute(
+                "CREATE TABLE public.parts_9 PARTITION OF public.parts FOR VALUES FROM (90) TO (100)"
+            )
+            with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+                client.execute("INSERT INTO parts_9 VALUES (91, 'x')")
             client.execute("SET session_replication_role = replica")
             with pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
                 client.execute("UPDATE stock SET pan = 'y'")

@@ -47,6 +47,15 @@ def database(source: PostgresServer, stack: Stack) -> Iterator[str]:
         conn.execute("SELECT pg_reload_conf()")
 
 
+def enable(pair: TwoNodes) -> None:
+    """Once A knows that the first copy is done."""
+    copying = (
+        "SELECT FROM vsql_sync.streams WHERE direction = 'out' AND kind = 'copy' AND state <> 'FINISHED'"
+    )
+    until(lambda: not pair.a.query(copying))
+    pair.a.ctl("sync", "enable", PUBLICATION)
+
+
 @pytest.fixture
 def pair(pairs: Pairs, database: str, stack: Stack) -> TwoNodes:
     """A and B at work, commits to cards wait for B."""
@@ -54,7 +63,7 @@ def pair(pairs: Pairs, database: str, stack: Stack) -> TwoNodes:
     made.create(["cards(*)"], publication_args=("--pci-column", "cards.pan"))
     made.start()
     made.wait_in_step()
-    made.a.ctl("sync", "enable", PUBLICATION)
+    enable(made)
     return made
 
 
@@ -211,6 +220,20 @@ def test_a_target_in_another_region_is_not_waited_for_and_does_not_count(
     assert client.answered()
 
 
+def test_before_the_first_copy_it_is_refused(pairs: Pairs, database: str, stack: Stack) -> None:
+    made = pairs(TABLES, conninfos=(database, stack.new_database(18, "b")))
+    made.create(["cards(*)"], publication_args=("--pci-column", "cards.pan"))
+    refused = made.a.ctl("sync", "enable", PUBLICATION, check=False)
+    assert refused.returncode == 4
+    assert "first copy" in refused.stderr
+    insert(made, 1)  # waits for nobody
+    made.start()
+    made.wait_in_step()
+    enable(made)
+    insert(made, 2)
+    assert rows(made) == {1, 2}
+
+
 def test_a_configuration_that_promises_waiting_does_not_start_without(pair: TwoNodes) -> None:
     pair.a.ctl("sync", "disable", PUBLICATION, "--reason", "a test", "--yes")
     pair.a.stop("producer")
@@ -255,7 +278,7 @@ def test_nothing_a_client_saw_committed_is_missing_after_kills(pairs: Pairs, sta
     pair.create(["cards(*)"], publication_args=("--pci-column", "cards.pan"))
     pair.start()
     pair.wait_in_step()
-    pair.a.ctl("sync", "enable", PUBLICATION)
+    enable(pair)
     insert(pair, 0)
     writer = Writer(pair.a.conninfo)
     writer.start()

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_pgoutput_transactions import ORIGIN, begin, commit, describe, relation, row, truncate
+from vsql_ctl.commands.sync import together_lines
 from vsql_producers.pgoutput import RelationMessage, TypeMessage
 from vsql_producers.synchronous import Answer, Ledger, left_out, quorum_sequence
 from vsql_producers.targets import Target
@@ -17,7 +18,7 @@ from vsql_producers.transactions import Descriptor, NotCarried, Transactions
 from vsql_shared.audit.chain import EMPTY_HEAD, ChainReader, ChainWriter
 from vsql_shared.audit.entries import BATCH_APPLIED, BATCH_COVERED, BATCH_SKIPPED
 from vsql_shared.crypto.signing import TrustStore
-from vsql_shared.pg.synchronous import standby_list
+from vsql_shared.pg.standby_names import standby_list
 
 
 def test_nothing_is_applied_before_its_acknowledgement() -> None:
@@ -148,3 +149,28 @@ def test_an_acknowledgement_of_less_than_everything_holds_its_target(case: str) 
     # What comes after does not go round it.
     target.advance(replace(opened, event_type=BATCH_APPLIED, verdicts=(("applied", 1),), ref_sequence=10))
     assert target.synced_sequence == (10 if not said else 8)
+
+
+def test_the_status_says_which_other_publication_holds_commits_up_and_what_a_copy_waits_for() -> None:
+    def one(publication: str, state: str, degraded_at: str | None = None) -> dict[str, object]:
+        stream = {"state": state}
+        return {
+            "publication": publication,
+            "worker": "running",
+            "stream": stream,
+            "degraded_at": degraded_at,
+        }
+
+    seen = {
+        "publications": [one("cards", "synchronous"), one("medical", "waiting")],
+        "waiting_commits": 1,
+        "copies": ["node-c"],
+        "loud": ["role app has synchronous_commit = on"],
+    }
+    lines = list(together_lines(seen))
+    assert lines[0].startswith("cards: its commits wait for targets of medical, too")
+    assert "copy for node-c cannot begin" in lines[1]
+    assert "role app" in lines[2]
+    assert len(lines) == 3
+    degraded = [one("cards", "synchronous"), one("medical", "degraded", "now")]
+    assert list(together_lines({**seen, "publications": degraded, "copies": [], "loud": []})) == []

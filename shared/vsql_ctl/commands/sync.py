@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from vsql_shared.pg.synchronous import Synchronous
 
 _HEADERS = ("PUBLICATION", "STATE", "STANDBY", "TARGETS", "WAITING", "SINCE")
-_NEEDED = "Publication whose tables hold cardholder data."
+# States of a stream that keep no other one's commits waiting.
+_MOVING = ("synchronous", "degraded")
 
 _connection_option = click.option(
     "--connection", help="Superuser's connection to this node's database; else [connection]."
@@ -59,7 +60,12 @@ def sync() -> None:
 @click.option(
     "--accept-others",
     is_flag=True,
-    help="Other standbys stay in synchronous_standby_names, and each commit that waits needs all of them.",
+    help="Other standbys or streams stay in synchronous_standby_names; each commit that waits needs all.",
+)
+@click.option(
+    "--keep-default",
+    is_flag=True,
+    help="Leave synchronous_commit as it is: where it is on, each commit of the server waits for all.",
 )
 @_connection_option
 @output_option
@@ -70,17 +76,24 @@ def enable(
     publication: str,
     quorum: int | None,
     accept_others: bool,
+    keep_default: bool,
     connection: str | None,
 ) -> None:
     """Have commits that change a publication's tables wait for its targets (remote_apply).
 
     Sets synchronous_standby_names and, for all other commits, synchronous_commit = local; needs a superuser.
-    The publication may carry only tables with PCI columns.
+    The publication may carry only tables with PCI columns, and a target must have its first copy.
     """
     from vsql_shared.pg import synchronous
 
     with open_node(operator, connection) as conn:
-        made = synchronous.enable(conn, publication, quorum, accept_others=accept_others)
+        made = synchronous.enable(
+            conn, publication, quorum, accept_others=accept_others, keep_default=keep_default
+        )
+        held = synchronous.near(conn, publication).held
+    for one in held:
+        text = "counts no further before `syncctl sync degrade` and `restore`"
+        click.echo(f"target {printable(one)}; it {text}", err=True)
     wanted = "all its synchronous targets" if made.quorum is None else f"{made.quorum} synchronous targets"
     emit(
         output,
@@ -113,7 +126,14 @@ def disable(
     confirm(f"Let commits to the tables of {publication} wait for nobody?", yes=yes)
     with open_node(operator, connection) as conn:
         ended = synchronous.disable(conn, publication, reason)
-    emit(output, ended, lambda: f"commits to the tables of {publication} wait for nobody any more")
+    emit(
+        output,
+        ended,
+        lambda: (
+            f"commits to the tables of {publication} wait for nobody any more;"
+            " synchronous_commit of the server stays as it is"
+        ),
+    )
 
 
 @sync.command("degrade", epilog=example('syncctl sync degrade cards --reason "node-b lost, INC-7" --yes'))
@@ -170,7 +190,7 @@ def status(operator: Operator, output: OutputFormat, connection: str | None) -> 
 
 
 def _look(conn: Connection) -> dict[str, Any]:
-    from vsql_shared.pg import nodes, synchronous, write_primary
+    from vsql_shared.pg import nodes, standby_names, synchronous, write_primary
     from vsql_shared.pg import status as stream_status
 
     node = nodes.local(conn)
@@ -202,6 +222,8 @@ def _look(conn: Connection) -> dict[str, Any]:
         "unwaited": [found._asdict() for found in synchronous.unwaited(conn)],
         "waiting_commits": waiting.commits,
         "waiting_since": waiting.since,
+        "copies": synchronous.copies(conn),
+        "loud": standby_names.loud(conn),
         "write_primary": write_primary.load(conn),
     }
 
@@ -229,12 +251,32 @@ def _lines(seen: dict[str, Any]) -> Iterator[str]:
         if one["server"]:
             yield f"writes to the tables of {one['publication']} are refused: {printable(one['server'])}"
         yield from waiting_lines(one["publication"], one["stream"])
+    yield from together_lines(seen)
     for found in seen["unwaited"]:
         table, why = printable(found["table"]), printable(found["why"])
         yield f"COMMITS PASS BY: {table} of {found['publication']}: {why}"
     if seen["write_primary"]:
         primary = seen["write_primary"]
         yield f"tables with cardholder data are written by {primary.primary} alone: {primary.policy}"
+
+
+def together_lines(seen: dict[str, Any]) -> Iterator[str]:
+    """Whom commits wait for beside their own targets, and who waits for them."""
+    if not seen["publications"]:
+        return
+    names = [one["publication"] for one in seen["publications"]]
+    stuck = [one["publication"] for one in seen["publications"] if _state(one) not in _MOVING]
+    for name in names:
+        if others := [one for one in stuck if one != name]:
+            yield (
+                f"{name}: its commits wait for targets of {', '.join(others)}, too: PostgreSQL waits for all"
+                " that stands in synchronous_standby_names; degrade or disable those"
+            )
+    if seen["waiting_commits"] and seen["copies"]:
+        copies = ", ".join(map(printable, seen["copies"]))
+        yield f"the first copy for {copies} cannot begin while a commit waits: degrade until it is done"
+    for one in seen["loud"]:
+        yield f"{printable(one)}: each commit of it waits, whatever it changes"
 
 
 def _state(one: dict[str, Any]) -> str:

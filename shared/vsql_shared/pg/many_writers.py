@@ -76,6 +76,14 @@ def problems(
     """Why tables of a publication cannot be written by every node; `where` names this one."""
     if publication.apply_mode != "transactional":
         yield f"publication {publication.name}: is applied partitioned; many writers need whole transactions"
+    waits = conn.execute(
+        "SELECT FROM vsql_sync.synchronous_publications WHERE publication = %s", (publication.name,)
+    ).fetchone()
+    if waits is not None:
+        yield (
+            f"publication {publication.name}: its commits wait for other nodes on {where}; two nodes that"
+            " wait for each other would wait for ever"
+        )
     if publication.insert_only:
         yield f"publication {publication.name}: publishes inserts only"
     if publication.sequences or publication.more_sequences:

@@ -1,39 +1,55 @@
 """Publications whose commits wait for their targets: which they are, and how one becomes such and ends to be.
 
-Not here: who waits for whom at run time (vsql_producers/synchronous.py), the triggers (SQL 023). Rules
-(docs/design/0027):
+Not here: who waits for whom at run time (vsql_producers/synchronous.py), the triggers (SQL 023), the server's
+settings (standby_names.py). Rules (docs/design/0027):
 
 * Only PCI tables: what a publication carries beside them would wait, too. It is applied transactionally, and
   written by this node alone.
-* `synchronous_standby_names` becomes `FIRST n (all n)`: whoever else stands in it must confirm as well, so an
-  operator has to accept that. `*` is refused: any standby would let commits return.
-* Default commits stay local: they would wait for a manifest otherwise.
+* Not before a target of the region can follow: a commit that waits keeps its transaction open for whoever
+  makes a logical slot, so that no first copy would ever begin.
 * Settings of the server before triggers, at the end, too: in between writes are refused, and none is let
   through that was to wait. A crash in between is mended by the same command again.
+* What is written here waits for no standby itself: the sessions are set to `local` first.
 """
 
 from __future__ import annotations
 
-import re
+import logging
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple
 
-from psycopg import sql
+import psycopg
 
 from vsql_shared import names
 from vsql_shared.errors import RefusedError, UserError
-from vsql_shared.pg import commands, nodes, oplog, publications
+from vsql_shared.pg import commands, nodes, oplog, publications, standby_names, write_primary
 from vsql_shared.pg.connect import Connection, errors
 from vsql_shared.pg.control import Changed, require_reason
 
 if TYPE_CHECKING:
     from vsql_shared.config import Settings
 
-NAMES, DEFAULT = "synchronous_standby_names", "synchronous_commit"
-_PLAIN = re.compile("[a-z_][a-z0-9_]*")
-# Words of the setting's own grammar.
-_WORDS = frozenset({"any", "first"})
+_log = logging.getLogger(__name__)
+
+# Targets in this node's own region that have their first copy, of a live stream that has its slot.
+_READY = """
+SELECT count(*) FILTER (WHERE ready),
+       coalesce(array_agg(target || ': ' || held) FILTER (WHERE held IS NOT NULL), '{}')
+  FROM (SELECT t.target, t.held, s.slot_created AND NOT EXISTS (
+                   SELECT FROM vsql_sync.streams c
+                    WHERE c.direction = 'out' AND c.kind = 'copy' AND c.state <> 'FINISHED'
+                      AND (c.publication, c.target) = (s.publication, t.target)) AS ready
+          FROM vsql_sync.streams s JOIN vsql_sync.stream_targets t ON t.chain = s.chain AND t.target <> '*'
+          LEFT JOIN vsql_sync.nodes n ON n.node_id = t.target
+          LEFT JOIN vsql_sync.nodes here ON here.is_local
+         WHERE s.direction = 'out' AND s.kind = 'live' AND s.publication = %s AND s.state <> 'FINISHED'
+           AND n.region IS NOT DISTINCT FROM here.region) near
+"""
+_COPIES = """
+SELECT target FROM vsql_sync.streams
+ WHERE direction = 'out' AND kind = 'copy' AND state NOT IN ('FINISHED', 'FAILED') ORDER BY 1
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +70,15 @@ class Unwaited(NamedTuple):
     publication: str
     table: str
     why: str
+
+
+class Near(NamedTuple):
+    """A publication's targets in this node's own region."""
+
+    ready: int
+    """They have their first copy, and the stream has its slot."""
+    held: list[str]
+    """Those that left something out, and what: they count no further."""
 
 
 class Waiting(NamedTuple):
@@ -102,15 +127,41 @@ def waiting(conn: Connection) -> Waiting:
     return Waiting(*row) if row else Waiting(0, None)
 
 
-def enable(conn: Connection, publication: str, quorum: int | None, *, accept_others: bool) -> Synchronous:
+def near(conn: Connection, publication: str) -> Near:
+    """The targets that commits of a publication wait for."""
+    with errors("looking at the targets"):
+        row = conn.execute(_READY, (publication,)).fetchone()
+    return Near(*row) if row else Near(0, [])
+
+
+def copies(conn: Connection) -> list[str]:
+    """Targets whose first copy is not finished: its slot waits for every transaction that is open."""
+    with errors("looking at first copies"):
+        return [row[0] for row in conn.execute(_COPIES)]
+
+
+def enable(
+    conn: Connection,
+    publication: str,
+    quorum: int | None,
+    *,
+    accept_others: bool,
+    keep_default: bool = False,
+) -> Synchronous:
     """Have the commits of a publication's tables wait for its targets. The same again mends and changes."""
     node = nodes.local(conn)
     standby = names.slot_name(node.cluster, publication, node.name)
     with errors(f"making publication {publication} synchronous"):
         _require_fit(conn, publication)
-        _require_no_prepared(conn)
-        _set_default(conn, accept_others=accept_others)
-        _set_names(conn, standby, accept_others=accept_others)
+        standby_names.require_fit(conn)
+        if quorum is not None or load(conn, publication) is None:  # what is enabled is mended in any case
+            _require_targets(conn, publication, quorum)
+        ours = {one.standby_name for one in everything(conn)}
+        wanted = standby_names.plan(conn, standby, ours, accept_others=accept_others)
+        if not keep_default:
+            standby_names.set_default(conn)
+        standby_names.wait_for_nobody(conn)
+        standby_names.add(conn, standby, wanted)
         with conn.transaction():
             _register(conn, publication, standby, quorum)
             conn.execute("SELECT vsql_sync.make_synchronous_triggers()")
@@ -132,16 +183,31 @@ def disable(conn: Connection, publication: str, reason: str) -> Synchronous:
     nodes.local(conn)
     known = _require(conn, publication)
     with errors(f"ending the waiting of publication {publication}"):
-        _require_allowed(conn, NAMES)
+        standby_names.require_allowed(conn)
+        standby_names.wait_for_nobody(conn)
         oplog.record(conn, "sync.disable", "publication", publication, new={"reason": reason})
         # The name first: a commit that waits holds a lock on its table. New writes are refused meanwhile.
-        _drop_name(conn, known.standby_name)
-        with conn.transaction():
-            conn.execute(
-                "DELETE FROM vsql_sync.synchronous_publications WHERE publication = %s", (publication,)
-            )
-            conn.execute("SELECT vsql_sync.drop_synchronous_triggers(%s)", (known.standby_name,))
+        standby_names.drop(conn, known.standby_name)
+        try:
+            _forget(conn, known)
+        except psycopg.errors.LockNotAvailable:
+            others = [one.publication for one in everything(conn) if one.publication != publication]
+            raise RefusedError(
+                f"transactions hold tables of publication {publication}"
+                + (f"; commits of it may wait for targets of {', '.join(others)}, too" if others else ""),
+                hint="nothing waits for its own targets any more, and writes to its tables are refused;"
+                " end those transactions, or degrade the other publication, and run this again",
+            ) from None
     return known
+
+
+def _forget(conn: Connection, known: Synchronous) -> None:
+    with conn.transaction():
+        conn.execute("SET LOCAL lock_timeout = '5s'")
+        conn.execute(
+            "DELETE FROM vsql_sync.synchronous_publications WHERE publication = %s", (known.publication,)
+        )
+        conn.execute("SELECT vsql_sync.drop_synchronous_triggers(%s)", (known.standby_name,))
 
 
 def order(conn: Connection, publication: str, verb: str, reason: str) -> Changed:
@@ -155,6 +221,7 @@ def order(conn: Connection, publication: str, verb: str, reason: str) -> Changed
             hint="see `syncctl sync status`",
         )
     chain = names.live_chain(publication, node.name)
+    standby_names.wait_for_nobody(conn)
     with errors(f"ordering to {verb}"), conn.transaction():
         line = oplog.record(conn, f"sync.{verb}", "stream", chain, new={"reason": reason})
         command = commands.request(conn, "producer", verb, {"audit_log": line}, reason, chain)
@@ -175,6 +242,7 @@ def set_degraded(conn: Connection, publication: str, reason: str | None) -> None
 def set_region(conn: Connection, node: str, region: str | None) -> None:
     """Say where a node is: only targets in this node's own region are waited for."""
     nodes.local(conn)
+    standby_names.wait_for_nobody(conn)
     with errors("writing a node's region"), conn.transaction():
         row = conn.execute(
             "SELECT region FROM vsql_sync.nodes WHERE node_id = %s FOR UPDATE", (node,)
@@ -187,7 +255,10 @@ def set_region(conn: Connection, node: str, region: str | None) -> None:
 
 
 def require_as_configured(conn: Connection, settings: Settings) -> None:
-    """Raise RefusedError where [consistency] promises a waiting that was not enabled."""
+    """Raise RefusedError where [consistency] promises a waiting that was not enabled.
+
+    One without a target that has its first copy cannot be enabled yet: for that the service must run.
+    """
     if settings.consistency.pci_sync_mode != "remote_apply":
         return
     with errors("reading which publications are synchronous"):
@@ -199,6 +270,9 @@ def require_as_configured(conn: Connection, settings: Settings) -> None:
     for (name,) in rows:
         info = publications.find(conn, name)
         if info is not None and info.pci:
+            if not near(conn, name).ready:
+                _log.warning("commits of publication %s wait for nobody before it has a target", name)
+                continue
             raise RefusedError(
                 f'consistency.pci_sync_mode is "remote_apply", and publication {name} carries PCI columns'
                 " without waiting",
@@ -227,11 +301,21 @@ def _require_fit(conn: Connection, publication: str) -> None:
     ]
     if info.message_prefixes or info.sequences or info.more_sequences:
         problems.append("it carries messages or sequences")
+    problems += [
+        f"{table.name}: has a row filter, and commits of what it leaves out would return without any target"
+        for table in info.tables
+        if table.where is not None
+    ]
+    if info.insert_only:
+        problems.append("it publishes inserts only")
     if info.apply_mode != publications.TRANSACTIONAL:
         problems.append("it is applied partitioned")
     row = conn.execute("SELECT mode FROM vsql_sync.publications WHERE name = %s", (publication,)).fetchone()
     if row is not None and row[0] != "uni-directional":
         problems.append("every node writes it, and two that wait for each other would wait for ever")
+    decided = write_primary.load(conn)
+    if decided is not None and decided.policy == "accept_lww":
+        problems.append("other nodes write its tables, too (`syncctl sync primary`: accept_lww)")
     row = conn.execute(
         "SELECT pg_catalog.has_function_privilege(proowner,"
         " 'pg_catalog.pg_replication_origin_session_is_setup()', 'EXECUTE') FROM pg_catalog.pg_proc"
@@ -247,11 +331,13 @@ def _require_fit(conn: Connection, publication: str) -> None:
         )
 
 
-def _require_no_prepared(conn: Connection) -> None:
-    if int(_setting(conn, "max_prepared_transactions")) > 0:
+def _require_targets(conn: Connection, publication: str, quorum: int | None) -> None:
+    ready = near(conn, publication).ready
+    if ready < (quorum or 1):
         raise RefusedError(
-            "max_prepared_transactions is not 0: COMMIT PREPARED would not wait for the targets",
-            hint="ALTER SYSTEM SET max_prepared_transactions = 0, and restart the server",
+            f"publication {publication} has {ready} targets in this node's region with their first copy done,"
+            f" and commits would wait for {quorum or 'one'}",
+            hint="add the peer, start both services, and wait for the copy (`syncctl status`)",
         )
 
 
@@ -262,100 +348,15 @@ def _register(conn: Connection, publication: str, standby: str, quorum: int | No
         (publication, standby, quorum),
     )
     conn.execute(
+        "DELETE FROM vsql_sync.synchronous_tables WHERE publication = %s"
+        " AND NOT EXISTS (SELECT FROM pg_catalog.pg_class WHERE oid = table_oid)",
+        (publication,),
+    )
+    conn.execute(
         "INSERT INTO vsql_sync.synchronous_tables (publication, table_oid)"
         " SELECT r.publication, c.oid FROM vsql_sync.published_tables r"
         " JOIN pg_catalog.pg_namespace n ON n.nspname = r.table_schema"
         " JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relname = r.table_name"
         " WHERE r.publication = %s ON CONFLICT DO NOTHING",
         (publication,),
-    )
-
-
-# The server's settings
-
-
-def _setting(conn: Connection, name: str) -> str:
-    row = conn.execute("SELECT pg_catalog.current_setting(%s)", (name,)).fetchone()
-    return str(row[0]) if row else ""
-
-
-def _members(conn: Connection) -> list[str]:
-    row = conn.execute("SELECT vsql_sync.standby_members(%s)", (_setting(conn, NAMES),)).fetchone()
-    return list(row[0]) if row else []
-
-
-def standby_list(members: list[str]) -> str:
-    """The setting's value by which all of these must confirm."""
-    if not members:
-        return ""
-    quoted = [
-        one if _PLAIN.fullmatch(one) and one not in _WORDS else '"' + one.replace('"', '""') + '"'
-        for one in members
-    ]
-    return f"FIRST {len(members)} ({', '.join(quoted)})"
-
-
-def _set_names(conn: Connection, standby: str, *, accept_others: bool) -> None:
-    members = _members(conn)
-    if "*" in members:
-        raise RefusedError(
-            f"{NAMES} is '{_setting(conn, NAMES)}': any standby would let commits return",
-            hint="name the standbys one by one, or empty it",
-        )
-    ours = {one.standby_name for one in everything(conn)} | {standby}
-    others = [one for one in members if one not in ours]
-    if others and not accept_others:
-        raise RefusedError(
-            f"{NAMES} names {', '.join(others)}, too",
-            hint="--accept-others: every commit that waits then waits for all of them, each time",
-        )
-    wanted = standby_list(list(dict.fromkeys([*members, standby])))
-    problem = conn.execute(
-        "SELECT vsql_sync.standby_problem(%s, %s)", (_setting(conn, NAMES), standby)
-    ).fetchone()
-    if problem is not None and problem[0] is not None:
-        _alter(conn, NAMES, wanted)
-
-
-def _drop_name(conn: Connection, standby: str) -> None:
-    members = _members(conn)
-    if standby in members:
-        _alter(conn, NAMES, standby_list([one for one in members if one != standby]))
-
-
-def _set_default(conn: Connection, *, accept_others: bool) -> None:
-    """Commits that nobody asked to wait do not, where we are the only standby."""
-    row = conn.execute("SELECT reset_val FROM pg_catalog.pg_settings WHERE name = %s", (DEFAULT,)).fetchone()
-    if row is not None and row[0] not in ("local", "off") and not accept_others:
-        _alter(conn, DEFAULT, "local")
-
-
-def _require_allowed(conn: Connection, setting: str) -> None:
-    row = conn.execute(
-        "SELECT pg_catalog.has_parameter_privilege(%s, 'ALTER SYSTEM')"
-        " AND pg_catalog.has_function_privilege('pg_catalog.pg_reload_conf()', 'EXECUTE')",
-        (setting,),
-    ).fetchone()
-    if row is None or not row[0]:
-        raise RefusedError(
-            f"user {conn.info.user} may not set {setting} on this server",
-            hint="run this as a superuser: --connection",
-        )
-
-
-def _alter(conn: Connection, setting: str, value: str) -> None:
-    """ALTER SYSTEM, and wait until the server has read it."""
-    _require_allowed(conn, setting)
-    conn.execute(sql.SQL("ALTER SYSTEM SET {} = {}").format(sql.Identifier(setting), sql.Literal(value)))
-    conn.execute("SELECT pg_catalog.pg_reload_conf()")
-    for _ in range(100):
-        row = conn.execute(
-            "SELECT reset_val = %s FROM pg_catalog.pg_settings WHERE name = %s", (value, setting)
-        ).fetchone()
-        if row is not None and row[0]:
-            return
-        conn.execute("SELECT pg_catalog.pg_sleep(0.05)")
-    raise RefusedError(
-        f"{setting} was set to '{value}', and something else overrides it",
-        hint="look where it comes from: SELECT source, sourcefile FROM pg_settings; the command line wins",
     )

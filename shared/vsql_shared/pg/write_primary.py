@@ -6,11 +6,13 @@ Not here: the trigger (SQL 023). Rules (docs/design/0027):
 * `accept_lww`: every node writes, nothing waits. Commits of both sides that waited for each other would wait
   for ever, so no publication may be synchronous then.
 * A service does not start with a configuration that says otherwise than the database, or while a marked
-  table would take a write.
+  table would take a write. A partition that was made since gets its trigger from SQL 023's event trigger;
+  where there is none it is said, and the service goes on.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,6 +21,8 @@ from vsql_shared.config import Settings
 from vsql_shared.errors import RefusedError
 from vsql_shared.pg import nodes, oplog
 from vsql_shared.pg.connect import Connection, errors
+
+_log = logging.getLogger(__name__)
 
 
 class WritePrimary(NamedTuple):
@@ -41,12 +45,16 @@ WHERE tgfoid = 'vsql_sync.refuse_away_from_primary()'::pg_catalog.regprocedure A
 """
 _OPEN = f"""
 WITH m AS ({_MARKED})
-SELECT l.relid::pg_catalog.regclass::text FROM m
+SELECT l.relid::pg_catalog.regclass::text,
+    EXISTS (SELECT FROM pg_catalog.pg_partition_ancestors(l.relid) a
+        JOIN pg_catalog.pg_trigger t ON t.tgrelid = a.relid AND a.relid <> l.relid
+            AND t.tgfoid = 'vsql_sync.refuse_away_from_primary()'::pg_catalog.regprocedure)
+FROM m
 CROSS JOIN LATERAL (SELECT m.oid AS relid UNION SELECT relid FROM pg_catalog.pg_partition_tree(m.oid)) l
 WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_trigger t WHERE t.tgrelid = l.relid AND t.tgenabled = 'A'
     AND t.tgtype = 62 AND t.tgqual IS NULL AND t.tgattr = ''
     AND t.tgfoid = 'vsql_sync.refuse_away_from_primary()'::pg_catalog.regprocedure)
-ORDER BY 1
+ORDER BY 2, 1
 """  # noqa: S608 - our own text
 _REFUSING = f"SELECT t.tgrelid::pg_catalog.regclass::text FROM ({_WITH_TRIGGER}) t ORDER BY 1"  # noqa: S608 - as above
 _TAKE_OFF = f"SELECT vsql_sync.set_write_primary(t.tgrelid, NULL) FROM ({_WITH_TRIGGER}) t"  # noqa: S608 - as above
@@ -112,12 +120,14 @@ def require_as_configured(conn: Connection, settings: Settings) -> None:
         )
     if policy == "reject" and wanted != settings.cluster.node_name:
         with errors("looking at tables with cardholder data"):
-            row = conn.execute(_OPEN.encode()).fetchone()
-        if row is not None:
-            raise RefusedError(
-                f"table {row[0]} holds cardholder data and takes clients' writes here",
-                hint=f"run `syncctl sync primary {wanted}` again: it was marked, or made, since",
-            )
+            rows = conn.execute(_OPEN.encode()).fetchall()
+        for name, is_new_partition in rows:
+            problem = f"table {name} holds cardholder data and takes clients' writes here"
+            hint = f"run `syncctl sync primary {wanted}` again: it was marked, or made, since"
+            if not is_new_partition:
+                raise RefusedError(problem, hint=hint)
+            # Its root refuses them: who stopped here would stop the stream, and the primary's commits.
+            _log.error("%s; %s", problem, hint)
 
 
 def _put_on(conn: Connection, primary: str, tables: Sequence[TableName]) -> list[str]:
