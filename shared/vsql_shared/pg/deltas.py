@@ -111,8 +111,9 @@ def notes(conn: Connection, publication: PublicationInfo, strategies: Strategies
         for column, type_ in sorted(_types(conn, table, chosen).items()):
             if type_ in ROUNDED:
                 yield (
-                    f"{table.name}: column {quote_ident(column)} is {type_}, whose sums depend on the order"
-                    " in their last digits: nodes may end different there; money is numeric"
+                    f"{table.name}: column {quote_ident(column)} is {type_}, whose sums depend on the order:"
+                    " where both nodes add at once they may end different, in the last digits of the largest"
+                    " value there was meanwhile; money is numeric"
                 )
         for (name,) in conn.execute(
             "SELECT conname FROM pg_catalog.pg_constraint c JOIN pg_catalog.pg_attribute a"
