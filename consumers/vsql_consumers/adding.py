@@ -5,11 +5,13 @@ Not here: what is decided (deltas.py). Rules (docs/design/0028-columns-that-add-
 1. A difference is added once for each change that is applied: row by row, never folded, in the transaction
    that also says how far the stream is. What is rolled back, to a savepoint too, has added nothing.
 2. A change whose rest falls writes its difference only. That restamps the row: its version is kept in
-   vsql_sync.row_versions.
+   vsql_sync.row_versions, until a change stands over it.
 3. Integers and money are added as numeric, so that only a result that does not fit is an error. It stops the
    stream at its transaction; nothing of that is lost, and an operator's retry adds it.
-4. Conflicts are logged where the rest of two rows differs; what only adds up has none.
-5. A key that was changed all the same (triggers can be passed by) stops the stream: as a delete and an insert
+4. What is here is taken as it came where it is, bit by bit, what the change was made of: sums of floats are
+   rounded, and those of numerics spelled, only where two nodes really added.
+5. Conflicts are logged where the rest of two rows differs; what only adds up has none.
+6. A key that was changed all the same (triggers can be passed by) stops the stream: as a delete and an insert
    it would lose what others add.
 """
 
@@ -47,14 +49,16 @@ def summed(here: str, new: str, old: str, oid: int) -> str:
     if oid in _EXACT:
         here, new, old = (f"CAST({value} AS numeric)" for value in (here, new, old))
         return f"CAST({here} {_PLUS} ({new} {_MINUS} {old}) AS {_EXACT[oid]})"
+    type_ = {_FLOAT4: "float4", _FLOAT8: "float8", _NUMERIC: "numeric"}[oid]
     # 32768 is no smallint: an error of its row, as overflow is.
-    wrong = "CAST(CAST(CAST(s.k * 0 + 32768 AS int2) AS text) AS {})"
+    wrong = f"CAST(CAST(CAST(s.k * 0 + 32768 AS int2) AS text) AS {type_})"
     given = f"'NaN' IN ({new}, {old}) OR 'Infinity' IN ({new}, {old}) OR '-Infinity' IN ({new}, {old})"
+    rows = [f"CAST(ROW(CAST({value} AS {type_})) AS record)" for value in (here, old)]
+    same, one = f"{rows[0]} OPERATOR(pg_catalog.*=) {rows[1]}", new
     if oid == _FLOAT4:
         here, new, old = (f"CAST({value} AS float8)" for value in (here, new, old))
-    total = f"{here} {_PLUS} ({new} {_MINUS} {old})"
-    type_ = {_FLOAT4: "float4", _FLOAT8: "float8", _NUMERIC: "numeric"}[oid]
-    return f"CASE WHEN {given} THEN {wrong.format(type_)} ELSE CAST({total} AS {type_}) END"
+    total = f"CAST(({here} {_MINUS} {old}) {_PLUS} {new} AS {type_})"
+    return f"CASE WHEN {given} THEN {wrong} WHEN {same} THEN {one} ELSE {total} END"
 
 
 class AddingWriter(ContestedWriter):
@@ -101,6 +105,8 @@ class AddingWriter(ContestedWriter):
         if not alike:
             self._log(number, side, decision, found, change)
         if decision.act is Act.WRITE:
+            if found.kept:
+                self._forget_version(number)
             written = self._update(number, self._old_key, (), self._plan.key) == 1
             if written and found.local.version.writer != self._contest.remote:
                 self._reset(number, self._old_key)
@@ -124,8 +130,9 @@ class AddingWriter(ContestedWriter):
             return TransientError(f"{what} yet, and waits for it", hint="another node's stream brings it")
         return RowError(
             what,
-            hint="where its INSERT was parked: `syncctl stream park` this one, too, then `replay` both,"
-            " the INSERT first; a row that was lost is brought by hand, then `stream retry`",
+            hint="where its INSERT was parked: `syncctl stream replay` that; one that was lost is brought by"
+            " hand, with the values it had before this change and not with those it has at the peer now, then"
+            " `stream retry`",
         )
 
     def _saw(self, number: int, change: Change, side: str) -> bool:
@@ -190,7 +197,16 @@ class AddingWriter(ContestedWriter):
 
     def _keep_version(self, number: int, found: Found) -> None:
         """Our write stamped the row; its version is the one it had."""
-        source = f"FROM {self._stage.name} s, {self._plan.table} t WHERE {self.SET} AND {self._old_key}"
         version = versions.Kept(found.time, found.node, found.local.version.generation)
-        text = versions.keep(self._plan.name, self._rules.key, source, version)
+        text = versions.keep(self._plan.name, self._rules.key, f"FROM {self._row}", version)
         run(self._conn, [self._numbered(text, number).decode()])
+
+    def _forget_version(self, number: int) -> None:
+        """What stands over it is written by this transaction, too: the row's xmin may stay as it is."""
+        text = versions.forget(self._plan.name, self._rules.key, self._row)
+        run(self._conn, [self._numbered(text, number).decode()])
+
+    @property
+    def _row(self) -> str:
+        """The staged change's row, as SQL behind FROM."""
+        return f"{self._stage.name} s, {self._plan.table} t WHERE {self.SET} AND {self._old_key}"

@@ -84,6 +84,8 @@ class Contest:
     """Changes of the transaction that fell so far."""
     nodes: Mapping[str, Writer] = field(default_factory=dict)
     """All that are known, by name."""
+    sources: frozenset[str] = frozenset()
+    """Nodes whose streams of the publication come here."""
 
     def version(self) -> Version:
         """Of what is being applied."""
@@ -113,8 +115,6 @@ class Contest:
         buried = ours
         if rules.adding:
             ours = buried = "false"  # a tombstone stands, whoever left it
-        else:
-            ours += f" AND {versions.none_counts(plan.name, rules.key)}"
         return Guard(ours, rules.table, generation_of(plan, rules, self.origin), buried, bool(rules.adding))
 
     def node_of(self, origin: int) -> tuple[str, Writer]:
@@ -123,8 +123,8 @@ class Contest:
 
     @property
     def third_nodes(self) -> bool:
-        """Whether any node but this one and the stream's writes here."""
-        return not {name for name, _ in self.writers.values()} <= {self.writers[0][0], self.origin}
+        """Whether another stream than this one may bring a row."""
+        return not self.sources <= {self.origin}
 
     def named(self, node: str) -> Writer:
         """A node that vsql_sync.row_versions names. Raises DatabaseError."""
@@ -166,6 +166,8 @@ class _Found(NamedTuple):
     time: datetime | None
     came: int = 1
     """Generation of the change."""
+    kept: bool = False
+    """It is an entry of vsql_sync.row_versions."""
 
 
 Found = _Found
@@ -330,12 +332,10 @@ class ContestedWriter(RowWriter):
         """Of a row that is locked, or of a tombstone: in a statement of its own, with a new snapshot."""
         found = self._new_key if side == NEW else self._old_key
         table = self._plan.table if live else self._rules.table
-        kept, entry = (
-            "v.row_xmin IS NOT NULL, v.at, v.node",
-            versions.joined(self._plan.name, self._rules.key),
-        )
-        if not live:
-            kept, entry = "false, NULL::timestamptz, NULL", ""
+        kept, entry = "false, NULL::timestamptz, NULL", ""
+        if live and self._rules.adding:
+            kept = "v.row_xmin IS NOT NULL, v.at, v.node"
+            entry = versions.joined(self._plan.name, self._rules.key)
         text = self._text(
             ("look", op, side, live),
             lambda: (
@@ -354,8 +354,10 @@ class ContestedWriter(RowWriter):
         time, origin, ours, xid, here, came, is_kept, at, by = row
         contest = self._contest
         if is_kept:
+            if at is None and here == came and self._rules.strategy in SYMMETRIC:
+                raise self._unknown(None)
             version = Version(None if at is None else _microseconds(at), contest.named(by), here)
-            return _Found(Local(live, version), by, at, came)
+            return _Found(Local(live, version), by, at, came, True)
         if time is None and ours:
             return _Found(Local(live, contest.version()), contest.origin, None, came)
         if time is None and here == came:
@@ -380,12 +382,16 @@ class ContestedWriter(RowWriter):
         latest = None if row is None else row[0]
         came = moment(self._contest.version().time or 0)
         if latest is None or came <= latest:
-            raise DivergedError(
-                f"a change of {self._plan.name} at {came} meets a row whose commit time this server does not"
-                f" have any more, and which may be younger: known is only that it is from before {latest}",
-                hint="the stream lagged for longer than commit timestamps are kept; UPDATE the row on this"
-                " node as it shall be, then `syncctl stream retry`",
-            )
+            raise self._unknown(latest)
+
+    def _unknown(self, latest: datetime | None) -> DivergedError:
+        came, before = moment(self._contest.version().time or 0), latest or "now"
+        return DivergedError(
+            f"a change of {self._plan.name} at {came} meets a row whose commit time this server does not"
+            f" have any more, and which may be younger: known is only that it is from before {before}",
+            hint="the stream lagged for longer than commit timestamps are kept; UPDATE the row on this"
+            " node as it shall be, then `syncctl stream retry`",
+        )
 
     def _bury(self, number: int, side: str) -> None:
         """Leave a tombstone with this transaction's version."""

@@ -131,6 +131,8 @@ class Pipeline:
         self._keys = Keys(means, self.intake, self._figures)
         self._spoilt = False
         """An apply or a commit failed: what the group has left must not be committed without it."""
+        self._near = False
+        """The clocks were near when PCI data of the transaction in fragments first came."""
         self.finished = False
 
     def run(self, tick: Callable[[], bool]) -> None:
@@ -243,12 +245,17 @@ class Pipeline:
                 self.finished = True
 
     def _hold_pci(self, ready: Ready) -> None:
-        """Raise SkewError before a batch with PCI data while the clocks are too far apart."""
-        if ready.entry is None or not ready.entry.contains_pci or ready.skipped:
+        """Raise SkewError before a batch with PCI data while the clocks are too far apart.
+
+        Of one transaction once: a long one would else begin anew at every measure that is beyond the limit.
+        """
+        self._near = self._near and self._group.fragments
+        if ready.entry is None or not ready.entry.contains_pci or ready.skipped or self._near:
             return
         if self._skew.too_far() is not None and not self._group.fragments:
             self._flush()  # what came before does not wait
         self._skew.require_near()
+        self._near = True
 
     def _take_batch(self, ready: Ready, entry: AuditEntry) -> None:
         found = self._open(ready, entry)

@@ -2,8 +2,11 @@
 
 Not here: who stands (contest.py). Rules (rule 15; docs/design/0028-columns-that-add-up.md):
 
-* An entry counts only while the row's xmin is the one it names: the next write of the row ends it.
-* A row is named by its key as it is spelled in the row, so both sides of the comparison are made of one row.
+* An entry counts only while the row's xmin is the one it names: the next transaction that writes the row ends
+  it. Within the one that wrote it a write that stands over it has to (`forget`): the xmin stays.
+* A row is named by its key as it is spelled in the row, so both sides of the comparison are made of one row;
+  and in sessions of appliers only: their client_encoding, which record_send follows, is always UTF8.
+* Only tables with columns that add up have entries, and types with a binary form in their keys.
 * Whoever writes one holds the row, and reads its xmin after the write: within a savepoint that is another id
   than the transaction's.
 """
@@ -14,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from vsql_shared.pg.deltas import row_key
+from vsql_shared.changes import quote_ident
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -38,20 +41,17 @@ def literal(text: str) -> str:
     return f" E'{escaped}'"
 
 
+def row_key(alias: str, key: Sequence[str]) -> str:
+    """The key of `alias` as an entry has it, as SQL."""
+    columns = ", ".join(f"{alias}.{quote_ident(column)}" for column in key)
+    return f"pg_catalog.sha256(pg_catalog.record_send(ROW({columns})))"
+
+
 def of_row(table: TableName, key: Sequence[str]) -> str:
     """Condition: v is t's version, and counts."""
     return (
         f"v.table_schema = {literal(table.schema)} AND v.table_name = {literal(table.table)}"
         f" AND v.row_key = {row_key('t', key)} AND v.row_xmin = t.xmin"
-    )
-
-
-def none_counts(table: TableName, key: Sequence[str]) -> str:
-    """Condition on t: its xmin is its version. Of tables without entries it costs one look for all rows."""
-    mine = f"w.table_schema = {literal(table.schema)} AND w.table_name = {literal(table.table)}"
-    return (
-        f"NOT (EXISTS (SELECT FROM {_TABLE} w WHERE {mine})"
-        f" AND EXISTS (SELECT FROM {_TABLE} v WHERE {of_row(table, key)}))"
     )
 
 
@@ -72,3 +72,8 @@ def keep(table: TableName, key: Sequence[str], source: str, version: Kept) -> st
         " (row_xmin, at, node, generation)"
         " = (excluded.row_xmin, excluded.at, excluded.node, excluded.generation)"
     )
+
+
+def forget(table: TableName, key: Sequence[str], source: str) -> str:
+    """Delete the entry of the row t of `source`, before that is written by what stands over it."""
+    return f"DELETE FROM {_TABLE} v USING {source} AND {of_row(table, key)}"

@@ -9,9 +9,10 @@ Not here: the stages (pipeline.py). What becomes of an error (docs/design/0002):
 * EnvironmentFault: as TransientError, with the longest back-off: an operator may mend it at any time.
 * Anything else ends the process; the supervisor starts another one.
 
-An operator's command (`pause`, `resume`, the `retry` that comes with a decision) ends a back-off. It is put
-into this node's chain as a signed entry before it is answered: at once where the stream runs, is refused or
-held, else when it runs again. A worker that ends in between finds it unanswered, obeys and says it again.
+An operator's command (`pause`, `resume`, the `retry` that comes with a decision) ends a back-off. A `replay`
+has what was refused tried again, too: it is done first, and may be what that waits for. A command is put into
+this node's chain as a signed entry before it is answered: at once where the stream runs, is refused or held,
+else when it runs again. A worker that ends in between finds it unanswered, obeys and says it again.
 """
 
 from __future__ import annotations
@@ -72,6 +73,10 @@ _VERBS = frozenset({"pause", "resume", "retry", "note-break", "note-refusal"})
 
 def _nothing() -> None:
     """What was ordered is done already."""
+
+
+def _replays(wishes: Sequence[Wish]) -> list[Wish]:
+    return [wish for wish in wishes if wish.verb == "replay"]
 
 
 def run_worker(settings: Settings, chain: str) -> int:
@@ -218,14 +223,20 @@ class Worker:
         self._refused.let_in()
         self._report.refusal = None
         say_running = "copying" if stream.kind == "copy" else "running"
+        begins = True
 
         def tick() -> bool:
+            nonlocal begins
+            if begins:  # before anything is met that waits for it
+                begins = False
+                self._replay(pipeline, control, _replays(control.poll(now=True)))
+                return control.desired == "running"
             if not control.due():
                 if control.status_due():
                     self._report.say(control, say_running, self._report.of_pipeline(pipeline))
                 return True
             wishes = control.poll()
-            self._replay(pipeline, control, [wish for wish in wishes if wish.verb == "replay"])
+            self._replay(pipeline, control, _replays(wishes))
             wishes = [wish for wish in wishes if wish.verb != "replay"]
             # Decisions are read when a pipeline is opened.
             decided = any("decision" in wish.args and wish.id not in self._obeyed for wish in wishes)
@@ -333,7 +344,7 @@ class Worker:
             self._answer(acknowledger, control, tried, f"tried again, and {refusal.state}: {refusal.error}")
         while not self.stop.is_set() and not altered():
             wishes = control.poll()
-            if any(wish.verb == "retry" for wish in wishes):
+            if any(wish.verb in {"retry", "replay"} for wish in wishes):
                 self._obeyed.update(wish.id for wish in wishes)
                 return
             if wishes:

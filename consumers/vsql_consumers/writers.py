@@ -45,8 +45,9 @@ SELECT format('%%I.%%I', m.table_schema, m.table_name) FROM vsql_sync.multi_writ
  WHERE m.publication = %s AND NOT EXISTS (
     SELECT FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
       JOIN pg_namespace n ON n.oid = c.relnamespace
+      JOIN pg_proc p ON p.oid = t.tgfoid
      WHERE (n.nspname, c.relname) = (m.table_schema, m.table_name) AND t.tgenabled = 'O'
-       AND t.tgname = ANY (%s) HAVING count(*) = %s)
+       AND p.pronamespace = 'vsql_sync'::regnamespace AND t.tgname = ANY (%s) HAVING count(*) = %s)
 """
 # Our own slot sends what is written from now on, and no copied row is still to come.
 _OPEN = """
@@ -109,8 +110,14 @@ def load(conn: Connection, stream: Stream, said: Strategies | None = None) -> Co
     if row is None or row[0] is None:
         raise DatabaseError(f"replication origin {stream.origin_name} is not there", hint="start again")
     writers[row[0]] = nodes[stream.origin]
-    known = dict(nodes.values())
-    return Contest(stream.chain, stream.origin, row[0], nodes[stream.origin][1], writers, tables, nodes=known)
+    sources = conn.execute(
+        "SELECT DISTINCT origin FROM vsql_sync.streams WHERE direction = 'in' AND publication = %s",
+        (stream.publication,),
+    )
+    return Contest(
+        stream.chain, stream.origin, row[0], nodes[stream.origin][1], writers, tables,
+        nodes=dict(nodes.values()), sources=frozenset(name for (name,) in sources),
+    )  # fmt: skip
 
 
 def _require_agreed(publication: str, tables: Mapping[TableName, Tombstones], said: Strategies) -> None:
@@ -148,9 +155,9 @@ def _require_fit(conn: Connection, stream: Stream) -> None:
     for (name,) in conn.execute(_UNPREPARED, (stream.publication, list(TRIGGERS), len(TRIGGERS))):
         raise DatabaseError(
             f"table {name} is written by every node, and lacks triggers that were made for it",
-            hint="it was made anew, or they were dropped or switched off: what was deleted since has left no"
-            " trace; ENABLE them, or initialise the node anew; one that is gone for good is taken out of"
-            " vsql_sync.multi_writer_tables",
+            hint="it was made anew, or they were dropped, replaced or switched off: what was deleted since"
+            " has left no trace; ENABLE them, or initialise the node anew; one that is gone for good is taken"
+            " out of vsql_sync.multi_writer_tables",
         )
     row = conn.execute(
         "SELECT count(*) FROM vsql_sync.horizons h, pg_control_system() c"

@@ -317,6 +317,19 @@ def test_a_peer_that_is_gone_keeps_its_last_measure_with_its_age_and_no_alarm(
     assert found.age_seconds >= 0.3
 
 
+def test_a_measure_from_before_this_clock_was_set_back_says_nothing(sides: tuple[Side, Side]) -> None:
+    _, b = sides
+    clocks.measured(b.conn, "node-a", Measure(5_000_000, 1_000), "error", 60)
+    b.conn.execute(
+        "UPDATE vsql_sync.clocks SET measured_at = measured_at + interval '1 hour',"
+        " fresh_until = fresh_until + interval '1 hour'"
+    )
+    assert clocks.fresh(b.conn, "node-a") is None
+    assert (b.clock_of("node-a") or pytest.fail("nothing")).state == "unknown"
+    clocks.measured(b.conn, "node-a", Measure(5_000_000, 1_000), "error", 60)
+    assert clocks.fresh(b.conn, "node-a") == Measure(5_000_000, 1_000)
+
+
 @pytest.mark.parametrize(
     ("found", "waits"),
     [

@@ -17,7 +17,7 @@ import psycopg
 import pytest
 
 from tests.conftest import NewDatabase
-from tests.services.both_write import Both, Side, joined, prepared, table
+from tests.services.both_write import GENERATION, Both, Side, joined, prepared, table
 from tests.stack import Stack
 from tests.waiting import until
 from vsql_consumers import purging, state, writers
@@ -26,7 +26,7 @@ from vsql_shared.errors import DatabaseError, RefusedError, RowError, TransientE
 from vsql_shared.pg import nodes, peers
 from vsql_shared.pg.connect import connect
 from vsql_shared.pg.peers import PeerRequest
-from vsql_shared.strategies import Strategies, Strategy
+from vsql_shared.strategies import GENERATIONS, Strategies, Strategy
 
 KEYS = itertools.count(1)
 ACCOUNT = TableName("public", "account")
@@ -148,14 +148,13 @@ def test_a_change_that_falls_leaves_the_row_its_version(both: Both) -> None:
         f" WHERE t.id = {key} AND v.row_xmin = t.xmin AND v.table_name = 'account'"
     )
     assert said == [("node-b", False)]
-    # The next local write ends it; and it goes with the row.
+    # The next local write ends it; and no row has its key again.
     both.b.do(f"UPDATE public.account SET note = 'younger' WHERE id = {key}")
     both.exchange()
     assert _row(both.a, key) == _row(both.b, key) == [("younger", "107.00")]
-    before = both.b.rows("SELECT count(*) FROM vsql_sync.row_versions")[0][0]
     both.b.do(f"DELETE FROM public.account WHERE id = {key}")
-    assert both.b.rows("SELECT count(*) FROM vsql_sync.row_versions") == [(before - 1,)]
     both.exchange()
+    assert _row(both.a, key) == []
 
 
 def test_in_one_transaction_the_version_that_was_kept_counts_for_the_next_change(both: Both) -> None:
@@ -434,8 +433,7 @@ def test_a_row_that_has_not_come_is_waited_for_and_nothing_is_added_before(both:
     assert stopped.value.place is not None
     contest = writers.load(both.b.conn, state.load_stream(both.b.conn, both.cluster, "pub.node-a"))
     assert contest is not None
-    third = {**contest.writers, 99: ("node-c", contest.remote)}
-    both.b.applier.contend(replace(contest, writers=third))
+    both.b.applier.contend(replace(contest, sources=frozenset({"node-a", "node-c"})))
     with pytest.raises(TransientError, match="adds to a row that is not here yet, and waits"):
         both.b.apply(adds)
     both.b.applier.contend(contest)
@@ -541,6 +539,9 @@ def apart(new_schema: NewDatabase, cluster_name: str) -> Iterator[Both]:
         side.conn.close()
 
 
+NOTHING = "CREATE FUNCTION public.nothing() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$"
+
+
 def _asked(**columns: str) -> PeerRequest:
     return PeerRequest(2, "node-b", mode="bidirectional", strategies=Strategies(adding={ACCOUNT: columns}))
 
@@ -621,6 +622,7 @@ def test_what_adds_up_is_chosen_once_and_every_file_says_the_same(apart: Both) -
 def test_a_table_that_became_unfit_is_refused_and_stops_the_start(apart: Both) -> None:
     peers.add(apart.a.conn, apart.b.conn, peers.look(apart.a.conn, apart.b.conn, _asked(bal="")))
     conn = apart.b.conn
+    conn.execute(NOTHING + "; CREATE TABLE public.other (id int)")
     for statement in (
         "ALTER TABLE public.account ALTER bal DROP NOT NULL",
         "ALTER TABLE public.account RENAME bal TO other",
@@ -632,9 +634,41 @@ def test_a_table_that_became_unfit_is_refused_and_stops_the_start(apart: Both) -
             conn.execute(statement.encode())
     with pytest.raises(psycopg.errors.DependentObjectsStillExist):
         conn.execute("ALTER TABLE public.account DROP bal")
-    conn.execute("DROP TRIGGER vsql_sync_kept ON public.account")
+    for name in ("vsql_sync_kept", "vsql_sync_used", "vsql_sync_deleted", "vsql_sync_truncate"):
+        with pytest.raises(psycopg.errors.FeatureNotSupported, match=f"trigger {name} keeps what is done"):
+            conn.execute(f"DROP TRIGGER {name} ON public.account".encode())
+    conn.execute(
+        "CREATE TRIGGER vsql_sync_mine AFTER INSERT ON public.other EXECUTE FUNCTION public.nothing()"
+    )
+    conn.execute("DROP TRIGGER vsql_sync_mine ON public.other")
+    with conn.transaction(force_rollback=True):
+        conn.execute("DROP TABLE public.account")
+
+
+@pytest.mark.parametrize(
+    ("name", "when", "why"),
+    [
+        ("vsql_sync_used", "AFTER INSERT", "trigger vsql_sync_used, which guards keys, is missing, switched"),
+        ("vsql_sync_finite", "AFTER INSERT", "trigger vsql_sync_finite, which refuses NaN and infinity, is"),
+        ("vsql_sync_deleted", "AFTER DELETE", "lacks triggers that were made for it"),
+    ],
+)
+@pytest.mark.parametrize("replaced", [True, False])
+def test_triggers_that_were_replaced_or_dropped_all_the_same_stop_the_start(
+    apart: Both, name: str, when: str, why: str, *, replaced: bool
+) -> None:
+    """As where no superuser made the event triggers."""
+    peers.add(apart.a.conn, apart.b.conn, peers.look(apart.a.conn, apart.b.conn, _asked(bal="")))
+    conn = apart.b.conn
+    conn.execute("ALTER EVENT TRIGGER vsql_sync_kept_triggers DISABLE")
+    conn.execute(NOTHING)
     stream = state.load_stream(conn, apart.cluster, "pub.node-a")
-    with pytest.raises(DatabaseError, match="trigger vsql_sync_kept, which guards keys, is missing"):
+    if replaced:
+        made = f"CREATE OR REPLACE TRIGGER {name} {when} ON public.account EXECUTE FUNCTION public.nothing()"
+        conn.execute(made.encode())
+    else:
+        conn.execute(f"DROP TRIGGER {name} ON public.account".encode())
+    with pytest.raises(DatabaseError, match=why):
         writers.load(conn, stream)
 
 
@@ -655,10 +689,17 @@ def test_nothing_is_deleted_while_a_first_copy_is_under_way(apart: Both) -> None
     apart.a.conn.execute("DELETE FROM public.account WHERE id = 1")
 
 
-def test_who_is_added_anew_learns_which_keys_were_used(apart: Both, new_schema: NewDatabase) -> None:
+@pytest.mark.parametrize("strategy", ["last_write_wins", "first_write_wins"])
+def test_who_is_added_anew_learns_which_keys_were_used(
+    apart: Both, new_schema: NewDatabase, strategy: Strategy
+) -> None:
     """Another database takes B's place: the copy brings no tombstones, adding it does."""
-    a = apart.a.conn
-    peers.add(a, apart.b.conn, peers.look(a, apart.b.conn, _asked(bal="")))
+    a, asked = apart.a.conn, _asked(bal="")
+    asked = replace(asked, strategies=replace(asked.strategies, default=strategy))
+    generations = f"ALTER TABLE public.account ADD {GENERATION}" if strategy in GENERATIONS else "SELECT 1"
+    for conn in (a, apart.b.conn):
+        conn.execute(generations.encode())
+    peers.add(a, apart.b.conn, peers.look(a, apart.b.conn, asked))
     a.execute("UPDATE vsql_sync.streams SET state = 'FINISHED' WHERE kind = 'copy'")
     a.execute("INSERT INTO public.account (id) VALUES (1), (2); DELETE FROM public.account WHERE id = 1")
     a.execute("DELETE FROM vsql_sync.streams; DELETE FROM vsql_sync.stream_targets")
@@ -669,15 +710,38 @@ def test_who_is_added_anew_learns_which_keys_were_used(apart: Both, new_schema: 
     ):
         nodes.register_local(anew, 2, "node-b", apart.cluster, bytes(range(2, 34)))
         anew.execute(ONE_ACCOUNT)
+        anew.execute(generations.encode())
         old.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         old.execute("SELECT 1")
-        peers.add(a, anew, peers.look(a, anew, _asked(bal="")))
+        peers.add(a, anew, peers.look(a, anew, asked))
         with pytest.raises(psycopg.errors.SerializationFailure):
             old.execute("DELETE FROM public.account WHERE id = 2")
         anew.execute("UPDATE vsql_sync.multi_writer_tables SET writable = true")
         with pytest.raises(psycopg.errors.UniqueViolation, match="cannot be used again"):
             anew.execute("INSERT INTO public.account (id) VALUES (1)")
         anew.execute("INSERT INTO public.account (id) VALUES (3)")
+
+
+def test_who_was_emptied_by_deleting_and_is_added_again_gets_its_rows(apart: Both) -> None:
+    """They would meet the tombstones that the deletes left, wherever they are not copied as they are."""
+    request = _asked(bal="")
+    a, b = apart.a.conn, apart.b.conn
+    peers.add(a, b, peers.look(a, b, request))
+    a.execute("INSERT INTO public.account (id) VALUES (1)")
+    b.execute("UPDATE vsql_sync.multi_writer_tables SET writable = true")
+    b.execute("INSERT INTO public.account (id) VALUES (1); DELETE FROM public.account")
+    # Again, while its streams are there: what it deleted is under way.
+    peers.add(a, b, peers.look(a, b, request))
+    a.execute("DELETE FROM vsql_sync.tombstones_1")
+    for conn in (a, b):
+        conn.execute("DELETE FROM vsql_sync.streams; DELETE FROM vsql_sync.stream_targets")
+    with pytest.raises(RefusedError, match="rows that live on this node were deleted on the peer"):
+        peers.add(a, b, peers.look(a, b, request))
+    b.execute("DELETE FROM vsql_sync.multi_writer_tables")
+    peers.add(a, b, peers.look(a, b, request))
+    for side in (apart.a, apart.b):
+        name = side.rows("SELECT tombstones FROM vsql_sync.multi_writer_tables")[0][0]
+        assert side.rows(f"SELECT FROM vsql_sync.{name}") == []
 
 
 def test_a_table_that_was_taken_out_and_is_added_again_has_triggers_of_its_new_tombstones(

@@ -169,6 +169,25 @@ def test_nobody_waits_for_the_end_of_a_transaction_that_took_one(base: str, conn
     assert _one(conn) > first
 
 
+def test_who_owns_the_database_and_analyzes_it_in_a_transaction_stops_no_ids(
+    base: str, conn: Connection
+) -> None:
+    name = conn.info.dbname
+    conn.execute('CREATE ROLE "ids owner" LOGIN')
+    try:
+        conn.execute(f'ALTER DATABASE "{name}" OWNER TO "ids owner"'.encode())
+        with connect(base + " user='ids owner'", application_name="migration", autocommit=False) as owner:
+            owner.execute("ANALYZE")
+            conn.execute("SET lock_timeout = '1s'")
+            first = _one(conn)
+            conn.execute("SELECT pg_sleep(0.005)")
+            assert _one(conn) >> 22 > first >> 22, "the values were brought up to the clock"
+            owner.rollback()
+    finally:
+        conn.execute(f'ALTER DATABASE "{name}" OWNER TO CURRENT_USER'.encode())
+        conn.execute('DROP OWNED BY "ids owner"; DROP ROLE "ids owner"')
+
+
 def test_an_id_of_a_transaction_that_was_rolled_back_is_not_given_again(base: str, conn: Connection) -> None:
     with connect(base, application_name="rolls back", autocommit=False) as other:
         lost = _many(other, 100)

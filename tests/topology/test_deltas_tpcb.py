@@ -135,7 +135,8 @@ def test_two_way_tpc_b_keeps_its_sums(stack: Stack, tmp_path: Path, seconds: int
     assert number > 4 * seconds
     # The sums are no conflicts; what both wrote of the rest is.
     logged = pair.a.query("SELECT DISTINCT table_name FROM vsql_sync.conflict_log")
-    assert logged in ([("accounts",)], [])
+    # A few seconds may pass without a conflict.
+    assert logged in ([[("accounts",)]] if seconds > 60 else [[("accounts",)], []])
     (shared,) = (
         one for one in pair.a.ctl_json("status")["shared_tables"] if one["table"] == "public.accounts"
     )

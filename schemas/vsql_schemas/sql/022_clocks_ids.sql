@@ -38,8 +38,10 @@ COMMENT ON TABLE vsql_sync.future_commits IS 'vsql-sync: commits of other nodes 
 -- is odd after a crash (sequences jump ahead then), sends everybody to the lock, and the first one mends it.
 CREATE SEQUENCE vsql_sync.snowflake_values AS BIGINT MINVALUE 0 MAXVALUE 9007199254740991 START 0;
 CREATE SEQUENCE vsql_sync.snowflake_turns AS BIGINT MINVALUE 0 START 0;
-CREATE TABLE vsql_sync.snowflake_lock ();
-COMMENT ON TABLE vsql_sync.snowflake_lock IS 'vsql-sync: locked for a moment by snowflake_id(); never holds a row';
+-- A view, because nothing but LOCK TABLE takes this lock of one: ANALYZE in a transaction of the database's owner would
+-- hold that of a table until its commit.
+CREATE VIEW vsql_sync.snowflake_lock AS SELECT 1 AS one;
+COMMENT ON VIEW vsql_sync.snowflake_lock IS 'vsql-sync: locked for a moment by snowflake_id(); nobody reads it';
 
 -- Milliseconds since the ids' epoch, 2024-01-01 00:00 UTC, by this database's clock.
 CREATE FUNCTION vsql_sync.snowflake_clock() RETURNS BIGINT

@@ -5,8 +5,9 @@ ALTER TABLE vsql_sync.multi_writer_tables
     ADD COLUMN delta_columns TEXT[] NOT NULL DEFAULT '{}';
 
 -- Versions of rows whose xmin says another one. One counts only while the row's xmin is the one it names, so the
--- next write of the row ends it without being told. row_key: sha256 of what record_send makes of the key's columns,
--- in the order of multi_writer_tables.key_columns, as they are spelled in the row.
+-- next transaction that writes the row ends it without being told. row_key: sha256 of what record_send makes of the
+-- key's columns, in the order of multi_writer_tables.key_columns, as they are spelled in the row. Only appliers make
+-- it: record_send follows client_encoding, and theirs is always the same.
 CREATE TABLE vsql_sync.row_versions (
     table_schema  TEXT NOT NULL,
     table_name    TEXT NOT NULL,
@@ -72,8 +73,7 @@ $$;
 REVOKE ALL ON FUNCTION vsql_sync.refuse_used_keys() FROM PUBLIC;
 
 -- AFTER DELETE per statement, behind the trigger that leaves tombstones: nothing that was inserted by the same command
--- (MERGE) has a key it deleted, and what was known of the rows' versions goes with them.
--- Arguments: "t and c are of one key", "v is of c's key".
+-- (MERGE) has a key it deleted. Argument: "t and c are of one key".
 CREATE FUNCTION vsql_sync.settle_deleted() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET row_security = off AS $$
 DECLARE
@@ -88,9 +88,6 @@ BEGIN
             HINT = 'The table has columns that add up. UPDATE the row, or INSERT it under another key.',
             SCHEMA = TG_TABLE_SCHEMA, TABLE = TG_TABLE_NAME;
     END IF;
-    EXECUTE format('DELETE FROM vsql_sync.row_versions v USING gone c'
-                   ' WHERE (v.table_schema, v.table_name) = ($1, $2) AND %s', TG_ARGV[1])
-      USING TG_TABLE_SCHEMA, TG_TABLE_NAME;
     RETURN NULL;
 END
 $$;
@@ -159,6 +156,12 @@ CREATE FUNCTION vsql_sync.unfit_for_deltas(p_table OID, p_columns TEXT[]) RETURN
         OR EXISTS (SELECT FROM pg_index i
                     WHERE i.indrelid = p_table AND i.indisprimary AND w.attnum = ANY (i.indkey::int2[]))
     UNION ALL
+    SELECT format('column %I of the primary key is of type %s, which has no binary form to know rows by', a.attname,
+                  format_type(a.atttypid, a.atttypmod))
+      FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY (i.indkey::int2[])
+      JOIN pg_type t ON t.oid = a.atttypid
+     WHERE i.indrelid = p_table AND i.indisprimary AND t.typsend = 0
+    UNION ALL
     SELECT format('column %I is GENERATED ALWAYS AS IDENTITY and no part of the primary key: a row with columns that'
                   ' add up is never written anew', a.attname)
       FROM pg_attribute a
@@ -190,14 +193,21 @@ CREATE FUNCTION vsql_sync.unfit_deltas() RETURNS TABLE (name TEXT, publication T
     )
     SELECT k.name, k.publication, u FROM known k, vsql_sync.unfit_for_deltas(k.oid, k.delta_columns) u
     UNION ALL
-    SELECT k.name, k.publication, format('trigger %I, which guards keys, is missing or switched off', w)
-      FROM known k, unnest(ARRAY['vsql_sync_kept', 'vsql_sync_used', 'vsql_sync_final', 'vsql_sync_lasting']) w
-     WHERE NOT EXISTS (SELECT FROM pg_trigger t WHERE t.tgrelid = k.oid AND t.tgname = w AND t.tgenabled = 'O')
+    SELECT k.name, k.publication,
+           format('trigger %I, which guards keys, is missing, switched off or another one', w.name)
+      FROM known k, (VALUES ('vsql_sync_kept', 'vsql_sync.refuse_key_change()'::regprocedure),
+                            ('vsql_sync_used', 'vsql_sync.refuse_used_keys()'),
+                            ('vsql_sync_final', 'vsql_sync.settle_deleted()'),
+                            ('vsql_sync_lasting', 'vsql_sync.keep_while_copying()')) w (name, function)
+     WHERE NOT EXISTS (SELECT FROM pg_trigger t
+                        WHERE t.tgrelid = k.oid AND t.tgname = w.name AND t.tgenabled = 'O' AND t.tgfoid = w.function)
     UNION ALL
-    SELECT k.name, k.publication, 'trigger vsql_sync_finite, which refuses NaN and infinity, is missing or switched off'
+    SELECT k.name, k.publication,
+           'trigger vsql_sync_finite, which refuses NaN and infinity, is missing, switched off or another one'
       FROM known k
      WHERE NOT EXISTS (SELECT FROM pg_trigger t
-                        WHERE t.tgrelid = k.oid AND t.tgname = 'vsql_sync_finite' AND t.tgenabled = 'O')
+                        WHERE t.tgrelid = k.oid AND t.tgname = 'vsql_sync_finite' AND t.tgenabled = 'O'
+                          AND t.tgfoid = 'vsql_sync.refuse_infinite()'::regprocedure)
        AND EXISTS (SELECT FROM pg_attribute a
                     WHERE a.attrelid = k.oid AND a.attname = ANY (k.delta_columns)
                       AND a.atttypid = ANY ('{numeric,real,double precision}'::regtype[]::oid[]))
@@ -222,12 +232,38 @@ END
 $$;
 REVOKE ALL ON FUNCTION vsql_sync.guard_deltas() FROM PUBLIC;
 
--- Only a superuser may make event triggers; without it a stream finds the same at its start.
+-- DROP TRIGGER of one that keeps what happens to rows of a table that every node writes: what is deleted or inserted
+-- without it parts the nodes in silence, and the stream that runs looks at its start only. DROP TABLE goes on.
+CREATE FUNCTION vsql_sync.guard_kept_triggers() RETURNS event_trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    v_found RECORD;
+BEGIN
+    SELECT format('%I.%I', m.table_schema, m.table_name) AS name, d.address_names[3] AS dropped INTO v_found
+      FROM pg_event_trigger_dropped_objects() d
+      JOIN vsql_sync.multi_writer_tables m
+        ON (m.table_schema, m.table_name) = (d.address_names[1], d.address_names[2])
+     WHERE d.object_type = 'trigger' AND starts_with(d.address_names[3], 'vsql_sync_')
+     LIMIT 1;
+    IF FOUND THEN
+        RAISE feature_not_supported USING
+            MESSAGE = format('table %s is written by every node, and trigger %I keeps what is done to it', v_found.name,
+                             v_found.dropped),
+            HINT = 'Leave the table as it is, or stop its streams and take it out of vsql_sync.multi_writer_tables.';
+    END IF;
+END
+$$;
+REVOKE ALL ON FUNCTION vsql_sync.guard_kept_triggers() FROM PUBLIC;
+
+-- Only a superuser may make event triggers; without them a stream finds the same at its start.
 DO $$
 BEGIN
     CREATE EVENT TRIGGER vsql_sync_deltas ON ddl_command_end
         WHEN TAG IN ('ALTER TABLE', 'ALTER TRIGGER')
         EXECUTE FUNCTION vsql_sync.guard_deltas();
+    CREATE EVENT TRIGGER vsql_sync_kept_triggers ON sql_drop
+        WHEN TAG IN ('DROP TRIGGER')
+        EXECUTE FUNCTION vsql_sync.guard_kept_triggers();
 EXCEPTION WHEN insufficient_privilege THEN
     NULL;
 END

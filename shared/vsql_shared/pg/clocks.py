@@ -1,7 +1,8 @@
 """vsql_sync.clocks: what was measured of other nodes' clocks. Written by the service that measures.
 
 Rules: a measure counts until `fresh_until`, by this database's clock; later it is shown with its age, and
-nothing follows from it: a node that is gone raises no alarm for ever.
+nothing follows from it: a node that is gone raises no alarm for ever. Nor before it was made: this clock was
+set back since.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from vsql_shared.pg.connect import Connection, errors
 
 _READ = """
 SELECT n.node_id, n.is_local,
-       CASE WHEN c.fresh_until > pg_catalog.clock_timestamp() THEN c.state ELSE 'unknown' END,
+       CASE WHEN pg_catalog.clock_timestamp() BETWEEN c.measured_at AND c.fresh_until THEN c.state
+            ELSE 'unknown' END,
        c.offset_us, c.uncertainty_us, c.measured_at,
        extract(epoch FROM pg_catalog.clock_timestamp() - c.measured_at)::float8, coalesce(c.unanswered, 0),
        c.ntp_source, c.ntp_synchronised, coalesce(f.waits, 0), f.most_ahead_us, f.most_at
@@ -124,7 +126,7 @@ def fresh(conn: Connection, node: str) -> Measure | None:
     with errors("reading what was measured of a clock"):
         row = conn.execute(
             "SELECT offset_us, uncertainty_us FROM vsql_sync.clocks"
-            " WHERE node_id = %s AND fresh_until > pg_catalog.clock_timestamp()",
+            " WHERE node_id = %s AND pg_catalog.clock_timestamp() BETWEEN measured_at AND fresh_until",
             (node,),
         ).fetchone()
     return None if row is None else Measure(*row)

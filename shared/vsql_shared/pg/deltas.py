@@ -20,6 +20,7 @@ from psycopg import sql
 
 from vsql_shared.changes import TableName, quote_ident
 from vsql_shared.deltas import ROUNDED
+from vsql_shared.errors import RefusedError
 from vsql_shared.pg import catalog
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ _USED = (
 )
 _FINAL = (
     "CREATE TRIGGER vsql_sync_final AFTER DELETE ON {here} REFERENCING OLD TABLE AS gone"
-    " FOR EACH STATEMENT EXECUTE FUNCTION vsql_sync.settle_deleted({row}, {version})"
+    " FOR EACH STATEMENT EXECUTE FUNCTION vsql_sync.settle_deleted({row})"
 )
 _LASTING = (
     "CREATE TRIGGER vsql_sync_lasting BEFORE DELETE ON {here}"
@@ -49,12 +50,6 @@ _IS_FINITE = (
     "CREATE TRIGGER vsql_sync_finite AFTER INSERT OR UPDATE ON {here} FOR EACH ROW WHEN ({infinite})"
     " EXECUTE FUNCTION vsql_sync.refuse_infinite()"
 )
-
-
-def row_key(alias: str, key: Sequence[str]) -> str:
-    """The key of `alias` as vsql_sync.row_versions has it, as SQL; no setting of a session alters it."""
-    columns = ", ".join(f"{alias}.{quote_ident(column)}" for column in key)
-    return f"pg_catalog.sha256(pg_catalog.record_send(ROW({columns})))"
 
 
 def problems(conn: Connection, table: TableInfo, strategies: Strategies) -> Iterator[str]:
@@ -116,8 +111,9 @@ def notes(conn: Connection, publication: PublicationInfo, strategies: Strategies
         for column, type_ in sorted(_types(conn, table, chosen).items()):
             if type_ in ROUNDED:
                 yield (
-                    f"{table.name}: column {quote_ident(column)} is {type_}, whose sums depend on the order"
-                    " in their last digits: nodes may end different there; money is numeric"
+                    f"{table.name}: column {quote_ident(column)} is {type_}, whose sums depend on the order:"
+                    " where both nodes add at once they may end different, in the last digits of the largest"
+                    " value there was meanwhile; money is numeric"
                 )
         for (name,) in conn.execute(
             "SELECT conname FROM pg_catalog.pg_constraint c JOIN pg_catalog.pg_attribute a"
@@ -158,9 +154,8 @@ def prepare(
         "here": sql.Identifier(*table.name),
         "name": sql.Literal(buried),
         "columns": sql.Literal(", ".join(map(quote_ident, key))),
-        "buried": _equality(conn, table, "b", "c"),
-        "row": _equality(conn, table, "t", "c"),
-        "version": sql.Literal(f"v.row_key = {row_key('c', key)}"),
+        "buried": sql.Literal(_equality(conn, table, "b", "c")),
+        "row": sql.Literal(_equality(conn, table, "t", "c")),
         "infinite": _is_infinite("NEW", rounding),
         **sides,
     }
@@ -169,15 +164,19 @@ def prepare(
             conn.execute(sql.SQL(text).format(**parts))
 
 
-def _equality(conn: Connection, table: TableInfo, left: str, right: str) -> sql.Literal:
+def _equality(conn: Connection, table: TableInfo, left: str, right: str) -> str:
     row = conn.execute("SELECT vsql_sync.key_equality(%s, %s, %s)", (table.oid, left, right)).fetchone()
-    return sql.Literal("" if row is None else row[0])
+    return "" if row is None else str(row[0])
 
 
-def share_used_keys(origin: Connection, peer: Connection, publication: PublicationInfo) -> None:
+def share_used_keys(
+    origin: Connection, peer: Connection, publication: PublicationInfo, *, copied: bool
+) -> None:
     """Each node knows from now on which keys the other has used; inside the caller's transactions.
 
     Writers of the origin wait: who deleted before is read here, who deletes later finds a copy to be made.
+    `copied`: the peer begins with one, and nothing is under way. Raises RefusedError where rows of the copy
+    would meet their own tombstones.
     """
     for published in publication.tables:
         found = [_buried(conn, published.name) for conn in (origin, peer)]
@@ -189,6 +188,23 @@ def share_used_keys(origin: Connection, peer: Connection, publication: Publicati
             conn.execute(lock.format(sql.Identifier(*published.name)))
         _bring(origin, peer, found[0], found[1])
         _bring(peer, origin, found[1], found[0])
+        if copied:
+            _require_gone(origin, published.name, found[0][0])
+
+
+def _require_gone(origin: Connection, name: TableName, buried: str) -> None:
+    table = catalog.describe(origin, name)
+    if table is None:
+        return
+    same = _equality(origin, table, "b", "t")
+    met = f"SELECT FROM vsql_sync.{quote_ident(buried)} b, ONLY {name} t WHERE {same}"
+    row = origin.execute(f"SELECT EXISTS ({met})".encode()).fetchone()
+    if row is not None and row[0]:
+        raise RefusedError(
+            f"{name}: rows that live on this node were deleted on the peer, and would fall there when copied",
+            hint=f"the peer was emptied by DELETE: take {name} out of vsql_sync.multi_writer_tables there, so"
+            " that it is made anew, and repeat the command",
+        )
 
 
 def _buried(conn: Connection, name: TableName) -> tuple[str, list[str]] | None:

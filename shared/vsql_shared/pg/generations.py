@@ -76,8 +76,9 @@ def prepare(conn: Connection, table: TableInfo, buried: str, key: Sequence[str])
     Its triggers on what is deleted have the names of those of other tables, and stand instead of them. Inside
     the caller's transaction.
     """
+    # Where columns add up a tombstone stands whatever its generation, and may be written with its key only.
     conn.execute(
-        sql.SQL("ALTER TABLE {} ADD COLUMN IF NOT EXISTS {} bigint NOT NULL").format(
+        sql.SQL("ALTER TABLE {} ADD COLUMN IF NOT EXISTS {} bigint NOT NULL DEFAULT 0").format(
             sql.Identifier("vsql_sync", buried), sql.Identifier(GENERATION)
         )
     )

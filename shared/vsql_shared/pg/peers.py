@@ -238,7 +238,8 @@ def _add_back(origin: Connection, peer: Connection, plan: PeerPlan) -> None:
         many_writers.prepare(peer, twin, plan.strategies, writable=False)
         generations.set_floors(origin, floors, later=copied)
         generations.set_floors(peer, floors, later=False)
-        deltas.share_used_keys(origin, peer, publication)
+        begins = copied and not _is_known(peer, publication, plan)
+        deltas.share_used_keys(origin, peer, publication, copied=begins)
     filled = _filled(origin, peer, plan.publications, plan.streams)
     if filled:
         raise RefusedError("\n  ".join([f"peer {plan.peer.name} is refused, nothing was changed:", *filled]))
@@ -251,13 +252,18 @@ def _floors(
     origin: Connection, peer: Connection, publication: PublicationInfo, plan: PeerPlan
 ) -> dict[TableName, int]:
     """Floors of generations, where the peer begins: one that was added before has them."""
+    if _is_known(peer, publication, plan):
+        return {}
+    return generations.floors(origin, peer, publication, plan.strategies)
+
+
+def _is_known(peer: Connection, publication: PublicationInfo, plan: PeerPlan) -> bool:
+    """Whether the peer was added before, and has its streams."""
     chains = [stream.chain for stream in plan.streams if stream.publication == publication.name]
     row = peer.execute(
         "SELECT EXISTS (SELECT FROM vsql_sync.streams WHERE direction = 'in' AND chain = ANY (%s))", (chains,)
     ).fetchone()
-    if row is not None and row[0]:
-        return {}
-    return generations.floors(origin, peer, publication, plan.strategies)
+    return row is not None and bool(row[0])
 
 
 def _names(origin: Connection, chosen: Sequence[PublicationInfo]) -> list[TableName]:
