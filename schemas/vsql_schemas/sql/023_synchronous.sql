@@ -89,7 +89,7 @@ BEGIN
     ELSIF current_setting('max_wal_senders')::integer = 0 THEN
         RETURN 'max_wal_senders is 0, by which no commit waits';
     -- While these start, commits return until the checkpointer has read the list.
-    ELSIF v_version < CASE v_version / 10000 WHEN 15 THEN 150013 WHEN 16 THEN 160009 WHEN 17 THEN 170005 ELSE 0 END THEN
+    ELSIF v_version < (CASE v_version / 10000 WHEN 15 THEN 150013 WHEN 16 THEN 160009 WHEN 17 THEN 170005 ELSE 0 END) THEN
         RETURN format('PostgreSQL %s lets commits return while it starts; 15.13, 16.9 and 17.5 do not',
                       current_setting('server_version'));
     END IF;
