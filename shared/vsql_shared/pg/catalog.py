@@ -116,6 +116,20 @@ def describe(conn: Connection, name: TableName) -> TableInfo | None:
     return None if row is None else _info(conn, row)
 
 
+def key_equality(conn: Connection, table: TableInfo, left: str, right: str) -> str:
+    """SQL: rows `left` and `right` are of one primary key, by the operators of its index, fully named."""
+    row = conn.execute("SELECT vsql_sync.key_equality(%s, %s, %s)", (table.oid, left, right)).fetchone()
+    return "" if row is None or row[0] is None else str(row[0])
+
+
+def key_changed(conn: Connection, table: TableInfo) -> sql.Composable:
+    """SQL of a trigger's WHEN: an update moves a row to another key.
+
+    IS DISTINCT FROM would look its operator up by the search path.
+    """
+    return sql.SQL("NOT ({})").format(sql.SQL(key_equality(conn, table, "OLD", "NEW")))
+
+
 def user_tables(conn: Connection) -> list[TableName]:
     """Every permanent table of a user, partitions left out (their partitioned table stands for them)."""
     rows = conn.execute(

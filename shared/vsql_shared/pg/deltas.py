@@ -154,19 +154,14 @@ def prepare(
         "here": sql.Identifier(*table.name),
         "name": sql.Literal(buried),
         "columns": sql.Literal(", ".join(map(quote_ident, key))),
-        "buried": sql.Literal(_equality(conn, table, "b", "c")),
-        "row": sql.Literal(_equality(conn, table, "t", "c")),
+        "buried": sql.Literal(catalog.key_equality(conn, table, "b", "c")),
+        "row": sql.Literal(catalog.key_equality(conn, table, "t", "c")),
         "infinite": _is_infinite("NEW", rounding),
         **sides,
     }
     for text in (_KEPT, _USED, _FINAL, _LASTING, *([_IS_FINITE] if rounding else [])):
         if text.split()[2] not in there:
             conn.execute(sql.SQL(text).format(**parts))
-
-
-def _equality(conn: Connection, table: TableInfo, left: str, right: str) -> str:
-    row = conn.execute("SELECT vsql_sync.key_equality(%s, %s, %s)", (table.oid, left, right)).fetchone()
-    return "" if row is None else str(row[0])
 
 
 def share_used_keys(
@@ -196,7 +191,7 @@ def _require_gone(origin: Connection, name: TableName, buried: str) -> None:
     table = catalog.describe(origin, name)
     if table is None:
         return
-    same = _equality(origin, table, "b", "t")
+    same = catalog.key_equality(origin, table, "b", "t")
     met = f"SELECT FROM vsql_sync.{quote_ident(buried)} b, ONLY {name} t WHERE {same}"
     row = origin.execute(f"SELECT EXISTS ({met})".encode()).fetchone()
     if row is not None and row[0]:

@@ -87,21 +87,14 @@ def prepare(conn: Connection, table: TableInfo, buried: str, key: Sequence[str])
         "here": sql.Identifier(table.name.schema, table.name.table),
         "name": sql.Literal(buried),
         "columns": sql.Literal(", ".join(map(quote_ident, key))),
-        "given": _equality(conn, table, "b", "($1)"),
-        "row": _equality(conn, table, "t", "c"),
-        "buried": _equality(conn, table, "b", "c"),
-        "changed": sql.SQL(" OR ").join(
-            sql.SQL("OLD.{0} IS DISTINCT FROM NEW.{0}").format(sql.Identifier(column)) for column in key
-        ),
+        "given": sql.Literal(catalog.key_equality(conn, table, "b", "($1)")),
+        "row": sql.Literal(catalog.key_equality(conn, table, "t", "c")),
+        "buried": sql.Literal(catalog.key_equality(conn, table, "b", "c")),
+        "changed": catalog.key_changed(conn, table),
     }
     for text in (_GENERATION, _DELETED, _MOVED, _SETTLED, _TAKEN):
         if text.split()[2] not in there:
             conn.execute(sql.SQL(text).format(**parts))
-
-
-def _equality(conn: Connection, table: TableInfo, left: str, right: str) -> sql.Literal:
-    row = conn.execute("SELECT vsql_sync.key_equality(%s, %s, %s)", (table.oid, left, right)).fetchone()
-    return sql.Literal("" if row is None else row[0])
 
 
 def floors(

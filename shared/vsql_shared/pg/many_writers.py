@@ -315,13 +315,10 @@ def _make_tombstones(conn: Connection, name: str, table: TableInfo, key: Sequenc
 def _make_triggers(conn: Connection, name: str, table: TableInfo, key: Sequence[str]) -> None:
     """Those of ours that are not there."""
     there = {row[0] for row in conn.execute("SELECT tgname FROM pg_trigger WHERE tgrelid = %s", (table.oid,))}
-    changed = sql.SQL(" OR ").join(
-        sql.SQL("OLD.{0} IS DISTINCT FROM NEW.{0}").format(sql.Identifier(column)) for column in key
-    )
     parts = {
         "here": sql.Identifier(table.name.schema, table.name.table),
         "given": sql.SQL(", ").join(map(sql.Literal, (name, *key))),
-        "changed": changed,
+        "changed": catalog.key_changed(conn, table),
     }
     for text in (_DELETED, _MOVED, _CLOSED, _TRUNCATED):
         if text.split()[2] not in there:
