@@ -3,7 +3,8 @@
 Not here: what such an entry must be (audit/key_ends.py). Rules (docs/design/0025):
 
 * What a chain says of an end is looked for where it is needed before its turn comes: whenever a stream is
-  opened, in what it has not read yet; and in all of it where something is refused. Only a signature by a
+  opened, and every few seconds while it is refused, in what it has not read yet; and in all of it where
+  something is refused. Only a signature by a
   living key of the origin counts there.
 * Of entries before an end those count that lead to it. The partition is read once more, to know which.
 * What is learned makes the stream be opened anew with it, as if an operator had changed the keys.
@@ -12,7 +13,9 @@ Not here: what such an entry must be (audit/key_ends.py). Rules (docs/design/002
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from vsql_consumers import state
@@ -20,6 +23,7 @@ from vsql_consumers.source import read_chain
 from vsql_shared import names
 from vsql_shared.audit.key_ends import WayFinder
 from vsql_shared.crypto.signing import PinnedKey, TrustStore, Way
+from vsql_shared.errors import TransientError
 from vsql_shared.pg import key_ends, signers
 
 if TYPE_CHECKING:
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from vsql_shared.pg.connect import Connection
 
 _log = logging.getLogger(__name__)
+_WATCH_SECONDS = 3.0
 
 
 def look_at_start(settings: Settings, conn: Connection, stream: Stream) -> list[PinnedKey]:
@@ -51,6 +56,30 @@ def look_ahead(
                 "the chain says where a signing key of its writer ended", extra={"chain": stream.chain}
             )
     return signers.load(conn)
+
+
+def watch(
+    settings: Settings, conn: Connection, stream: Stream, trusted: Sequence[PinnedKey]
+) -> Callable[[], bool]:
+    """Whether the origin has other keys since a stream was refused, or has said where one of them ended.
+
+    A source's next key is pinned before it has said anything. Asked at most every few seconds.
+    """
+    due = time.monotonic() + _WATCH_SECONDS
+
+    def of_origin(keys: Sequence[PinnedKey]) -> list[PinnedKey]:
+        return [key for key in keys if key.node == stream.origin]
+
+    def altered() -> bool:
+        nonlocal due
+        if time.monotonic() < due:
+            return False
+        due = time.monotonic() + _WATCH_SECONDS
+        with suppress(TransientError):  # Kafka is away: asked again
+            return of_origin(look_at_start(settings, conn, stream)) != of_origin(trusted)
+        return False
+
+    return altered
 
 
 def trust_of(

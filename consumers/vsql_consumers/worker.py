@@ -98,6 +98,8 @@ class Worker:
         self._signer_is_open = False
         self._failures = 0
         self._skewed = False
+        self._trusted: Sequence[PinnedKey] = ()
+        """Keys the pipeline was opened with last."""
         self._obeyed: set[int] = set()
         """Commands that were acted upon and wait for their entry and answer."""
         self._refused = RefusedConnections("consumer", chain, lambda: open_control(settings, chain, None))
@@ -191,7 +193,7 @@ class Worker:
 
         The error itself is not given on: it would keep everything the pipeline held in memory.
         """
-        trusted = key_ends.look_at_start(self._settings, conn, stream)
+        trusted = self._trusted = key_ends.look_at_start(self._settings, conn, stream)
         try:
             with ExitStack() as closing:
                 self._turn(self._open_pipeline(conn, stream, trusted, closing), stream, control, trusted)
@@ -333,6 +335,7 @@ class Worker:
         """Say what was refused, signed and in the status; stay until an operator decides."""
         self._report.refusal = refusal
         altered = watch(conn, refusal.place)
+        other_keys = key_ends.watch(self._settings, conn, stream, self._trusted)
         stands = {"sequence": state.load_position(conn, self._chain).head.sequence}
         _log.error(refusal.state, extra={"record": refusal.record, "sequence": refusal.sequence})
         with ExitStack() as closing:
@@ -342,7 +345,7 @@ class Worker:
             # Those that had us try again: this is what came of it.
             tried = [wish for wish in control.poll(now=True) if wish.id in self._obeyed]
             self._answer(acknowledger, control, tried, f"tried again, and {refusal.state}: {refusal.error}")
-        while not self.stop.is_set() and not altered():
+        while not self.stop.is_set() and not altered() and not other_keys():
             wishes = control.poll()
             if any(wish.verb in {"retry", "replay"} for wish in wishes):
                 self._obeyed.update(wish.id for wish in wishes)
