@@ -686,9 +686,11 @@ def test_what_a_service_adds_while_kafka_is_read_is_no_finding() -> None:
         history = KafkaHistory(CLUSTER, "node-a", trust(), report)
         for offset, encoded in enumerate(source.documents[:read]):
             history.feed(encoded, f"shop.audit/0/{offset}")
+        assert not history.lacks
         assert history.problems({CHAIN: (size, source.entries[-1].entry_hash)}) == []
     history = KafkaHistory(CLUSTER, "node-a", trust(), report_of(source, 4))
     history.feed(source.documents[0], "shop.audit/0/0")
+    assert history.lacks
     [lost] = history.problems({CHAIN: (size, source.entries[-1].entry_hash)})
     assert (lost.sequence, "Kafka lost entries" in lost.what) == (2, True)
 

@@ -74,6 +74,14 @@ class KafkaHistory:
             reader.head.sequence > heads.get(chain, (0, b""))[0] for chain, reader in self._readers.items()
         )
 
+    @property
+    def lacks(self) -> bool:
+        """Whether Kafka did not have what the trail had before it was read."""
+        return any(
+            sequence > (self._readers[chain].head.sequence if chain in self._readers else 0)
+            for chain, (sequence, _) in self._wanted.items()
+        )
+
     def pruned_further(self, bases: Mapping[str, ChainHead]) -> bool:
         """Whether a chain begins behind more entries, by `bases`, than when reading began.
 
