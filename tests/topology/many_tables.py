@@ -29,6 +29,7 @@ _REFUSED = (
     psycopg.errors.IntegrityError,
     psycopg.errors.DataError,
     psycopg.errors.DeadlockDetected,
+    psycopg.errors.SerializationFailure,  # a row that another session moved to another partition
     psycopg.errors.LockNotAvailable,
 )
 
