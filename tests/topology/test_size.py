@@ -169,7 +169,7 @@ def test_a_value_larger_than_messages_and_batches_passes_copied_and_live(pair: T
     _value(pair, SHORT_VALUE_MB, timeout=60)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(700)
 @pytest.mark.parametrize("table", WIDE)
 def test_rows_of_as_many_columns_as_there_may_be_are_written_changed_and_deleted(
     pair: TwoNodes, table: str
@@ -183,12 +183,14 @@ def test_rows_of_as_many_columns_as_there_may_be_are_written_changed_and_deleted
         f"INSERT INTO {table} SELECT {numbers} FROM generate_series(1, 12) g",
         f"UPDATE {table} SET c1 = NULL WHERE c0::int > 10; UPDATE {table} SET {some} WHERE c0::int % 5 = 0",
         f"UPDATE {table} SET c0 = (c0::int + 100) WHERE c0::int < 4; DELETE FROM {table} WHERE c0::int = 8",
+        timeout=300,
     )
     commit(
         pair,
         f"DELETE FROM {table} WHERE c0::int = 9;"
         f"INSERT INTO {table} (c0, c{count - 1}) VALUES (9, 7), (8, 8);"
         f"UPDATE {table} SET c2 = c0 WHERE c0::int < 15",
+        timeout=300,
     )
     assert len(same(pair, table)) == 12
 

@@ -56,11 +56,11 @@ def running(
         pair.end()
 
 
-def commit(pair: TwoNodes, *scripts: str) -> None:
+def commit(pair: TwoNodes, *scripts: str, timeout: float = 150) -> None:
     """Run each script as one transaction of the source, and wait until the target has them."""
     for script in scripts:
         pair.a.execute(script)
-    pair.wait_in_step(timeout=150)
+    pair.wait_in_step(timeout=timeout)
 
 
 def rows(pair: TwoNodes, query: str) -> tuple[Rows, Rows]:
