@@ -241,7 +241,10 @@ def test_a_value_taken_while_another_session_brings_them_up_to_the_clock_does_no
         thread = threading.Thread(target=lambda: given.append(_one(third)))
         thread.start()
         waits = "SELECT count(*) FROM pg_locks WHERE pid = %s AND NOT granted"
-        until(lambda: _one(conn, waits, third.info.backend_pid), 30)
+        activity = "SELECT state, wait_event_type, wait_event FROM pg_stat_activity WHERE pid = %s"
+        pid = third.info.backend_pid
+        doing = lambda: f"given {given}, doing {conn.execute(activity, (pid,)).fetchall()}"  # noqa: E731  # read once
+        until(lambda: _one(conn, waits, pid), 30, doing)
         assert not given, "it must not have an id while the values are set"
         other.execute(f"SELECT setval('{VALUES}', %s)", (last + 1,))  # as if the clock had said so
         taken = last + 1
