@@ -296,8 +296,8 @@ def test_a_row_that_does_not_fit_stops_its_share_by_name_and_goes_on_when_it_doe
         conn.execute("UPDATE t SET v = 'after' WHERE id <> 7")
     said = until(lambda: _blocked(pair.b), tell=lambda: pair.b.tail("consumer"))
     assert said["sqlstate"] == "23514"
-    # The other shares go on.
-    until(lambda: pair.b.query("SELECT count(*) FROM t WHERE v = 'after'")[0][0] > 40)
+    # The other shares go on; those of one member in a batch stop together, so half of the rows, as keys fall.
+    until(lambda: pair.b.query("SELECT count(*) FROM t WHERE v = 'after'")[0][0] > 10)
     pair.b.execute("ALTER TABLE t DROP CONSTRAINT small")
     pair.b.ctl("stream", "retry", "--chain", pair.chain, "--reason", "widened")
     pair.wait_in_step(timeout=60)
