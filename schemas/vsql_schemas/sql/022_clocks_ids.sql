@@ -37,7 +37,7 @@ COMMENT ON TABLE vsql_sync.future_commits IS 'vsql-sync: commits of other nodes 
 -- notice. So nobody waits for anybody's commit, and a session that is ended holds nothing. A turn that stayed odd, or
 -- is odd after a crash (sequences jump ahead then), sends everybody to the lock, and the first one mends it.
 CREATE SEQUENCE vsql_sync.snowflake_values AS BIGINT MINVALUE 0 MAXVALUE 9007199254740991 START 0;
-CREATE SEQUENCE vsql_sync.snowflake_turns AS BIGINT MINVALUE 0 START 0;
+CREATE SEQUENCE vsql_sync.snowflake_turns AS BIGINT MINVALUE 0 START 1;
 -- A view, because nothing but LOCK TABLE takes this lock of one: ANALYZE in a transaction of the database's owner would
 -- hold that of a table until its commit.
 CREATE VIEW vsql_sync.snowflake_lock AS SELECT 1 AS one;
