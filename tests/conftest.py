@@ -129,7 +129,20 @@ def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
     """The session's servers, each started when a test first asks for it."""
     address = getattr(request.config, "workerinput", {}).get("shared_servers")
     with Stack(Borrower(address) if address else None) as running:
+        _running.append(running)
         yield running
+        _running.clear()
+
+
+_running: list[Stack] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_slots_are_left() -> Iterator[None]:
+    """A module's databases may stay, the WAL that their slots hold may not."""
+    yield
+    for running in _running:
+        running.drop_idle_slots()
 
 
 @pytest.fixture(scope="session")

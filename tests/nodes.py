@@ -29,7 +29,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from tests.forker import fork, is_plain
-from tests.stack import Stack, kill_tree, spawn, watch
+from tests.stack import Stack, drop_slots, kill_tree, spawn, watch
 from tests.syncctl import syncctl
 
 PUBLICATION = "pub"
@@ -290,9 +290,14 @@ class TwoNodes:
     def end(self) -> None:
         """Kill whatever still runs, for a test that ended half-way; drop the databases that were made for it.
 
-        Slots that nobody reads any more would hold the WAL of all tests that follow.
+        Slots that nobody reads any more would hold the WAL of all tests that follow: of databases that were
+        given they are dropped alone.
         """
         self.kill()
+        if not self._made:
+            for node in (self.a, self.b):
+                with contextlib.suppress(psycopg.Error):  # its server may have been stopped
+                    drop_slots(node.conninfo, str(conninfo_to_dict(node.conninfo)["dbname"]))
         while self._made:
             self._stack.drop_database(self._made.pop())
 

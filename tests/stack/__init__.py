@@ -44,7 +44,7 @@ from tests.stack.fetch import POSTGRES_VERSIONS
 from tests.stack.kafka import KafkaBroker
 from tests.stack.postgres import PostgresServer
 from tests.stack.processes import forget, kill_tree, spawn, watch
-from tests.stack.stack import Kafka, Postgres, Stack
+from tests.stack.stack import Kafka, Postgres, Stack, drop_slots
 
 __all__ = [
     "POSTGRES_VERSIONS",
@@ -53,6 +53,7 @@ __all__ = [
     "Postgres",
     "PostgresServer",
     "Stack",
+    "drop_slots",
     "forget",
     "kill_tree",
     "spawn",

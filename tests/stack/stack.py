@@ -126,6 +126,17 @@ class Stack:
         self._databases.remove((server, name))
         drop_database(server, name)
 
+    def drop_idle_slots(self) -> None:
+        """Drop the slots of its databases that nobody reads: they would hold the WAL of all that follows."""
+        for server in {server for server, _ in self._databases}:
+            names = [name for at, name in self._databases if at == server]
+            with psycopg.connect(server, autocommit=True) as connection:
+                connection.execute(
+                    "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots"
+                    " WHERE database = ANY(%s) AND NOT active",
+                    [names],
+                )
+
     def new_cluster_name(self, prefix: str = "t") -> str:
         """Return a cluster name no other test uses: topics, groups and origins are named by it."""
         return f"{prefix}-{secrets.token_hex(4)}"
@@ -216,8 +227,14 @@ class Stack:
 
 def drop_database(server: str, name: str) -> None:
     """Drop a database of a server with its sessions and replication slots; one that is gone is no error."""
+    drop_slots(server, name)  # they keep a database from being dropped
     with psycopg.connect(server, autocommit=True) as connection:
-        # Slots keep a database from being dropped, and a slot in use from being dropped itself.
+        connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+def drop_slots(server: str, name: str) -> None:
+    """Drop a database's replication slots; a slot in use is taken from who uses it."""
+    with psycopg.connect(server, autocommit=True) as connection:
         connection.execute(
             "SELECT pg_terminate_backend(active_pid, 5000) FROM pg_replication_slots "
             "WHERE database = %s AND active_pid IS NOT NULL",
@@ -226,4 +243,3 @@ def drop_database(server: str, name: str) -> None:
         connection.execute(
             "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE database = %s", [name]
         )
-        connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
